@@ -1,0 +1,38 @@
+"""bioopt: biologically plausible optimizers for PyTorch.
+
+Each is a `torch.optim.Optimizer` that trains an unmodified `torch.nn.Module` by a learning rule of the brain::
+
+    optimizer = bioopt.Hebbian(model, lr=0.05)
+
+    def closure():
+        optimizer.zero_grad()
+        losses = F.cross_entropy(model(x), y, reduction="none")
+        if losses.requires_grad:
+            losses.mean().backward()
+        return losses
+
+    loss = optimizer.step(closure)
+"""
+
+from .hebbian import Hebbian, Oja
+from .mixed import Mixed
+from .optimizer import LearningRule
+from .perturbation import NodePerturbation, SerialPerturbation, WeightPerturbation
+from .recorder import Recorder, Synapse, register_synapse
+from .synaptic import SynapticRule
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Hebbian",
+    "LearningRule",
+    "Mixed",
+    "NodePerturbation",
+    "Oja",
+    "Recorder",
+    "SerialPerturbation",
+    "Synapse",
+    "SynapticRule",
+    "WeightPerturbation",
+    "register_synapse",
+]

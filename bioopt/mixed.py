@@ -1,0 +1,224 @@
+"""`Mixed`: one rule per part of a network, behind one Optimizer."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .optimizer import Closure, LearningRule, Probe, require_finite, unhooked_step
+from .synaptic import SynapticRule, backward_where_missing
+
+__all__ = ["Mixed"]
+
+
+class Mixed(Optimizer):
+    """Several optimizers, each for its own part of a network, as one.
+
+    A step first lets every member estimate, then all descend at once. Members that need one ordinary forward pass
+    (`torch.optim` optimizers, `Hebbian`, `Oja`) share it; each of the others evaluates the closure for itself, in
+    the order given, while the hooks of all others sleep. All evaluations see the same dropout masks and batch
+    statistics advance once. ``param_groups`` are the members' own, one after the other.
+
+    Args:
+        optimizers: bioopt rules and plain `torch.optim` optimizers, no parameter in two of them. Rules that have no
+            readout of their own take ``readout=None``.
+
+    Raises:
+        TypeError: a member that is no Optimizer.
+        ValueError: no members, or a parameter in two of them.
+        RuntimeError: at the first step, if a part trained by gradients lies beneath the synapses of a rule that
+            lets none pass, so that it could never learn.
+
+    Example::
+
+        optimizer = bioopt.Mixed(
+            bioopt.Hebbian(model.trunk, lr=0.05, readout=None),
+            torch.optim.Adam(model.head.parameters(), lr=1e-3),
+        )
+    """
+
+    def __init__(self, *optimizers: Optimizer) -> None:
+        owners: dict[Tensor, str] = {}
+        if not optimizers:
+            raise ValueError("Mixed needs at least one optimizer")
+        for i, optimizer in enumerate(optimizers):
+            name = f"{type(optimizer).__name__} ({i})"
+            if not isinstance(optimizer, Optimizer) or isinstance(optimizer, Mixed):
+                raise TypeError(f"Mixed: member {name} is not a bioopt rule or a torch.optim optimizer")
+            for p in _params(optimizer):
+                if p in owners:
+                    raise ValueError(f"Mixed: {owners[p]} and {name} train the same parameter of shape {tuple(p.shape)}")
+                owners[p] = name
+        self.optimizers = optimizers
+        self._closure_needs_grad = False
+        self._traced = False
+        super().__init__([{"params": list(owners)}], {})
+        self._link()
+
+    def _link(self) -> None:
+        """Show the members' own groups and state, so that schedulers and `zero_grad` reach them."""
+        self.param_groups = [group for member in self.optimizers for group in member.param_groups]
+        self.state.clear()
+        for member in self.optimizers:
+            self.state.update({p: s for p, s in member.state.items() if isinstance(p, Tensor)})
+
+    # -- the contract -------------------------------------------------------------------------------------------
+
+    def step(self, closure: Closure | None = None) -> Any:
+        """One step of all members: `estimate`, then `descend`. As `LearningRule.step`."""
+        loss = self.estimate(closure)
+        self.descend()
+        return loss
+
+    def estimate(self, closure: Closure | None = None) -> Any:
+        """Write ``p.grad = -Δw`` for every member's parameters, and change nothing else."""
+        loss = None
+        self._link()
+        try:
+            if closure is None:
+                grads: dict[Tensor, Tensor] = {}
+                for member in self.optimizers:
+                    grads |= member._collect() if isinstance(member, LearningRule) else _grads(member)
+                own_states: dict[LearningRule, dict[str, int]] = {}
+            else:
+                probe = Probe(closure, self._trained(), self._closure_needs_grad)
+                try:
+                    with torch.no_grad():
+                        loss, grads, own_states = probe.run("Mixed", self._estimate)
+                finally:
+                    probe.close()
+                self._closure_needs_grad = probe.always_grad
+                loss = loss if probe.returns_tensor else loss.item()
+            require_finite("Mixed", "an update", list(grads.values()))
+            for rule in self._rules():
+                rule._own_state = own_states.get(rule, rule._own_state)
+            for p in self._trained():
+                p.grad = grads.get(p)
+        finally:
+            for rule in self._rules():
+                rule._recorder.reset()
+        return loss
+
+    @torch.no_grad()
+    def descend(self) -> None:
+        """Let every member descend along its parameters' ``.grad``."""
+        for member in self.optimizers:
+            if isinstance(member, LearningRule):
+                member.descend()
+            else:
+                unhooked_step(member)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused: add the group to the member that shall train it, ``mixed.optimizers[i]``."""
+        if self.param_groups:
+            raise RuntimeError("Mixed: add the group to a member: mixed.optimizers[i].add_param_group(...)")
+        super().add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The members' own state dicts, in order."""
+        return {"optimizers": [member.state_dict() for member in self.optimizers]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned; nothing is changed if it does not fit."""
+        theirs = state_dict.get("optimizers", [])
+        sizes = [[len(g["params"]) for g in d.get("param_groups", [])] for d in theirs]
+        own_sizes = [[len(g["params"]) for g in m.param_groups] for m in self.optimizers]
+        if sizes != own_sizes:
+            raise ValueError(f"Mixed: the loaded state has parameters per group {sizes}, this optimizer {own_sizes}")
+        for member, state in zip(self.optimizers, theirs, strict=True):
+            member.load_state_dict(state)
+        self._link()
+
+    def coverage(self, model: nn.Module | None = None) -> dict[str, str]:
+        """Which member trains each parameter: its name -> the member's name, or ``"frozen"``. As `LearningRule`'s."""
+        covered: dict[str, str] = {}
+        for i, member in enumerate(self.optimizers):
+            if isinstance(member, LearningRule):
+                own = member.coverage(model)
+            elif model is not None:
+                trained = set(_params(member))
+                own = {n: type(member).__name__ if p in trained else "frozen" for n, p in model.named_parameters()}
+            else:
+                named = [n for g in member.param_groups for n in g.get("param_names", [])]
+                own = dict.fromkeys(
+                    named or [f"optimizers[{i}].params[{j}]" for j in range(len(_params(member)))], type(member).__name__
+                )
+            covered |= {name: label for name, label in own.items() if label != "frozen" or name not in covered}
+        return covered
+
+    def close(self) -> None:
+        """Remove every hook of every member from the model."""
+        for rule in self._rules():
+            rule.close()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("Mixed cannot be copied or pickled: build a new one and load_state_dict(mixed.state_dict())")
+
+    # -- one step -----------------------------------------------------------------------------------------------
+
+    def _rules(self) -> list[LearningRule]:
+        return [member for member in self.optimizers if isinstance(member, LearningRule)]
+
+    def _trained(self) -> list[Tensor]:
+        return [p for member in self.optimizers for p in _params(member)]
+
+    def _estimate(self, probe: Probe) -> tuple[Tensor, dict[Tensor, Tensor], dict[LearningRule, dict[str, int]]]:
+        synaptic = [m for m in self.optimizers if isinstance(m, SynapticRule)]
+        plain = [m for m in self.optimizers if not isinstance(m, LearningRule)]
+        several = [m for m in self._rules() if not isinstance(m, SynapticRule)]
+        losses: list[Tensor] = []
+        grads: dict[Tensor, Tensor] = {}
+        own_states: dict[LearningRule, dict[str, int]] = {}
+        for p in self._trained():
+            p.grad = None
+        if synaptic or plain:
+            for rule in synaptic:
+                rule._begin()
+                rule._recorder.trace = not self._traced
+            by_gradient = [p for m in plain for p in _params(m)] + [p for r in synaptic for p in r.readout_parameters()]
+            loss = probe(grad=bool(by_gradient))
+            backward_where_missing(loss, by_gradient)
+            self._check_reached(plain, synaptic)
+            losses.append(loss.detach())
+            for member in plain:
+                grads |= _grads(member)
+            for rule in synaptic:
+                grads |= rule._collect(losses[0])
+            for p in self._trained():  # out of reach of the next evaluation's zero_grad and backward
+                p.grad = None
+        for rule in several:
+            with ExitStack() as asleep:
+                for other in synaptic:
+                    asleep.enter_context(other._recorder.visiting(None))
+                loss, estimate, own_states[rule] = rule._estimate(probe)
+            losses.append(loss)
+            grads |= estimate
+        return losses[0], grads, own_states
+
+    def _check_reached(self, plain: list[Optimizer], synaptic: list[SynapticRule]) -> None:
+        if self._traced:
+            return
+        beneath = {p for rule in synaptic for p in rule._recorder.beneath}
+        for member in plain:
+            lost = [tuple(p.shape) for p in _params(member) if p in beneath and p.grad is None]
+            if lost:
+                raise RuntimeError(
+                    f"Mixed: {type(member).__name__} trains parameters by gradients (shapes {lost}) beneath layers of "
+                    f"{' and '.join(type(r).__name__ for r in synaptic)}, which let no gradient pass: they could never "
+                    "learn. Give them a rule of their own, or freeze them"
+                )
+        self._traced = True
+        for rule in synaptic:
+            rule._recorder.trace = False
+
+
+def _params(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _grads(optimizer: Optimizer) -> dict[Tensor, Tensor]:
+    return {p: p.grad for p in _params(optimizer) if p.grad is not None}

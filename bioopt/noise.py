@@ -1,0 +1,38 @@
+"""Reproducible perturbations: a direction is a function of a seed and some counts, never of what was drawn before.
+
+So a member of a population costs no memory (it is drawn again when it is needed), another process can draw it
+too, and the global random state is not touched. On one device the numbers repeat exactly; between a CPU and a
+GPU they differ, as torch's own generators do.
+"""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["NoiseSource"]
+
+_MASK = 2**64 - 1
+
+
+def _mix(value: int) -> int:
+    """The finaliser of SplitMix64 (Steele, Lea & Flood, 2014): spreads every bit of the input over the output."""
+    value = (value + 0x9E3779B97F4A7C15) & _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
+
+
+class NoiseSource:
+    """Generators of the optimizer's own, one a device, set to a stream by ``(seed, *counts)``."""
+
+    def __init__(self) -> None:
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    def stream(self, device: torch.device, seed: int, *counts: int) -> torch.Generator:
+        """A generator at the start of the stream ``(seed, *counts)``; valid until the next call for the device."""
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device)
+        key = _mix(seed)
+        for count in counts:
+            key = _mix(key ^ _mix(count))
+        return self._generators[device].manual_seed(key >> 1)

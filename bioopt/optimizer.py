@@ -1,0 +1,426 @@
+"""`LearningRule`: the contract that every rule shares with its users, and `Probe`: one closure, evaluated safely.
+
+A learning rule decides what each synapse is told; PyTorch does everything else. A step is two halves, both public::
+
+    loss = rule.estimate(closure)    # evaluate the closure, write p.grad = -Δw
+    rule.descend()                   # any torch.optim class takes it from there
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, TypeAlias, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.optim import Optimizer
+
+from .recorder import Recorder, Synapse
+
+__all__ = ["Closure", "LearningRule", "Params", "Probe"]
+
+Closure: TypeAlias = Callable[[], Any]
+Params: TypeAlias = (
+    nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[nn.Module] | Iterable[dict[str, Any]]
+)
+ProcessGroup: TypeAlias = dist.ProcessGroup | None
+#: the loss to return, what to write into each ``.grad``, and the rule's own state after the step
+Estimate: TypeAlias = tuple[Tensor, dict[Tensor, Tensor], dict[str, int]]
+_T = TypeVar("_T")
+Constraint: TypeAlias = tuple[Callable[[Any], bool], str]
+
+RULE = "rule"  # the key of `optimizer.state` under which a rule keeps what is not any parameter's own
+
+NON_NEGATIVE: Constraint = (lambda v: math.isfinite(v) and v >= 0, "a finite number >= 0")
+POSITIVE: Constraint = (lambda v: math.isfinite(v) and v > 0, "a finite number > 0")
+POSITIVE_INT: Constraint = (lambda v: isinstance(v, int) and v >= 1, "an integer >= 1")
+SEED: Constraint = (lambda v: isinstance(v, int) and v >= 0, "an integer >= 0")
+
+
+def named_modules_of(params: Any) -> list[tuple[str, nn.Module]]:
+    """The modules among ``params`` with a prefix for the names inside; empty where there are bare parameters."""
+    if isinstance(params, nn.Module):
+        return [("", params)]
+    if isinstance(params, Sequence) and params and all(isinstance(m, nn.Module) for m in params):
+        return [(str(i), module) for i, module in enumerate(params)]
+    return []
+
+
+def named_parameters_of(params: Any) -> list[Any]:
+    """What ``torch.optim`` wants: ``(name, parameter)`` where modules or names were given, else bare parameters."""
+    modules = named_modules_of(params)
+    if not modules:
+        return [params] if isinstance(params, Tensor) else list(params)
+    return unique([named for prefix, module in modules for named in module.named_parameters(prefix)])
+
+
+def unique(named: Sequence[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+    """Each parameter once, under its first name."""
+    return [(name, p) for p, name in {p: name for name, p in reversed(named)}.items()][::-1]
+
+
+def groups_of(params: Params) -> list[dict[str, Any]]:
+    """``params`` in torch's form of a list of groups, whose ``"params"`` may still be modules."""
+    if isinstance(params, Tensor):
+        raise TypeError(f"params must be a module, or an iterable of parameters or groups, not {torch.typename(params)}")
+    if not isinstance(params, nn.Module):
+        params = list(params)  # type: ignore[arg-type]
+        if not params:
+            raise ValueError("params is empty: give the model, its parameters, or groups of either")
+        if isinstance(params[0], dict):
+            return [dict(group) for group in params]
+    return [{"params": params}]
+
+
+class LearningRule(Optimizer, ABC):
+    r"""A `torch.optim.Optimizer` that writes ``p.grad = -Δw`` by a learning rule, and descends by another optimizer.
+
+    Not to be instantiated; a rule implements `_select` (what it trains) and `_estimate` (what it tells it).
+
+    Args:
+        params: a module, its parameters, named parameters, or groups of any of them. Rules that watch synapses
+            need modules; the others take parameters as `torch.optim` does.
+        defaults: the rule's own hyperparameters, ``lr`` among them. Each may differ between groups.
+        descent: the optimizer class that makes a step out of ``.grad``. It shares ``param_groups`` and ``state``
+            with the rule, so that its momentum, weight decay, schedulers and checkpoints are PyTorch's own.
+        descent_options: keywords of ``descent``.
+        process_group: ``None`` for no communication; otherwise the ranks that take a step together.
+
+    Raises:
+        ValueError: a hyperparameter out of its range, named with its value.
+    """
+
+    #: range of each hyperparameter, checked for every param group
+    constraints: ClassVar[dict[str, Constraint]] = {}
+
+    def __init__(
+        self,
+        params: Params,
+        defaults: dict[str, Any],
+        *,
+        descent: type[Optimizer],
+        descent_options: dict[str, Any],
+        process_group: ProcessGroup,
+    ) -> None:
+        groups = groups_of(params)
+        self.process_group = process_group
+        self._recorder = Recorder()
+        self._modules: list[tuple[str, nn.Module]] = []
+        self._closure_needs_grad = False  # an ordinary closure was given: its backward() must not fail
+        self._check(defaults)
+        try:
+            # Its defaults, and a check of its options; a matrix, because some optimizers take nothing else.
+            options = {"lr": defaults["lr"], **descent_options}
+            own_defaults = descent([torch.zeros(1, 1)], **options).defaults
+        except TypeError as error:
+            raise TypeError(f"{type(self).__name__}(descent={descent.__name__}): {error}") from None
+        super().__init__(groups, {**own_defaults, **defaults})
+        self._descent = descent([{"params": group["params"]} for group in self.param_groups], **options)
+        self.state.update(self._descent.state)  # some optimizers make theirs at once
+
+    # -- what a rule implements ---------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _select(self, group: dict[str, Any]) -> tuple[list[Any], list[Synapse]]:
+        """The parameters of a group (torch's bare or named form) and the synapses to watch for them."""
+
+    @abstractmethod
+    def _estimate(self, probe: Probe) -> Estimate:
+        """Evaluate the closure as often as needed, from the start each time it is called."""
+
+    def _collect(self) -> dict[Tensor, Tensor]:
+        """What to write into each ``.grad`` after an ordinary forward (and backward) pass: the classic loop."""
+        raise RuntimeError(
+            f"{type(self).__name__} evaluates the loss several times a step, so step() needs a closure: "
+            "optimizer.step(closure), where closure() runs the model and returns the loss"
+        )
+
+    # -- the contract -------------------------------------------------------------------------------------------
+
+    def step(self, closure: Closure | None = None) -> Any:
+        """One step of learning: `estimate`, then `descend`.
+
+        Args:
+            closure: runs the model and returns the loss, best each sample's own; without one, the step uses all
+                forward passes since the last step (rules that need only one).
+
+        Returns:
+            What the closure returned, detached; ``None`` without a closure.
+
+        Raises:
+            RuntimeError: a non-finite loss, no forward pass, a rule that needs a closure and got none. Parameters
+                and optimizer state are then as they were.
+        """
+        loss = self.estimate(closure)
+        self.descend()
+        return loss
+
+    def estimate(self, closure: Closure | None = None) -> Any:
+        """The first half of `step`: write ``p.grad = -Δw`` for every parameter of the rule, and change nothing else."""
+        loss = None
+        try:
+            if closure is None:
+                grads, own_state = self._collect(), self._own_state
+            else:
+                probe = Probe(closure, self._trained(), self._closure_needs_grad)
+                try:
+                    with torch.no_grad():
+                        loss, grads, own_state = probe.run(type(self).__name__, self._estimate)
+                finally:
+                    probe.close()
+                self._closure_needs_grad = probe.always_grad
+                loss = loss if probe.returns_tensor else loss.item()
+            self._write(grads)
+            self._own_state = own_state
+        finally:
+            self._recorder.reset()
+        return loss
+
+    @torch.no_grad()
+    def descend(self) -> None:
+        """The second half of `step`: ``descent``'s own step along ``.grad``."""
+        # Linked anew each time: load_state_dict replaces both. Unhooked: hooks on all optimizers must fire once.
+        self._descent.param_groups, self._descent.state = self.param_groups, self.state
+        unhooked_step(self._descent)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as in torch, whose ``"params"`` may be a module. Its options are checked first."""
+        group = dict(param_group)
+        self._check({**self.defaults, **group})
+        modules = named_modules_of(group["params"])
+        group["params"], synapses = self._select(group)
+        super().add_param_group(group)
+        for synapse in synapses:
+            synapse.group = len(self.param_groups) - 1
+            self._recorder.watch(synapse)
+        self._modules += modules
+
+    def coverage(self, model: nn.Module | None = None) -> dict[str, str]:
+        """Which rule trains each parameter: its name -> the rule's name, or ``"frozen"``.
+
+        Args:
+            model: whose names to use and whose parameters to list; by default those that the rule was given.
+        """
+        labels: dict[Tensor, str] = {}
+        names: dict[Tensor, str] = {}
+        for i, group in enumerate(self.param_groups):
+            label = type(self).__name__ + (f" readout ({group['readout']})" if group.get("readout") else "")
+            for j, p in enumerate(group["params"]):
+                labels[p] = label if p.requires_grad else "frozen"
+                names[p] = group["param_names"][j] if "param_names" in group else f"group{i}.params[{j}]"
+        if model is not None:
+            names = {p: name for name, p in model.named_parameters()}
+        elif self._modules:
+            many = len({id(m) for _, m in self._modules}) > 1
+            for i, (prefix, module) in enumerate(self._modules):
+                for name, p in module.named_parameters(f"group{i}" if many and not prefix else prefix):
+                    names[p] = name
+        return {name: labels.get(p, "frozen") for p, name in names.items()}
+
+    def close(self) -> None:
+        """Remove every hook from the model. Also happens when the optimizer is garbage-collected."""
+        self._recorder.close()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            f"{type(self).__name__} cannot be copied or pickled: it may watch a model. Copy the model, build a new "
+            "optimizer for the copy, and load_state_dict(optimizer.state_dict())"
+        )
+
+    # -- for rules ----------------------------------------------------------------------------------------------
+
+    def _trained(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _check(self, options: dict[str, Any]) -> None:
+        for name, constraint in {"lr": NON_NEGATIVE, **self.constraints}.items():
+            self._check_value(name, options[name], constraint)
+
+    def _check_value(self, name: str, value: Any, constraint: Constraint) -> None:
+        holds, range_ = constraint
+        try:
+            ok = not isinstance(value, bool) and holds(value)
+        except (TypeError, ValueError):
+            ok = False
+        if not ok:
+            raise ValueError(f"{type(self).__name__}: {name}={value!r} must be {range_}")
+
+    @property
+    def _own_state(self) -> dict[str, int]:
+        """State that is no parameter's own. Replaced, never changed, so that an earlier state_dict keeps its own."""
+        return self.state.get(RULE, {})  # type: ignore[call-overload, no-any-return]
+
+    @_own_state.setter
+    def _own_state(self, state: dict[str, int]) -> None:
+        if state:
+            self.state[RULE] = state  # type: ignore[index]
+
+    def _write(self, grads: dict[Tensor, Tensor]) -> None:
+        """Set ``.grad`` of all parameters of the rule, those without an estimate to ``None``."""
+        require_finite(type(self).__name__, "an update", list(grads.values()))
+        for p in self._trained():
+            p.grad = grads.get(p)
+
+    @property
+    def _ranks(self) -> tuple[int, int]:
+        """This process's rank and the number of ranks that step together."""
+        if self.process_group is None:
+            return 0, 1
+        return dist.get_rank(self.process_group), dist.get_world_size(self.process_group)
+
+    def _sum_over_ranks(self, tensors: list[Tensor]) -> None:
+        """Replace each tensor by its sum over the ranks, in one message."""
+        if self.process_group is None:
+            return
+        flat = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(flat, group=self.process_group)
+        for tensor, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(total.view_as(tensor))
+
+
+class _NoGraph(Exception):
+    """A closure called ``backward()`` where it was evaluated without a graph."""
+
+
+class Probe:
+    """One closure, evaluated several times under the same circumstances.
+
+    Every evaluation starts from the same global random state (all see the same dropout masks), half-precision
+    copies of weights are made anew, and batch-norm statistics end as the first evaluation leaves them.
+
+    Args:
+        closure: runs the model and returns the loss.
+        params: the parameters it depends on, for their devices.
+        always_grad: whether the closure is known to call ``backward()`` in any case.
+    """
+
+    def __init__(self, closure: Closure, params: Iterable[Tensor], always_grad: bool = False) -> None:
+        self.always_grad = always_grad
+        self.returns_tensor = True
+        self._closure = closure
+        self._devices = sorted({p.device for p in params if p.device.type != "cpu"}, key=str)
+        self._random: list[Tensor] = []
+        self._count = 0
+        self._before: dict[nn.Module, list[Tensor]] = {}
+        self._after: dict[nn.Module, list[Tensor]] = {}
+
+    def __call__(self, *, grad: bool = False) -> Tensor:
+        """Evaluate once; with ``grad`` the value keeps its graph, otherwise none is built if the closure allows."""
+        self._restart_random()
+        if self._count == 1:
+            self._after = {m: _statistics(m) for m in self._before}
+        torch.clear_autocast_cache()  # or all evaluations would share one half-precision copy of the weights
+        watch = nn.modules.module.register_module_forward_pre_hook(self._remember) if self._count == 0 else None
+        try:
+            with torch.set_grad_enabled(grad or self.always_grad):
+                value = self._closure()
+        except RuntimeError as error:
+            if grad or self.always_grad or "does not require grad" not in str(error):
+                raise
+            raise _NoGraph from error
+        finally:
+            if watch is not None:
+                watch.remove()
+        self._count += 1
+        if value is None:
+            raise RuntimeError("the closure returned None; it must return the loss")
+        self.returns_tensor = isinstance(value, Tensor)
+        value = value if isinstance(value, Tensor) else torch.tensor(float(value))
+        return value if grad else value.detach()
+
+    def run(self, rule: str, estimate: Callable[[Probe], _T]) -> _T:
+        """Let a rule evaluate; once more with a graph, where an ordinary closure turns out to need one."""
+        try:
+            return estimate(self)
+        except _NoGraph:
+            _restore(self._before)
+        self.always_grad, self._count = True, 0
+        self._before, self._after = {}, {}
+        result = estimate(self)
+        warnings.warn(
+            f"{rule} needs no backward pass, but the closure calls backward(). To save it, write: "
+            "if loss.requires_grad: loss.backward()",
+            stacklevel=_outside(),
+        )
+        return result
+
+    def close(self) -> None:
+        """Leave batch-norm statistics as one evaluation does."""
+        _restore(self._after)
+
+    def agree(self, group: ProcessGroup) -> None:
+        """Take the batch-norm statistics of the first rank, which made the first evaluation."""
+        if group is not None:
+            for values in (self._after or {m: _statistics(m) for m in self._before}).values():
+                for value in values:
+                    dist.broadcast(value, group=group, group_src=0)
+
+    def _restart_random(self) -> None:
+        if not self._random:
+            self._random = [torch.get_rng_state()]
+            self._random += [torch.get_device_module(d).get_rng_state(d) for d in self._devices]
+        else:
+            torch.set_rng_state(self._random[0])
+            for device, state in zip(self._devices, self._random[1:], strict=True):
+                torch.get_device_module(device).set_rng_state(state, device)
+
+    def _remember(self, module: nn.Module, args: Any) -> None:
+        if isinstance(module, _NormBase) and module.training and module not in self._before:
+            self._before[module] = _statistics(module)
+
+
+def unhooked_step(optimizer: Optimizer) -> None:
+    """The step of an optimizer inside another one, whose hooks have their own turn."""
+    step = type(optimizer).step
+    getattr(step, "__wrapped__", step)(optimizer)
+
+
+def require_finite(rule: str, what: str, tensors: list[Tensor]) -> None:
+    """Raise if anything is infinite or not a number, before anything is changed."""
+    if tensors and not math.isfinite(norm := torch.nn.utils.get_total_norm(tensors).item()):
+        found = "nan" if math.isnan(norm) else "infinite"
+        raise RuntimeError(f"{rule}: {what} is {found}; nothing was changed. Lower the learning rate, or check the data")
+
+
+def mean_over_samples(losses: Tensor) -> Tensor:
+    """The loss of each sample: the mean over all dimensions but the first."""
+    return losses.flatten(1).mean(1) if losses.ndim > 1 else losses
+
+
+def mean_loss(losses: Tensor) -> Tensor:
+    """The mean loss of each evaluation (first dimension), summed in double precision."""
+    return losses.double().flatten(1).mean(1) if losses.ndim > 1 else losses.double()
+
+
+def no_plastic_layer(rule: str) -> str:
+    """The message for a model that a rule cannot train."""
+    return (
+        f"{rule}: the model has no plastic layer: no Linear, Conv1d, Conv2d or Conv3d (or a type given to "
+        "bioopt.register_synapse) whose weight has requires_grad=True"
+    )
+
+
+def _statistics(module: nn.Module) -> list[Tensor]:
+    return [b.clone() for b in module.buffers(recurse=False)]
+
+
+def _restore(saved: dict[nn.Module, list[Tensor]]) -> None:
+    with torch.no_grad():
+        for module, values in saved.items():
+            for buffer, value in zip(module.buffers(recurse=False), values, strict=True):
+                buffer.copy_(value)
+
+
+def _outside() -> int:
+    """The stack level of the caller of `step`, for warnings."""
+    for level, frame in enumerate(inspect.stack()[1:], start=1):
+        name = frame.frame.f_globals.get("__name__", "")
+        if not name.startswith(("bioopt", "torch", "contextlib")):
+            return level
+    return 2

@@ -1,0 +1,256 @@
+"""`SynapticRule`: rules whose update is a local product, formed during one ordinary forward pass."""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .optimizer import (
+    NON_NEGATIVE,
+    Estimate,
+    LearningRule,
+    Params,
+    Probe,
+    ProcessGroup,
+    _outside,
+    groups_of,
+    named_modules_of,
+    no_plastic_layer,
+    require_finite,
+    unique,
+)
+from .recorder import Synapse, find_synapses
+
+__all__ = ["SynapticRule", "synapses_of"]
+
+
+def synapses_of(rule: str, params: Any) -> list[Synapse]:
+    """The plastic synapses of the module or modules given as ``params``.
+
+    Raises:
+        TypeError: if bare parameters were given.
+    """
+    modules = named_modules_of(params)
+    if not modules:
+        raise TypeError(
+            f"{rule} watches the activity of layers, so it needs the model, not its parameters: write {rule}(model, "
+            f"...) or {rule}([{{'params': model.block1, 'lr': ...}}, ...]), not {rule}(model.parameters(), ...)"
+        )
+    for _, module in modules:
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            raise TypeError(
+                f"{rule} does its own averaging over ranks, and DistributedDataParallel would wait for gradients that "
+                f"never come: write {rule}(model.module, ..., process_group=torch.distributed.group.WORLD)"
+            )
+    return list({s.layer: s for prefix, m in reversed(modules) for s in reversed(find_synapses(m, prefix))}.values())[::-1]
+
+
+@dataclass
+class _Sums:
+    """What one synapse has gathered since the last step, summed over samples and positions."""
+
+    product: Tensor  # Σ s xᵀ, of the weight's shape
+    signal: Tensor | None  # Σ s, of the bias's shape
+    events: Tensor  # their number
+
+
+class SynapticRule(LearningRule):
+    r"""A rule that makes each update from the local product of pre- and postsynaptic activity.
+
+    As a synapse fires, the rule turns its postsynaptic activity ``u`` into a teaching signal ``s`` (`signal`);
+    the product ``P = ⟨s xᵀ⟩``, averaged over samples and positions (one position of one sample is one postsynaptic
+    *event*), is formed at once and summed, so no activity outlives its layer; `update` makes ``Δw`` out of it.
+    Every synapse is cut: no error signal passes.
+
+    Args:
+        readout: ``"delta"`` trains the last synapse by its local error times its presynaptic activity, which is
+            what ``loss.backward()`` leaves there, since all other synapses are cut. ``None``: the last synapse
+            follows the rule like the others.
+        readout_lr: learning rate of the readout; by default that of the group it stands in.
+        readout_layer: the readout, by name or as a module; by default the last synapse in registration order.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        defaults: dict[str, Any],
+        *,
+        readout: str | None,
+        readout_lr: float | None,
+        readout_layer: str | nn.Module | None,
+        descent: type[Optimizer],
+        descent_options: dict[str, Any],
+        process_group: ProcessGroup,
+    ) -> None:
+        name = type(self).__name__
+        if readout not in ("delta", None):
+            raise ValueError(f"{name}: readout={readout!r} must be 'delta' or None")
+        if readout_lr is not None and not NON_NEGATIVE[0](readout_lr):
+            raise ValueError(f"{name}: readout_lr={readout_lr!r} must be {NON_NEGATIVE[1]}")
+        self._sums: dict[Synapse, _Sums] = {}
+        self._silent_checked = False
+        self._readout: Synapse | None = None
+        groups = groups_of(params)
+        synapses = [synapses_of(name, g["params"]) for g in groups]
+        everything = [s for group in synapses for s in group]
+        if not everything:
+            raise ValueError(no_plastic_layer(name))
+        if readout is not None:
+            self._readout = _choose_readout(name, everything, readout_layer)
+            home = next(g for g, found in zip(groups, synapses, strict=True) if self._readout in found)
+            own_lr = readout_lr if readout_lr is not None else home.get("lr", defaults["lr"])
+            group = {**home, "params": self._readout.layer, "readout": readout, "lr": own_lr}
+            groups = [g for g, found in zip(groups, synapses, strict=True) if found != [self._readout]] + [group]
+        elif readout_layer is not None or readout_lr is not None:
+            raise ValueError(f"{name}: readout_layer and readout_lr need readout='delta', not readout=None")
+        super().__init__(
+            groups,
+            {**defaults, "readout": None},
+            descent=descent,
+            descent_options=descent_options,
+            process_group=process_group,
+        )
+        self._recorder.anchored = readout is None
+        self._recorder.visit = self._gather
+
+    # -- what a rule implements ---------------------------------------------------------------------------------
+
+    @abstractmethod
+    def signal(self, u: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor:
+        """The teaching signal ``s``, of ``u``'s shape: what this layer is told.
+
+        Args:
+            u: postsynaptic activity, neurons along ``synapse.channel_dim``.
+            synapse: the layer that fires.
+            group: its param group.
+        """
+
+    @abstractmethod
+    def update(self, product: Tensor, signal: Tensor | None, synapse: Synapse, group: dict[str, Any]) -> Tensor:
+        """``Δw`` from the local product.
+
+        Args:
+            product: ``⟨s xᵀ⟩``, of the weight's shape.
+            signal: ``⟨s⟩`` of each neuron, of the bias's shape; ``None`` where there is no bias.
+            synapse: the layer, whose weight and bias are still those that made the product.
+            group: its param group.
+        """
+
+    # -- one pass -----------------------------------------------------------------------------------------------
+
+    def _select(self, group: dict[str, Any]) -> tuple[list[Any], list[Synapse]]:
+        if group.get("readout"):
+            assert self._readout is not None
+            self._readout.is_readout = True
+            return self._readout.named_parameters(), [self._readout]
+        synapses = synapses_of(type(self).__name__, group["params"])
+        synapses = [s for s in synapses if self._readout is None or s.layer is not self._readout.layer]
+        return unique([(f"{s.name}.weight", s.weight) for s in synapses]), synapses
+
+    def _gather(self, synapse: Synapse, u: Tensor) -> None:
+        with torch.no_grad():
+            s = self.signal(u.detach(), synapse, self.param_groups[synapse.group])
+        (product,) = torch.autograd.grad(u, synapse.weight, s.to(u.dtype))
+        channel = s.ndim + synapse.channel_dim
+        others = [d for d in range(s.ndim) if d != channel]
+        total = s.sum(others, dtype=product.dtype) if synapse.bias is not None else None
+        events = product.new_tensor(s.numel() // s.shape[channel])
+        sums = self._sums.get(synapse)
+        if sums is None:
+            self._sums[synapse] = _Sums(product, total, events)
+        else:
+            sums.product += product
+            sums.events += events
+            if total is not None and sums.signal is not None:
+                sums.signal += total
+
+    def readout_parameters(self) -> list[Tensor]:
+        """The parameters that learn from the loss."""
+        return [] if self._readout is None else list(self._readout.parameters())
+
+    def _begin(self) -> None:
+        """Before an evaluation whose records alone count."""
+        self._sums.clear()
+        self._recorder.reset()
+        for p in self._trained():
+            p.grad = None
+
+    def _estimate(self, probe: Probe) -> Estimate:
+        self._begin()
+        losses = probe(grad=self._readout is not None)
+        backward_where_missing(losses, self.readout_parameters())
+        return losses.detach(), self._collect(losses.detach()), self._own_state
+
+    def _collect(self, losses: Tensor | None = None) -> dict[Tensor, Tensor]:
+        try:
+            name = type(self).__name__
+            self._check_fired()
+            readout = [p for p in self.readout_parameters() if p.grad is not None]
+            shared = [torch.zeros(()) if losses is None else losses.mean(), *[p.grad for p in readout if p.grad is not None]]
+            for sums in self._sums.values():
+                shared += [sums.product, sums.events, *([] if sums.signal is None else [sums.signal])]
+            self._sum_over_ranks(shared)
+            if losses is not None:
+                require_finite(name, "the loss", [shared[0]])
+            grads: dict[Tensor, Tensor] = {}
+            for p in readout:
+                assert p.grad is not None
+                grads[p] = p.grad / self._ranks[1] if self.process_group is not None else p.grad
+            for synapse, sums in self._sums.items():
+                mean = None if sums.signal is None else sums.signal / sums.events
+                change = self.update(sums.product / sums.events, mean, synapse, self.param_groups[synapse.group])
+                # One weight in two layers gathers from both.
+                grads[synapse.weight] = grads[synapse.weight] - change if synapse.weight in grads else -change
+            return grads
+        finally:
+            self._sums.clear()
+
+    def _check_fired(self) -> None:
+        name, fired = type(self).__name__, list(self._recorder.fired)
+        if not fired:
+            raise RuntimeError(
+                f"{name}: no synapse has fired since the last step. Run the model in training mode (model.train()) "
+                "before step(), or in the closure"
+            )
+        readout = self._readout
+        if readout is not None and readout.layer.training:
+            if readout not in fired:
+                raise RuntimeError(f"{name}: the readout '{readout.name}' did not fire; name another by readout_layer=")
+            if fired[-1] is not readout:
+                raise RuntimeError(
+                    f"{name}: layer '{fired[-1].name}' fires after the readout '{readout.name}', which must be the last. "
+                    f"Write readout_layer='{fired[-1].name}'"
+                )
+            if all(p.grad is None for p in readout.parameters()):
+                raise RuntimeError(
+                    f"{name}: the readout '{readout.name}' learns from the loss, but no gradient has reached it: call "
+                    "loss.backward() before step(), or give step() a closure that returns the loss. readout=None "
+                    "makes a network without a loss"
+                )
+        if not self._silent_checked:
+            self._silent_checked = True
+            silent = [s.name for s in self._recorder.synapses.values() if s not in fired and s.layer.training]
+            if silent:
+                warnings.warn(f"{name}: did not fire and learn nothing: {', '.join(silent)}", stacklevel=_outside())
+
+
+def backward_where_missing(losses: Tensor, params: list[Tensor]) -> None:
+    """Send the mean loss backward, if the closure has not done so itself."""
+    if losses.requires_grad and all(p.grad is None for p in params):
+        # No graph leads there when the closure's own backward freed it; then a gradient has arrived.
+        torch.autograd.backward(losses.mean(), inputs=[p for p in params if p.requires_grad])
+
+
+def _choose_readout(rule: str, synapses: list[Synapse], wanted: str | nn.Module | None) -> Synapse:
+    if wanted is None:
+        return synapses[-1]
+    for synapse in synapses:
+        if wanted is synapse.layer or wanted == synapse.name:
+            return synapse
+    raise ValueError(f"{rule}: readout_layer={wanted!r} is not one of the synapses: {', '.join(s.name for s in synapses)}")

@@ -1,0 +1,188 @@
+"""Image data sets as tensors: loaded once, kept on the device, indexed and augmented in batches.
+
+A data set is one file, ``<root>/<name>.safetensors``, with ``train_images`` (uint8, N×C×H×W), ``train_labels``,
+``test_images`` and ``test_labels``. Where it is missing, torchvision fetches the original and the file is written;
+``digits`` needs no file, it comes with scikit-learn.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+SPLITS = ("train_images", "train_labels", "test_images", "test_labels")
+TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}
+
+
+@dataclass
+class Images:
+    """A data set on a device: uint8 images N×C×H×W, integer labels, and the scale that standardises a channel."""
+
+    name: str
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+    def __post_init__(self) -> None:
+        channels = [c.float() / 255 for c in self.train_images.transpose(0, 1)]
+        shape = (1, len(channels), 1, 1)
+        self.mean = torch.stack([c.mean() for c in channels]).view(shape)
+        self.std = torch.stack([c.std() for c in channels]).view(shape)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height, width."""
+        channels, height, width = self.train_images.shape[1:]
+        return channels, height, width
+
+    @property
+    def classes(self) -> int:
+        """The number of classes."""
+        return int(self.train_labels.max()) + 1
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Network input: float, zero mean and unit variance in each channel over the training images."""
+        return (images.float() / 255 - self.mean) / self.std
+
+    def training_batches(self, batch_size: int, seed: int, epoch: int, augment: Augment) -> Iterator[tuple[Tensor, Tensor]]:
+        """Shuffled batches of one epoch, a function of ``(seed, epoch)`` alone; an incomplete last one is left out."""
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        order = torch.randperm(len(self.train_labels), generator=generator).to(self.train_labels.device)
+        for start in range(0, self.batches(batch_size) * batch_size, batch_size):
+            index = order[start : start + batch_size]
+            yield self.prepare(augment(self.train_images[index], generator)), self.train_labels[index]
+
+    def batches(self, batch_size: int) -> int:
+        """Training batches an epoch."""
+        return len(self.train_labels) // batch_size
+
+    def test_batches(self, batch_size: int = 1000) -> Iterator[tuple[Tensor, Tensor]]:
+        """The test set in order."""
+        for images, labels in zip(self.test_images.split(batch_size), self.test_labels.split(batch_size), strict=True):
+            yield self.prepare(images), labels
+
+
+@dataclass
+class Augment:
+    """Batched augmentation: shift each image by up to ``crop`` pixels (padded with zeros), ``flip`` half of them."""
+
+    crop: int = 0
+    flip: bool = False
+
+    def __post_init__(self) -> None:
+        if self.crop < 0:
+            raise ValueError(f"data.augment.crop={self.crop} must be >= 0")
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Augment a batch with numbers drawn on the CPU, so that all devices see the same."""
+        n, _, height, width = images.shape
+        device = images.device
+        if self.flip:
+            flipped = torch.rand(n, generator=generator).to(device) < 0.5
+            images = torch.where(flipped.view(-1, 1, 1, 1), images.flip(3), images)
+        if self.crop:
+            dy, dx = torch.randint(0, 2 * self.crop + 1, (2, n), generator=generator).to(device)
+            rows = (dy[:, None] + torch.arange(height, device=device))[:, None, :, None]
+            columns = (dx[:, None] + torch.arange(width, device=device))[:, None, None, :]
+            padded = F.pad(images, [self.crop] * 4)
+            sample = torch.arange(n, device=device).view(-1, 1, 1, 1)
+            channel = torch.arange(images.shape[1], device=device).view(1, -1, 1, 1)
+            images = padded[sample, channel, rows, columns]
+        return images
+
+
+def load(name: str, root: str | Path, device: torch.device | str = "cpu") -> Images:
+    """Load a data set, fetching it first where its file is missing.
+
+    Raises:
+        FileNotFoundError: it is missing and could not be fetched.
+        ValueError: its file is damaged, or there is no such data set.
+    """
+    if name == "digits":
+        tensors = _digits()
+    else:
+        path = Path(root) / f"{name}.safetensors"
+        if not path.exists():
+            _fetch(name, Path(root), path)
+        tensors = _read(name, path)
+    return Images(name, **{key: tensors[key].to(device) for key in SPLITS})
+
+
+def _read(name: str, path: Path) -> dict[str, Tensor]:
+    way_out = f"delete {path} and run again to fetch data set '{name}' anew"
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}); {way_out}") from None
+    missing = [key for key in SPLITS if key not in tensors]
+    if missing:
+        raise ValueError(f"{path} is damaged (no {', '.join(missing)}); {way_out}")
+    for split in ("train", "test"):
+        images, labels = tensors[f"{split}_images"], tensors[f"{split}_labels"]
+        if images.dtype != torch.uint8 or images.ndim != 4 or labels.shape != (len(images),) or not len(images):
+            raise ValueError(
+                f"{path} is damaged ({split}_images is {images.dtype} {tuple(images.shape)} and {split}_labels "
+                f"{tuple(labels.shape)}, not uint8 (N, C, H, W) and (N,)); {way_out}"
+            )
+        tensors[f"{split}_labels"] = labels.long()
+    return tensors
+
+
+def _fetch(name: str, root: Path, path: Path) -> None:
+    """Bring a data set through torchvision and keep it as one file."""
+    import torchvision
+
+    if name not in TORCHVISION:
+        raise FileNotFoundError(f"data set '{name}' is not at {path}, and only {', '.join(TORCHVISION)} can be fetched")
+    source = getattr(torchvision.datasets, TORCHVISION[name])
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with contextlib.redirect_stdout(io.StringIO()):
+            parts = [source(root, train=train, download=True) for train in (True, False)]
+    except Exception as error:
+        raise FileNotFoundError(
+            f"data set '{name}' is not at {path} and could not be downloaded ({_first_line(error)}). Connect to the "
+            f"network, put the file there, set data.root=<folder that holds it>, or use data=digits, which needs none"
+        ) from None
+    tensors: dict[str, Tensor] = {}
+    for split, part in zip(("train", "test"), parts, strict=True):
+        images = torch.as_tensor(part.data)
+        images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
+        tensors[f"{split}_images"] = images.contiguous()
+        tensors[f"{split}_labels"] = torch.as_tensor(part.targets, dtype=torch.uint8)
+    whole = path.with_suffix(f".{os.getpid()}.part")
+    save_file(tensors, whole)
+    whole.replace(path)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _digits() -> dict[str, Tensor]:
+    """scikit-learn's 1,797 handwritten digits, 8×8 resized to 28×28; a fifth of each class is held out."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32)[:, None] * (255 / 16)
+    images = F.interpolate(images, size=(28, 28), mode="bilinear", align_corners=False).round().to(torch.uint8)
+    train, test = train_test_split(range(len(images)), test_size=0.2, random_state=0, stratify=digits.target)
+    labels = torch.tensor(digits.target, dtype=torch.long)
+    return {
+        "train_images": images[train],
+        "train_labels": labels[train],
+        "test_images": images[test],
+        "test_labels": labels[test],
+    }

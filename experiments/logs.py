@@ -1,0 +1,163 @@
+"""Where a run's numbers go: the terminal, the run's folder, and W&B."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+
+class RunLog:
+    """Writes one run: a line an epoch on the terminal, ``metrics.jsonl``, and the same to W&B.
+
+    Args:
+        folder: the run's folder.
+        config: the resolved configuration, plain containers.
+        wandb_id: of an interrupted run that goes on.
+        history: what it has logged so far, one dict an epoch.
+    """
+
+    def __init__(self, folder: Path, config: dict[str, Any], wandb_id: str | None, history: list[dict[str, Any]]) -> None:
+        self.folder = folder
+        self.history = history
+        self._every = config["logger"]["every"]
+        self._epochs = config["epochs"]
+        self._wandb = _start_wandb(config, folder, wandb_id)
+        # Lines of an epoch that was not finished are dropped with it.
+        self._write_metrics()
+
+    @property
+    def wandb_id(self) -> str | None:
+        """The W&B run, if there is one."""
+        return self._wandb.id if self._wandb is not None else None
+
+    def batches(self, batches: Iterator[Any], total: int, epoch: int) -> Iterator[Any]:
+        """Go through the batches, with a progress bar where somebody watches a terminal."""
+        label = f"epoch {epoch}/{self._epochs}"
+        return iter(tqdm(batches, label, total, leave=False, unit="batch", disable=not sys.stderr.isatty()))
+
+    def step(self, step: int, loss: Tensor) -> None:
+        """Log a training loss to W&B now and then."""
+        if self._wandb is not None and step % self._every == 0:
+            self._wandb.log({"step": step, "train/loss": loss.item()})
+
+    def epoch(self, metrics: dict[str, Any]) -> None:
+        """Log one epoch."""
+        self.history.append(metrics)
+        self._write_metrics()
+        print(
+            f"epoch {metrics['epoch']:>{len(str(self._epochs))}}/{self._epochs}   train loss {metrics['train_loss']:.4f}"
+            f"   test accuracy {metrics['test_accuracy']:7.2%}   {metrics['images_per_second']:,.0f} images/s",
+            flush=True,
+        )
+        if self._wandb is not None:
+            names = {"train_loss": "train/epoch_loss", "test_loss": "test/loss", "test_accuracy": "test/accuracy"}
+            self._wandb.log({names.get(name, name): value for name, value in metrics.items()})
+
+    def finish(self, summary: dict[str, Any], coverage: dict[str, str], pictures: list[Path]) -> None:
+        """Write the summary, show it, and close W&B."""
+        write_json(self.folder / "summary.json", summary)
+        by_rule: dict[str, list[str]] = {}
+        for parameter, rule in coverage.items():
+            by_rule.setdefault(rule, []).append(parameter)
+        print("\nwhat trains what")
+        for rule, parameters in by_rule.items():
+            print(f"  {rule:<28} {', '.join(parameters)}")
+        print(
+            f"\ntest accuracy {summary['test_accuracy']:.2%} (best {summary['best_test_accuracy']:.2%}) after "
+            f"{summary['epochs']} epochs, {summary['seconds']:.0f} s, {summary['forward_passes']:,} forward passes"
+        )
+        print(f"everything is in {self.folder}")
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.summary.update(summary)
+            self._wandb.log({f"pictures/{p.stem}": wandb.Image(str(p)) for p in pictures})
+            offline, run_dir = self._wandb.settings._offline, Path(self._wandb.dir).parent
+            self._wandb.finish()
+            if offline:
+                folder = os.path.relpath(run_dir)
+                print(f"W&B is offline: see this run with `wandb leet {folder}`, upload it with `wandb sync {folder}`")
+        self._wandb = None
+
+    def close(self) -> None:
+        """Close W&B after an error."""
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=1)
+            self._wandb = None
+
+    def _write_metrics(self) -> None:
+        write_whole(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.history))
+
+
+def _start_wandb(config: dict[str, Any], folder: Path, run_id: str | None) -> Any:
+    logger = config["logger"]
+    modes = ("auto", "online", "offline", "disabled")
+    if logger["mode"] not in modes:
+        raise ValueError(f"logger.mode={logger['mode']} must be one of {', '.join(modes)}")
+    if logger["mode"] == "disabled":
+        return None
+    import wandb
+
+    mode = logger["mode"]
+    if mode == "auto":
+        mode = "online" if _logged_in() else "offline"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of W&B's own dependencies
+        run = wandb.init(
+            project=logger["project"],
+            entity=logger["entity"],
+            dir=logger["dir"],
+            name=folder.name,
+            group=f"{config['optimizer']['name']}-{config['model']['name']}-{config['data']['name']}",
+            config=config,
+            mode=mode,
+            id=run_id,
+            resume="allow",
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+    run.define_metric("train/loss", step_metric="step")
+    for metric in ("train/epoch_loss", "test/*", "images_per_second"):
+        run.define_metric(metric, step_metric="epoch")
+    run.define_metric("test/accuracy", summary="max", step_metric="epoch")
+    return run
+
+
+def _logged_in() -> bool:
+    """Whether W&B knows an account, without a prompt and without a word."""
+    import wandb
+
+    try:
+        wandb.setup(settings=wandb.Settings(silent=True))
+        return bool(wandb.login(prompt=False))
+    except Exception:
+        return False
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak memory in bytes: of the GPU's allocator, or of the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    write_whole(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file, whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    part.replace(path)

@@ -1,0 +1,65 @@
+"""Pictures of a run: its curves, and what the first layer has come to look for."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from torch import Tensor, nn
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+def curves(history: list[dict[str, Any]], title: str, path: Path) -> Path:
+    """Training loss and test accuracy against epochs."""
+    epochs = [line["epoch"] for line in history]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    figure.suptitle(title)
+    left.plot(epochs, [line["train_loss"] for line in history], marker=".", label="train")
+    left.plot(epochs, [line["test_loss"] for line in history], marker=".", label="test")
+    left.set(xlabel="epoch", ylabel="loss", yscale="log")
+    left.legend(frameon=False)
+    accuracies = [100 * line["test_accuracy"] for line in history]
+    right.plot(epochs, accuracies, marker=".", color="tab:green")
+    right.annotate(f"{accuracies[-1]:.2f} %", (epochs[-1], accuracies[-1]), xytext=(-4, -14), textcoords="offset points",
+                   ha="right")
+    right.set(xlabel="epoch", ylabel="test accuracy (%)")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
+def receptive_fields(model: nn.Module, shape: tuple[int, int, int], title: str, path: Path, most: int = 64) -> Path | None:
+    """The weights of the first layer that sees the image, one tile a neuron, each on a scale of its own."""
+    weight = next((p for p in model.parameters() if p.ndim > 1), None)
+    if weight is None:
+        return None
+    fields = weight.detach().float().cpu()
+    if fields.ndim == 2 and fields.shape[1] == math.prod(shape):
+        fields = fields.view(-1, *shape)
+    if fields.ndim != 4 or fields.shape[1] != shape[0]:
+        return None
+    fields = fields[:most]
+    columns = math.ceil(math.sqrt(len(fields)))
+    rows = math.ceil(len(fields) / columns)
+    figure, grid = plt.subplots(rows, columns, figsize=(0.6 * columns, 0.6 * rows + 0.5), squeeze=False)
+    figure.suptitle(title, fontsize=9)
+    for axes in grid.flat:
+        axes.axis("off")
+    for axes, field in zip(grid.flat, fields, strict=False):
+        axes.imshow(_image(field), cmap="RdBu_r", vmin=-1, vmax=1)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
+def _image(field: Tensor) -> Any:
+    """Grey level (or colour) 0 in the middle of the scale."""
+    field = field / field.abs().max().clamp(min=1e-12)
+    return (field + 1).div(2).permute(1, 2, 0).numpy() if len(field) == 3 else field.mean(0).numpy()
