@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -54,9 +55,14 @@ class Mixed(Optimizer):
                     raise ValueError(f"Mixed: {owners[p]} and {name} train the same parameter of shape {tuple(p.shape)}")
                 owners[p] = name
         self.optimizers = optimizers
+        self._norms: WeakKeyDictionary[nn.Module, None] = WeakKeyDictionary()
         self._closure_needs_grad = False
         self._traced = False
-        super().__init__([{"params": list(owners)}], {})
+        for rule in self._rules():
+            self._norms.update(rule._norms)
+        # What all members know by default: schedulers look for `momentum` there.
+        common = set.intersection(*(set(member.defaults) for member in optimizers))
+        super().__init__([{"params": list(owners)}], {name: optimizers[0].defaults[name] for name in common})
         self._link()
 
     def _link(self) -> None:
@@ -85,7 +91,7 @@ class Mixed(Optimizer):
                     grads |= member._collect() if isinstance(member, LearningRule) else _grads(member)
                 own_states: dict[LearningRule, dict[str, int]] = {}
             else:
-                probe = Probe(closure, self._trained(), self._closure_needs_grad)
+                probe = Probe(closure, self._trained(), self._closure_needs_grad, self._norms)
                 try:
                     with torch.no_grad():
                         loss, grads, own_states = probe.run("Mixed", self._estimate)
@@ -181,13 +187,14 @@ class Mixed(Optimizer):
                 rule._recorder.trace = not self._traced
             by_gradient = [p for m in plain for p in _params(m)] + [p for r in synaptic for p in r.readout_parameters()]
             loss = probe(grad=bool(by_gradient))
+            require_finite("Mixed", "the loss", [loss.detach()])
             backward_where_missing(loss, by_gradient)
             self._check_reached(plain, synaptic)
             losses.append(loss.detach())
             for member in plain:
                 grads |= _grads(member)
             for rule in synaptic:
-                grads |= rule._collect(losses[0])
+                grads |= rule._collect()
             for p in self._trained():  # out of reach of the next evaluation's zero_grad and backward
                 p.grad = None
         for rule in several:

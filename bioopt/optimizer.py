@@ -14,6 +14,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, TypeAlias, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -112,6 +113,7 @@ class LearningRule(Optimizer, ABC):
         self.process_group = process_group
         self._recorder = Recorder()
         self._modules: list[tuple[str, nn.Module]] = []
+        self._norms: WeakKeyDictionary[nn.Module, None] = WeakKeyDictionary()
         self._closure_needs_grad = False  # an ordinary closure was given: its backward() must not fail
         self._check(defaults)
         try:
@@ -168,7 +170,7 @@ class LearningRule(Optimizer, ABC):
             if closure is None:
                 grads, own_state = self._collect(), self._own_state
             else:
-                probe = Probe(closure, self._trained(), self._closure_needs_grad)
+                probe = Probe(closure, self._trained(), self._closure_needs_grad, self._norms)
                 try:
                     with torch.no_grad():
                         loss, grads, own_state = probe.run(type(self).__name__, self._estimate)
@@ -200,6 +202,7 @@ class LearningRule(Optimizer, ABC):
             synapse.group = len(self.param_groups) - 1
             self._recorder.watch(synapse)
         self._modules += modules
+        self._norms.update({m: None for _, module in modules for m in module.modules() if isinstance(m, _NormBase)})
 
     def coverage(self, model: nn.Module | None = None) -> dict[str, str]:
         """Which rule trains each parameter: its name -> the rule's name, or ``"frozen"``.
@@ -298,10 +301,19 @@ class Probe:
         closure: runs the model and returns the loss.
         params: the parameters it depends on, for their devices.
         always_grad: whether the closure is known to call ``backward()`` in any case.
+        norms: the batch-norm layers known so far; those that are found are added. (A compiled model shows them
+            only while it is compiled.)
     """
 
-    def __init__(self, closure: Closure, params: Iterable[Tensor], always_grad: bool = False) -> None:
+    def __init__(
+        self,
+        closure: Closure,
+        params: Iterable[Tensor],
+        always_grad: bool = False,
+        norms: WeakKeyDictionary[nn.Module, None] | None = None,
+    ) -> None:
         self.always_grad = always_grad
+        self._norms = WeakKeyDictionary() if norms is None else norms
         self.returns_tensor = True
         self._closure = closure
         self._devices = sorted({p.device for p in params if p.device.type != "cpu"}, key=str)
@@ -313,7 +325,9 @@ class Probe:
     def __call__(self, *, grad: bool = False) -> Tensor:
         """Evaluate once; with ``grad`` the value keeps its graph, otherwise none is built if the closure allows."""
         self._restart_random()
-        if self._count == 1:
+        if self._count == 0:
+            self._before = {m: _statistics(m) for m in self._norms if m.training}
+        elif self._count == 1:
             self._after = {m: _statistics(m) for m in self._before}
         torch.clear_autocast_cache()  # or all evaluations would share one half-precision copy of the weights
         watch = nn.modules.module.register_module_forward_pre_hook(self._remember) if self._count == 0 else None
@@ -341,7 +355,7 @@ class Probe:
         except _NoGraph:
             _restore(self._before)
         self.always_grad, self._count = True, 0
-        self._before, self._after = {}, {}
+        self._after = {}
         result = estimate(self)
         warnings.warn(
             f"{rule} needs no backward pass, but the closure calls backward(). To save it, write: "
@@ -373,6 +387,7 @@ class Probe:
     def _remember(self, module: nn.Module, args: Any) -> None:
         if isinstance(module, _NormBase) and module.training and module not in self._before:
             self._before[module] = _statistics(module)
+            self._norms[module] = None
 
 
 def unhooked_step(optimizer: Optimizer) -> None:

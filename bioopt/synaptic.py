@@ -244,7 +244,8 @@ def backward_where_missing(losses: Tensor, params: list[Tensor]) -> None:
     """Send the mean loss backward, if the closure has not done so itself."""
     if losses.requires_grad and all(p.grad is None for p in params):
         # No graph leads there when the closure's own backward freed it; then a gradient has arrived.
-        torch.autograd.backward(losses.mean(), inputs=[p for p in params if p.requires_grad])
+        with torch.enable_grad():
+            torch.autograd.backward(losses.mean(), inputs=[p for p in params if p.requires_grad])
 
 
 def _choose_readout(rule: str, synapses: list[Synapse], wanted: str | nn.Module | None) -> Synapse:

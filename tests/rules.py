@@ -1,0 +1,107 @@
+"""The table that enrols every rule of `bioopt.__all__` in every contract test, and the small things tests share."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import bioopt
+from bioopt.synaptic import SynapticRule
+
+RULES = [
+    rule
+    for rule in (getattr(bioopt, name) for name in bioopt.__all__)
+    if inspect.isclass(rule) and issubclass(rule, bioopt.LearningRule) and not inspect.isabstract(rule)
+]
+ONE_PASS = [rule for rule in RULES if issubclass(rule, SynapticRule)]
+SEVERAL_PASSES = [rule for rule in RULES if rule not in ONE_PASS]
+# What a signature requires besides params and lr.
+REQUIRED = {"sigma": 1e-2}
+
+
+def make(rule: type, params: Any, lr: float = 0.01, **options: Any) -> bioopt.LearningRule:
+    """Build a rule with whatever its signature requires."""
+    for name, parameter in inspect.signature(rule).parameters.items():
+        if parameter.kind == parameter.KEYWORD_ONLY and parameter.default is parameter.empty:
+            options.setdefault(name, REQUIRED[name])
+    return rule(params, lr, **options)
+
+
+def cnn(seed: int = 0, dropout: float = 0.2) -> nn.Sequential:
+    """All that may trouble a rule: in-place activation, batch norm with affine, dropout, bias."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Conv2d(2, 6, 3, padding=1),
+            nn.BatchNorm2d(6),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(2),
+            nn.Conv2d(6, 8, 3, bias=False),
+            nn.ReLU(inplace=True),
+            nn.Flatten(),
+            nn.Dropout(dropout),
+            nn.Linear(32, 5),
+        )
+
+
+def mlp(seed: int = 0, sizes: tuple[int, ...] = (6, 5, 4), dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        layers: list[nn.Module] = []
+        for a, b in zip(sizes, sizes[1:], strict=False):
+            layers += [nn.Linear(a, b), nn.Tanh()]
+        return nn.Sequential(*layers[:-1]).to(dtype)
+
+
+def batch(seed: int = 0, n: int = 10) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 2, 8, 8, generator=generator), torch.randint(5, (n,), generator=generator)
+
+
+def per_sample(optimizer: Any, model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
+    """The better form of a closure."""
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        losses = F.cross_entropy(model(x), y, reduction="none")
+        if losses.requires_grad:
+            losses.mean().backward()
+        return losses
+
+    return closure
+
+
+def ordinary(optimizer: Any, model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
+    """torch's ordinary closure."""
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def steps(optimizer: Any, model: nn.Module, count: int, first: int = 0) -> Any:
+    loss = None
+    for i in range(first, first + count):
+        loss = optimizer.step(per_sample(optimizer, model, *batch(i)))
+    return loss
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def same(left: list[Tensor], right: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())

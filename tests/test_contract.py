@@ -1,0 +1,574 @@
+"""What every rule owes its user, whatever it computes."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import inspect
+import io
+import math
+import pickle
+import warnings
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim.swa_utils import AveragedModel
+
+import bioopt
+
+from .rules import (
+    ONE_PASS,
+    RULES,
+    SEVERAL_PASSES,
+    batch,
+    cnn,
+    hooks,
+    make,
+    mlp,
+    ordinary,
+    per_sample,
+    same,
+    steps,
+    weights,
+)
+
+every_rule = pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+
+
+def many(rule: type) -> dict[str, int]:
+    """Enough for a rule that visits single weights to reach every layer."""
+    return {"coordinates": 400} if "coordinates" in inspect.signature(rule).parameters else {}
+
+
+def mixed(model: nn.Sequential, lr: float = 0.01, descent: type = torch.optim.SGD, **options: Any) -> bioopt.Mixed:
+    rule = bioopt.Hebbian(model[:5], lr, readout=None, descent=descent, **options)
+    return bioopt.Mixed(rule, descent(model[5:].parameters(), lr, **options))
+
+
+every_optimizer = pytest.mark.parametrize(
+    "build",
+    [*[pytest.param(lambda model, rule=rule, **kw: make(rule, model, **kw), id=rule.__name__) for rule in RULES],
+     pytest.param(mixed, id="Mixed")],
+)  # fmt: skip
+
+
+@every_rule
+def test_hyperparameters_out_of_range_are_named(rule: type) -> None:
+    for lr in (-1.0, float("nan"), "fast"):
+        with pytest.raises(ValueError, match=rf"{rule.__name__}: lr=.* must be"):
+            make(rule, cnn(), lr=lr)
+    for name in rule.constraints:
+        with pytest.raises(ValueError, match=rf"{rule.__name__}: {name}=-1 must be"):
+            make(rule, cnn(), **{name: -1})
+    with pytest.raises(ValueError, match="lr=-2"):  # in a group, too
+        make(rule, [{"params": cnn(), "lr": -2}])
+    with pytest.raises(TypeError, match="bogus"):
+        make(rule, cnn(), bogus=1)
+    with pytest.raises(TypeError, match=r"torch.*Tensor"):
+        make(rule, torch.zeros(3))
+    with pytest.raises(ValueError, match="empty"):
+        make(rule, [])
+
+
+@every_optimizer
+def test_learns_something_and_returns_the_loss_of_each_sample(build) -> None:
+    model = cnn()
+    optimizer = build(model)
+    before = weights(model)
+    loss = steps(optimizer, model, 3)
+    assert loss.shape == (10,)
+    assert not loss.requires_grad
+    assert not same(before, weights(model))
+    covered = optimizer.coverage(model)
+    assert list(covered) == [name for name, _ in model.named_parameters()]
+    for (name, p), old in zip(model.named_parameters(), before, strict=True):
+        # `frozen` means it: not a bit has moved.
+        assert torch.equal(p, old) or covered[name] != "frozen", name
+
+
+@every_rule
+def test_groups_have_their_own_learning_rate(rule: type) -> None:
+    model = cnn()
+    optimizer = make(rule, [{"params": model[:4], "lr": 0.0}, {"params": model[4:], "lr": 0.01}], **many(rule))
+    before = weights(model)
+    steps(optimizer, model, 2)
+    assert torch.equal(model[0].weight, before[0])
+    assert not torch.equal(model[4].weight, before[4])
+    assert [g["lr"] for g in optimizer.param_groups][:2] == [0.0, 0.01]
+
+
+@every_rule
+def test_estimate_and_descend_are_a_step(rule: type) -> None:
+    one, two = cnn(), cnn()
+    first, second = make(rule, one, momentum=0.9), make(rule, two, momentum=0.9)
+    for i in range(3):
+        torch.manual_seed(i)
+        a = first.step(per_sample(first, one, *batch(i)))
+        torch.manual_seed(i)
+        before = weights(two)
+        b = second.estimate(per_sample(second, two, *batch(i)))
+        assert same(before, weights(two))
+        second.descend()
+        assert torch.equal(a, b)
+    assert same(weights(one), weights(two))
+
+
+@every_rule
+@pytest.mark.parametrize(
+    ("descent", "options"),
+    [(torch.optim.Adam, {"betas": (0.8, 0.9)}), (torch.optim.AdamW, {"weight_decay": 0.1}), (torch.optim.Adagrad, {}),
+     (torch.optim.RMSprop, {"momentum": 0.5})],
+)  # fmt: skip
+def test_descent_is_the_optimizer_itself(rule: type, descent: type, options: dict) -> None:
+    """The rule's `.grad`, given to the plain optimizer on a copy, makes the same step."""
+    model, twin = cnn(), cnn()
+    optimizer = make(rule, model, descent=descent, **options)
+    names = {p: name for name, p in model.named_parameters()}
+    trained = [dict(twin.named_parameters())[names[p]] for g in optimizer.param_groups for p in g["params"]]
+    plain = descent(trained, lr=0.01, **options)
+    for i in range(3):
+        optimizer.estimate(per_sample(optimizer, model, *batch(i)))
+        for p, q in zip((p for g in optimizer.param_groups for p in g["params"]), trained, strict=True):
+            q.grad = None if p.grad is None else p.grad.clone()
+        optimizer.descend()
+        plain.step()
+        assert same(weights(model), weights(twin))
+
+
+@every_optimizer
+@pytest.mark.parametrize("schedule", [lambda o: CosineAnnealingLR(o, 4), lambda o: OneCycleLR(o, 0.1, total_steps=8)])
+def test_schedulers(build, schedule) -> None:
+    model = cnn()
+    optimizer = build(model, momentum=0.9)
+    scheduler = schedule(optimizer)
+    rates = []
+    for i in range(4):
+        optimizer.step(per_sample(optimizer, model, *batch(i)))
+        scheduler.step()
+        rates.append(optimizer.param_groups[0]["lr"])
+        assert [g["lr"] for g in optimizer.param_groups] == scheduler.get_last_lr()
+    assert len(set(rates)) == 4
+
+
+@every_optimizer
+@pytest.mark.parametrize("descent", [torch.optim.SGD, torch.optim.Adam])
+def test_goes_on_bit_for_bit_from_a_checkpoint(build, descent) -> None:
+    whole, options = cnn(dropout=0.0), {"descent": descent} | ({"momentum": 0.9} if descent is torch.optim.SGD else {})
+    reference = build(whole, **options)
+    steps(reference, whole, 6)
+
+    model = cnn(dropout=0.0)
+    optimizer = build(model, **options)
+    steps(optimizer, model, 3)
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    kept = optimizer.state_dict()
+    kept_rule = copy.deepcopy(kept)
+    steps(optimizer, model, 1, first=3)
+    if not isinstance(optimizer, bioopt.Mixed):
+        assert kept["state"].get("rule") == kept_rule["state"].get("rule")  # a state_dict does not change afterwards
+
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    model = cnn(seed=7, dropout=0.0)
+    optimizer = build(model, **options)
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    steps(optimizer, model, 3, first=3)
+    assert same(weights(whole), weights(model))
+
+
+@every_optimizer
+def test_the_model_can_be_copied_and_pickled_while_watched(build) -> None:
+    model = cnn(dropout=0.0)
+    optimizer = build(model)
+    steps(optimizer, model, 1)
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), AveragedModel(model).module]
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    copies.append(torch.load(file, weights_only=False))
+    x, y = batch()
+    for other in copies:
+        loss = F.cross_entropy(other(x), y)  # in training mode: nothing watches the copy, so gradients reach its start
+        loss.backward()
+        assert other[0].weight.grad.abs().sum() > 0
+    before = [weights(other) for other in copies]
+    steps(optimizer, model, 1)
+    assert all(same(old, weights(other)) for old, other in zip(before, copies, strict=True))
+    with pytest.raises(TypeError, match="load_state_dict"):
+        copy.deepcopy(optimizer)
+    with pytest.raises(TypeError, match="load_state_dict"):
+        pickle.dumps(optimizer)
+
+
+@every_optimizer
+def test_step_hooks_fire_once(build) -> None:
+    model = cnn()
+    optimizer = build(model)
+    fired: list[str] = []
+    handles = [
+        optimizer.register_step_pre_hook(lambda *_: fired.append("pre")),
+        optimizer.register_step_post_hook(lambda *_: fired.append("post")),
+        register_optimizer_step_pre_hook(lambda *_: fired.append("every pre")),
+        register_optimizer_step_post_hook(lambda *_: fired.append("every post")),
+    ]
+    try:
+        steps(optimizer, model, 1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert sorted(fired) == ["every post", "every pre", "post", "pre"]
+
+
+@every_rule
+def test_a_group_can_be_added(rule: type) -> None:
+    model = cnn()
+    options = {"readout": None} if rule in ONE_PASS else {}
+    optimizer = make(rule, model[:4], **options, **many(rule))
+    assert optimizer.coverage(model)["4.weight"] == "frozen"
+    with pytest.raises(ValueError, match="lr=-1"):
+        optimizer.add_param_group({"params": model[4:], "lr": -1})
+    assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": model[4:], "lr": 0.02})
+    before = weights(model)
+    steps(optimizer, model, 1)
+    assert optimizer.coverage(model)["4.weight"] == rule.__name__
+    assert not torch.equal(before[4], model[4].weight)
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        optimizer.add_param_group({"params": model[4]})
+    assert hooks(model) in (0, 2 * 3)  # the refused group left none
+
+
+@every_optimizer
+def test_validation_between_two_steps_changes_nothing(build) -> None:
+    one, two = cnn(dropout=0.0), cnn(dropout=0.0)
+    first, second = build(one), build(two)
+    for i in range(3):
+        steps(first, one, 1, first=i)
+        steps(second, two, 1, first=i)
+        two.eval()
+        x, y = batch(100 + i)
+        with torch.no_grad():
+            two(x)
+        with torch.inference_mode():
+            two(x)
+        F.cross_entropy(two(x), y).backward()  # a full gradient, as if nothing watched
+        assert two[0].weight.grad.abs().sum() > 0
+        two.train()
+    assert same(weights(one), weights(two))
+
+
+@every_optimizer
+def test_an_ordinary_closure_warns_once_and_works(build) -> None:
+    model = cnn()
+    optimizer = build(model)
+    needs_backward = isinstance(optimizer, bioopt.Mixed) or type(optimizer) in ONE_PASS
+    before = weights(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for i in range(3):
+            loss = optimizer.step(ordinary(optimizer, model, *batch(i)))
+    assert loss.ndim == 0
+    assert len(caught) == (0 if needs_backward else 1)
+    if caught:
+        assert "if loss.requires_grad: loss.backward()" in str(caught[0].message)
+        assert caught[0].filename == __file__  # points at the user's line
+    assert not same(before, weights(model))
+    assert model[1].num_batches_tracked == 3
+
+
+@pytest.mark.parametrize("rule", ONE_PASS, ids=lambda rule: rule.__name__)
+@pytest.mark.parametrize("readout", ["delta", None])
+def test_the_three_loops_agree(rule: type, readout: str | None) -> None:
+    """Ordinary closure, per-sample closure and the classic loop, wherever zero_grad stands in it."""
+
+    def classic(optimizer, model, x, y, place) -> None:
+        if place == "start":
+            optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        if place == "middle":
+            optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if place == "end":
+            optimizer.zero_grad()
+
+    results = []
+    for form in ("ordinary", "per sample", "bare", "start", "middle", "end"):
+        model = cnn(dropout=0.0)
+        optimizer = make(rule, model, readout=readout)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*needs no backward.*")
+            for i in range(3):
+                x, y = batch(i)
+                if form == "ordinary":
+                    optimizer.step(ordinary(optimizer, model, x, y))
+                elif form == "per sample":
+                    optimizer.step(per_sample(optimizer, model, x, y))
+                elif form == "bare":  # the closure leaves the backward pass to the rule
+                    optimizer.step(lambda model=model, x=x, y=y: F.cross_entropy(model(x), y))
+                else:
+                    classic(optimizer, model, x, y, form)
+        results.append(weights(model))
+    for result in results[1:]:
+        for a, b in zip(results[0], result, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", SEVERAL_PASSES, ids=lambda rule: rule.__name__)
+def test_rules_of_several_passes_ask_for_a_closure(rule: type) -> None:
+    model = cnn()
+    optimizer = make(rule, model)
+    F.cross_entropy(model(batch()[0]), batch()[1]).backward()
+    before = weights(model)
+    with pytest.raises(RuntimeError, match=rf"{rule.__name__}.*optimizer.step\(closure\)"):
+        optimizer.step()
+    assert same(before, weights(model))
+
+
+@pytest.mark.parametrize("rule", ONE_PASS, ids=lambda rule: rule.__name__)
+def test_a_step_without_a_forward_pass_is_refused(rule: type) -> None:
+    model = cnn()
+    optimizer = make(rule, model)
+    with pytest.raises(RuntimeError, match="no synapse has fired"):
+        optimizer.step()
+    steps(optimizer, model, 1)
+    with pytest.raises(RuntimeError, match="no synapse has fired"):
+        optimizer.step()  # the pass before has been used up
+    model.eval()
+    model(batch()[0])
+    with pytest.raises(RuntimeError, match=r"model\.train\(\)"):
+        optimizer.step()
+
+
+@every_rule
+def test_a_closure_may_return_a_number(rule: type) -> None:
+    model = cnn()
+    optimizer = make(rule, model, **({"readout": None} if rule in ONE_PASS else {}))
+    loss = optimizer.step(lambda: F.cross_entropy(model(batch()[0]), batch()[1]).item())
+    assert isinstance(loss, float)
+    with pytest.raises(RuntimeError, match="returned None"):
+        optimizer.step(lambda: None)
+
+
+@every_optimizer
+def test_repr(build) -> None:
+    optimizer = build(cnn())
+    assert repr(optimizer).startswith(type(optimizer).__name__ + " (\nParameter Group 0")
+    assert "lr: 0.01" in repr(optimizer)
+
+
+@every_optimizer
+def test_no_memory_growth(build) -> None:
+    def alive() -> int:
+        gc.collect()
+        return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
+
+    model = cnn()
+    optimizer = build(model)
+    steps(optimizer, model, 3)
+    for p in model.parameters():
+        p.grad = None
+    before = alive()
+    steps(optimizer, model, 200)
+    for p in model.parameters():
+        p.grad = None
+    assert alive() <= before
+    # Forward passes that no step follows do not pile up either.
+    x, _ = batch()
+    model(x)
+    before = alive()
+    for _ in range(20):
+        model(x)
+    assert alive() <= before
+
+
+@every_optimizer
+@pytest.mark.parametrize("form", [per_sample, ordinary])
+@pytest.mark.filterwarnings("ignore:.*needs no backward")
+def test_random_state_and_batch_norm_stand_as_after_one_evaluation(build, form) -> None:
+    model, twin = cnn(), cnn()
+    optimizer = build(model)
+    torch.manual_seed(3)
+    twin(batch()[0])
+    after_one = torch.get_rng_state()
+    torch.manual_seed(3)
+    optimizer.step(form(optimizer, model, *batch()))
+    assert torch.equal(torch.get_rng_state(), after_one)
+    assert model[1].num_batches_tracked == 1
+    if type(optimizer) not in (bioopt.WeightPerturbation, bioopt.SerialPerturbation):  # their first probe is perturbed
+        assert torch.equal(model[1].running_mean, twin[1].running_mean)
+
+
+@every_rule
+def test_all_evaluations_of_a_step_see_the_same_dropout_masks(rule: type) -> None:
+    seen: list[torch.Tensor] = []
+    model = nn.Sequential(nn.Linear(4, 50), nn.Dropout(0.5), nn.Linear(50, 3))
+    model[1].register_forward_hook(lambda m, args, out: seen.append(out.detach() == 0))
+    optimizer = make(rule, model, readout_lr=0.1) if rule in ONE_PASS else make(rule, model)
+    optimizer.step(lambda: F.cross_entropy(model(torch.ones(6, 4)), torch.zeros(6, dtype=torch.long), reduction="none"))
+    assert all(torch.equal(mask, seen[0]) for mask in seen)
+    assert len(seen) >= (1 if rule in ONE_PASS else 2)
+
+
+@every_optimizer
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_closure_that_raises_changes_nothing(build, failing: int) -> None:
+    model = cnn()
+    optimizer = build(model)
+    steps(optimizer, model, 2)
+    before, state = weights(model), copy.deepcopy(optimizer.state_dict())
+    calls = 0
+
+    def closure() -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        losses = per_sample(optimizer, model, *batch())()
+        if calls == failing:
+            raise KeyError("the user's own")
+        return losses
+
+    grad_mode = torch.is_grad_enabled()
+    if failing == 2 and (isinstance(optimizer, bioopt.Mixed) or type(optimizer) in ONE_PASS):
+        optimizer.step(closure)  # one evaluation
+        assert calls == 1
+        return
+    with pytest.raises(KeyError):
+        optimizer.step(closure)
+    assert calls == failing
+    assert torch.is_grad_enabled() == grad_mode
+    assert same(before, weights(model))
+    assert equal_state(state, optimizer.state_dict())
+    steps(optimizer, model, 1)  # and it goes on
+
+
+@every_optimizer
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_non_finite_loss_changes_nothing(build, value: float) -> None:
+    model = cnn()
+    optimizer = build(model)
+    steps(optimizer, model, 2)
+    before, state = weights(model), copy.deepcopy(optimizer.state_dict())
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        losses = F.cross_entropy(model(batch()[0]), batch()[1], reduction="none") + value
+        if losses.requires_grad:
+            losses.mean().backward()
+        return losses
+
+    with pytest.raises(RuntimeError, match=rf"{type(optimizer).__name__}: the loss is (nan|infinite); nothing was changed"):
+        optimizer.step(closure)
+    assert same(before, weights(model))
+    assert equal_state(state, optimizer.state_dict())
+
+
+@every_rule
+def test_frozen_parameters_stay(rule: type) -> None:
+    model = cnn()
+    model[0].requires_grad_(False)
+    optimizer = make(rule, model, **many(rule))
+    before = weights(model)
+    steps(optimizer, model, 2)
+    assert same(before[:2], weights(model)[:2])
+    assert optimizer.coverage(model)["0.weight"] == "frozen"
+
+
+@every_optimizer
+def test_hooks_go_with_close_and_with_the_optimizer(build) -> None:
+    model = cnn()
+    optimizer = build(model)
+    optimizer.close()
+    assert hooks(model) == 0
+    optimizer = build(model)
+    steps(optimizer, model, 1)
+    del optimizer
+    gc.collect()
+    assert hooks(model) == 0
+
+
+@every_rule
+def test_no_global_hook_stays(rule: type) -> None:
+    model = cnn()
+    steps(make(rule, model), model, 1)
+    assert not torch.nn.modules.module._has_any_global_hook()
+
+
+@every_optimizer
+def test_lightning_calls_with_a_keyword(build) -> None:
+    model = cnn()
+    optimizer = build(model)
+    assert optimizer.step(closure=per_sample(optimizer, model, *batch())).shape == (10,)
+
+
+@every_rule
+def test_bf16_autocast_inside_and_around_the_closure(rule: type) -> None:
+    results = []
+    for around in (False, True):
+        model = cnn(dropout=0.0)
+        optimizer = make(rule, model, **({"sigma": 0.1} if rule in SEVERAL_PASSES else {}), **many(rule))
+
+        def closure(model=model, optimizer=optimizer, around=around) -> torch.Tensor:
+            optimizer.zero_grad()
+            with nullcontext() if around else torch.autocast("cpu", torch.bfloat16):
+                losses = F.cross_entropy(model(batch()[0]).float(), batch()[1], reduction="none")
+            if losses.requires_grad:
+                losses.mean().backward()
+            return losses
+
+        before = weights(model)
+        with torch.autocast("cpu", torch.bfloat16, enabled=around):
+            with torch.no_grad():
+                model.eval()(batch()[0])  # leaves half-precision copies of the weights behind, without a graph
+            model.train()
+            optimizer.step(closure)
+        assert not torch.equal(before[0], model[0].weight)
+        results.append(weights(model))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@every_rule
+def test_bf16_parameters(rule: type) -> None:
+    model = mlp(dtype=torch.bfloat16)
+    optimizer = make(rule, model, lr=0.1, **({"sigma": 0.1} if rule in SEVERAL_PASSES else {}))
+    x, y = torch.randn(8, 6, dtype=torch.bfloat16), torch.randint(4, (8,))
+    before = weights(model)
+    optimizer.step(lambda: F.cross_entropy(model(x).float(), y, reduction="none"))
+    assert not same(before, weights(model))
+
+
+@every_rule
+def test_compiled_models(rule: type) -> None:
+    """Hooks that are there before the first compiled call fire in it."""
+    plain, other = cnn(dropout=0.0), cnn(dropout=0.0)
+    first, second = make(rule, plain), make(rule, other)
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, about graph breaks
+        compiled = torch.compile(other, backend="aot_eager")
+        for i in range(3):
+            a = first.step(per_sample(first, plain, *batch(i)))
+            b = second.step(per_sample(second, compiled, *batch(i)))
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    for p, q in zip(weights(plain), weights(other), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+    assert other[1].num_batches_tracked == 3
+    torch.testing.assert_close(plain[1].running_mean, other[1].running_mean)
+
+
+def equal_state(left: object, right: object) -> bool:
+    if isinstance(left, torch.Tensor):
+        return isinstance(right, torch.Tensor) and torch.equal(left, right)
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(equal_state(left[k], right[k]) for k in left)
+    if isinstance(left, list | tuple):
+        return len(left) == len(right) and all(equal_state(a, b) for a, b in zip(left, right, strict=True))
+    return left == right
