@@ -33,25 +33,28 @@ class Hebbian(SynapticRule):
     r"""Competitive Hebbian plasticity: neurons compete for each event, and winners move towards what they saw.
 
     .. math::
-        y = \mathrm{softmax}(t\,u), \qquad
-        \Delta w_k = \langle\, y_k\,(x - u_k\,w_k) \,\rangle, \qquad
-        w_k \leftarrow w_k + \mathrm{lr}\,\Delta w_k
+        y_k = \frac{\exp(t\,u_k / \lVert w_k\rVert)}{\sum_j \exp(t\,u_j / \lVert w_j\rVert)}, \qquad
+        \Delta w_k = \langle\, y_k\,(x - u_k\,w_k') \,\rangle, \qquad
+        w_k' = w_k + \mathrm{lr}\,\Delta w_k
 
     with presynaptic activity :math:`x`, postsynaptic activity :math:`u = Wx + b`, inverse temperature :math:`t`, and
     the mean :math:`\langle\cdot\rangle` over *events* (samples, and positions of a convolution), so that ``lr`` does
     not depend on the batch or image size. The neurons of a layer compete with each other: the channels of a
     convolution at each position (within a group, for grouped convolutions), the features of a Linear layer in each
-    sample. Oja's decay bounds the weights: each neuron's weight vector tends to unit length.
+    sample. They are compared by the direction of their weights, so that none wins for starting out long.
 
-    The rule is local: it uses the activities of the two neurons that a synapse joins, its own strength, and the
-    pool's normalisation; no error signal, no labels. Only the readout sees a loss. Biases of the trunk and the
+    Oja's decay bounds the weights: each weight vector tends to unit length. It is taken implicitly, at the new
+    weights :math:`w'`, which is the same rule for small ``lr`` but cannot overshoot at a large one:
+    :math:`\Delta w = (\langle y x\rangle - c\,w) / (1 + \mathrm{lr}\,c)` with :math:`c = \max(0, \langle y u\rangle)`.
+
+    The rule is local: it uses the activities of the two neurons that a synapse joins, its neuron's own weights, and
+    the pool's normalisation; no error signal, no labels. Only the readout sees a loss. Biases of the trunk and the
     affine parameters of normalisation layers stay frozen.
 
     Args:
         params: the model (or modules, or groups whose ``"params"`` are modules). Bare parameters are refused.
-        lr: learning rate :math:`\mathrm{lr}`, per mean event. Stable while
-            :math:`\mathrm{lr}\,\langle y_k u_k\rangle < 2`: normalise what enters a layer with many inputs.
-        inverse_temperature: :math:`t`, in units of :math:`1/u`: 0 lets all neurons learn alike, large values are
+        lr: learning rate :math:`\mathrm{lr}`, per mean event.
+        inverse_temperature: :math:`t`, in units of :math:`1/x`: 0 lets all neurons learn alike, large values are
             winner-take-all.
         readout: ``"delta"`` trains the last synapse, weight and bias, by its local error times its presynaptic
             activity; ``None`` trains it like the others.
@@ -103,13 +106,14 @@ class Hebbian(SynapticRule):
         )
 
     def signal(self, u: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor:
-        """``softmax(t u)`` over the neurons that compete."""
-        t = group["inverse_temperature"]
+        """``softmax(t u / ‖w‖)`` over the neurons that compete."""
         channel = u.ndim + synapse.channel_dim
-        if synapse.pools > 1:
-            pooled = u.unflatten(channel, (synapse.pools, -1))
-            return torch.softmax(pooled * t, channel + 1).flatten(channel, channel + 1)
-        return torch.softmax(u if t == 1 else u * t, channel)
+        scale = group["inverse_temperature"] / synapse.weight.flatten(1).norm(dim=1).clamp(min=1e-12)
+        score = u * scale.to(u.dtype).view(-1, *[1] * (u.ndim - channel - 1))
+        if synapse.pools == 1:
+            return torch.softmax(score, channel)
+        pooled = score.unflatten(channel, (synapse.pools, -1))
+        return torch.softmax(pooled, channel + 1).flatten(channel, channel + 1)
 
     def update(self, product: Tensor, signal: Tensor | None, synapse: Synapse, group: dict[str, Any]) -> Tensor:
         """``⟨y x⟩ - ⟨y u⟩ w``."""
@@ -120,12 +124,12 @@ class Oja(SynapticRule):
     r"""Oja's rule: every neuron becomes the first principal component of its input.
 
     .. math::
-        \Delta w_k = \langle\, u_k\,(x - u_k\,w_k) \,\rangle
+        \Delta w_k = \langle\, u_k\,(x - u_k\,w_k') \,\rangle, \qquad w_k' = w_k + \mathrm{lr}\,\Delta w_k
 
     with :math:`x`, :math:`u` and the mean over events as in `Hebbian`. For centred input, and without a bias, the
     stable fixed points are the unit eigenvectors :math:`\pm v_1` of :math:`\langle x x^\top\rangle` with the largest
-    eigenvalue :math:`\lambda_1`; nothing makes the neurons of one layer differ but their starting point. Stable while
-    :math:`\mathrm{lr} < 1/\lambda_1`, roughly.
+    eigenvalue :math:`\lambda_1`; nothing makes the neurons of one layer differ but their starting point. The decay is
+    implicit, as in `Hebbian`: the fixed points are Oja's, and no ``lr`` is too large.
 
     Args:
         params: the model (or modules, or groups whose ``"params"`` are modules). Bare parameters are refused.

@@ -34,5 +34,5 @@ class NoiseSource:
             self._generators[device] = torch.Generator(device)
         key = _mix(seed)
         for count in counts:
-            key = _mix(key ^ _mix(count))
+            key = _mix(key + _mix(count + 1))  # + 1, or a count equal to the seed would cancel it
         return self._generators[device].manual_seed(key >> 1)

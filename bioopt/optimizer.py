@@ -201,7 +201,8 @@ class LearningRule(Optimizer, ABC):
         for synapse in synapses:
             synapse.group = len(self.param_groups) - 1
             self._recorder.watch(synapse)
-        self._modules += modules
+        known = {m for _, module in self._modules for m in module.modules()}
+        self._modules += [(prefix, module) for prefix, module in modules if module not in known]
         self._norms.update({m: None for _, module in modules for m in module.modules() if isinstance(m, _NormBase)})
 
     def coverage(self, model: nn.Module | None = None) -> dict[str, str]:

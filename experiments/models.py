@@ -20,13 +20,13 @@ def cnn(shape: Shape, classes: int, *, width: int, kernel: int) -> nn.Module:
         raise ValueError(f"model=cnn pools twice, so it needs images of at least 4×4 pixels, not {height}×{wide}")
     return nn.Sequential(
         nn.Conv2d(channels, width, kernel, padding=kernel // 2, bias=False),
+        nn.MaxPool2d(2),
+        nn.ReLU(inplace=True),
         nn.BatchNorm2d(width, affine=False),
-        nn.ReLU(inplace=True),
-        nn.MaxPool2d(2),
         nn.Conv2d(width, 2 * width, kernel, padding=kernel // 2, bias=False),
-        nn.BatchNorm2d(2 * width, affine=False),
-        nn.ReLU(inplace=True),
         nn.MaxPool2d(2),
+        nn.ReLU(inplace=True),
+        nn.BatchNorm2d(2 * width, affine=False),
         nn.Flatten(),
         nn.Linear(2 * width * (height // 4) * (wide // 4), classes),
     )

@@ -1,0 +1,298 @@
+"""The Hebbian family against slow twins: one synapse, one event at a time."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import bioopt
+
+from .rules import mlp
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(5, 6), (4, 5)),
+    "linear, no bias": (lambda: nn.Linear(5, 6, bias=False), (4, 5)),
+    "linear over a sequence": (lambda: nn.Linear(5, 6), (3, 4, 5)),
+    "conv1d": (lambda: nn.Conv1d(3, 4, 3, stride=2, padding=1), (2, 3, 9)),
+    "conv2d, stride": (lambda: nn.Conv2d(2, 4, 3, stride=2, padding=1), (3, 2, 7, 6)),
+    "conv2d, reflect": (lambda: nn.Conv2d(2, 4, 3, padding=2, padding_mode="reflect", bias=False), (2, 2, 5, 5)),
+    "conv2d, groups": (lambda: nn.Conv2d(4, 6, 3, groups=2), (2, 4, 5, 5)),
+    "conv2d, dilation": (lambda: nn.Conv2d(2, 4, (3, 2), dilation=(2, 1), padding=(2, 0)), (2, 2, 6, 6)),
+    "conv2d, one image": (lambda: nn.Conv2d(2, 4, 3), (2, 5, 5)),
+    "conv3d": (lambda: nn.Conv3d(2, 4, 2, stride=(1, 2, 1)), (2, 2, 3, 4, 3)),
+}
+
+
+def events(layer: nn.Module, x: Tensor) -> list[list[tuple[int, Tensor, float]]]:
+    """For each event, (neuron, its presynaptic patch, its postsynaptic activity), by plain indexing."""
+    weight, bias = layer.weight.detach(), layer.bias
+    u = layer(x).detach()
+    if isinstance(layer, nn.Linear):
+        rows, us = x.reshape(-1, x.shape[-1]), u.reshape(-1, u.shape[-1])
+        return [[(k, rows[n], us[n, k].item()) for k in range(len(weight))] for n in range(len(rows))]
+    space = weight.ndim - 2
+    if x.ndim == space + 1:
+        x, u = x[None], u[None]
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    pad = [p for size in reversed(layer.padding) for p in (size, size)]
+    padded = F.pad(x, pad, mode=mode)
+    found = []
+    ins, outs = weight.shape[1], len(weight) // layer.groups
+    for sample in range(len(x)):
+        for place in itertools.product(*(range(size) for size in u.shape[2:])):
+            event = []
+            for k in range(len(weight)):
+                patch = torch.zeros_like(weight[k])
+                for offset in itertools.product(*(range(size) for size in weight.shape[2:])):
+                    at = tuple(p * s + o * d for p, s, o, d in zip(place, layer.stride, offset, layer.dilation, strict=True))
+                    first = (k // outs) * ins
+                    patch[(slice(None), *offset)] = padded[(sample, slice(first, first + ins), *at)]
+                activity = u[(sample, k, *place)].item()
+                assert math.isclose(
+                    activity, (patch * weight[k]).sum().item() + (0 if bias is None else bias[k].item()), abs_tol=1e-9
+                )
+                event.append((k, patch, activity))
+            found.append(event)
+    return found
+
+
+def hebbian_twin(layer: nn.Module, x: Tensor, t: float, lr: float) -> Tensor:
+    weight = layer.weight.detach()
+    pool = len(weight) // getattr(layer, "groups", 1)
+    product, together = torch.zeros_like(weight), torch.zeros(len(weight), dtype=weight.dtype)
+    all_events, norms = events(layer, x), [w.norm().item() for w in weight]
+    for event in all_events:
+        for k, patch, u in event:
+            rivals = [v / norms[j] for j, _, v in event if j // pool == k // pool]
+            y = 1 / sum(math.exp(t * (v - u / norms[k])) for v in rivals)
+            product[k] += y * patch / len(all_events)
+            together[k] += y * u / len(all_events)
+    return implicit_step(product, together, weight, lr)
+
+
+def oja_twin(layer: nn.Module, x: Tensor, lr: float) -> Tensor:
+    weight = layer.weight.detach()
+    product, together = torch.zeros_like(weight), torch.zeros(len(weight), dtype=weight.dtype)
+    all_events = events(layer, x)
+    for event in all_events:
+        for k, patch, u in event:
+            product[k] += u * patch / len(all_events)
+            together[k] += u * u / len(all_events)
+    return implicit_step(product, together, weight, lr)
+
+
+def implicit_step(product: Tensor, together: Tensor, weight: Tensor, lr: float) -> Tensor:
+    """Solves w' = w + lr (⟨s x⟩ - c w') for w', one neuron at a time."""
+    new = torch.stack([
+        (weight[k] + lr * product[k]) / (1 + lr * c) if c > 0 else weight[k] + lr * (product[k] - c * weight[k])
+        for k, c in enumerate(together.tolist())
+    ])  # fmt: skip
+    return (new - weight) / lr
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("lr", [0.01, 5.0])
+@pytest.mark.parametrize("t", [0.7, 3.0])
+def test_hebbian_equals_its_twin(name: str, lr: float, t: float) -> None:
+    build, shape = LAYERS[name]
+    torch.manual_seed(1)
+    layer, x = build().double(), torch.randn(shape, dtype=torch.float64)
+    optimizer = bioopt.Hebbian(layer, lr, inverse_temperature=t, readout=None)
+    before = layer.weight.detach().clone()
+    change = hebbian_twin(layer, x, t, lr)
+    optimizer.step(lambda: layer(x).sum())
+    torch.testing.assert_close(layer.weight.detach(), before + lr * change, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_oja_equals_its_twin(name: str) -> None:
+    build, shape = LAYERS[name]
+    torch.manual_seed(2)
+    layer, x = build().double(), torch.randn(shape, dtype=torch.float64)
+    optimizer = bioopt.Oja(layer, 0.3, readout=None)
+    before = layer.weight.detach().clone()
+    change = oja_twin(layer, x, 0.3)
+    optimizer.step(lambda: layer(x).sum())
+    torch.testing.assert_close(layer.weight.detach(), before + 0.3 * change, rtol=0, atol=1e-12)
+
+
+def test_passes_add_up_to_one_batch() -> None:
+    """All passes since the last step count, each event alike; a shared layer is two passes."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(5, 6).double(), torch.randn(12, 5, dtype=torch.float64)
+    change = oja_twin(layer, x, 0.1)
+    before = layer.weight.detach().clone()
+    optimizer = bioopt.Oja(layer, 0.1, readout=None)
+    layer(x[:3])
+    optimizer.zero_grad()
+    with torch.no_grad():
+        layer(x[3:])
+    optimizer.step()
+    torch.testing.assert_close(layer.weight.detach(), before + 0.1 * change, rtol=0, atol=1e-12)
+
+
+def test_one_weight_in_two_layers_gathers_from_both() -> None:
+    torch.manual_seed(0)
+    one, two = nn.Linear(5, 5, bias=False).double(), nn.Linear(5, 5, bias=False).double()
+    two.weight = one.weight
+    model = nn.Sequential(one, two)
+    x = torch.randn(7, 5, dtype=torch.float64)
+    change = oja_twin(one, x, 0.1) + oja_twin(two, one(x).detach(), 0.1)
+    before = one.weight.detach().clone()
+    optimizer = bioopt.Oja(model, 0.1, readout=None)
+    assert sum(len(g["params"]) for g in optimizer.param_groups) == 1
+    model(x)
+    optimizer.step()
+    torch.testing.assert_close(one.weight.detach(), before + 0.1 * change, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("rule", [bioopt.Hebbian, bioopt.Oja])
+def test_locality(rule: type) -> None:
+    """A trunk update does not change when weights downstream, the labels or the loss change."""
+    changes = []
+    for variant in range(3):
+        model = mlp(sizes=(6, 5, 5, 4))
+        if variant:
+            with torch.no_grad():
+                model[2].weight.mul_(3)
+                model[4].weight.normal_()
+        optimizer = rule(model, 0.1)
+        x = torch.randn(8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        y = torch.full((8,), variant)
+        optimizer.step(lambda model=model, x=x, y=y, variant=variant: (1 + variant) * F.cross_entropy(model(x), y))
+        changes.append(model[0].weight.detach().clone())
+    assert torch.equal(changes[0], changes[1])
+    assert torch.equal(changes[0], changes[2])
+
+
+@pytest.mark.parametrize("rule", [bioopt.Hebbian, bioopt.Oja])
+def test_the_delta_readout_is_what_backward_leaves_there(rule: type) -> None:
+    model, twin = mlp(), mlp()
+    x, y = torch.randn(8, 6, dtype=torch.float64), torch.randint(4, (8,))
+    optimizer = rule(model, lr=0.0, readout_lr=0.1)
+    plain = torch.optim.SGD(twin[2:].parameters(), 0.1)
+    for _ in range(3):
+        optimizer.step(lambda: F.cross_entropy(model(x), y))
+        plain.zero_grad()
+        F.cross_entropy(twin(x), y).backward()
+        plain.step()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_oja_finds_the_principal_component() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(500, 6, dtype=torch.float64) @ torch.randn(6, 6, dtype=torch.float64)
+    x -= x.mean(0)
+    values, vectors = torch.linalg.eigh(x.T @ x / len(x))
+    layer = nn.Linear(6, 3, bias=False).double()
+    optimizer = bioopt.Oja(layer, 0.5 / values[-1].item(), readout=None)
+    for _ in range(300):
+        layer(x)
+        optimizer.step()
+    for w in layer.weight.detach():
+        assert abs(w.norm() - 1) < 1e-6
+        assert abs(abs(w @ vectors[:, -1]) - 1) < 1e-6
+
+
+@pytest.mark.parametrize("rule", [bioopt.Hebbian, bioopt.Oja])
+def test_weights_stay_bounded_at_any_learning_rate(rule: type) -> None:
+    torch.manual_seed(0)
+    for lr in (0.1, 10.0):
+        layer = nn.Linear(20, 8, bias=False)
+        optimizer = rule(layer, lr, readout=None)
+        for _ in range(200):
+            layer(10 * torch.randn(32, 20) + 5)
+            optimizer.step()
+        assert layer.weight.norm(dim=1).max() < 3, lr
+
+
+def test_winners_become_the_clusters() -> None:
+    """Competition: each neuron comes to stand for one cluster, of unit length."""
+    torch.manual_seed(1)
+    centres = torch.eye(4) * 3
+    layer = nn.Linear(4, 4, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.eye(4) * 0.5 + 0.05 * torch.randn(4, 4))
+    optimizer = bioopt.Hebbian(layer, 0.1, inverse_temperature=5.0, readout=None)
+    for _ in range(300):
+        layer(centres[torch.randint(4, (32,))] + 0.1 * torch.randn(32, 4))
+        optimizer.step()
+    torch.testing.assert_close(layer.weight.detach(), torch.eye(4), atol=0.05, rtol=0)
+
+
+def test_temperature_may_differ_between_groups() -> None:
+    model = mlp(sizes=(6, 5, 5))
+    twin = mlp(sizes=(6, 5, 5))
+    optimizer = bioopt.Hebbian(
+        [{"params": model[0], "inverse_temperature": 2.0}, {"params": model[2]}], 0.1, inverse_temperature=0.5, readout=None
+    )
+    x = torch.randn(8, 6, dtype=torch.float64)
+    change = [hebbian_twin(twin[0], x, 2.0, 0.1), hebbian_twin(twin[2], twin[:2](x), 0.5, 0.1)]
+    model(x)
+    optimizer.step()
+    for layer, before, delta in zip((model[0], model[2]), (twin[0], twin[2]), change, strict=True):
+        torch.testing.assert_close(layer.weight.detach(), before.weight + 0.1 * delta, rtol=0, atol=1e-12)
+
+
+def test_readout_by_name_module_and_group() -> None:
+    model = mlp(sizes=(6, 5, 5, 4))
+    for wanted in ("4", model[4], None):
+        optimizer = bioopt.Hebbian(model, 0.1, readout_layer=wanted, readout_lr=0.3)
+        assert optimizer.coverage() == {
+            "0.weight": "Hebbian", "0.bias": "frozen", "2.weight": "Hebbian", "2.bias": "frozen",
+            "4.weight": "Hebbian readout (delta)", "4.bias": "Hebbian readout (delta)",
+        }  # fmt: skip
+        assert [g["lr"] for g in optimizer.param_groups] == [0.1, 0.3]
+        optimizer.close()
+    optimizer = bioopt.Hebbian([{"params": model[:4]}, {"params": model[4], "lr": 0.7}], 0.1)
+    assert [g["lr"] for g in optimizer.param_groups] == [0.1, 0.7]  # the group that holds it gives its rate
+
+
+def test_readout_mistakes_are_explained() -> None:
+    model = mlp(sizes=(6, 5, 5, 4))
+    x = torch.randn(3, 6, dtype=torch.float64)
+    with pytest.raises(ValueError, match="readout='oops' must be 'delta' or None"):
+        bioopt.Hebbian(model, 0.1, readout="oops")
+    with pytest.raises(ValueError, match="readout_lr=-1"):
+        bioopt.Hebbian(model, 0.1, readout_lr=-1)
+    with pytest.raises(ValueError, match=r"readout_layer='head' is not one of the synapses: 0, 2, 4"):
+        bioopt.Hebbian(model, 0.1, readout_layer="head")
+    with pytest.raises(ValueError, match="need readout='delta'"):
+        bioopt.Hebbian(model, 0.1, readout=None, readout_lr=0.1)
+    optimizer = bioopt.Hebbian(model, 0.1, readout_layer="2")
+    with pytest.raises(RuntimeError, match="'4' fires after the readout '2'.*readout_layer='4'"):
+        optimizer.step(lambda: model(x).sum())
+    optimizer.close()
+    optimizer = bioopt.Hebbian(model, 0.1)
+    model(x)
+    with pytest.raises(RuntimeError, match=r"no gradient has reached it: call loss\.backward\(\)"):
+        optimizer.step()
+
+
+def test_models_that_cannot_be_trained_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"Hebbian\(model, ...\).*not Hebbian\(model\.parameters\(\)"):
+        bioopt.Hebbian(mlp().parameters(), 0.1)
+    with pytest.raises(TypeError, match="needs the model"):
+        bioopt.Hebbian(list(mlp().named_parameters()), 0.1)
+    with pytest.raises(ValueError, match="no plastic layer"):
+        bioopt.Hebbian(nn.Sequential(nn.Flatten(), nn.ReLU()), 0.1)
+    with pytest.raises(ValueError, match="no plastic layer"):
+        bioopt.Hebbian(mlp().requires_grad_(False), 0.1)
+    attention = nn.Sequential(nn.Linear(4, 4), nn.MultiheadAttention(4, 2))
+    with pytest.raises(ValueError, match=r"layer '1' of type MultiheadAttention.*register_synapse.*Mixed.*requires_grad_"):
+        bioopt.Hebbian(attention, 0.1)
+    attention[1].requires_grad_(False)
+    assert len(bioopt.Hebbian(attention, 0.1).param_groups[0]["params"]) > 0
+
+
+def test_a_layer_that_never_fires_is_named() -> None:
+    model = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+    optimizer = bioopt.Hebbian(model, 0.1, readout=None)
+    with pytest.warns(UserWarning, match="did not fire and learn nothing: 1"):
+        optimizer.step(lambda: model[0](torch.randn(3, 4)).sum())

@@ -1,0 +1,152 @@
+"""One rule per part of a network."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import bioopt
+
+from .rules import batch, cnn, per_sample, same, steps, weights
+
+
+def test_each_part_moves_as_it_would_alone() -> None:
+    model, trunk, head = cnn(dropout=0.0), cnn(dropout=0.0), cnn(dropout=0.0)
+    optimizer = bioopt.Mixed(
+        bioopt.Hebbian(model[:5], 0.05, readout=None), torch.optim.Adam(model[5:].parameters(), lr=0.01)
+    )
+    alone = bioopt.Hebbian(trunk[:5], 0.05, readout=None)
+    plain = torch.optim.Adam(head[5:].parameters(), lr=0.01)
+    for i in range(3):
+        x, y = batch(i)
+        optimizer.step(per_sample(optimizer, model, x, y))
+        trunk[:5](x)
+        alone.step()
+        # the head of the twin sees the same trunk as the model's did
+        plain.zero_grad()
+        F.cross_entropy(head(x), y).backward()
+        plain.step()
+        with torch.no_grad():
+            for p, q in zip(head[:5].parameters(), model[:5].parameters(), strict=True):
+                p.copy_(q)
+    assert same(weights(model[:5]), weights(trunk[:5]))
+    for p, q in zip(model[5:].parameters(), head[5:].parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+
+
+def test_every_member_sees_the_same_point() -> None:
+    """All parts estimate first, then all descend: the order of the members does not matter."""
+    results = []
+    for order in (1, -1):
+        model = cnn(dropout=0.0)
+        members = [
+            bioopt.Hebbian(model[:1], 0.05, readout=None),
+            bioopt.NodePerturbation(model[4:5], 0.05, sigma=0.01),
+            bioopt.WeightPerturbation(model[5:], 0.05, sigma=0.01),
+        ][::order]
+        optimizer = bioopt.Mixed(*members)
+        steps(optimizer, model, 3)
+        results.append(weights(model))
+        assert model[1].num_batches_tracked == 3
+    assert same(*results)
+
+
+def test_members_that_need_one_pass_share_it() -> None:
+    model = cnn()
+    calls = 0
+
+    def closure() -> Tensor:
+        nonlocal calls
+        calls += 1
+        return per_sample(optimizer, model, *batch())()
+
+    optimizer = bioopt.Mixed(
+        bioopt.Hebbian(model[:4], 0.05, readout=None),
+        bioopt.Oja(model[4:6], 0.05, readout=None),
+        torch.optim.SGD(model[6:].parameters(), 0.05),
+    )
+    optimizer.step(closure)
+    assert calls == 1
+
+
+def test_a_part_beneath_a_cut_is_refused() -> None:
+    model = cnn()
+    optimizer = bioopt.Mixed(
+        torch.optim.SGD(model[:2].parameters(), 0.1), bioopt.Hebbian(model[4:], 0.1)
+    )
+    before = weights(model)
+    with pytest.raises(RuntimeError, match=r"SGD trains parameters by gradients \(shapes .*beneath layers of Hebbian"):
+        optimizer.step(per_sample(optimizer, model, *batch()))
+    assert same(before, weights(model))
+
+
+def test_a_part_beside_a_cut_is_not() -> None:
+    """A residual path leads the gradient past the plastic layer."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.plastic, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            return self.head(x + self.plastic(x))
+
+    model = Net()
+    optimizer = bioopt.Mixed(
+        bioopt.Oja(model.plastic, 0.1, readout=None),
+        torch.optim.SGD([*model.stem.parameters(), *model.head.parameters()], 0.1),
+    )
+    before = weights(model)
+    optimizer.step(lambda: F.cross_entropy(model(torch.randn(8, 6)), torch.arange(8) % 4, reduction="none"))
+    assert not torch.equal(before[0], model.stem.weight)
+
+
+def test_the_classic_loop() -> None:
+    model = cnn()
+    optimizer = bioopt.Mixed(
+        bioopt.Hebbian(model[:5], 0.05, readout=None), torch.optim.Adam(model[5:].parameters(), lr=0.01)
+    )
+    x, y = batch()
+    before = weights(model)
+    optimizer.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    assert not torch.equal(before[0], model[0].weight)
+    assert not torch.equal(before[-1], model[-1].bias)
+    optimizer = bioopt.Mixed(bioopt.WeightPerturbation(model[:5], 0.05, sigma=0.1))
+    with pytest.raises(RuntimeError, match=r"WeightPerturbation.*step\(closure\)"):
+        optimizer.step()
+
+
+def test_mistakes_are_explained() -> None:
+    model = cnn()
+    with pytest.raises(ValueError, match="at least one"):
+        bioopt.Mixed()
+    with pytest.raises(TypeError, match="not a bioopt rule or a torch"):
+        bioopt.Mixed(model)
+    with pytest.raises(ValueError, match=r"Hebbian \(0\) and SGD \(1\) train the same parameter"):
+        bioopt.Mixed(bioopt.Hebbian(model, 0.1), torch.optim.SGD(model.parameters(), 0.1))
+    one = bioopt.Mixed(torch.optim.SGD(model.parameters(), 0.1))
+    with pytest.raises(TypeError):
+        bioopt.Mixed(one)
+    with pytest.raises(RuntimeError, match=r"mixed\.optimizers\[i\]\.add_param_group"):
+        one.add_param_group({"params": [torch.zeros(1)]})
+    two = bioopt.Mixed(torch.optim.SGD(model[:5].parameters(), 0.1), torch.optim.SGD(model[5:].parameters(), 0.1))
+    before = two.state_dict()
+    with pytest.raises(ValueError, match="parameters per group"):
+        two.load_state_dict(one.state_dict())
+    assert two.state_dict() == before
+
+
+def test_coverage_without_a_model() -> None:
+    model = cnn()
+    optimizer = bioopt.Mixed(
+        bioopt.Hebbian(model[:5], 0.1, readout=None), torch.optim.SGD(model[5:].named_parameters(), 0.1)
+    )
+    assert optimizer.coverage() == {
+        "0.weight": "Hebbian", "0.bias": "frozen", "1.weight": "frozen", "1.bias": "frozen", "4.weight": "Hebbian",
+        "8.weight": "SGD", "8.bias": "SGD",
+    }  # fmt: skip

@@ -1,0 +1,252 @@
+"""The perturbation family against slow twins, against autograd, and against its own promises."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import bioopt
+from bioopt.noise import NoiseSource
+
+from .rules import SEVERAL_PASSES, make, mlp, per_sample, same, weights
+
+GENERATOR = torch.Generator().manual_seed(5)
+X, Y = torch.randn(8, 6, dtype=torch.float64, generator=GENERATOR), torch.randint(4, (8,), generator=GENERATOR)
+
+
+def losses_of(model: nn.Module) -> Tensor:
+    return F.cross_entropy(model(X), Y, reduction="none")
+
+
+def gradient(model: nn.Module) -> list[Tensor]:
+    return list(torch.autograd.grad(losses_of(model).mean(), list(model.parameters())))
+
+
+def estimate(optimizer: bioopt.LearningRule, model: nn.Module, closure=None) -> list[Tensor]:
+    optimizer.estimate(closure or (lambda: losses_of(model)))
+    return [p.grad.clone() for p in model.parameters()]
+
+
+def flat(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([t.flatten() for t in tensors])
+
+
+@pytest.mark.parametrize("population", [1, 3])
+@pytest.mark.parametrize("antithetic", [True, False])
+def test_weight_perturbation_equals_its_twin(population: int, antithetic: bool) -> None:
+    model, sigma = mlp(), 0.1
+    optimizer = bioopt.WeightPerturbation(
+        model.parameters(), 0.1, sigma=sigma, population=population, antithetic=antithetic, seed=3
+    )
+    for step in range(2):
+        params = list(model.parameters())
+        wanted = [torch.zeros_like(p) for p in params]
+        base = losses_of(model).mean().item()
+        for member in range(population):
+            stream = NoiseSource().stream(torch.device("cpu"), 3, step, member)
+            z = [torch.randn(p.shape, generator=stream, dtype=p.dtype) for p in params]
+
+            def loss_at(scale: float, z=z, params=params) -> float:
+                shifted = {n: p + scale * d for (n, p), d in zip(model.named_parameters(), z, strict=True)}
+                out = torch.func.functional_call(model, shifted, (X,))
+                return F.cross_entropy(out, Y).item()
+
+            if antithetic:
+                slope = (loss_at(sigma) - loss_at(-sigma)) / (2 * sigma)
+            else:
+                slope = (loss_at(sigma) - base) / sigma
+            for total, d in zip(wanted, z, strict=True):
+                total += slope * d / population
+        got = estimate(optimizer, model)
+        for a, b in zip(wanted, got, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("credit", ["sample", "global"])
+def test_node_perturbation_equals_its_twin(samples: int, credit: str) -> None:
+    """One sample, one synapse, one noisy pass at a time."""
+    model, sigma = mlp(), 0.1
+    optimizer = bioopt.NodePerturbation(model, 0.1, sigma=sigma, samples=samples, credit=credit, seed=2)
+    first, second = model[0], model[2]
+    wanted = [torch.zeros_like(p) for p in model.parameters()]
+    with torch.no_grad():
+        hidden = torch.tanh(first(X))
+        clean = F.cross_entropy(second(hidden), Y, reduction="none")
+        for sample in range(samples):
+            stream = NoiseSource().stream(torch.device("cpu"), 2, 0, sample)
+            xi = [torch.randn(8, n, generator=stream, dtype=torch.float64) for n in (5, 4)]
+            noisy = F.cross_entropy(second(torch.tanh(first(X) + sigma * xi[0])) + sigma * xi[1], Y, reduction="none")
+            for b in range(8):
+                change = noisy[b] - clean[b] if credit == "sample" else (noisy - clean).mean() * 8
+                for i, (x, noise) in enumerate(((X, xi[0]), (hidden, xi[1]))):
+                    for k in range(noise.shape[1]):
+                        told = change / sigma * noise[b, k] / (8 * samples)
+                        wanted[2 * i][k] += told * x[b]
+                        wanted[2 * i + 1][k] += told
+    for a, b in zip(wanted, estimate(optimizer, model), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_serial_perturbation_over_all_coordinates_is_the_gradient() -> None:
+    model = mlp()
+    count = sum(p.numel() for p in model.parameters())
+    optimizer = bioopt.SerialPerturbation(model.parameters(), 0.1, sigma=1e-5, coordinates=count)
+    for a, b in zip(gradient(model), estimate(optimizer, model), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+def test_serial_perturbation_visits_each_weight_once_a_sweep() -> None:
+    model = mlp()
+    true = flat(gradient(model))
+    optimizer = bioopt.SerialPerturbation(model.parameters(), lr=0.0, sigma=1e-5, coordinates=4, seed=1)
+    orders = []
+    for _ in range(2):  # 59 weights: fifteen steps, the last of three
+        seen: list[int] = []
+        total = torch.zeros_like(true)
+        for _ in range(15):
+            got = flat(estimate(optimizer, model))
+            seen += got.nonzero().flatten().tolist()
+            total += got
+        assert sorted(seen) == list(range(59))
+        torch.testing.assert_close(total, true, rtol=1e-7, atol=1e-9)
+        orders.append(seen)
+    assert orders[0] != orders[1]
+    assert optimizer.state_dict()["state"]["rule"] == {"seed": 1, "step": 30, "sweep": 2, "position": 0}
+
+
+@pytest.mark.parametrize(
+    ("build", "closure", "each"),
+    [
+        (lambda m, s: bioopt.WeightPerturbation(m, 0.1, sigma=1e-4, seed=s), losses_of, 200),
+        (lambda m, s: bioopt.WeightPerturbation(m, 0.1, sigma=1e-4, antithetic=False, seed=s), losses_of, 200),
+        (lambda m, s: bioopt.NodePerturbation(m, 0.1, sigma=1e-4, seed=s), losses_of, 100),
+        (lambda m, s: bioopt.NodePerturbation(m, 0.1, sigma=1e-4, credit="global", seed=s), losses_of, 400),
+        (lambda m, s: bioopt.NodePerturbation(m, 0.1, sigma=1e-4, seed=s), lambda m: losses_of(m).mean(), 400),
+    ],
+    ids=["weight", "weight, one-sided", "node", "node, global", "node, scalar loss"],
+)
+def test_the_mean_of_the_estimates_is_the_gradient(build, closure, each: int) -> None:
+    """In direction and size, and with an error that falls as one over the root of their number."""
+    model = mlp()
+    true = flat(gradient(model))
+    optimizer = build(model, 0)
+    chunks = torch.stack([
+        sum(flat(estimate(optimizer, model, lambda: closure(model))) for _ in range(each)) / each for _ in range(64)
+    ])  # fmt: skip
+    mean = chunks.mean(0)
+    assert F.cosine_similarity(mean, true, dim=0) > 0.99
+    assert abs((mean @ true) / (true @ true) - 1) < 0.05
+    error_of_chunks = (chunks - true).norm(dim=1).mean()
+    ratio = error_of_chunks / (mean - true).norm()
+    assert 5 < ratio < 13  # √64 = 8
+
+
+@pytest.mark.parametrize(
+    "build", [lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"), lambda: nn.Conv2d(2, 4, 3, stride=2, groups=2)]
+)
+def test_node_perturbation_of_convolutions(build) -> None:
+    torch.manual_seed(0)
+    conv = build()
+    size = conv(torch.zeros(1, 2, 5, 5)).numel()
+    model = nn.Sequential(conv, nn.Tanh(), nn.Flatten(), nn.Linear(size, 3)).double()
+    x, y = torch.randn(40, 2, 5, 5, dtype=torch.float64), torch.randint(3, (40,))
+    true = flat(list(torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))))
+    optimizer = bioopt.NodePerturbation(model, 0.1, sigma=1e-4, samples=10)
+    total = torch.zeros_like(true)
+    for _ in range(300):
+        total += flat(estimate(optimizer, model, lambda: F.cross_entropy(model(x), y, reduction="none")))
+    assert F.cosine_similarity(total, true, dim=0) > 0.97
+    assert abs((total / 300 @ true) / (true @ true) - 1) < 0.1
+
+
+def test_credit_that_cannot_be_given_is_explained() -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.Flatten(0), nn.Unflatten(0, (-1, 5)), nn.Linear(5, 4))
+    sequence = torch.randn(7, 2, 6)  # time first: two samples
+    optimizer = bioopt.NodePerturbation(model, 0.1, sigma=0.1)
+
+    def closure() -> Tensor:
+        return model(sequence).view(7, 2, 4).square().mean((0, 2))
+
+    before = weights(model)
+    with pytest.raises(RuntimeError, match=r"credit='sample'.*layer '0'.*\(7, 2, 5\).*2 losses.*credit='global'"):
+        optimizer.step(closure)
+    assert same(before, weights(model))
+    bioopt.NodePerturbation(model, 0.1, sigma=0.1, credit="global").step(closure)
+    optimizer.step(lambda: closure().mean())  # a scalar loss is global by itself
+    with pytest.raises(ValueError, match="credit='other' must be 'sample' or 'global'"):
+        bioopt.NodePerturbation(model, 0.1, sigma=0.1, credit="other")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rule", [bioopt.WeightPerturbation, bioopt.SerialPerturbation])
+def test_probes_leave_no_trace(rule: type, dtype: torch.dtype) -> None:
+    """A hundred estimates, and not a bit of a weight has moved."""
+    model = mlp(dtype=dtype)
+    optimizer = make(rule, model, sigma=1e-3 if dtype == torch.float32 else 0.05)
+    before = weights(model)
+    x = X.to(dtype)
+    for _ in range(100):
+        optimizer.estimate(lambda: F.cross_entropy(model(x).float(), Y, reduction="none"))
+    assert same(before, weights(model))
+
+
+def test_sigma_below_the_precision_of_a_weight_is_explained() -> None:
+    model = nn.Linear(1, 1, bias=False).to(torch.bfloat16)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    optimizer = bioopt.SerialPerturbation(model, 0.1, sigma=1e-5)
+    with pytest.raises(RuntimeError, match="sigma=1e-05 changes nothing at a weight of 1.0"):
+        optimizer.step(lambda: model(torch.ones(1, 1, dtype=torch.bfloat16)).float().sum())
+    assert model.weight.item() == 1.0
+
+
+@pytest.mark.parametrize("rule", SEVERAL_PASSES, ids=lambda rule: rule.__name__)
+def test_noise_is_a_function_of_seed_step_and_member(rule: type) -> None:
+    def run(seed: int, before: int = 0) -> list[Tensor]:
+        torch.manual_seed(before)  # the global state does not matter
+        model = mlp()
+        optimizer = make(rule, model, seed=seed, **({"coordinates": 20} if rule is bioopt.SerialPerturbation else {}))
+        for _ in range(2):
+            optimizer.step(per_sample(optimizer, model, X, Y))
+        return weights(model)
+
+    assert same(run(1), run(1, before=9))
+    assert not same(run(1), run(2))
+
+
+def test_streams_are_normal_and_unrelated() -> None:
+    source, cpu = NoiseSource(), torch.device("cpu")
+    draws = torch.stack([torch.randn(4000, generator=source.stream(cpu, *key)) for key in
+                         [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 1), (0,)]])  # fmt: skip
+    assert draws.mean(1).abs().max() < 4 / math.sqrt(4000)
+    assert (draws.std(1) - 1).abs().max() < 0.05
+    assert (torch.corrcoef(draws) - torch.eye(6)).abs().max() < 0.07
+    assert torch.equal(draws[0], torch.randn(4000, generator=NoiseSource().stream(cpu, 0, 0, 0)))
+
+
+@pytest.mark.parametrize("option", ["sigma", "population", "samples", "coordinates", "seed"])
+def test_options_out_of_range(option: str) -> None:
+    for rule in SEVERAL_PASSES:
+        for value in (-1, "x", 0.5 if option != "sigma" else float("nan")):
+            try:
+                make(rule, mlp(), **{option: value})
+            except ValueError as error:
+                assert f"{rule.__name__}: {option}={value!r} must be" in str(error)  # noqa: PT017
+            except TypeError as error:
+                assert f"unexpected keyword argument '{option}'" in str(error)  # noqa: PT017
+            else:
+                pytest.fail(f"{rule.__name__}({option}={value!r}) was taken")
+
+
+def test_the_seed_is_part_of_the_state() -> None:
+    model = mlp()
+    optimizer = bioopt.WeightPerturbation(model, 0.1, sigma=0.1, seed=1)
+    other = bioopt.WeightPerturbation(model, 0.1, sigma=0.1, seed=2)
+    other.load_state_dict(optimizer.state_dict())
+    for a, b in zip(estimate(optimizer, model), estimate(other, model), strict=True):
+        assert torch.equal(a, b)

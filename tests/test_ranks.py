@@ -1,0 +1,105 @@
+"""Two processes equal one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import bioopt
+
+X = torch.randn(12, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+Y = torch.arange(12) % 4
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 4)).double()
+
+
+def plain() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+
+
+# rule -> (network, does each rank see a share of the batch?)
+CASES = {
+    "Hebbian": (plain, True, lambda m, g: bioopt.Hebbian(m, 0.1, readout_lr=0.5, process_group=g)),
+    "Oja": (plain, True, lambda m, g: bioopt.Oja(m, 0.1, readout=None, process_group=g)),
+    "WeightPerturbation": (
+        network, False, lambda m, g: bioopt.WeightPerturbation(m, 0.1, sigma=0.1, population=3, process_group=g)),
+    "SerialPerturbation": (
+        network, False, lambda m, g: bioopt.SerialPerturbation(m, 0.1, sigma=0.1, coordinates=5, process_group=g)),
+    "NodePerturbation": (
+        network, False, lambda m, g: bioopt.NodePerturbation(m, 0.1, sigma=0.1, samples=3, process_group=g)),
+}  # fmt: skip
+
+
+def train(case: str, group: dist.ProcessGroup | None, rank: int = 0, ranks: int = 1) -> dict[str, Tensor]:
+    build, shares, make = CASES[case]
+    model = build()
+    optimizer = make(model, group)
+    x, y = (X[rank::ranks], Y[rank::ranks]) if shares else (X, Y)
+    losses = [optimizer.step(lambda: F.cross_entropy(model(x), y, reduction="none")) for _ in range(3)]
+    return {**model.state_dict(), **({} if shares else {"loss": losses[-1]})}
+
+
+def worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    group = dist.group.WORLD
+    results = {case: train(case, group, rank, 2) for case in CASES}
+    model = plain()
+    errors = []
+    for build in (
+        lambda: bioopt.Hebbian(DistributedDataParallel(model), 0.1),
+        lambda: bioopt.WeightPerturbation(model, 0.1, sigma=0.1, process_group=group).step(
+            lambda: F.cross_entropy(model(X), Y)
+        ),
+        # A loss that is not finite on one rank alone stops both.
+        lambda: bioopt.Oja(model, 0.1, readout=None, process_group=group).step(
+            lambda: model(X).sum() * (float("nan") if rank == 0 else 1.0)
+        ),
+    ):
+        try:
+            build()
+            errors.append("nothing")
+        except (TypeError, ValueError, RuntimeError) as error:
+            errors.append(str(error))
+    torch.save({"results": results, "errors": errors}, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(worker, (str(folder),), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_equal_one(case: str, two: list[dict]) -> None:
+    one = train(case, None)
+    exact = not CASES[case][1]  # a sum over ranks is not in the order of a sum over the batch
+    for rank in range(2):
+        got = two[rank]["results"][case]
+        assert got.keys() == one.keys()
+        for name in one:
+            if exact:
+                assert torch.equal(got[name], one[name]), name
+            else:
+                torch.testing.assert_close(got[name], one[name], rtol=1e-10, atol=1e-12)
+
+
+def test_mistakes_with_ranks_are_explained(two: list[dict]) -> None:
+    for rank in range(2):
+        wrapped, too_few, not_finite = two[rank]["errors"]
+        assert "Hebbian(model.module, ..., process_group=" in wrapped
+        assert "population=1 cannot be split over 2 ranks" in too_few
+        assert "the loss is nan" in not_finite

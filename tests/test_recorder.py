@@ -1,0 +1,174 @@
+"""Record, cut, inject: at the user's own layers, whatever stands around them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import bioopt
+from bioopt.recorder import find_synapses
+
+from .rules import RULES, hooks, make, mlp, same, weights
+
+
+def test_backprop_reassembled_from_cut_layers_equals_autograd() -> None:
+    """Record each local graph, cut all, and chain the local products by hand."""
+    model = nn.Sequential(
+        nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular"), nn.Tanh(), nn.Flatten(), nn.Linear(48, 4)
+    ).double()
+    x, y = torch.randn(5, 2, 4, 4, dtype=torch.float64), torch.randint(4, (5,))
+    F.cross_entropy(model(x), y).backward()
+    wanted = [p.grad.clone() for p in model.parameters()]
+
+    recorder, records = bioopt.Recorder(), []
+    for synapse in find_synapses(model):
+        recorder.watch(synapse)
+    recorder.visit = lambda synapse, u: records.append((synapse, u))
+    out = model(x)
+    assert not out.requires_grad
+    out.requires_grad_()
+    (error,) = torch.autograd.grad(F.cross_entropy(out, y), out)
+    (linear, u2), (conv, u1) = reversed(records)
+    hidden = u1.detach().requires_grad_()
+    (delta,) = torch.autograd.grad(model[2](model[1](hidden)) @ linear.weight.T, hidden, error)
+    got = [*torch.autograd.grad(u1, conv.parameters(), delta), *torch.autograd.grad(u2, linear.parameters(), error)]
+    for a, b in zip(wanted, got, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+    recorder.close()
+    assert hooks(model) == 0
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_in_place_activations_change_nothing(rule: type) -> None:
+    results = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Linear(6, 5), nn.ReLU(inplace), nn.Linear(5, 5), nn.Hardtanh(-0.3, 0.3, inplace), nn.Linear(5, 4)
+        )
+        optimizer = make(rule, model)
+        x, y = torch.randn(8, 6), torch.randint(4, (8,))
+        for _ in range(3):
+            optimizer.step(lambda model=model, x=x, y=y: F.cross_entropy(model(x), y, reduction="none"))
+        results.append(weights(model))
+    assert same(*results)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_residual_and_shared_layers(rule: type) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix, self.head = nn.Linear(6, 6), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + F.relu(self.mix(x))
+            x = x + F.relu_(self.mix(input=x))
+            return self.head(x)
+
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = make(rule, model, **({"coordinates": 50} if rule is bioopt.SerialPerturbation else {}))
+    x, y = torch.randn(8, 6), torch.randint(4, (8,))
+    before = weights(model)
+    optimizer.step(lambda: F.cross_entropy(model(x), y, reduction="none"))
+    assert not torch.equal(before[0], model.mix.weight)
+    assert not torch.equal(before[2], model.head.weight)
+
+
+def test_inference_mode_is_refused_in_training_only() -> None:
+    model = mlp()
+    optimizer = bioopt.Hebbian(model, 0.1, readout=None)
+    x = torch.randn(3, 6, dtype=torch.float64)
+    with torch.inference_mode():
+        with pytest.raises(RuntimeError, match=r"layer '0'.*inference_mode.*torch\.no_grad\(\).*model\.eval\(\)"):
+            model(x)
+        model.eval()
+        model(x)
+    model.train()
+    with torch.no_grad():
+        assert not model(x).requires_grad
+    optimizer.step()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_activation_checkpointing_counts_an_event_once(reentrant: bool) -> None:
+    results = []
+    for checkpointed in (False, True):
+        model = mlp(sizes=(6, 5, 5, 4))
+        optimizer = bioopt.Hebbian(model, 0.1)
+        x, y = torch.randn(8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 4
+        for _ in range(2):
+            trunk = checkpoint(model[:4], x, use_reentrant=reentrant) if checkpointed else model[:4](x)
+            loss = F.cross_entropy(model[4](trunk), y)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(weights(model))
+    assert same(*results)
+
+
+def test_activation_checkpointing_with_the_readout_inside() -> None:
+    results = []
+    for checkpointed in (False, True):
+        model = mlp(sizes=(6, 5, 5, 4))
+        optimizer = bioopt.Hebbian(model, 0.1)
+        x, y = torch.randn(8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 4
+        for _ in range(2):
+            out = checkpoint(model, x, use_reentrant=False) if checkpointed else model(x)
+            F.cross_entropy(out, y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(weights(model))
+    assert same(*results)
+
+
+def test_a_layer_that_raises_leaves_everything_as_it_was() -> None:
+    model = mlp()
+    optimizer = bioopt.Hebbian(model, 0.1, readout=None)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            with pytest.raises(RuntimeError, match="shape"):
+                model(torch.randn(3, 7, dtype=torch.float64))
+            assert torch.is_grad_enabled() == grad
+    count = hooks(model)
+    model(torch.randn(3, 6, dtype=torch.float64))
+    optimizer.step()
+    assert hooks(model) == count
+
+
+def test_a_user_registers_a_layer_of_their_own() -> None:
+    class Scaled(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return F.linear(input, self.weight, self.bias)
+
+    model = nn.Sequential(Scaled(4, 3), nn.Linear(3, 2))
+    with pytest.raises(ValueError, match="layer '0' of type Scaled"):
+        bioopt.Hebbian(model, 0.1)
+    with pytest.raises(ValueError, match="channel_dim=1 must be negative"):
+        bioopt.register_synapse(Scaled, channel_dim=1)
+    bioopt.register_synapse(Scaled, channel_dim=-1)
+    before = weights(model)
+    optimizer = bioopt.Hebbian(model, 0.1, readout=None)
+    optimizer.step(lambda: model(torch.randn(5, 4)).sum())
+    assert not torch.equal(before[0], model[0].weight)
+
+
+def test_no_graph_and_no_activity_outlives_the_step() -> None:
+    import gc
+    import weakref
+
+    for rule in RULES:
+        model = mlp(sizes=(6, 5, 4))
+        optimizer = make(rule, model)
+        seen = []
+        model[1].register_forward_hook(lambda m, args, out, seen=seen: seen.append((weakref.ref(args[0]), weakref.ref(out))))
+        x, y = torch.randn(8, 6, dtype=torch.float64), torch.randint(4, (8,))
+        loss = optimizer.step(lambda model=model, x=x, y=y: F.cross_entropy(model(x), y, reduction="none"))
+        gc.collect()
+        assert all(ref() is None for pair in seen for ref in pair), rule.__name__
+        assert loss.grad_fn is None
