@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from .optimizer import POSITIVE, Constraint, Params, ProcessGroup
+from .optimizer import Constraint, Params, ProcessGroup
 from .recorder import Synapse
 from .synaptic import SynapticRule
 

@@ -52,7 +52,9 @@ class Mixed(Optimizer):
                 raise TypeError(f"Mixed: member {name} is not a bioopt rule or a torch.optim optimizer")
             for p in _params(optimizer):
                 if p in owners:
-                    raise ValueError(f"Mixed: {owners[p]} and {name} train the same parameter of shape {tuple(p.shape)}")
+                    raise ValueError(
+                        f"Mixed: {owners[p]} and {name} train the same parameter of shape {tuple(p.shape)}"
+                    )
                 owners[p] = name
         self.optimizers = optimizers
         self._norms: WeakKeyDictionary[nn.Module, None] = WeakKeyDictionary()
@@ -82,7 +84,7 @@ class Mixed(Optimizer):
 
     def estimate(self, closure: Closure | None = None) -> Any:
         """Write ``p.grad = -Δw`` for every member's parameters, and change nothing else."""
-        loss = None
+        loss: Any = None
         self._link()
         try:
             if closure is None:
@@ -151,7 +153,8 @@ class Mixed(Optimizer):
             else:
                 named = [n for g in member.param_groups for n in g.get("param_names", [])]
                 own = dict.fromkeys(
-                    named or [f"optimizers[{i}].params[{j}]" for j in range(len(_params(member)))], type(member).__name__
+                    named or [f"optimizers[{i}].params[{j}]" for j in range(len(_params(member)))],
+                    type(member).__name__,
                 )
             covered |= {name: label for name, label in own.items() if label != "frozen" or name not in covered}
         return covered
@@ -191,17 +194,17 @@ class Mixed(Optimizer):
             backward_where_missing(loss, by_gradient)
             self._check_reached(plain, synaptic)
             losses.append(loss.detach())
-            for member in plain:
-                grads |= _grads(member)
+            for optimizer in plain:
+                grads |= _grads(optimizer)
             for rule in synaptic:
                 grads |= rule._collect()
             for p in self._trained():  # out of reach of the next evaluation's zero_grad and backward
                 p.grad = None
-        for rule in several:
+        for member in several:
             with ExitStack() as asleep:
                 for other in synaptic:
                     asleep.enter_context(other._recorder.visiting(None))
-                loss, estimate, own_states[rule] = rule._estimate(probe)
+                loss, estimate, own_states[member] = member._estimate(probe)
             losses.append(loss)
             grads |= estimate
         return losses[0], grads, own_states

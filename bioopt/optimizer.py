@@ -69,14 +69,15 @@ def unique(named: Sequence[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
 def groups_of(params: Params) -> list[dict[str, Any]]:
     """``params`` in torch's form of a list of groups, whose ``"params"`` may still be modules."""
     if isinstance(params, Tensor):
-        raise TypeError(f"params must be a module, or an iterable of parameters or groups, not {torch.typename(params)}")
-    if not isinstance(params, nn.Module):
-        params = list(params)  # type: ignore[arg-type]
-        if not params:
-            raise ValueError("params is empty: give the model, its parameters, or groups of either")
-        if isinstance(params[0], dict):
-            return [dict(group) for group in params]
-    return [{"params": params}]
+        raise TypeError(
+            f"params must be a module, or an iterable of parameters or groups, not {torch.typename(params)}"
+        )
+    if isinstance(params, nn.Module):
+        return [{"params": params}]
+    given: list[Any] = list(params)
+    if not given:
+        raise ValueError("params is empty: give the model, its parameters, or groups of either")
+    return [dict(group) for group in given] if isinstance(given[0], dict) else [{"params": given}]
 
 
 class LearningRule(Optimizer, ABC):
@@ -165,7 +166,7 @@ class LearningRule(Optimizer, ABC):
 
     def estimate(self, closure: Closure | None = None) -> Any:
         """The first half of `step`: write ``p.grad = -Δw`` for every parameter of the rule, and change nothing else."""
-        loss = None
+        loss: Any = None
         try:
             if closure is None:
                 grads, own_state = self._collect(), self._own_state
@@ -273,7 +274,7 @@ class LearningRule(Optimizer, ABC):
 
     @property
     def _ranks(self) -> tuple[int, int]:
-        """This process's rank and the number of ranks that step together."""
+        """Rank of the process and the number of ranks that step together."""
         if self.process_group is None:
             return 0, 1
         return dist.get_rank(self.process_group), dist.get_world_size(self.process_group)
@@ -284,7 +285,7 @@ class LearningRule(Optimizer, ABC):
             return
         flat = torch.cat([t.flatten() for t in tensors])
         dist.all_reduce(flat, group=self.process_group)
-        for tensor, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        for tensor, total in zip(tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True):
             tensor.copy_(total.view_as(tensor))
 
 
@@ -401,7 +402,9 @@ def require_finite(rule: str, what: str, tensors: list[Tensor]) -> None:
     """Raise if anything is infinite or not a number, before anything is changed."""
     if tensors and not math.isfinite(norm := torch.nn.utils.get_total_norm(tensors).item()):
         found = "nan" if math.isnan(norm) else "infinite"
-        raise RuntimeError(f"{rule}: {what} is {found}; nothing was changed. Lower the learning rate, or check the data")
+        raise RuntimeError(
+            f"{rule}: {what} is {found}; nothing was changed. Lower the learning rate, or check the data"
+        )
 
 
 def mean_over_samples(losses: Tensor) -> Tensor:

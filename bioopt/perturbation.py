@@ -18,7 +18,6 @@ from .noise import NoiseSource
 from .optimizer import (
     POSITIVE,
     POSITIVE_INT,
-    RULE,
     SEED,
     Constraint,
     Estimate,
@@ -395,6 +394,16 @@ class NodePerturbation(_Perturbation):
 
         return draw
 
+    def _injection(self, sample: int, noise: list[Tensor]) -> Callable[[Synapse, Tensor], Tensor]:
+        """What hands on noisy activity, and keeps the noise."""
+        draw = self._noise_of(sample)
+
+        def inject(synapse: Synapse, u: Tensor) -> Tensor:
+            noise.append(draw(u.detach()))
+            return torch.add(u.detach(), noise[-1], alpha=self.param_groups[synapse.group]["sigma"])
+
+        return inject
+
     def _estimate(self, probe: Probe) -> Estimate:
         for p in self._trained():
             p.grad = None
@@ -410,17 +419,13 @@ class NodePerturbation(_Perturbation):
         losses: dict[int, Tensor] = {}
         kept: tuple[int, list[Tensor]] = (-1, [])
         for sample in self._share("samples", self.samples):
-            draw, noise = self._noise_of(sample), list[Tensor]()
-            kept = (sample, noise)
-
-            def inject(synapse: Synapse, u: Tensor) -> Tensor:
-                noise.append(draw(u.detach()))
-                return torch.add(u.detach(), noise[-1], alpha=self.param_groups[synapse.group]["sigma"])
-
-            with self._recorder.visiting(inject):
+            kept = (sample, [])
+            with self._recorder.visiting(self._injection(sample, kept[1])):
                 losses[sample] = probe()
-            if len(noise) != len(records):
-                raise RuntimeError("NodePerturbation: the closure ran other layers in its noisy pass than in the clean one")
+            if len(kept[1]) != len(records):
+                raise RuntimeError(
+                    "NodePerturbation: the closure ran other layers in the noisy pass than in the clean one"
+                )
 
         changes = self._gathered(losses, self.samples) - clean
         require_finite("NodePerturbation", "the loss", [changes])
@@ -448,8 +453,8 @@ def _check_samples(records: list[tuple[Synapse, Tensor]], losses: Tensor) -> Non
     for synapse, u in records:
         if u.ndim < 2 or len(u) != len(losses):
             raise RuntimeError(
-                f"NodePerturbation(credit='sample'): layer '{synapse.name}' gave an output of shape {tuple(u.shape)} where "
-                f"there are {len(losses)} losses, one a sample, so its first dimension is not the sample. "
+                f"NodePerturbation(credit='sample'): layer '{synapse.name}' gave an output of shape {tuple(u.shape)} "
+                f"where there are {len(losses)} losses, one a sample, so its first dimension is not the sample. "
                 "Use credit='global'"
             )
 

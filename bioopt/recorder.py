@@ -56,7 +56,7 @@ def register_synapse(layer_type: type[nn.Module], channel_dim: int) -> None:
     """
     if channel_dim >= 0:
         raise ValueError(
-            f"register_synapse({layer_type.__name__}): channel_dim={channel_dim} must be negative (counted from the end)"
+            f"register_synapse({layer_type.__name__}): channel_dim={channel_dim} must be negative, counted from the end"
         )
     _CHANNEL_DIM[layer_type] = channel_dim
 
@@ -108,7 +108,7 @@ def find_synapses(module: nn.Module, prefix: str = "") -> list[Synapse]:
     for name, layer in module.named_modules(prefix=prefix):
         own = [p for p in layer.parameters(recurse=False) if p.requires_grad]
         if type(layer) in _CHANNEL_DIM:
-            if getattr(layer, "weight").requires_grad:
+            if layer.weight.requires_grad:
                 found.append(Synapse(name or type(layer).__name__, layer, _CHANNEL_DIM[type(layer)]))
         elif any(p.ndim > 1 for p in own):
             known = ", ".join(t.__name__ for t in _CHANNEL_DIM)
@@ -143,7 +143,7 @@ class _Hook:
         self._recorder = weakref.ref(recorder) if recorder is not None else None
         self._method = method
 
-    @torch.compiler.disable  # the layer itself stays compiled; its bookkeeping runs in Python
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # the layer itself stays compiled; its bookkeeping runs in Python
     def __call__(self, *args: Any) -> Any:
         recorder = self._recorder() if self._recorder is not None else None
         return None if recorder is None else getattr(recorder, self._method)(*args)
@@ -217,7 +217,7 @@ class Recorder:
         if visit is None:
             self._visit = None
         elif hasattr(visit, "__self__"):
-            self._visit = weakref.WeakMethod(visit)  # type: ignore[assignment, arg-type]
+            self._visit = weakref.WeakMethod(visit)
         else:
             self._visit = lambda: visit
 
@@ -289,7 +289,7 @@ class Recorder:
     def _hand_on(self, u: Tensor) -> Tensor:
         u = u.detach()
         if self.anchored and torch.is_grad_enabled():
-            u = _Anchor.apply(u, self._anchor)  # type: ignore[no-untyped-call]
+            u = _Anchor.apply(u, self._anchor)
         return u
 
 

@@ -48,7 +48,9 @@ def synapses_of(rule: str, params: Any) -> list[Synapse]:
                 f"{rule} does its own averaging over ranks, and DistributedDataParallel would wait for gradients that "
                 f"never come: write {rule}(model.module, ..., process_group=torch.distributed.group.WORLD)"
             )
-    return list({s.layer: s for prefix, m in reversed(modules) for s in reversed(find_synapses(m, prefix))}.values())[::-1]
+    return list({s.layer: s for prefix, m in reversed(modules) for s in reversed(find_synapses(m, prefix))}.values())[
+        ::-1
+    ]
 
 
 @dataclass
@@ -192,7 +194,10 @@ class SynapticRule(LearningRule):
             name = type(self).__name__
             self._check_fired()
             readout = [p for p in self.readout_parameters() if p.grad is not None]
-            shared = [torch.zeros(()) if losses is None else losses.mean(), *[p.grad for p in readout if p.grad is not None]]
+            shared = [
+                torch.zeros(()) if losses is None else losses.mean(),
+                *[p.grad for p in readout if p.grad is not None],
+            ]
             for sums in self._sums.values():
                 shared += [sums.product, sums.events, *([] if sums.signal is None else [sums.signal])]
             self._sum_over_ranks(shared)
@@ -224,7 +229,7 @@ class SynapticRule(LearningRule):
                 raise RuntimeError(f"{name}: the readout '{readout.name}' did not fire; name another by readout_layer=")
             if fired[-1] is not readout:
                 raise RuntimeError(
-                    f"{name}: layer '{fired[-1].name}' fires after the readout '{readout.name}', which must be the last. "
+                    f"{name}: layer '{fired[-1].name}' fires after the readout '{readout.name}', which must be last. "
                     f"Write readout_layer='{fired[-1].name}'"
                 )
             if all(p.grad is None for p in readout.parameters()):
@@ -254,4 +259,6 @@ def _choose_readout(rule: str, synapses: list[Synapse], wanted: str | nn.Module 
     for synapse in synapses:
         if wanted is synapse.layer or wanted == synapse.name:
             return synapse
-    raise ValueError(f"{rule}: readout_layer={wanted!r} is not one of the synapses: {', '.join(s.name for s in synapses)}")
+    raise ValueError(
+        f"{rule}: readout_layer={wanted!r} is not one of the synapses: {', '.join(s.name for s in synapses)}"
+    )

@@ -55,7 +55,9 @@ class Images:
         """Network input: float, zero mean and unit variance in each channel over the training images."""
         return (images.float() / 255 - self.mean) / self.std
 
-    def training_batches(self, batch_size: int, seed: int, epoch: int, augment: Augment) -> Iterator[tuple[Tensor, Tensor]]:
+    def training_batches(
+        self, batch_size: int, seed: int, epoch: int, augment: Augment
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Shuffled batches of one epoch, a function of ``(seed, epoch)`` alone; an incomplete last one is left out."""
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         order = torch.randperm(len(self.train_labels), generator=generator).to(self.train_labels.device)
@@ -69,7 +71,9 @@ class Images:
 
     def test_batches(self, batch_size: int = 1000) -> Iterator[tuple[Tensor, Tensor]]:
         """The test set in order."""
-        for images, labels in zip(self.test_images.split(batch_size), self.test_labels.split(batch_size), strict=True):
+        for images, labels in zip(
+            *(torch.split(t, batch_size) for t in (self.test_images, self.test_labels)), strict=True
+        ):
             yield self.prepare(images), labels
 
 

@@ -26,7 +26,9 @@ class RunLog:
         history: what it has logged so far, one dict an epoch.
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any], wandb_id: str | None, history: list[dict[str, Any]]) -> None:
+    def __init__(
+        self, folder: Path, config: dict[str, Any], wandb_id: str | None, history: list[dict[str, Any]]
+    ) -> None:
         self.folder = folder
         self.history = history
         self._every = config["logger"]["every"]
@@ -55,7 +57,8 @@ class RunLog:
         self.history.append(metrics)
         self._write_metrics()
         print(
-            f"epoch {metrics['epoch']:>{len(str(self._epochs))}}/{self._epochs}   train loss {metrics['train_loss']:.4f}"
+            f"epoch {metrics['epoch']:>{len(str(self._epochs))}}/{self._epochs}   train loss"
+            f" {metrics['train_loss']:.4f}"
             f"   test accuracy {metrics['test_accuracy']:7.2%}   {metrics['images_per_second']:,.0f} images/s",
             flush=True,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def mlp(shape: Shape, classes: int, *, hidden: Sequence[int]) -> nn.Module:
     """A multilayer perceptron with ReLU."""
     sizes = [shape[0] * shape[1] * shape[2], *hidden]
     layers: list[nn.Module] = [nn.Flatten()]
-    for size, following in zip(sizes, sizes[1:], strict=False):
+    for size, following in pairwise(sizes):
         layers += [nn.Linear(size, following), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers, nn.Linear(sizes[-1], classes))
 

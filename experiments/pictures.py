@@ -10,7 +10,7 @@ import matplotlib
 from torch import Tensor, nn
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 
 def curves(history: list[dict[str, Any]], title: str, path: Path) -> Path:
@@ -24,8 +24,13 @@ def curves(history: list[dict[str, Any]], title: str, path: Path) -> Path:
     left.legend(frameon=False)
     accuracies = [100 * line["test_accuracy"] for line in history]
     right.plot(epochs, accuracies, marker=".", color="tab:green")
-    right.annotate(f"{accuracies[-1]:.2f} %", (epochs[-1], accuracies[-1]), xytext=(-4, -14), textcoords="offset points",
-                   ha="right")
+    right.annotate(
+        f"{accuracies[-1]:.2f} %",
+        (epochs[-1], accuracies[-1]),
+        xytext=(-4, -14),
+        textcoords="offset points",
+        ha="right",
+    )
     right.set(xlabel="epoch", ylabel="test accuracy (%)")
     for axes in (left, right):
         axes.grid(alpha=0.3)
@@ -35,7 +40,9 @@ def curves(history: list[dict[str, Any]], title: str, path: Path) -> Path:
     return path
 
 
-def receptive_fields(model: nn.Module, shape: tuple[int, int, int], title: str, path: Path, most: int = 64) -> Path | None:
+def receptive_fields(
+    model: nn.Module, shape: tuple[int, int, int], title: str, path: Path, most: int = 64
+) -> Path | None:
     """The weights of the first layer that sees the image, one tile a neuron, each on a scale of its own."""
     weight = next((p for p in model.parameters() if p.ndim > 1), None)
     if weight is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,9 @@ def run(config: DictConfig) -> dict[str, Any]:
     augment = data.Augment(**config.data.augment)
     total = config.epochs * images.batches(config.batch_size)
     if total == 0 and config.epochs:
-        raise ValueError(f"batch_size={config.batch_size} is larger than the {len(images.train_labels)} training images")
+        raise ValueError(
+            f"batch_size={config.batch_size} is larger than the {len(images.train_labels)} training images"
+        )
 
     model = build_model(config, images).to(device)
     optimizer = build_optimizer(config, model)
@@ -56,6 +58,20 @@ def run(config: DictConfig) -> dict[str, Any]:
         flush=True,
     )
     passes, seconds, trained_images = started.forward_passes, started.seconds, started.images
+
+    def closure_of(inputs: Tensor, labels: Tensor) -> Callable[[], Tensor]:
+        def closure() -> Tensor:
+            nonlocal passes
+            passes += 1
+            optimizer.zero_grad()
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
+                losses = F.cross_entropy(model(inputs), labels, reduction="none")
+            if losses.requires_grad:
+                torch.autograd.backward(losses.mean())
+            return losses
+
+        return closure
+
     try:
         for epoch in range(started.epoch + 1, config.epochs + 1):
             begin = time.perf_counter()
@@ -64,19 +80,8 @@ def run(config: DictConfig) -> dict[str, Any]:
             batches = images.training_batches(config.batch_size, config.seed, epoch, augment)
             count = images.batches(config.batch_size)
             for i, (inputs, labels) in enumerate(log.batches(batches, count, epoch)):
-
-                def closure() -> Tensor:
-                    nonlocal passes
-                    passes += 1
-                    optimizer.zero_grad()
-                    with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
-                        each = F.cross_entropy(model(inputs), labels, reduction="none")
-                    if each.requires_grad:
-                        each.mean().backward()
-                    return each
-
                 try:
-                    loss = optimizer.step(closure).mean()
+                    loss: Tensor = optimizer.step(closure_of(inputs, labels)).mean()  # type: ignore[arg-type, attr-defined]
                 except RuntimeError as error:
                     raise RuntimeError(f"{error} (epoch {epoch}, optimizer.lr={config.optimizer.lr})") from error
                 if scheduler is not None:
@@ -119,7 +124,9 @@ def run(config: DictConfig) -> dict[str, Any]:
         summary = _summary(config, log.history, seconds, passes, trained_images, device)
         title = f"{config.optimizer.name}, {config.model.name}, {config.data.name}, seed {config.seed}"
         made = [pictures.curves(log.history, title, folder / "curves.png")] if log.history else []
-        fields = pictures.receptive_fields(model, images.shape, f"first layer: {title}", folder / "receptive_fields.png")
+        fields = pictures.receptive_fields(
+            model, images.shape, f"first layer: {title}", folder / "receptive_fields.png"
+        )
         made += [fields] if fields is not None else []
         log.finish(summary, coverage(optimizer, model), made)
     finally:
@@ -159,7 +166,9 @@ def build_optimizer(config: DictConfig, model: nn.Module) -> torch.optim.Optimiz
     return optimizer
 
 
-def build_schedule(name: str, optimizer: torch.optim.Optimizer, total: int) -> torch.optim.lr_scheduler.LRScheduler | None:
+def build_schedule(
+    name: str, optimizer: torch.optim.Optimizer, total: int
+) -> torch.optim.lr_scheduler.LRScheduler | None:
     """The learning rate over a run of ``total`` steps, by its option ``schedule=cosine|constant``."""
     if name == "constant":
         return None
@@ -198,7 +207,7 @@ def warn_of_long_sweeps(optimizer: torch.optim.Optimizer, batches: int, epochs: 
         sweeps = epochs * batches * optimizer.coordinates / weights
         if sweeps < 3:
             print(
-                f"warning: serial perturbation visits {optimizer.coordinates} of {weights:,} weights a step, so this run "
+                f"warning: serial perturbation visits {optimizer.coordinates} of {weights:,} weights a step: this run "
                 f"makes {sweeps:.2f} sweeps and will learn little; try a smaller model, more epochs, or another rule",
                 flush=True,
             )
@@ -260,7 +269,9 @@ def _summary(
         "forward_passes": passes,
         "images_per_second": images / seconds if seconds else None,
         "peak_memory_bytes": logs.peak_memory(device),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"cpu, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
     }
 

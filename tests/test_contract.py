@@ -464,7 +464,9 @@ def test_a_non_finite_loss_changes_nothing(build, value: float) -> None:
             losses.mean().backward()
         return losses
 
-    with pytest.raises(RuntimeError, match=rf"{type(optimizer).__name__}: the loss is (nan|infinite); nothing was changed"):
+    with pytest.raises(
+        RuntimeError, match=rf"{type(optimizer).__name__}: the loss is (nan|infinite); nothing was changed"
+    ):
         optimizer.step(closure)
     assert same(before, weights(model))
     assert equal_state(state, optimizer.state_dict())

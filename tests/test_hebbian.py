@@ -49,7 +49,9 @@ def events(layer: nn.Module, x: Tensor) -> list[list[tuple[int, Tensor, float]]]
             for k in range(len(weight)):
                 patch = torch.zeros_like(weight[k])
                 for offset in itertools.product(*(range(size) for size in weight.shape[2:])):
-                    at = tuple(p * s + o * d for p, s, o, d in zip(place, layer.stride, offset, layer.dilation, strict=True))
+                    at = tuple(
+                        p * s + o * d for p, s, o, d in zip(place, layer.stride, offset, layer.dilation, strict=True)
+                    )
                     first = (k // outs) * ins
                     patch[(slice(None), *offset)] = padded[(sample, slice(first, first + ins), *at)]
                 activity = u[(sample, k, *place)].item()
@@ -230,7 +232,10 @@ def test_temperature_may_differ_between_groups() -> None:
     model = mlp(sizes=(6, 5, 5))
     twin = mlp(sizes=(6, 5, 5))
     optimizer = bioopt.Hebbian(
-        [{"params": model[0], "inverse_temperature": 2.0}, {"params": model[2]}], 0.1, inverse_temperature=0.5, readout=None
+        [{"params": model[0], "inverse_temperature": 2.0}, {"params": model[2]}],
+        0.1,
+        inverse_temperature=0.5,
+        readout=None,
     )
     x = torch.randn(8, 6, dtype=torch.float64)
     change = [hebbian_twin(twin[0], x, 2.0, 0.1), hebbian_twin(twin[2], twin[:2](x), 0.5, 0.1)]
@@ -266,7 +271,7 @@ def test_readout_mistakes_are_explained() -> None:
     with pytest.raises(ValueError, match="need readout='delta'"):
         bioopt.Hebbian(model, 0.1, readout=None, readout_lr=0.1)
     optimizer = bioopt.Hebbian(model, 0.1, readout_layer="2")
-    with pytest.raises(RuntimeError, match="'4' fires after the readout '2'.*readout_layer='4'"):
+    with pytest.raises(RuntimeError, match=r"'4' fires after the readout '2'.*readout_layer='4'"):
         optimizer.step(lambda: model(x).sum())
     optimizer.close()
     optimizer = bioopt.Hebbian(model, 0.1)
@@ -285,7 +290,9 @@ def test_models_that_cannot_be_trained_are_refused() -> None:
     with pytest.raises(ValueError, match="no plastic layer"):
         bioopt.Hebbian(mlp().requires_grad_(False), 0.1)
     attention = nn.Sequential(nn.Linear(4, 4), nn.MultiheadAttention(4, 2))
-    with pytest.raises(ValueError, match=r"layer '1' of type MultiheadAttention.*register_synapse.*Mixed.*requires_grad_"):
+    with pytest.raises(
+        ValueError, match=r"layer '1' of type MultiheadAttention.*register_synapse.*Mixed.*requires_grad_"
+    ):
         bioopt.Hebbian(attention, 0.1)
     attention[1].requires_grad_(False)
     assert len(bioopt.Hebbian(attention, 0.1).param_groups[0]["params"]) > 0

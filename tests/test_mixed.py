@@ -73,9 +73,7 @@ def test_members_that_need_one_pass_share_it() -> None:
 
 def test_a_part_beneath_a_cut_is_refused() -> None:
     model = cnn()
-    optimizer = bioopt.Mixed(
-        torch.optim.SGD(model[:2].parameters(), 0.1), bioopt.Hebbian(model[4:], 0.1)
-    )
+    optimizer = bioopt.Mixed(torch.optim.SGD(model[:2].parameters(), 0.1), bioopt.Hebbian(model[4:], 0.1))
     before = weights(model)
     with pytest.raises(RuntimeError, match=r"SGD trains parameters by gradients \(shapes .*beneath layers of Hebbian"):
         optimizer.step(per_sample(optimizer, model, *batch()))

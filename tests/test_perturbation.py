@@ -55,10 +55,8 @@ def test_weight_perturbation_equals_its_twin(population: int, antithetic: bool) 
                 out = torch.func.functional_call(model, shifted, (X,))
                 return F.cross_entropy(out, Y).item()
 
-            if antithetic:
-                slope = (loss_at(sigma) - loss_at(-sigma)) / (2 * sigma)
-            else:
-                slope = (loss_at(sigma) - base) / sigma
+            other, width = (loss_at(-sigma), 2 * sigma) if antithetic else (base, sigma)
+            slope = (loss_at(sigma) - other) / width
             for total, d in zip(wanted, z, strict=True):
                 total += slope * d / population
         got = estimate(optimizer, model)
@@ -147,7 +145,8 @@ def test_the_mean_of_the_estimates_is_the_gradient(build, closure, each: int) ->
 
 
 @pytest.mark.parametrize(
-    "build", [lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"), lambda: nn.Conv2d(2, 4, 3, stride=2, groups=2)]
+    "build",
+    [lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"), lambda: nn.Conv2d(2, 4, 3, stride=2, groups=2)],
 )
 def test_node_perturbation_of_convolutions(build) -> None:
     torch.manual_seed(0)
@@ -200,7 +199,7 @@ def test_sigma_below_the_precision_of_a_weight_is_explained() -> None:
     with torch.no_grad():
         model.weight.fill_(1.0)
     optimizer = bioopt.SerialPerturbation(model, 0.1, sigma=1e-5)
-    with pytest.raises(RuntimeError, match="sigma=1e-05 changes nothing at a weight of 1.0"):
+    with pytest.raises(RuntimeError, match=r"sigma=1e-05 changes nothing at a weight of 1\.0"):
         optimizer.step(lambda: model(torch.ones(1, 1, dtype=torch.bfloat16)).float().sum())
     assert model.weight.item() == 1.0
 

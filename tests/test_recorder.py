@@ -166,7 +166,9 @@ def test_no_graph_and_no_activity_outlives_the_step() -> None:
         model = mlp(sizes=(6, 5, 4))
         optimizer = make(rule, model)
         seen = []
-        model[1].register_forward_hook(lambda m, args, out, seen=seen: seen.append((weakref.ref(args[0]), weakref.ref(out))))
+        model[1].register_forward_hook(
+            lambda m, args, out, seen=seen: seen.append((weakref.ref(args[0]), weakref.ref(out)))
+        )
         x, y = torch.randn(8, 6, dtype=torch.float64), torch.randint(4, (8,))
         loss = optimizer.step(lambda model=model, x=x, y=y: F.cross_entropy(model(x), y, reduction="none"))
         gc.collect()

@@ -1,0 +1,168 @@
+"""Data sets: the embedded one, the ones that come through torchvision, and what may be wrong with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from safetensors.torch import save_file
+
+from experiments import data
+
+
+def tensors(n: int = 6, shape: tuple[int, int, int] = (3, 8, 8)) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (n, *shape), generator=generator, dtype=torch.uint8)
+    labels = (torch.arange(n) % 3).to(torch.uint8)
+    return {
+        "train_images": images,
+        "train_labels": labels,
+        "test_images": images[:4].clone(),
+        "test_labels": labels[:4].clone(),
+    }
+
+
+def test_digits_need_no_file(tmp_path: Path) -> None:
+    digits = data.load("digits", tmp_path / "nowhere")
+    assert digits.shape == (1, 28, 28)
+    assert digits.classes == 10
+    assert (len(digits.train_labels), len(digits.test_labels)) == (1437, 360)
+    assert digits.train_images.dtype == torch.uint8
+    assert digits.train_images.max() == 255
+    again = data.load("digits", tmp_path)
+    assert torch.equal(digits.test_images, again.test_images)  # the same are held out every time
+    standard = digits.prepare(digits.train_images)
+    assert abs(standard.mean()) < 1e-4
+    assert abs(standard.std() - 1) < 1e-4
+
+
+def test_batches_are_a_function_of_seed_and_epoch(tmp_path: Path) -> None:
+    digits = data.load("digits", tmp_path)
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    first = [y for _, y in digits.training_batches(128, 1, 2, data.Augment())]
+    assert torch.equal(state, torch.get_rng_state())
+    assert len(first) == digits.batches(128) == 11
+    same = [y for _, y in digits.training_batches(128, 1, 2, data.Augment())]
+    other = [y for _, y in digits.training_batches(128, 1, 3, data.Augment())]
+    assert all(torch.equal(a, b) for a, b in zip(first, same, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_augmentation_against_a_loop() -> None:
+    images = tensors(50)["train_images"]
+    augment, generator = data.Augment(crop=2, flip=True), torch.Generator().manual_seed(3)
+    got = augment(images, generator)
+    twin = torch.Generator().manual_seed(3)
+    flipped = (torch.rand(50, generator=twin) < 0.5).tolist()
+    dy, dx = torch.randint(0, 5, (2, 50), generator=twin).tolist()
+    for i, image in enumerate(images):
+        image = image.flip(2) if flipped[i] else image
+        padded = torch.zeros(3, 12, 12, dtype=torch.uint8)
+        padded[:, 2:10, 2:10] = image
+        assert torch.equal(got[i], padded[:, dy[i] : dy[i] + 8, dx[i] : dx[i] + 8])
+    assert torch.equal(data.Augment()(images, generator), images)
+    with pytest.raises(ValueError, match=r"data\.augment\.crop=-1"):
+        data.Augment(crop=-1)
+
+
+def fake(monkeypatch: pytest.MonkeyPatch, name: str, shape: tuple[int, ...]) -> list[bool]:
+    """A torchvision data set as its class presents it after the download."""
+    fetched: list[bool] = []
+
+    def source(root: Path, train: bool, download: bool) -> SimpleNamespace:
+        assert download
+        fetched.append(train)
+        values = np.arange(np.prod(shape), dtype=np.int64) % 256
+        images = values.astype(np.uint8).reshape(shape)
+        channels_last = len(shape) == 4
+        targets = [i % 10 for i in range(len(images))]
+        return SimpleNamespace(
+            data=images if channels_last else torch.from_numpy(images),
+            targets=targets if channels_last else torch.tensor(targets),
+        )
+
+    monkeypatch.setattr(torchvision.datasets, data.TORCHVISION[name], source)
+    return fetched
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "wanted"),
+    [
+        ("mnist", (20, 28, 28), (1, 28, 28)),
+        ("fashion_mnist", (20, 28, 28), (1, 28, 28)),
+        ("cifar10", (20, 32, 32, 3), (3, 32, 32)),
+    ],
+)
+def test_fetched_once_through_torchvision(
+    name: str, shape: tuple[int, ...], wanted: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched = fake(monkeypatch, name, shape)
+    images = data.load(name, tmp_path / "new")
+    assert fetched == [True, False]
+    assert images.shape == wanted
+    if name == "cifar10":  # height × width × channels in torchvision
+        assert images.train_images[0, 1, 0, 0] == 1
+        assert images.train_images[0, 0, 0, 1] == 3
+    assert [p.name for p in (tmp_path / "new").iterdir()] == [f"{name}.safetensors"]
+    again = data.load(name, tmp_path / "new")
+    assert fetched == [True, False]
+    assert torch.equal(images.train_images, again.train_images)
+
+
+def test_the_original_mnist_files_are_enough(tmp_path: Path) -> None:
+    """torchvision's own reader, on files in the original format: no network."""
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for stem, n in (("train", 30), ("t10k", 10)):
+        images = rng.integers(0, 256, (n, 28, 28), dtype=np.uint8)
+        header = np.array([0x803, n, 28, 28], ">i4").tobytes()
+        (raw / f"{stem}-images-idx3-ubyte").write_bytes(header + images.tobytes())
+        labels = (np.arange(n) % 10).astype(np.uint8)
+        (raw / f"{stem}-labels-idx1-ubyte").write_bytes(np.array([0x801, n], ">i4").tobytes() + labels.tobytes())
+    mnist = data.load("mnist", tmp_path)
+    assert mnist.test_images.shape == (10, 1, 28, 28)
+    assert torch.equal(mnist.test_images[:, 0], torch.from_numpy(images))
+
+
+def test_missing_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def source(*args: object, **kwargs: object) -> None:
+        raise OSError("<urlopen error [Errno -3] Temporary failure in name resolution>\nand more")
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", source)
+    with pytest.raises(FileNotFoundError) as error:
+        data.load("cifar10", tmp_path)
+    text = str(error.value)
+    assert "data set 'cifar10' is not at" in text
+    assert "name resolution" in text
+    assert "data=digits" in text
+    assert "\n" not in text
+    with pytest.raises(FileNotFoundError, match="only mnist, fashion_mnist, cifar10 can be fetched"):
+        data.load("imagenet", tmp_path)
+
+
+def test_damaged_files_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "mnist.safetensors"
+    good = tensors()
+    save_file(good, path)
+    data.load("mnist", tmp_path)
+    whole = path.read_bytes()
+    damaged: list[bytes | dict[str, torch.Tensor]] = [
+        whole[: len(whole) // 2],
+        b"not at all",
+        {k: v for k, v in good.items() if k != "test_labels"},
+        {**good, "train_labels": good["train_labels"][:3]},
+        {**good, "train_images": good["train_images"].float()},
+    ]
+    for content in damaged:
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            save_file(content, path)
+        with pytest.raises(ValueError, match=r"mnist\.safetensors is damaged .*delete .*'mnist' anew"):
+            data.load("mnist", tmp_path)

@@ -1,0 +1,230 @@
+"""`python train.py`: what a user types, sees and finds in the run's folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from experiments.training import run
+
+ROOT = Path(__file__).parent.parent
+OPTIMIZERS = sorted(p.stem for p in (ROOT / "conf/optimizer").glob("*.yaml"))
+MODELS = sorted(p.stem for p in (ROOT / "conf/model").glob("*.yaml"))
+DATA = sorted(p.stem for p in (ROOT / "conf/data").glob("*.yaml"))
+# A network so small that every optimizer takes a step in no time.
+TINY = ["model=cnn", "model.width=4", "model.kernel=3", "logger.mode=disabled", "epochs=1", "batch_size=256"]
+
+
+def config(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("config", list(overrides))
+
+
+def train(*overrides: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *overrides],
+        cwd=cwd, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer_runs_and_leaves_everything_behind(optimizer: str, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    summary = run(config(f"optimizer={optimizer}", *TINY, f"run_dir={folder}"))
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "checkpoint.pt", "config.yaml", "curves.png", "metrics.jsonl", "receptive_fields.png", "summary.json",
+    ]  # fmt: skip
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    for key in ("test_accuracy", "best_test_accuracy", "optimizer", "data", "model", "seed", "epochs", "seconds",
+                "forward_passes", "peak_memory_bytes", "images_per_second"):  # fmt: skip
+        assert summary[key] is not None
+    assert 0 <= summary["test_accuracy"] <= summary["best_test_accuracy"] <= 1
+    assert summary["optimizer"] == optimizer
+    (line,) = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert line["epoch"] == 1
+    resolved = yaml.safe_load((folder / "config.yaml").read_text())
+    assert "${" not in json.dumps(resolved)
+    assert resolved["optimizer"]["name"] == optimizer
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert checkpoint["epoch"] == 1
+    for picture in ("curves.png", "receptive_fields.png"):
+        assert (folder / picture).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_combination_composes_with_sensible_values(optimizer: str, data: str, model: str) -> None:
+    from omegaconf import OmegaConf
+
+    plain = OmegaConf.to_container(config(f"optimizer={optimizer}", f"data={data}", f"model={model}"), resolve=True)
+    assert plain["epochs"] >= 1
+    assert plain["optimizer"]["lr"] > 0
+    assert plain["optimizer"]["name"] == optimizer
+    assert "_target_" in plain["model"]
+
+
+def test_the_command_line_wins_over_the_table() -> None:
+    assert config("optimizer=hebbian", "data=mnist", "epochs=3", "optimizer.lr=0.5").optimizer.lr == 0.5
+    assert config("epochs=3").epochs == 3
+
+
+def test_the_random_trunk_is_trained_as_the_readout_of_hebbian() -> None:
+    hebbian, control = config("optimizer=hebbian", "data=mnist"), config("optimizer=random_trunk", "data=mnist")
+    assert hebbian.optimizer.readout_lr == control.optimizer.lr
+    assert hebbian.optimizer.momentum == control.optimizer.momentum
+    assert (hebbian.epochs, hebbian.batch_size) == (control.epochs, control.batch_size)
+
+
+def test_a_frozen_hebbian_trunk_is_the_random_trunk(tmp_path: Path) -> None:
+    same = []
+    for name, options in (
+        ("hebbian", ["optimizer.lr=0", "optimizer.readout_lr=0.01"]),
+        ("random_trunk", ["optimizer.lr=0.01"]),
+    ):
+        run(config(f"optimizer={name}", *TINY, *options, f"run_dir={tmp_path / name}"))
+        same.append(torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"])
+    assert all(torch.equal(same[0][key], same[1][key]) for key in same[0])
+
+
+@pytest.mark.parametrize("optimizer", ["hebbian", "serial_perturbation", "node_perturbation"])
+def test_a_killed_run_goes_on_to_the_same_end(optimizer: str, tmp_path: Path) -> None:
+    common = [f"optimizer={optimizer}", *TINY, "epochs=6", "data.augment.crop=2"]
+    assert train(*common, "run_dir=whole", cwd=tmp_path).returncode == 0
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *common, "run_dir=killed"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    checkpoint = tmp_path / "killed" / "checkpoint.pt"
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "summary.json").exists(), "the run was too fast to be killed"
+    before = torch.load(checkpoint, weights_only=True)["epoch"]
+    with (tmp_path / "killed" / "metrics.jsonl").open("a") as metrics:
+        metrics.write('{"epoch": 99, "of": "an epoch that was not finished"}\n')
+
+    resumed = train("resume=killed", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"going on after epoch {before}" in resumed.stdout
+    whole, killed = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "killed"))
+    assert all(torch.equal(whole["model"][key], killed["model"][key]) for key in whole["model"])
+    assert whole["forward_passes"] == killed["forward_passes"]
+    for left, right in zip(
+        *((tmp_path / n / "metrics.jsonl").read_text().splitlines() for n in ("whole", "killed")), strict=True
+    ):
+        for key in ("epoch", "train_loss", "test_loss", "test_accuracy"):
+            assert json.loads(left)[key] == json.loads(right)[key]
+    again = train("resume=killed", cwd=tmp_path)
+    assert again.returncode == 1
+    assert "has finished" in again.stderr
+
+
+def test_a_run_with_wandb_offline(tmp_path: Path) -> None:
+    done = train(
+        *TINY, "logger.mode=auto", cwd=tmp_path, WANDB_API_KEY="", HOME=str(tmp_path), NETRC=str(tmp_path / "none")
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""  # no progress bar, no chatter, no prompt, where nobody watches
+    lines = done.stdout.splitlines()
+    assert lines[0] == "hebbian on digits with cnn (4,254 parameters), seed 0, cpu"
+    assert lines[1].startswith("epoch 1/1   train loss ")
+    assert lines[1].endswith("images/s")
+    assert "Hebbian readout (delta)" in done.stdout
+    (command,) = [line for line in lines if "wandb leet" in line]
+    folder = tmp_path / command.split("`wandb leet ")[1].split("`")[0]
+    (record,) = folder.glob("*.wandb")
+    shown = subprocess.run(
+        [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", str(record)],
+        capture_output=True, text=True, timeout=120, cwd=tmp_path, env={**os.environ, "HOME": str(tmp_path)},
+    )  # fmt: skip
+    assert shown.returncode == 0, shown.stderr
+    for logged in ("test/accuracy", "train/loss", "pictures/curves", "best_test_accuracy", "inverse_temperature"):
+        assert logged in shown.stdout, logged
+    assert list(folder.rglob("*.png"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["optimizer.lr=-1"], "optimizer=hebbian: Hebbian: lr=-1 must be"),
+        (["optimizer=sgd", "optimizer.lr=-1"], "optimizer=sgd: Invalid learning rate: -1"),
+        (["epochs=-1"], "epochs=-1 must be an integer >= 0"),
+        (["epochs=many"], "epochs=many must be an integer"),
+        (["batch_size=0"], "batch_size=0"),
+        (["batch_size=5000"], "batch_size=5000 is larger than the 1437 training images"),
+        (["schedule=linear"], "schedule=linear must be cosine or constant"),
+        (["device=tpu"], "device=tpu must be auto, cpu or cuda"),
+        (["logger.mode=loud"], "logger.mode=loud must be one of auto, online, offline, disabled"),
+        (["optimizer.readout=oops"], "readout='oops' must be 'delta' or None"),
+        (["data=cifar10", "data.root=nowhere"], "data set 'cifar10' is not at nowhere/cifar10.safetensors"),
+        (["run_dir=/proc/forbidden"], "run_dir=/proc/forbidden cannot be written"),
+        (["resume=nothing"], "resume=nothing is not a run's folder"),
+        (["optimizer=sgd", "optimizer.lr=1e30", "epochs=2"], "the loss is nan in epoch 2 with optimizer.lr=1e+30"),
+        (["optimizer=node_perturbation", "optimizer.lr=1e30"], "(epoch 1, optimizer.lr=1e+30)"),
+        (["optimizer.nonsense=1"], "Could not override 'optimizer.nonsense'"),
+        (["optimizer=hebian"], "Could not find 'optimizer/hebian'"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_told_in_a_sentence(overrides: list[str], says: str, tmp_path: Path) -> None:
+    failed = train(*TINY, *overrides, cwd=tmp_path)
+    assert failed.returncode == 1
+    assert says in failed.stderr
+    assert "Traceback" not in failed.stderr
+    if "hebian" in says:
+        for optimizer in OPTIMIZERS:
+            assert optimizer in failed.stderr
+    else:
+        assert len(failed.stderr.splitlines()) <= 7
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_without_a_gpu(tmp_path: Path) -> None:
+    failed = train(*TINY, "device=cuda", cwd=tmp_path)
+    assert failed.returncode == 1
+    assert "device=cuda, but torch sees no CUDA GPU here; use device=cpu or device=auto" in failed.stderr
+
+
+def test_a_long_sweep_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(config("optimizer=serial_perturbation", *TINY, f"run_dir={tmp_path / 'run'}"))
+    assert "makes 0.0" in capsys.readouterr().out
+
+
+def test_runs_of_one_second_do_not_share_a_folder(tmp_path: Path) -> None:
+    for _ in range(2):
+        run(config(*TINY, f"run_dir={tmp_path / 'run'}"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "run-2"]
+
+
+def test_multirun(tmp_path: Path) -> None:
+    done = train("-m", "optimizer=sgd,random_trunk", "seed=0,1", *TINY, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    names = sorted(p.name.split("-", 5)[5] for p in (tmp_path / "runs").iterdir())
+    assert names == [f"{o}-cnn-digits-seed{s}" for o in ("random_trunk", "sgd") for s in (0, 1)]
+
+
+def test_amp(tmp_path: Path) -> None:
+    for optimizer in OPTIMIZERS:
+        summary = run(config(f"optimizer={optimizer}", *TINY, "amp=true", f"run_dir={tmp_path / optimizer}"))
+        assert summary["test_accuracy"] > 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_on_a_gpu(optimizer: str, tmp_path: Path) -> None:
+    summary = run(config(f"optimizer={optimizer}", *TINY, "device=cuda", f"run_dir={tmp_path / 'run'}"))
+    assert "cpu" not in summary["device"]
