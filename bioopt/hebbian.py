@@ -1,7 +1,7 @@
 """The Hebbian family: a synapse strengthens when the two neurons it joins are active together (Hebb, 1949).
 
-All rules here are bounded by Oja's decay, which needs no pass of its own over the activities: with
-``u = W x + b``, the mean over events ``⟨s_k u_k⟩`` is ``w_k · ⟨s_k x⟩ + b_k ⟨s_k⟩``, made of the product alone.
+Every rule here is bounded by a decay of Oja's kind, which needs no pass of its own over the activities: with
+``u = W x + b``, the mean over events ``⟨s_k u_j⟩`` is ``⟨s_k x⟩ · w_j + ⟨s_k⟩ b_j``, made of the product alone.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from .synaptic import SynapticRule
 __all__ = ["Hebbian", "Oja"]
 
 
-def _oja(product: Tensor, signal: Tensor | None, synapse: Synapse, lr: float | Tensor) -> Tensor:
-    """``(⟨s xᵀ⟩ - c w) / (1 + lr c)`` with ``c = ⟨s u⟩`` for every neuron: a step of Oja's rule, its decay implicit."""
-    weight, bias = synapse.weight.detach(), synapse.bias
-    c = (weight * product).flatten(1).sum(1)
-    if bias is not None and signal is not None:
-        c += bias.detach() * signal
-    c = c.view(-1, *[1] * (weight.ndim - 1))
-    return (product - c * weight) / (1 + lr * c.clamp(min=0))
+def _shortened(change: Tensor, product: Tensor, weight: Tensor, lr: float | Tensor, dim: tuple[int, ...]) -> Tensor:
+    """``Δw / (1 + lr ‖P‖ (1 + ‖W‖))``: the same rule at a small learning rate, no overshooting at a large one.
+
+    A decay of Oja's kind is quadratic in the weights, so that its plain step diverges beyond some learning rate,
+    which depends on the input. ``‖P‖ ‖W‖`` bounds the rate of the decay, ``‖P‖`` that of the growth.
+    """
+    norms = [t.square().sum(dim, keepdim=True).sqrt() for t in (product, weight)]
+    return change / (1 + lr * norms[0] * (1 + norms[1]))
 
 
 class Hebbian(SynapticRule):
@@ -34,28 +34,30 @@ class Hebbian(SynapticRule):
 
     .. math::
         y_k = \frac{\exp(t\,u_k / \lVert w_k\rVert)}{\sum_j \exp(t\,u_j / \lVert w_j\rVert)}, \qquad
-        \Delta w_k = \langle\, y_k\,(x - u_k\,w_k') \,\rangle, \qquad
-        w_k' = w_k + \mathrm{lr}\,\Delta w_k
+        P = \langle\, y u\, x^\top \rangle, \qquad
+        \Delta w_k = \frac{\langle\, y_k u_k\,(x - \sum_j u_j\,w_j) \,\rangle}
+                          {1 + \mathrm{lr}\,\lVert P\rVert\,(1 + \lVert W\rVert)}
 
     with presynaptic activity :math:`x`, postsynaptic activity :math:`u = Wx + b`, inverse temperature :math:`t`, and
     the mean :math:`\langle\cdot\rangle` over *events* (samples, and positions of a convolution), so that ``lr`` does
     not depend on the batch or image size. The neurons of a layer compete with each other: the channels of a
     convolution at each position (within a group, for grouped convolutions), the features of a Linear layer in each
-    sample. They are compared by the direction of their weights, so that none wins for starting out long.
+    sample. They are compared by the direction of their weights, so that none wins for starting out long. :math:`t`
+    leads from Oja's subspace rule (0: the principal components of the input) to winner-take-all (large).
 
-    Oja's decay bounds the weights: each weight vector tends to unit length. It is taken implicitly, at the new
-    weights :math:`w'`, which is the same rule for small ``lr`` but cannot overshoot at a large one:
-    :math:`\Delta w = (\langle y x\rangle - c\,w) / (1 + \mathrm{lr}\,c)` with :math:`c = \max(0, \langle y u\rangle)`.
+    The decay is Oja's of 1989: what all the neurons of a pool together already say of the input, :math:`\sum_j u_j w_j`,
+    is taken from it, as by feedback inhibition. It bounds the weights (at rest :math:`W^\top W` is the identity on
+    what the neurons respond to) and keeps winners from all learning the same. The denominator (Frobenius
+    norms, over a pool) is 1 for a small ``lr``, and keeps a large one from overshooting.
 
-    The rule is local: it uses the activities of the two neurons that a synapse joins, its neuron's own weights, and
-    the pool's normalisation; no error signal, no labels. Only the readout sees a loss. Biases of the trunk and the
-    affine parameters of normalisation layers stay frozen.
+    No error signal and no labels enter; only the readout sees a loss. Biases of the trunk and the affine parameters
+    of normalisation layers stay frozen.
 
     Args:
         params: the model (or modules, or groups whose ``"params"`` are modules). Bare parameters are refused.
         lr: learning rate :math:`\mathrm{lr}`, per mean event.
-        inverse_temperature: :math:`t`, in units of :math:`1/x`: 0 lets all neurons learn alike, large values are
-            winner-take-all.
+        inverse_temperature: :math:`t`, in units of :math:`1/x`: 0 lets all neurons learn alike, a large value only
+            the winner.
         readout: ``"delta"`` trains the last synapse, weight and bias, by its local error times its presynaptic
             activity; ``None`` trains it like the others.
         readout_lr: learning rate of the readout; ``lr`` by default.
@@ -67,9 +69,9 @@ class Hebbian(SynapticRule):
         ValueError: a hyperparameter out of range; a model without plastic layers, or with unknown ones.
         TypeError: bare parameters; a model wrapped in DistributedDataParallel.
 
-    Sources: D. E. Rumelhart & D. Zipser (1985), *Feature discovery by competitive learning*; E. Oja (1982),
-    *Simplified neuron model as a principal component analyzer*; soft competition: S. J. Nowlan (1990), and
-    T. Moraitis et al. (2022), *SoftHebb*.
+    Sources: D. E. Rumelhart & D. Zipser (1985), *Feature discovery by competitive learning*; soft competition:
+    S. J. Nowlan (1990), *Maximum likelihood competitive learning*; the decay: E. Oja (1989), *Neural networks,
+    principal components, and subspaces*.
 
     Example::
 
@@ -106,30 +108,42 @@ class Hebbian(SynapticRule):
         )
 
     def signal(self, u: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor:
-        """``softmax(t u / ‖w‖)`` over the neurons that compete."""
-        channel = u.ndim + synapse.channel_dim
+        """``softmax(t u / ‖w‖) u``, the softmax over the neurons that compete."""
         scale = group["inverse_temperature"] / synapse.weight.flatten(1).norm(dim=1).clamp(min=1e-12)
-        score = u * scale.to(u.dtype).view(-1, *[1] * (u.ndim - channel - 1))
-        if synapse.pools == 1:
-            return torch.softmax(score, channel)
-        pooled = score.unflatten(channel, (synapse.pools, -1))
-        return torch.softmax(pooled, channel + 1).flatten(channel, channel + 1)
+        # Neurons last, which is how a channels-last network lays them out: there, twice as fast as along dimension 1.
+        last = u.movedim(synapse.channel_dim, -1)
+        if last.is_contiguous():
+            share = last * scale.to(u.dtype)
+            pooled = share.view(*share.shape[:-1], synapse.pools, -1)
+            return torch.softmax(pooled, -1).view_as(last).mul_(last).movedim(-1, synapse.channel_dim)
+        channel = u.ndim + synapse.channel_dim
+        share = u * scale.to(u.dtype).view(-1, *[1] * (u.ndim - channel - 1))
+        pooled = share.unflatten(channel, (synapse.pools, -1))
+        share = torch.softmax(pooled, channel + 1).flatten(channel, channel + 1)
+        return share.mul_(u)
 
     def update(self, product: Tensor, signal: Tensor | None, synapse: Synapse, group: dict[str, Any]) -> Tensor:
-        """``⟨y x⟩ - ⟨y u⟩ w``."""
-        return _oja(product, signal, synapse, group["lr"])
+        """``⟨y u x⟩ - C W``, shortened."""
+        pools = synapse.pools
+        weight, rows = (t.detach().reshape(pools, -1, t[0].numel()) for t in (synapse.weight, product))
+        together = rows @ weight.mT
+        if signal is not None and synapse.bias is not None:
+            together += signal.view(pools, -1, 1) * synapse.bias.detach().view(pools, 1, -1)
+        return _shortened(rows - together @ weight, rows, weight, group["lr"], (1, 2)).view_as(product)
 
 
 class Oja(SynapticRule):
     r"""Oja's rule: every neuron becomes the first principal component of its input.
 
     .. math::
-        \Delta w_k = \langle\, u_k\,(x - u_k\,w_k') \,\rangle, \qquad w_k' = w_k + \mathrm{lr}\,\Delta w_k
+        p_k = \langle u_k x \rangle, \qquad
+        \Delta w_k = \frac{\langle\, u_k\,(x - u_k\,w_k) \,\rangle}
+                          {1 + \mathrm{lr}\,\lVert p_k\rVert\,(1 + \lVert w_k\rVert)}
 
     with :math:`x`, :math:`u` and the mean over events as in `Hebbian`. For centred input, and without a bias, the
     stable fixed points are the unit eigenvectors :math:`\pm v_1` of :math:`\langle x x^\top\rangle` with the largest
-    eigenvalue :math:`\lambda_1`; nothing makes the neurons of one layer differ but their starting point. The decay is
-    implicit, as in `Hebbian`: the fixed points are Oja's, and no ``lr`` is too large.
+    eigenvalue :math:`\lambda_1`; nothing makes the neurons of one layer differ but their starting point. The denominator
+    moves no fixed point, and keeps a large ``lr`` from overshooting.
 
     Args:
         params: the model (or modules, or groups whose ``"params"`` are modules). Bare parameters are refused.
@@ -171,5 +185,10 @@ class Oja(SynapticRule):
         return u
 
     def update(self, product: Tensor, signal: Tensor | None, synapse: Synapse, group: dict[str, Any]) -> Tensor:
-        """``⟨u x⟩ - ⟨u²⟩ w``."""
-        return _oja(product, signal, synapse, group["lr"])
+        """``⟨u x⟩ - ⟨u²⟩ w``, shortened."""
+        weight = synapse.weight.detach().flatten(1)
+        rows = product.flatten(1)
+        power = (rows * weight).sum(1, keepdim=True)
+        if signal is not None and synapse.bias is not None:
+            power += (signal * synapse.bias.detach()).view(-1, 1)
+        return _shortened(rows - power * weight, rows, weight, group["lr"], (1,)).view_as(product)

@@ -8,8 +8,9 @@ GPU they differ, as torch's own generators do.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-__all__ = ["NoiseSource"]
+__all__ = ["NoiseSource", "fill_normal_"]
 
 _MASK = 2**64 - 1
 
@@ -36,3 +37,15 @@ class NoiseSource:
         for count in counts:
             key = _mix(key + _mix(count + 1))  # + 1, or a count equal to the seed would cancel it
         return self._generators[device].manual_seed(key >> 1)
+
+
+def fill_normal_(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Fill a tensor with standard normal numbers, in the order of its memory."""
+    order = sorted(range(tensor.ndim), key=lambda d: (tensor.stride(d), tensor.size(d)), reverse=True)
+    ordered = tensor.permute(order)
+    if ordered.is_contiguous():
+        # Flat, whatever the memory format: torch fills a channels-last tensor as such eight times slower.
+        ordered.view(-1).normal_(generator=generator)
+    else:
+        tensor.normal_(generator=generator)
+    return tensor

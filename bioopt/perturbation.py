@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from .noise import NoiseSource
+from .noise import NoiseSource, fill_normal_
 from .optimizer import (
     POSITIVE,
     POSITIVE_INT,
@@ -154,7 +154,7 @@ class WeightPerturbation(_Perturbation):
             if p.device not in streams:
                 state = self._own_state
                 streams[p.device] = self._noise.stream(p.device, state["seed"], state["step"], member)
-            yield (torch.empty_like(p) if into is None else into[i]).normal_(generator=streams[p.device])
+            yield fill_normal_(torch.empty_like(p) if into is None else into[i], streams[p.device])
 
     def _estimate(self, probe: Probe) -> Estimate:
         plastic = self._plastic()
@@ -390,7 +390,7 @@ class NodePerturbation(_Perturbation):
         def draw(like: Tensor) -> Tensor:
             if like.device not in streams:
                 streams[like.device] = self._noise.stream(like.device, state["seed"], state["step"], sample)
-            return torch.empty_like(like).normal_(generator=streams[like.device])
+            return fill_normal_(torch.empty_like(like), streams[like.device])
 
         return draw
 

@@ -42,7 +42,7 @@ def names() -> list[str]:
 def build(name: str, device: torch.device, batch: int, width: int, *, lean: bool = False) -> Callable[[], object]:
     """One step of an optimizer on a network of its own; ``lean`` takes the momentum away."""
     torch.manual_seed(0)
-    model = cnn(SHAPE, 10, width=width, kernel=5).to(device)
+    model = cnn(SHAPE, 10, width=width, kernel=5).to(device, memory_format=torch.channels_last)
     x = torch.randn(batch, *SHAPE, device=device)
     y = torch.randint(10, (batch,), device=device)
     if name == FORWARD:

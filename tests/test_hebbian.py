@@ -66,44 +66,46 @@ def events(layer: nn.Module, x: Tensor) -> list[list[tuple[int, Tensor, float]]]
 def hebbian_twin(layer: nn.Module, x: Tensor, t: float, lr: float) -> Tensor:
     weight = layer.weight.detach()
     pool = len(weight) // getattr(layer, "groups", 1)
-    product, together = torch.zeros_like(weight), torch.zeros(len(weight), dtype=weight.dtype)
+    change, product = torch.zeros_like(weight), torch.zeros_like(weight)
     all_events, norms = events(layer, x), [w.norm().item() for w in weight]
     for event in all_events:
         for k, patch, u in event:
-            rivals = [v / norms[j] for j, _, v in event if j // pool == k // pool]
-            y = 1 / sum(math.exp(t * (v - u / norms[k])) for v in rivals)
+            rivals = [(j, v) for j, _, v in event if j // pool == k // pool]
+            y = u / sum(math.exp(t * (v / norms[j] - u / norms[k])) for j, v in rivals)
+            explained = sum(v * weight[j] for j, v in rivals)
+            change[k] += y * (patch - explained) / len(all_events)
             product[k] += y * patch / len(all_events)
-            together[k] += y * u / len(all_events)
-    return implicit_step(product, together, weight, lr)
+    for k in range(len(weight)):
+        own_pool = slice(k // pool * pool, (k // pool + 1) * pool)
+        change[k] /= 1 + lr * product[own_pool].norm() * (1 + weight[own_pool].norm())
+    return change
 
 
 def oja_twin(layer: nn.Module, x: Tensor, lr: float) -> Tensor:
     weight = layer.weight.detach()
-    product, together = torch.zeros_like(weight), torch.zeros(len(weight), dtype=weight.dtype)
+    change, product = torch.zeros_like(weight), torch.zeros_like(weight)
     all_events = events(layer, x)
     for event in all_events:
         for k, patch, u in event:
+            change[k] += u * (patch - u * weight[k]) / len(all_events)
             product[k] += u * patch / len(all_events)
-            together[k] += u * u / len(all_events)
-    return implicit_step(product, together, weight, lr)
-
-
-def implicit_step(product: Tensor, together: Tensor, weight: Tensor, lr: float) -> Tensor:
-    """Solves w' = w + lr (⟨s x⟩ - c w') for w', one neuron at a time."""
-    new = torch.stack([
-        (weight[k] + lr * product[k]) / (1 + lr * c) if c > 0 else weight[k] + lr * (product[k] - c * weight[k])
-        for k, c in enumerate(together.tolist())
-    ])  # fmt: skip
-    return (new - weight) / lr
+    for k in range(len(weight)):
+        change[k] /= 1 + lr * product[k].norm() * (1 + weight[k].norm())
+    return change
 
 
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("lr", [0.01, 5.0])
 @pytest.mark.parametrize("t", [0.7, 3.0])
-def test_hebbian_equals_its_twin(name: str, lr: float, t: float) -> None:
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_hebbian_equals_its_twin(name: str, lr: float, t: float, channels_last: bool) -> None:
     build, shape = LAYERS[name]
     torch.manual_seed(1)
     layer, x = build().double(), torch.randn(shape, dtype=torch.float64)
+    if channels_last:
+        if x.ndim != 4:
+            return
+        layer, x = layer.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
     optimizer = bioopt.Hebbian(layer, lr, inverse_temperature=t, readout=None)
     before = layer.weight.detach().clone()
     change = hebbian_twin(layer, x, t, lr)
@@ -225,7 +227,7 @@ def test_winners_become_the_clusters() -> None:
     for _ in range(300):
         layer(centres[torch.randint(4, (32,))] + 0.1 * torch.randn(32, 4))
         optimizer.step()
-    torch.testing.assert_close(layer.weight.detach(), torch.eye(4), atol=0.05, rtol=0)
+    torch.testing.assert_close(layer.weight.detach(), torch.eye(4), atol=0.1, rtol=0)
 
 
 def test_temperature_may_differ_between_groups() -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bioopt
-from bioopt.noise import NoiseSource
+from bioopt.noise import NoiseSource, fill_normal_
 
 from .rules import SEVERAL_PASSES, make, mlp, per_sample, same, weights
 
@@ -249,3 +249,21 @@ def test_the_seed_is_part_of_the_state() -> None:
     other.load_state_dict(optimizer.state_dict())
     for a, b in zip(estimate(optimizer, model), estimate(other, model), strict=True):
         assert torch.equal(a, b)
+
+
+def test_noise_fills_any_memory_format_alike() -> None:
+    source, cpu = NoiseSource(), torch.device("cpu")
+    for tensor in (
+        torch.empty(3, 5, 4, 6),
+        torch.empty(3, 5, 4, 6).to(memory_format=torch.channels_last),
+        torch.empty(7, 9).T,
+        torch.empty(1, 1, 5, 5).to(memory_format=torch.channels_last),
+        torch.empty(6, 8)[:, ::2],  # not dense
+        torch.empty(()),
+    ):
+        tensor.fill_(math.nan)
+        fill_normal_(tensor, source.stream(cpu, 1))
+        assert tensor.isfinite().all()
+    flat = fill_normal_(torch.empty(360), source.stream(cpu, 1))
+    last = fill_normal_(torch.empty(3, 5, 4, 6).to(memory_format=torch.channels_last), source.stream(cpu, 1))
+    assert torch.equal(last.permute(0, 2, 3, 1).flatten(), flat)
