@@ -151,7 +151,7 @@ def build_model(config: DictConfig, images: data.Images) -> nn.Module:
     """The network of ``model=``, for the shape and classes of the data."""
     options = {k: v for k, v in config.model.items() if k != "name"}
     model: nn.Module = instantiate(options, shape=images.shape, classes=images.classes, _convert_="all")
-    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]  # half the time
+    return model.to(memory_format=torch.channels_last)  # half the time
 
 
 def build_optimizer(config: DictConfig, model: nn.Module) -> torch.optim.Optimizer:

@@ -1,0 +1,158 @@
+"""Keep the result of finished runs, and make the tables from what was kept.
+
+    python scripts/record.py mnist-cnn-hebbian runs/...-seed0 runs/...-seed1    # one record: same cell, several seeds
+    python scripts/record.py                                                    # only make the tables anew
+
+A record is ``experiments/records/<name>/result.json`` with the pictures of its first run beside it; the tables go to
+``experiments/records/README.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shlex
+import shutil
+import statistics
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import yaml
+from scipy.stats import t as student
+
+ROOT = Path(__file__).parent.parent
+RECORDS = ROOT / "experiments" / "records"
+DEFAULTS = {"device", "logger", "run_dir", "resume", "seed", "threads", "data"}
+
+
+def interval(values: list[float]) -> float | None:
+    """Half the 95 % confidence interval of the mean; none for a single value."""
+    if len(values) < 2:
+        return None
+    return float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def record(name: str, runs: list[Path]) -> None:
+    """Write one record from finished runs that differ in nothing but their seed."""
+    summaries = [json.loads((run / "summary.json").read_text()) for run in runs]
+    configs = [yaml.safe_load((run / "config.yaml").read_text()) for run in runs]
+    for config in configs:
+        for key in DEFAULTS - {"data"}:
+            config.pop(key, None)
+        config["data"].pop("root")
+        config["optimizer"].pop("seed", None)
+    if any(config != configs[0] for config in configs):
+        raise SystemExit(f"error: the runs of record {name} differ in more than their seed")
+    runs = [run for _, run in sorted(zip((s["seed"] for s in summaries), runs, strict=True))]
+    summaries.sort(key=lambda summary: summary["seed"])
+    first = summaries[0]
+    accuracies = [summary["test_accuracy"] for summary in summaries]
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    result = {
+        "data": first["data"],
+        "model": first["model"],
+        "optimizer": first["optimizer"],
+        "seeds": [summary["seed"] for summary in summaries],
+        "test_accuracy": accuracies,
+        "mean": statistics.fmean(accuracies),
+        "ci95": interval(accuracies),
+        "epochs": first["epochs"],
+        "device": first["device"],
+        "seconds": statistics.fmean(summary["seconds"] for summary in summaries),
+        "forward_passes": first["forward_passes"],
+        "commit": commit.stdout.strip(),
+        "command": command(configs[0], [summary["seed"] for summary in summaries]),
+    }
+    folder = RECORDS / name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    for picture in ("curves.png", "receptive_fields.png"):
+        if (runs[0] / picture).exists():
+            shutil.copy(runs[0] / picture, folder / picture)
+
+
+def command(config: dict[str, Any], seeds: list[int]) -> str:
+    """What to type for the same runs: the choices, and all that differs from their defaults."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    choices = [f"{group}={config[group]['name']}" for group in ("optimizer", "model", "data")]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        plain = OmegaConf.to_container(compose("config", choices), resolve=True)
+    changed = [f"{key}={value}".replace(" ", "") for key, value in sorted(differences(config, plain).items())]
+    many = len(seeds) > 1
+    seed = "seed=" + ",".join(map(str, seeds))
+    return shlex.join(["python", "train.py", *(["-m"] if many else []), *choices, *changed, seed])
+
+
+def differences(config: dict[str, Any], plain: Any, prefix: str = "") -> dict[str, Any]:
+    """The leaves of a configuration that are not as in another one."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            found |= differences(value, plain.get(key, {}), f"{prefix}{key}.")
+        elif plain.get(key) != value:
+            found[prefix + key] = value
+    return found
+
+
+def percent(mean: float, half: float | None) -> str:
+    """A fraction as percent, with its interval."""
+    return f"{100 * mean:.2f}" + ("" if half is None else f" ± {100 * half:.2f}")
+
+
+def tables() -> str:
+    """One table a data set, the best first, with the difference to the random trunk on the same seeds."""
+    results = [json.loads(path.read_text()) for path in sorted(RECORDS.glob("*/result.json"))]
+    text = [
+        "# Measured results\n",
+        "Made by `python scripts/record.py` from the `result.json` beside it. Test accuracy in %, mean ± 95 % confidence",
+        "interval over the seeds; the difference to the random trunk is paired by seed.\n",
+    ]
+    for data in sorted({result["data"] for result in results}):
+        text += [f"## {data}\n"]
+        text += [
+            "| model | optimizer | test accuracy | seeds | minus random trunk | epochs | forward passes | s a run |"
+        ]
+        text += ["|---|---|---:|---:|---:|---:|---:|---:|"]
+        for result in sorted((r for r in results if r["data"] == data), key=lambda r: (r["model"], -r["mean"])):
+            text += [
+                f"| {result['model']} | {result['optimizer']} | {percent(result['mean'], result['ci95'])} "
+                f"| {len(result['seeds'])} | {to_random(result, results)} | {result['epochs']} "
+                f"| {result['forward_passes']:,} | {result['seconds']:.0f} |"
+            ]
+        text += [""]
+    text += ["## Commands\n", "```bash", *[result["command"] for result in results], "```"]
+    return "\n".join(text) + "\n"
+
+
+def to_random(result: dict[str, Any], results: list[dict[str, Any]]) -> str:
+    """The paired difference to the random trunk, on the seeds and epochs that both have."""
+    for other in results:
+        same = all(other[key] == result[key] for key in ("data", "model", "epochs"))
+        if other["optimizer"] == "random_trunk" and same and other is not result:
+            theirs = dict(zip(other["seeds"], other["test_accuracy"], strict=True))
+            pairs = zip(result["seeds"], result["test_accuracy"], strict=True)
+            gaps = [accuracy - theirs[seed] for seed, accuracy in pairs if seed in theirs]
+            if gaps:
+                return ("+" if statistics.fmean(gaps) >= 0 else "") + percent(statistics.fmean(gaps), interval(gaps))
+    return ""
+
+
+def main() -> None:
+    """Record, then make the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("name", nargs="?")
+    parser.add_argument("runs", nargs="*", type=Path)
+    options = parser.parse_args()
+    if options.name:
+        record(options.name, options.runs)
+    (RECORDS / "README.md").write_text(tables())
+
+
+if __name__ == "__main__":
+    main()
