@@ -45,10 +45,10 @@ class Hebbian(SynapticRule):
     sample. They are compared by the direction of their weights, so that none wins for starting out long. :math:`t`
     leads from Oja's subspace rule (0: the principal components of the input) to winner-take-all (large).
 
-    The decay is Oja's of 1989: what all the neurons of a pool together already say of the input, :math:`\sum_j u_j w_j`,
-    is taken from it, as by feedback inhibition. It bounds the weights (at rest :math:`W^\top W` is the identity on
-    what the neurons respond to) and keeps winners from all learning the same. The denominator (Frobenius
-    norms, over a pool) is 1 for a small ``lr``, and keeps a large one from overshooting.
+    The decay is Oja's of 1989: what all the neurons of a pool together already say of the input,
+    :math:`\sum_j u_j w_j`, is taken from it, as by feedback inhibition. It bounds the weights (at rest
+    :math:`W^\top W` is the identity on what the neurons respond to) and keeps winners from all learning the same. The
+    denominator (Frobenius norms, over a pool) is 1 for a small ``lr``, and keeps a large one from overshooting.
 
     No error signal and no labels enter; only the readout sees a loss. Biases of the trunk and the affine parameters
     of normalisation layers stay frozen.
@@ -142,8 +142,8 @@ class Oja(SynapticRule):
 
     with :math:`x`, :math:`u` and the mean over events as in `Hebbian`. For centred input, and without a bias, the
     stable fixed points are the unit eigenvectors :math:`\pm v_1` of :math:`\langle x x^\top\rangle` with the largest
-    eigenvalue :math:`\lambda_1`; nothing makes the neurons of one layer differ but their starting point. The denominator
-    moves no fixed point, and keeps a large ``lr`` from overshooting.
+    eigenvalue :math:`\lambda_1`; nothing makes the neurons of one layer differ but their starting point. The
+    denominator moves no fixed point, and keeps a large ``lr`` from overshooting.
 
     Args:
         params: the model (or modules, or groups whose ``"params"`` are modules). Bare parameters are refused.

@@ -110,8 +110,8 @@ def tables() -> str:
     results = [json.loads(path.read_text()) for path in sorted(RECORDS.glob("*/result.json"))]
     text = [
         "# Measured results\n",
-        "Made by `python scripts/record.py` from the `result.json` beside it. Test accuracy in %, mean ± 95 % confidence",
-        "interval over the seeds; the difference to the random trunk is paired by seed.\n",
+        "Made by `python scripts/record.py` from the `result.json` beside it. Test accuracy in %, mean ± 95 %",
+        "confidence interval over the seeds; the difference to the random trunk is paired by seed.\n",
     ]
     for data in sorted({result["data"] for result in results}):
         text += [f"## {data}\n"]
