@@ -117,31 +117,35 @@ def test_serial_perturbation_visits_each_weight_once_a_sweep() -> None:
     assert optimizer.state_dict()["state"]["rule"] == {"seed": 1, "step": 30, "sweep": 2, "position": 0}
 
 
+def few_losses(model: nn.Module) -> Tensor:
+    return F.cross_entropy(model(X[:4, :3]), Y[:4] % 3, reduction="none")
+
+
 @pytest.mark.parametrize(
-    ("build", "closure", "each"),
+    ("build", "closure"),
     [
-        (lambda m, s: bioopt.WeightPerturbation(m, 0.1, sigma=1e-4, seed=s), losses_of, 200),
-        (lambda m, s: bioopt.WeightPerturbation(m, 0.1, sigma=1e-4, antithetic=False, seed=s), losses_of, 200),
-        (lambda m, s: bioopt.NodePerturbation(m, 0.1, sigma=1e-4, seed=s), losses_of, 100),
-        (lambda m, s: bioopt.NodePerturbation(m, 0.1, sigma=1e-4, credit="global", seed=s), losses_of, 400),
-        (lambda m, s: bioopt.NodePerturbation(m, 0.1, sigma=1e-4, seed=s), lambda m: losses_of(m).mean(), 400),
+        (lambda m: bioopt.WeightPerturbation(m, 0.1, sigma=1e-4), few_losses),
+        (lambda m: bioopt.WeightPerturbation(m, 0.1, sigma=1e-4, antithetic=False), few_losses),
+        (lambda m: bioopt.NodePerturbation(m, 0.1, sigma=1e-4), few_losses),
+        (lambda m: bioopt.NodePerturbation(m, 0.1, sigma=1e-4, credit="global"), few_losses),
+        (lambda m: bioopt.NodePerturbation(m, 0.1, sigma=1e-4), lambda m: few_losses(m).mean()),
     ],
     ids=["weight", "weight, one-sided", "node", "node, global", "node, scalar loss"],
 )
-def test_the_mean_of_the_estimates_is_the_gradient(build, closure, each: int) -> None:
+def test_the_mean_of_the_estimates_is_the_gradient(build, closure) -> None:
     """In direction and size, and with an error that falls as one over the root of their number."""
-    model = mlp()
-    true = flat(gradient(model))
-    optimizer = build(model, 0)
+    model = mlp(sizes=(3, 3, 3))
+    true = flat(list(torch.autograd.grad(few_losses(model).mean(), list(model.parameters()))))
+    optimizer = build(model)
     chunks = torch.stack([
-        sum(flat(estimate(optimizer, model, lambda: closure(model))) for _ in range(each)) / each for _ in range(64)
+        sum(flat(estimate(optimizer, model, lambda: closure(model))) for _ in range(150)) / 150 for _ in range(25)
     ])  # fmt: skip
     mean = chunks.mean(0)
     assert F.cosine_similarity(mean, true, dim=0) > 0.99
-    assert abs((mean @ true) / (true @ true) - 1) < 0.05
+    assert abs((mean @ true) / (true @ true) - 1) < 0.1
     error_of_chunks = (chunks - true).norm(dim=1).mean()
     ratio = error_of_chunks / (mean - true).norm()
-    assert 5 < ratio < 13  # √64 = 8
+    assert 3 < ratio < 9  # √25 = 5
 
 
 @pytest.mark.parametrize(
