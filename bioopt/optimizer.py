@@ -117,6 +117,11 @@ class LearningRule(Optimizer, ABC):
         self._norms: WeakKeyDictionary[nn.Module, None] = WeakKeyDictionary()
         self._closure_needs_grad = False  # an ordinary closure was given: its backward() must not fail
         self._check(defaults)
+        if inspect.signature(descent.step).parameters["closure"].default is inspect.Parameter.empty:
+            raise TypeError(
+                f"{type(self).__name__}(descent={descent.__name__}): {descent.__name__} evaluates the closure itself; "
+                "choose one that makes its step from .grad alone, such as torch.optim.SGD or torch.optim.Adam"
+            )
         try:
             # Its defaults, and a check of its options; a matrix, because some optimizers take nothing else.
             options = {"lr": defaults["lr"], **descent_options}
@@ -169,7 +174,8 @@ class LearningRule(Optimizer, ABC):
         loss: Any = None
         try:
             if closure is None:
-                grads, own_state = self._collect(), self._own_state
+                with torch.no_grad():
+                    grads, own_state = self._collect(), self._own_state
             else:
                 probe = Probe(closure, self._trained(), self._closure_needs_grad, self._norms)
                 try:

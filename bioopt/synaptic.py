@@ -59,7 +59,7 @@ class _Sums:
 
     product: Tensor  # Σ s xᵀ, of the weight's shape
     signal: Tensor | None  # Σ s, of the bias's shape
-    events: Tensor  # their number
+    events: int  # their number
 
 
 class SynapticRule(LearningRule):
@@ -162,7 +162,7 @@ class SynapticRule(LearningRule):
         channel = s.ndim + synapse.channel_dim
         others = [d for d in range(s.ndim) if d != channel]
         total = s.sum(others, dtype=product.dtype) if synapse.bias is not None else None
-        events = product.new_tensor(s.numel() // s.shape[channel])
+        events = s.numel() // s.shape[channel]
         sums = self._sums.get(synapse)
         if sums is None:
             self._sums[synapse] = _Sums(product, total, events)
@@ -194,22 +194,20 @@ class SynapticRule(LearningRule):
             name = type(self).__name__
             self._check_fired()
             readout = [p for p in self.readout_parameters() if p.grad is not None]
-            shared = [
-                torch.zeros(()) if losses is None else losses.mean(),
-                *[p.grad for p in readout if p.grad is not None],
-            ]
-            for sums in self._sums.values():
-                shared += [sums.product, sums.events, *([] if sums.signal is None else [sums.signal])]
-            self._sum_over_ranks(shared)
-            if losses is not None:
-                require_finite(name, "the loss", [shared[0]])
+            device = self._trained()[0].device
+            loss = torch.zeros((), device=device) if losses is None else losses.mean()
+            # Not rounded to half precision: the counts are large.
+            events = [torch.tensor(float(sums.events), device=device) for sums in self._sums.values()]
+            products = [t for sums in self._sums.values() for t in (sums.product, sums.signal) if t is not None]
+            self._sum_over_ranks([loss, *events, *products, *[p.grad for p in readout if p.grad is not None]])
+            require_finite(name, "the loss", [loss])
             grads: dict[Tensor, Tensor] = {}
             for p in readout:
                 assert p.grad is not None
                 grads[p] = p.grad / self._ranks[1] if self.process_group is not None else p.grad
-            for synapse, sums in self._sums.items():
-                mean = None if sums.signal is None else sums.signal / sums.events
-                change = self.update(sums.product / sums.events, mean, synapse, self.param_groups[synapse.group])
+            for (synapse, sums), count in zip(self._sums.items(), events, strict=True):
+                mean = None if sums.signal is None else sums.signal / count
+                change = self.update(sums.product / count, mean, synapse, self.param_groups[synapse.group])
                 # One weight in two layers gathers from both.
                 grads[synapse.weight] = grads[synapse.weight] - change if synapse.weight in grads else -change
             return grads

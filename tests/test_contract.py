@@ -70,6 +70,8 @@ def test_hyperparameters_out_of_range_are_named(rule: type) -> None:
         make(rule, [{"params": cnn(), "lr": -2}])
     with pytest.raises(TypeError, match="bogus"):
         make(rule, cnn(), bogus=1)
+    with pytest.raises(TypeError, match="LBFGS evaluates the closure itself"):
+        make(rule, cnn(), descent=torch.optim.LBFGS)
     with pytest.raises(TypeError, match=r"torch.*Tensor"):
         make(rule, torch.zeros(3))
     with pytest.raises(ValueError, match="empty"):
