@@ -19,24 +19,13 @@ from .synaptic import SynapticRule
 __all__ = ["Hebbian", "Oja"]
 
 
-def _shortened(change: Tensor, product: Tensor, weight: Tensor, lr: float | Tensor, dim: tuple[int, ...]) -> Tensor:
-    """``Δw / (1 + lr ‖P‖ (1 + ‖W‖))``: the same rule at a small learning rate, no overshooting at a large one.
-
-    A decay of Oja's kind is quadratic in the weights, so that its plain step diverges beyond some learning rate,
-    which depends on the input. ``‖P‖ ‖W‖`` bounds the rate of the decay, ``‖P‖`` that of the growth.
-    """
-    norms = [t.square().sum(dim, keepdim=True).sqrt() for t in (product, weight)]
-    return change / (1 + lr * norms[0] * (1 + norms[1]))
-
-
 class Hebbian(SynapticRule):
     r"""Competitive Hebbian plasticity: neurons compete for each event, and winners move towards what they saw.
 
     .. math::
         y_k = \frac{\exp(t\,u_k / \lVert w_k\rVert)}{\sum_j \exp(t\,u_j / \lVert w_j\rVert)}, \qquad
-        P = \langle\, y u\, x^\top \rangle, \qquad
-        \Delta w_k = \frac{\langle\, y_k u_k\,(x - \sum_j u_j\,w_j) \,\rangle}
-                          {1 + \mathrm{lr}\,\lVert P\rVert\,(1 + \lVert W\rVert)}
+        \Delta w_k = \langle\, y_k u_k\,(x - \sum_j u_j\,w_j') \,\rangle, \qquad
+        w_k' = w_k + \mathrm{lr}\,\Delta w_k
 
     with presynaptic activity :math:`x`, postsynaptic activity :math:`u = Wx + b`, inverse temperature :math:`t`, and
     the mean :math:`\langle\cdot\rangle` over *events* (samples, and positions of a convolution), so that ``lr`` does
@@ -47,8 +36,11 @@ class Hebbian(SynapticRule):
 
     The decay is Oja's of 1989: what all the neurons of a pool together already say of the input,
     :math:`\sum_j u_j w_j`, is taken from it, as by feedback inhibition. It bounds the weights (at rest
-    :math:`W^\top W` is the identity on what the neurons respond to) and keeps winners from all learning the same. The
-    denominator (Frobenius norms, over a pool) is 1 for a small ``lr``, and keeps a large one from overshooting.
+    :math:`W^\top W` is the identity on what the neurons respond to) and keeps winners from all learning the same. It
+    is taken at the new weights :math:`w'`: the same rule for a small ``lr``, but one that a large one cannot make
+    overshoot. With :math:`P = \langle (y u)\,x^\top\rangle` and :math:`C = \langle (y u)\,u^\top\rangle`, that is
+    :math:`\Delta W = (I + \mathrm{lr}\,C)^{-1} (P - C W)`; a step that would be longer than the pool's weights
+    (:math:`\mathrm{lr} \lVert\Delta W\rVert > \lVert W\rVert`, Frobenius norms) is cut to their length.
 
     No error signal and no labels enter; only the readout sees a loss. Biases of the trunk and the affine parameters
     of normalisation layers stay frozen.
@@ -62,6 +54,7 @@ class Hebbian(SynapticRule):
             activity; ``None`` trains it like the others.
         readout_lr: learning rate of the readout; ``lr`` by default.
         readout_layer: the readout, by name or as a module; the last synapse in registration order by default.
+        readout_options: further options of the readout's param group, such as ``{"momentum": 0.9}``.
         descent: the `torch.optim` class that makes the step; its options as further keywords.
         process_group: average the products over these ranks, each of which has its share of the batch.
 
@@ -92,6 +85,7 @@ class Hebbian(SynapticRule):
         readout: str | None = "delta",
         readout_lr: float | None = None,
         readout_layer: str | nn.Module | None = None,
+        readout_options: dict[str, Any] | None = None,
         descent: type[Optimizer] = SGD,
         process_group: ProcessGroup = None,
         **descent_options: Any,
@@ -102,6 +96,7 @@ class Hebbian(SynapticRule):
             readout=readout,
             readout_lr=readout_lr,
             readout_layer=readout_layer,
+            readout_options=readout_options,
             descent=descent,
             descent_options=descent_options,
             process_group=process_group,
@@ -123,27 +118,35 @@ class Hebbian(SynapticRule):
         return share.mul_(u)
 
     def update(self, product: Tensor, signal: Tensor | None, synapse: Synapse, group: dict[str, Any]) -> Tensor:
-        """``⟨y u x⟩ - C W``, shortened."""
+        """``(I + lr C)⁻¹ (P - C W)`` in each pool, no step longer than ``‖W‖``."""
         pools = synapse.pools
-        weight, rows = (t.detach().reshape(pools, -1, t[0].numel()) for t in (synapse.weight, product))
-        together = rows @ weight.mT
-        if signal is not None and synapse.bias is not None:
-            together += signal.view(pools, -1, 1) * synapse.bias.detach().view(pools, 1, -1)
-        return _shortened(rows - together @ weight, rows, weight, group["lr"], (1, 2)).view_as(product)
+        # At least single precision, for the solver; autocast would undo that.
+        with torch.autocast(product.device.type, enabled=False):
+            rows = product.reshape(pools, -1, product[0].numel())
+            rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+            weight = synapse.weight.detach().reshape(rows.shape).to(rows.dtype)
+            together = rows @ weight.mT
+            if signal is not None and synapse.bias is not None:
+                together += signal.view(pools, -1, 1) * synapse.bias.detach().view(pools, 1, -1)
+            system = torch.eye(together.shape[-1], dtype=rows.dtype, device=rows.device) + group["lr"] * together
+            change: Tensor = torch.linalg.solve(system, rows - together @ weight)
+            longest = torch.linalg.matrix_norm(weight, keepdim=True)
+            length = group["lr"] * torch.linalg.matrix_norm(change, keepdim=True)
+            change *= (longest / length.clamp(min=1e-12)).clamp(max=1)
+            return change.to(product.dtype).reshape(product.shape)
 
 
 class Oja(SynapticRule):
     r"""Oja's rule: every neuron becomes the first principal component of its input.
 
     .. math::
-        p_k = \langle u_k x \rangle, \qquad
-        \Delta w_k = \frac{\langle\, u_k\,(x - u_k\,w_k) \,\rangle}
-                          {1 + \mathrm{lr}\,\lVert p_k\rVert\,(1 + \lVert w_k\rVert)}
+        \Delta w_k = \langle\, u_k\,(x - u_k\,w_k') \,\rangle, \qquad w_k' = w_k + \mathrm{lr}\,\Delta w_k
 
     with :math:`x`, :math:`u` and the mean over events as in `Hebbian`. For centred input, and without a bias, the
     stable fixed points are the unit eigenvectors :math:`\pm v_1` of :math:`\langle x x^\top\rangle` with the largest
     eigenvalue :math:`\lambda_1`; nothing makes the neurons of one layer differ but their starting point. The
-    denominator moves no fixed point, and keeps a large ``lr`` from overshooting.
+    decay is taken at the new weights, as in `Hebbian`: :math:`\Delta w = (\langle u x\rangle - c\,w) /
+    (1 + \mathrm{lr}\,c)` with :math:`c = \langle u^2\rangle`.
 
     Args:
         params: the model (or modules, or groups whose ``"params"`` are modules). Bare parameters are refused.
@@ -151,6 +154,7 @@ class Oja(SynapticRule):
         readout: as in `Hebbian`, as are the remaining arguments and errors.
         readout_lr: learning rate of the readout; ``lr`` by default.
         readout_layer: the readout, by name or as a module; the last synapse in registration order by default.
+        readout_options: further options of the readout's param group, such as ``{"momentum": 0.9}``.
         descent: the `torch.optim` class that makes the step; its options as further keywords.
         process_group: average the products over these ranks, each of which has its share of the batch.
 
@@ -165,6 +169,7 @@ class Oja(SynapticRule):
         readout: str | None = "delta",
         readout_lr: float | None = None,
         readout_layer: str | nn.Module | None = None,
+        readout_options: dict[str, Any] | None = None,
         descent: type[Optimizer] = SGD,
         process_group: ProcessGroup = None,
         **descent_options: Any,
@@ -175,6 +180,7 @@ class Oja(SynapticRule):
             readout=readout,
             readout_lr=readout_lr,
             readout_layer=readout_layer,
+            readout_options=readout_options,
             descent=descent,
             descent_options=descent_options,
             process_group=process_group,
@@ -185,10 +191,11 @@ class Oja(SynapticRule):
         return u
 
     def update(self, product: Tensor, signal: Tensor | None, synapse: Synapse, group: dict[str, Any]) -> Tensor:
-        """``⟨u x⟩ - ⟨u²⟩ w``, shortened."""
+        """``(⟨u x⟩ - ⟨u²⟩ w) / (1 + lr ⟨u²⟩)``."""
         weight = synapse.weight.detach().flatten(1)
         rows = product.flatten(1)
         power = (rows * weight).sum(1, keepdim=True)
         if signal is not None and synapse.bias is not None:
             power += (signal * synapse.bias.detach()).view(-1, 1)
-        return _shortened(rows - power * weight, rows, weight, group["lr"], (1,)).view_as(product)
+        change: Tensor = (rows - power * weight) / (1 + group["lr"] * power)
+        return change.view_as(product)

@@ -76,6 +76,7 @@ class SynapticRule(LearningRule):
             follows the rule like the others.
         readout_lr: learning rate of the readout; by default that of the group it stands in.
         readout_layer: the readout, by name or as a module; by default the last synapse in registration order.
+        readout_options: further options of the readout's param group, such as ``{"momentum": 0.9}``.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class SynapticRule(LearningRule):
         readout: str | None,
         readout_lr: float | None,
         readout_layer: str | nn.Module | None,
+        readout_options: dict[str, Any] | None,
         descent: type[Optimizer],
         descent_options: dict[str, Any],
         process_group: ProcessGroup,
@@ -107,10 +109,12 @@ class SynapticRule(LearningRule):
             self._readout = _choose_readout(name, everything, readout_layer)
             home = next(g for g, found in zip(groups, synapses, strict=True) if self._readout in found)
             own_lr = readout_lr if readout_lr is not None else home.get("lr", defaults["lr"])
-            group = {**home, "params": self._readout.layer, "readout": readout, "lr": own_lr}
+            group = {**home, "lr": own_lr, **(readout_options or {}), "params": self._readout.layer, "readout": readout}
             groups = [g for g, found in zip(groups, synapses, strict=True) if found != [self._readout]] + [group]
-        elif readout_layer is not None or readout_lr is not None:
-            raise ValueError(f"{name}: readout_layer and readout_lr need readout='delta', not readout=None")
+        elif any(option is not None for option in (readout_lr, readout_layer, readout_options)):
+            raise ValueError(
+                f"{name}: readout_lr, readout_layer and readout_options need readout='delta', not readout=None"
+            )
         super().__init__(
             groups,
             {**defaults, "readout": None},
@@ -208,8 +212,9 @@ class SynapticRule(LearningRule):
             for (synapse, sums), count in zip(self._sums.items(), events, strict=True):
                 mean = None if sums.signal is None else sums.signal / count
                 change = self.update(sums.product / count, mean, synapse, self.param_groups[synapse.group])
-                # One weight in two layers gathers from both.
-                grads[synapse.weight] = grads[synapse.weight] - change if synapse.weight in grads else -change
+                # In the weight's memory format. One weight in two layers gathers from both.
+                grad = torch.empty_like(synapse.weight).copy_(change).neg_()
+                grads[synapse.weight] = grads[synapse.weight] + grad if synapse.weight in grads else grad
             return grads
         finally:
             self._sums.clear()

@@ -66,31 +66,33 @@ def events(layer: nn.Module, x: Tensor) -> list[list[tuple[int, Tensor, float]]]
 def hebbian_twin(layer: nn.Module, x: Tensor, t: float, lr: float) -> Tensor:
     weight = layer.weight.detach()
     pool = len(weight) // getattr(layer, "groups", 1)
-    change, product = torch.zeros_like(weight), torch.zeros_like(weight)
+    product, together = torch.zeros_like(weight), torch.zeros(len(weight), len(weight), dtype=weight.dtype)
     all_events, norms = events(layer, x), [w.norm().item() for w in weight]
     for event in all_events:
         for k, patch, u in event:
             rivals = [(j, v) for j, _, v in event if j // pool == k // pool]
             y = u / sum(math.exp(t * (v / norms[j] - u / norms[k])) for j, v in rivals)
-            explained = sum(v * weight[j] for j, v in rivals)
-            change[k] += y * (patch - explained) / len(all_events)
             product[k] += y * patch / len(all_events)
-    for k in range(len(weight)):
-        own_pool = slice(k // pool * pool, (k // pool + 1) * pool)
-        change[k] /= 1 + lr * product[own_pool].norm() * (1 + weight[own_pool].norm())
-    return change
+            for j, v in rivals:
+                together[k, j] += y * v / len(all_events)
+    flat = weight.flatten(1)
+    change = product.flatten(1) - together @ flat
+    change = torch.linalg.inv(torch.eye(len(flat), dtype=flat.dtype) + lr * together) @ change
+    for rows in (slice(k, k + pool) for k in range(0, len(weight), pool)):
+        change[rows] *= min(1, flat[rows].norm() / (lr * change[rows].norm()))
+    return change.view_as(weight)
 
 
 def oja_twin(layer: nn.Module, x: Tensor, lr: float) -> Tensor:
     weight = layer.weight.detach()
-    change, product = torch.zeros_like(weight), torch.zeros_like(weight)
+    change, power = torch.zeros_like(weight), torch.zeros(len(weight), dtype=weight.dtype)
     all_events = events(layer, x)
     for event in all_events:
         for k, patch, u in event:
             change[k] += u * (patch - u * weight[k]) / len(all_events)
-            product[k] += u * patch / len(all_events)
+            power[k] += u * u / len(all_events)
     for k in range(len(weight)):
-        change[k] /= 1 + lr * product[k].norm() * (1 + weight[k].norm())
+        change[k] /= 1 + lr * power[k]
     return change
 
 
@@ -259,6 +261,8 @@ def test_readout_by_name_module_and_group() -> None:
         optimizer.close()
     optimizer = bioopt.Hebbian([{"params": model[:4]}, {"params": model[4], "lr": 0.7}], 0.1)
     assert [g["lr"] for g in optimizer.param_groups] == [0.1, 0.7]  # the group that holds it gives its rate
+    optimizer = bioopt.Hebbian(model, 0.1, readout_options={"momentum": 0.9})
+    assert [g["momentum"] for g in optimizer.param_groups] == [0, 0.9]
 
 
 def test_readout_mistakes_are_explained() -> None:

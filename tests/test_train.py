@@ -84,7 +84,7 @@ def test_the_command_line_wins_over_the_table() -> None:
 def test_the_random_trunk_is_trained_as_the_readout_of_hebbian() -> None:
     hebbian, control = config("optimizer=hebbian", "data=mnist"), config("optimizer=random_trunk", "data=mnist")
     assert hebbian.optimizer.readout_lr == control.optimizer.lr
-    assert hebbian.optimizer.momentum == control.optimizer.momentum
+    assert hebbian.optimizer.readout_options.momentum == control.optimizer.momentum
     assert (hebbian.epochs, hebbian.batch_size) == (control.epochs, control.batch_size)
 
 
