@@ -1,0 +1,48 @@
+"""The README's Python runs as it stands, and its commands name what exists."""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import bioopt
+
+from .test_train import ROOT, config
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_loops_of_the_readme() -> None:
+    x, y = torch.randn(8, 1, 6, 6), torch.arange(8) % 3
+    trunk = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten())
+    model = nn.Sequential(OrderedDict(trunk=trunk, head=nn.Linear(64, 3)))
+    names = {"model": model, "loader": [(x, y)] * 3, "F": F, "bioopt": bioopt, "x": x, "y": y}
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        before = model.trunk[0].weight.detach().clone()
+        exec(block, names)
+        if "step" not in block:
+            names["losses"] = names["optimizer"].step(names["closure"])
+        assert not torch.equal(before, model.trunk[0].weight)
+        names["optimizer"].close()
+
+
+def test_the_commands_of_the_readme_compose() -> None:
+    commands = re.findall(r"^python train\.py ([^#\n]*)", README, re.MULTILINE)
+    assert len(commands) >= 4
+    for command in commands:
+        overrides = [word.split(",")[0] for word in command.split() if not word.startswith(("-m", "resume="))]
+        config(*overrides)
+
+
+def test_the_tables_name_every_choice() -> None:
+    for group in ("optimizer", "model", "data"):
+        for path in (ROOT / "conf" / group).glob("*.yaml"):
+            assert f"`{path.stem}`" in README, path.stem
+    for name in bioopt.__all__:
+        assert name in README, name
