@@ -23,7 +23,13 @@ OPTIMIZERS = sorted(p.stem for p in (ROOT / "conf/optimizer").glob("*.yaml"))
 MODELS = sorted(p.stem for p in (ROOT / "conf/model").glob("*.yaml"))
 DATA = sorted(p.stem for p in (ROOT / "conf/data").glob("*.yaml"))
 # A network so small that every optimizer takes a step in no time.
-TINY = ["model=cnn", "model.width=4", "model.kernel=3", "logger.mode=disabled", "epochs=1", "batch_size=256"]
+TINY = ["model=cnn", "model.width=2", "model.kernel=3", "logger.mode=disabled", "epochs=1", "batch_size=256"]
+
+
+def tiny(optimizer: str) -> list[str]:
+    """The least of a run, with few of the evaluations that some optimizers make in a step."""
+    few = {"serial_perturbation": "coordinates", "weight_perturbation": "population", "node_perturbation": "samples"}
+    return [f"optimizer={optimizer}", *TINY, *([f"optimizer.{few[optimizer]}=1"] if optimizer in few else [])]
 
 
 def config(*overrides: str) -> DictConfig:
@@ -42,7 +48,7 @@ def train(*overrides: str, cwd: Path, **environment: str) -> subprocess.Complete
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer_runs_and_leaves_everything_behind(optimizer: str, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    summary = run(config(f"optimizer={optimizer}", *TINY, f"run_dir={folder}"))
+    summary = run(config(*tiny(optimizer), f"run_dir={folder}"))
     assert sorted(p.name for p in folder.iterdir()) == [
         "checkpoint.pt", "config.yaml", "curves.png", "metrics.jsonl", "receptive_fields.png", "summary.json",
     ]  # fmt: skip
@@ -94,15 +100,15 @@ def test_a_frozen_hebbian_trunk_is_the_random_trunk(tmp_path: Path) -> None:
         ("hebbian", ["optimizer.lr=0", "optimizer.readout_lr=0.01"]),
         ("random_trunk", ["optimizer.lr=0.01"]),
     ):
-        run(config(f"optimizer={name}", *TINY, *options, f"run_dir={tmp_path / name}"))
+        run(config(*tiny(name), *options, f"run_dir={tmp_path / name}"))
         same.append(torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"])
     assert all(torch.equal(same[0][key], same[1][key]) for key in same[0])
 
 
-@pytest.mark.parametrize("optimizer", ["hebbian", "serial_perturbation", "node_perturbation"])
+@pytest.mark.parametrize("optimizer", ["hebbian", "serial_perturbation"])
 def test_a_killed_run_goes_on_to_the_same_end(optimizer: str, tmp_path: Path) -> None:
-    common = [f"optimizer={optimizer}", *TINY, "epochs=6", "data.augment.crop=2"]
-    assert train(*common, "run_dir=whole", cwd=tmp_path).returncode == 0
+    common = [*tiny(optimizer), "epochs=8", "threads=1"]
+    run(config(*common, f"run_dir={tmp_path / 'whole'}"))
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), *common, "run_dir=killed"],
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL,
@@ -129,9 +135,8 @@ def test_a_killed_run_goes_on_to_the_same_end(optimizer: str, tmp_path: Path) ->
     ):
         for key in ("epoch", "train_loss", "test_loss", "test_accuracy"):
             assert json.loads(left)[key] == json.loads(right)[key]
-    again = train("resume=killed", cwd=tmp_path)
-    assert again.returncode == 1
-    assert "has finished" in again.stderr
+    with pytest.raises(ValueError, match="has finished"):
+        run(config(f"resume={tmp_path / 'killed'}"))
 
 
 def test_a_run_with_wandb_offline(tmp_path: Path) -> None:
@@ -141,7 +146,7 @@ def test_a_run_with_wandb_offline(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""  # no progress bar, no chatter, no prompt, where nobody watches
     lines = done.stdout.splitlines()
-    assert lines[0] == "hebbian on digits with cnn (4,254 parameters), seed 0, cpu"
+    assert lines[0] == "hebbian on digits with cnn (2,060 parameters), seed 0, cpu"
     assert lines[1].startswith("epoch 1/1   train loss ")
     assert lines[1].endswith("images/s")
     assert "Hebbian readout (delta)" in done.stdout
@@ -174,33 +179,43 @@ def test_a_run_with_wandb_offline(tmp_path: Path) -> None:
         (["data=cifar10", "data.root=nowhere"], "data set 'cifar10' is not at nowhere/cifar10.safetensors"),
         (["run_dir=/proc/forbidden"], "run_dir=/proc/forbidden cannot be written"),
         (["resume=nothing"], "resume=nothing is not a run's folder"),
-        (["optimizer=sgd", "optimizer.lr=1e30", "epochs=2"], "the loss is nan in epoch 2 with optimizer.lr=1e+30"),
+        (["optimizer=sgd", "optimizer.lr=1e38", "epochs=3"], "with optimizer.lr=1e+38; lower it"),
         (["optimizer=node_perturbation", "optimizer.lr=1e30"], "(epoch 1, optimizer.lr=1e+30)"),
-        (["optimizer.nonsense=1"], "Could not override 'optimizer.nonsense'"),
-        (["optimizer=hebian"], "Could not find 'optimizer/hebian'"),
     ],
 )  # fmt: skip
 def test_mistakes_are_told_in_a_sentence(overrides: list[str], says: str, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with pytest.raises((ValueError, RuntimeError, FileNotFoundError)) as error:
+        run(config(*TINY, f"run_dir={tmp_path / 'run'}", *overrides))
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["optimizer.lr=-1"], "error: optimizer=hebbian: Hebbian: lr=-1 must be a finite number >= 0"),
+        (["optimizer.nonsense=1"], "Could not override 'optimizer.nonsense'"),
+        (["optimizer=hebian"], "Could not find 'optimizer/hebian'"),
+    ],
+)
+def test_mistakes_end_the_command_without_a_traceback(overrides: list[str], says: str, tmp_path: Path) -> None:
     failed = train(*TINY, *overrides, cwd=tmp_path)
     assert failed.returncode == 1
     assert says in failed.stderr
     assert "Traceback" not in failed.stderr
     if "hebian" in says:
-        for optimizer in OPTIMIZERS:
-            assert optimizer in failed.stderr
-    else:
-        assert len(failed.stderr.splitlines()) <= 7
+        assert all(optimizer in failed.stderr for optimizer in OPTIMIZERS)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_cuda_without_a_gpu(tmp_path: Path) -> None:
-    failed = train(*TINY, "device=cuda", cwd=tmp_path)
-    assert failed.returncode == 1
-    assert "device=cuda, but torch sees no CUDA GPU here; use device=cpu or device=auto" in failed.stderr
+    with pytest.raises(ValueError, match="device=cuda, but torch sees no CUDA GPU here; use device=cpu or device=auto"):
+        run(config(*TINY, "device=cuda", f"run_dir={tmp_path / 'run'}"))
 
 
 def test_a_long_sweep_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(config("optimizer=serial_perturbation", *TINY, f"run_dir={tmp_path / 'run'}"))
+    run(config(*tiny("serial_perturbation"), f"run_dir={tmp_path / 'run'}"))
     assert "makes 0.0" in capsys.readouterr().out
 
 
@@ -219,12 +234,12 @@ def test_multirun(tmp_path: Path) -> None:
 
 def test_amp(tmp_path: Path) -> None:
     for optimizer in OPTIMIZERS:
-        summary = run(config(f"optimizer={optimizer}", *TINY, "amp=true", f"run_dir={tmp_path / optimizer}"))
+        summary = run(config(*tiny(optimizer), "amp=true", f"run_dir={tmp_path / optimizer}"))
         assert summary["test_accuracy"] > 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_on_a_gpu(optimizer: str, tmp_path: Path) -> None:
-    summary = run(config(f"optimizer={optimizer}", *TINY, "device=cuda", f"run_dir={tmp_path / 'run'}"))
+    summary = run(config(*tiny(optimizer), "device=cuda", f"run_dir={tmp_path / 'run'}"))
     assert "cpu" not in summary["device"]
