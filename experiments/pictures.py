@@ -10,7 +10,8 @@ import matplotlib
 from torch import Tensor, nn
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 
 def curves(history: list[dict[str, Any]], title: str, path: Path) -> Path:
@@ -27,13 +28,14 @@ def curves(history: list[dict[str, Any]], title: str, path: Path) -> Path:
     right.annotate(
         f"{accuracies[-1]:.2f} %",
         (epochs[-1], accuracies[-1]),
-        xytext=(-4, -14),
+        xytext=(-4, -26),
         textcoords="offset points",
         ha="right",
     )
     right.set(xlabel="epoch", ylabel="test accuracy (%)")
     for axes in (left, right):
         axes.grid(alpha=0.3)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
     plt.close(figure)

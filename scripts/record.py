@@ -71,7 +71,7 @@ def record(name: str, runs: list[Path]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     for picture in ("curves.png", "receptive_fields.png"):
-        if (runs[0] / picture).exists():
+        if (runs[0] / picture).exists() and (runs[0] / picture).stat().st_size < 300_000:
             shutil.copy(runs[0] / picture, folder / picture)
 
 
