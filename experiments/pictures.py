@@ -10,8 +10,8 @@ import matplotlib
 from torch import Tensor, nn
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.ticker import MaxNLocator  # noqa: E402
+import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 
 def curves(history: list[dict[str, Any]], title: str, path: Path) -> Path:
