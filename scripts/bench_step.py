@@ -29,6 +29,8 @@ from experiments.training import build_optimizer
 
 CONF = Path(__file__).parent.parent / "conf"
 FORWARD = "forward pass"
+# One antithetic pair, one noisy pass, one weight: what a step is made of.
+ONE = {"weight_perturbation": "population", "node_perturbation": "samples", "serial_perturbation": "coordinates"}
 SHAPE = (1, 28, 28)
 
 
@@ -53,8 +55,8 @@ def build(name: str, device: torch.device, batch: int, width: int, *, lean: bool
 
         return forward
     overrides = [f"optimizer={name}"]
-    if name == "serial_perturbation":
-        overrides.append("optimizer.coordinates=1")
+    if name in ONE:
+        overrides.append(f"optimizer.{ONE[name]}=1")
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("config", overrides)
     if lean and "momentum" in config.optimizer:
