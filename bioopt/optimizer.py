@@ -174,8 +174,7 @@ class LearningRule(Optimizer, ABC):
         loss: Any = None
         try:
             if closure is None:
-                with torch.no_grad():
-                    grads, own_state = self._collect(), self._own_state
+                grads, own_state = self._collect(), self._own_state
             else:
                 probe = Probe(closure, self._trained(), self._closure_needs_grad, self._norms)
                 try:

@@ -193,6 +193,7 @@ class SynapticRule(LearningRule):
         backward_where_missing(losses, self.readout_parameters())
         return losses.detach(), self._collect(losses.detach()), self._own_state
 
+    @torch.no_grad()
     def _collect(self, losses: Tensor | None = None) -> dict[Tensor, Tensor]:
         try:
             name = type(self).__name__
