@@ -51,6 +51,23 @@ class Images:
         """The number of classes."""
         return int(self.train_labels.max()) + 1
 
+    def hold_out(self, count: int) -> Images:
+        """The training set without its last ``count`` images, which take the test set's place: to choose settings by.
+
+        Raises:
+            ValueError: fewer than none, or no image would be left to train on.
+        """
+        kept = len(self.train_labels) - count
+        if count < 0 or kept < 1:
+            raise ValueError(f"data.validation={count} must be >= 0 and below the {kept + count} training images")
+        return Images(
+            self.name,
+            self.train_images[:kept],
+            self.train_labels[:kept],
+            self.train_images[kept:],
+            self.train_labels[kept:],
+        )
+
     def prepare(self, images: Tensor) -> Tensor:
         """Network input: float, channels last, zero mean and unit variance in each channel over the training set."""
         scaled = images.to(torch.float32, memory_format=torch.channels_last).div_(255)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from . import data, logs, pictures
 
 def run(config: DictConfig) -> dict[str, Any]:
     """Train as the configuration says, or go on with an interrupted run; returns the summary."""
+    commit = _commit()  # now: the files may change under a long run
     config, folder = _open_folder(config)
     plain = _resolved(config)
     device = choose_device(config.device)
@@ -29,6 +31,9 @@ def run(config: DictConfig) -> dict[str, Any]:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     images = data.load(config.data.name, config.data.root, device)
+    if config.data.validation:
+        images = images.hold_out(config.data.validation)
+        print(f"data.validation: 'test' below means the last {config.data.validation} training images", flush=True)
     augment = data.Augment(**config.data.augment)
     total = config.epochs * images.batches(config.batch_size)
     if total == 0 and config.epochs:
@@ -121,7 +126,7 @@ def run(config: DictConfig) -> dict[str, Any]:
                 images=trained_images,
                 wandb_id=log.wandb_id,
             ).save(folder)
-        summary = _summary(config, log.history, seconds, passes, trained_images, device)
+        summary = _summary(config, log.history, seconds, passes, trained_images, device, commit)
         title = f"{config.optimizer.name}, {config.model.name}, {config.data.name}, seed {config.seed}"
         made = [pictures.curves(log.history, title, folder / "curves.png")] if log.history else []
         fields = pictures.receptive_fields(
@@ -254,7 +259,13 @@ def _resolved(config: DictConfig) -> dict[str, Any]:
 
 
 def _summary(
-    config: DictConfig, history: list[dict[str, Any]], seconds: float, passes: int, images: int, device: torch.device
+    config: DictConfig,
+    history: list[dict[str, Any]],
+    seconds: float,
+    passes: int,
+    images: int,
+    device: torch.device,
+    commit: str | None,
 ) -> dict[str, Any]:
     accuracies = [line["test_accuracy"] for line in history]
     return {
@@ -262,6 +273,7 @@ def _summary(
         "model": config.model.name,
         "data": config.data.name,
         "seed": config.seed,
+        "evaluated_on": f"the last {config.data.validation} training images" if config.data.validation else "test set",
         "test_accuracy": accuracies[-1] if accuracies else None,
         "best_test_accuracy": max(accuracies, default=None),
         "epochs": config.epochs,
@@ -273,7 +285,21 @@ def _summary(
         if device.type == "cuda"
         else f"cpu, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
+        "commit": commit,
     }
+
+
+def _commit() -> str | None:
+    """The commit of the code that runs, with a ``+`` where files differ from it; none outside a git checkout."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        done = [
+            subprocess.run([*git, *what], capture_output=True, text=True, check=True).stdout.strip()
+            for what in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        ]
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done[0] + ("+" if done[1] else "")
 
 
 @dataclass

@@ -15,7 +15,6 @@ import math
 import shlex
 import shutil
 import statistics
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +48,6 @@ def record(name: str, runs: list[Path]) -> None:
     summaries.sort(key=lambda summary: summary["seed"])
     first = summaries[0]
     accuracies = [summary["test_accuracy"] for summary in summaries]
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
     result = {
         "data": first["data"],
         "model": first["model"],
@@ -64,7 +60,7 @@ def record(name: str, runs: list[Path]) -> None:
         "device": first["device"],
         "seconds": statistics.fmean(summary["seconds"] for summary in summaries),
         "forward_passes": first["forward_passes"],
-        "commit": commit.stdout.strip(),
+        "commit": ", ".join(sorted({str(summary["commit"]) for summary in summaries})),
         "command": command(configs[0], [summary["seed"] for summary in summaries]),
     }
     folder = RECORDS / name
