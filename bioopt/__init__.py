@@ -14,7 +14,7 @@ Each is a `torch.optim.Optimizer` that trains an unmodified `torch.nn.Module` by
     loss = optimizer.step(closure)
 """
 
-from .hebbian import Hebbian, Oja
+from .hebbian import BCM, AntiHebbian, Hebbian, KrotovHopfield, Oja, Sanger, SoftHebb
 from .mixed import Mixed
 from .optimizer import LearningRule
 from .perturbation import NodePerturbation, SerialPerturbation, WeightPerturbation
@@ -24,13 +24,18 @@ from .synaptic import SynapticRule
 __version__ = "0.1.0"
 
 __all__ = [
+    "BCM",
+    "AntiHebbian",
     "Hebbian",
+    "KrotovHopfield",
     "LearningRule",
     "Mixed",
     "NodePerturbation",
     "Oja",
     "Recorder",
+    "Sanger",
     "SerialPerturbation",
+    "SoftHebb",
     "Synapse",
     "SynapticRule",
     "WeightPerturbation",

@@ -89,9 +89,13 @@ class Mixed(Optimizer):
         try:
             if closure is None:
                 grads: dict[Tensor, Tensor] = {}
+                own_states: dict[LearningRule, dict[str, Any]] = {}
                 for member in self.optimizers:
-                    grads |= member._collect() if isinstance(member, LearningRule) else _grads(member)
-                own_states: dict[LearningRule, dict[str, int]] = {}
+                    if isinstance(member, LearningRule):
+                        estimate, own_states[member] = member._collect()
+                    else:
+                        estimate = _grads(member)
+                    grads |= estimate
             else:
                 probe = Probe(closure, self._trained(), self._closure_needs_grad, self._norms)
                 try:
@@ -101,7 +105,7 @@ class Mixed(Optimizer):
                     probe.close()
                 self._closure_needs_grad = probe.always_grad
                 loss = loss if probe.returns_tensor else loss.item()
-            require_finite("Mixed", "an update", list(grads.values()))
+            require_finite(self, "an update", list(grads.values()))
             for rule in self._rules():
                 rule._own_state = own_states.get(rule, rule._own_state)
             for p in self._trained():
@@ -175,13 +179,13 @@ class Mixed(Optimizer):
     def _trained(self) -> list[Tensor]:
         return [p for member in self.optimizers for p in _params(member)]
 
-    def _estimate(self, probe: Probe) -> tuple[Tensor, dict[Tensor, Tensor], dict[LearningRule, dict[str, int]]]:
+    def _estimate(self, probe: Probe) -> tuple[Tensor, dict[Tensor, Tensor], dict[LearningRule, dict[str, Any]]]:
         synaptic = [m for m in self.optimizers if isinstance(m, SynapticRule)]
         plain = [m for m in self.optimizers if not isinstance(m, LearningRule)]
         several = [m for m in self._rules() if not isinstance(m, SynapticRule)]
         losses: list[Tensor] = []
         grads: dict[Tensor, Tensor] = {}
-        own_states: dict[LearningRule, dict[str, int]] = {}
+        own_states: dict[LearningRule, dict[str, Any]] = {}
         for p in self._trained():
             p.grad = None
         if synaptic or plain:
@@ -190,14 +194,15 @@ class Mixed(Optimizer):
                 rule._recorder.trace = not self._traced
             by_gradient = [p for m in plain for p in _params(m)] + [p for r in synaptic for p in r.readout_parameters()]
             loss = probe(grad=bool(by_gradient))
-            require_finite("Mixed", "the loss", [loss.detach()])
+            require_finite(self, "the loss", [loss.detach()])
             backward_where_missing(loss, by_gradient)
             self._check_reached(plain, synaptic)
             losses.append(loss.detach())
             for optimizer in plain:
                 grads |= _grads(optimizer)
             for rule in synaptic:
-                grads |= rule._collect()
+                estimate, own_states[rule] = rule._collect()
+                grads |= estimate
             for p in self._trained():  # out of reach of the next evaluation's zero_grad and backward
                 p.grad = None
         for member in several:

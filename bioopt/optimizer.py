@@ -28,11 +28,16 @@ __all__ = ["Closure", "LearningRule", "Params", "Probe"]
 
 Closure: TypeAlias = Callable[[], Any]
 Params: TypeAlias = (
-    nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[nn.Module] | Iterable[dict[str, Any]]
+    nn.Module
+    | Iterable[Tensor]
+    | Iterable[tuple[str, Tensor]]
+    | Iterable[nn.Module]
+    | Iterable[tuple[str, nn.Module]]
+    | Iterable[dict[str, Any]]
 )
 ProcessGroup: TypeAlias = dist.ProcessGroup | None
 #: the loss to return, what to write into each ``.grad``, and the rule's own state after the step
-Estimate: TypeAlias = tuple[Tensor, dict[Tensor, Tensor], dict[str, int]]
+Estimate: TypeAlias = tuple[Tensor, dict[Tensor, Tensor], dict[str, Any]]
 _T = TypeVar("_T")
 Constraint: TypeAlias = tuple[Callable[[Any], bool], str]
 
@@ -50,6 +55,12 @@ def named_modules_of(params: Any) -> list[tuple[str, nn.Module]]:
         return [("", params)]
     if isinstance(params, Sequence) and params and all(isinstance(m, nn.Module) for m in params):
         return [(str(i), module) for i, module in enumerate(params)]
+    if (
+        isinstance(params, Sequence)
+        and params
+        and all(isinstance(m, tuple) and isinstance(m[-1], nn.Module) for m in params)
+    ):
+        return list(params)
     return []
 
 
@@ -142,8 +153,8 @@ class LearningRule(Optimizer, ABC):
     def _estimate(self, probe: Probe) -> Estimate:
         """Evaluate the closure as often as needed, from the start each time it is called."""
 
-    def _collect(self) -> dict[Tensor, Tensor]:
-        """What to write into each ``.grad`` after an ordinary forward (and backward) pass: the classic loop."""
+    def _collect(self) -> tuple[dict[Tensor, Tensor], dict[str, Any]]:
+        """What to write into each ``.grad``, and the rule's own state after the step: the classic loop."""
         raise RuntimeError(
             f"{type(self).__name__} evaluates the loss several times a step, so step() needs a closure: "
             "optimizer.step(closure), where closure() runs the model and returns the loss"
@@ -174,7 +185,7 @@ class LearningRule(Optimizer, ABC):
         loss: Any = None
         try:
             if closure is None:
-                grads, own_state = self._collect(), self._own_state
+                grads, own_state = self._collect()
             else:
                 probe = Probe(closure, self._trained(), self._closure_needs_grad, self._norms)
                 try:
@@ -262,18 +273,18 @@ class LearningRule(Optimizer, ABC):
             raise ValueError(f"{type(self).__name__}: {name}={value!r} must be {range_}")
 
     @property
-    def _own_state(self) -> dict[str, int]:
+    def _own_state(self) -> dict[str, Any]:
         """State that is no parameter's own. Replaced, never changed, so that an earlier state_dict keeps its own."""
         return self.state.get(RULE, {})  # type: ignore[call-overload, no-any-return]
 
     @_own_state.setter
-    def _own_state(self, state: dict[str, int]) -> None:
+    def _own_state(self, state: dict[str, Any]) -> None:
         if state:
             self.state[RULE] = state  # type: ignore[index]
 
     def _write(self, grads: dict[Tensor, Tensor]) -> None:
         """Set ``.grad`` of all parameters of the rule, those without an estimate to ``None``."""
-        require_finite(type(self).__name__, "an update", list(grads.values()))
+        require_finite(self, "an update", list(grads.values()))
         for p in self._trained():
             p.grad = grads.get(p)
 
@@ -403,13 +414,26 @@ def unhooked_step(optimizer: Optimizer) -> None:
     getattr(step, "__wrapped__", step)(optimizer)
 
 
-def require_finite(rule: str, what: str, tensors: list[Tensor]) -> None:
-    """Raise if anything is infinite or not a number, before anything is changed."""
+def require_finite(optimizer: Optimizer, what: str, tensors: list[Tensor]) -> None:
+    """Raise if anything is infinite or not a number, before anything is changed; names the weights to look at."""
     if tensors and not math.isfinite(norm := torch.nn.utils.get_total_norm(tensors).item()):
         found = "nan" if math.isnan(norm) else "infinite"
         raise RuntimeError(
-            f"{rule}: {what} is {found}; nothing was changed. Lower the learning rate, or check the data"
+            f"{type(optimizer).__name__}: {what} is {found}; nothing was changed. {_largest(optimizer)} if that has "
+            "diverged; else check the data"
         )
+
+
+def _largest(optimizer: Optimizer) -> str:
+    """Where divergence is to be sought: the parameter of the largest (or no finite) norm, and a lower rate for it."""
+    found = []
+    for i, group in enumerate(optimizer.param_groups):
+        names = group.get("param_names", [f"group{i}.params[{j}]" for j in range(len(group["params"]))])
+        found += [
+            (p.detach().norm().item(), name, float(group["lr"])) for name, p in zip(names, group["params"], strict=True)
+        ]
+    norm, name, lr = max(found, key=lambda entry: (not math.isfinite(entry[0]), entry[0]))
+    return f"The largest weights are '{name}', of norm {norm:.3g} with lr={lr:g}: try lr={lr / 10:g}"
 
 
 def mean_over_samples(losses: Tensor) -> Tensor:

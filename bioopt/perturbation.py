@@ -58,7 +58,7 @@ class _Perturbation(LearningRule):
         self._check_value("seed", seed, SEED)
         self._own_state = {"seed": seed, "step": 0}
 
-    def _next_state(self) -> dict[str, int]:
+    def _next_state(self) -> dict[str, Any]:
         return {**self._own_state, "step": self._own_state["step"] + 1}
 
     def _select_weights(self, group: dict[str, Any]) -> tuple[list[Any], list[Synapse]]:
@@ -73,7 +73,7 @@ class _Perturbation(LearningRule):
         like = next(iter(losses.values()))
         everything = torch.stack([losses.get(i, torch.zeros_like(like)) for i in range(count)])
         self._sum_over_ranks([everything])
-        require_finite(type(self).__name__, "the loss", [everything])
+        require_finite(self, "the loss", [everything])
         return everything
 
     def _share(self, what: str, count: int) -> range:
@@ -428,7 +428,7 @@ class NodePerturbation(_Perturbation):
                 )
 
         changes = self._gathered(losses, self.samples) - clean
-        require_finite("NodePerturbation", "the loss", [changes])
+        require_finite(self, "the loss", [changes])
         signals: list[Tensor] = []
         for sample, change in enumerate(changes):
             draw = self._noise_of(sample)

@@ -69,6 +69,7 @@ class Synapse:
     layer: nn.Module
     channel_dim: int
     group: int = -1  # index of its param group
+    index: int = -1  # its place among the watched
     is_readout: bool = False
 
     @property
@@ -202,6 +203,7 @@ class Recorder:
     def watch(self, synapse: Synapse) -> None:
         """Install the hooks of one synapse. Before `torch.compile` sees the model: later hooks never fire there."""
         layer = synapse.layer
+        synapse.index = len(self.synapses)
         self.synapses[layer] = synapse
         self._handles.append(layer.register_forward_pre_hook(_Hook(self, "_before"), with_kwargs=True))
         # always_call, so that a layer that raises leaves grad mode as it was.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,11 +77,15 @@ class Images:
         self, batch_size: int, seed: int, epoch: int, augment: Augment
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Shuffled batches of one epoch, a function of ``(seed, epoch)`` alone; an incomplete last one is left out."""
+        for index, generator in self.order(batch_size, seed, epoch):
+            yield self.prepare(augment(self.train_images[index], generator)), self.train_labels[index]
+
+    def order(self, batch_size: int, seed: int, epoch: int) -> Iterator[tuple[Tensor, torch.Generator]]:
+        """Which samples make up each batch of an epoch, and the generator for what else is random in it."""
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         order = torch.randperm(len(self.train_labels), generator=generator).to(self.train_labels.device)
         for start in range(0, self.batches(batch_size) * batch_size, batch_size):
-            index = order[start : start + batch_size]
-            yield self.prepare(augment(self.train_images[index], generator)), self.train_labels[index]
+            yield order[start : start + batch_size], generator
 
     def batches(self, batch_size: int) -> int:
         """Training batches an epoch."""
@@ -93,6 +97,52 @@ class Images:
             *(torch.split(t, batch_size) for t in (self.test_images, self.test_labels)), strict=True
         ):
             yield self.prepare(images), labels
+
+
+class Features:
+    """A data set as a frozen trunk sees it: what enters the readout, in place of the images.
+
+    Computed once and kept, where each image always looks the same and they fit (`KEPT_BYTES`); otherwise anew for
+    each batch. Has the methods of `Images` that training and evaluation need.
+    """
+
+    KEPT_BYTES = 8 * 2**30
+
+    def __init__(self, images: Images, trunk: Callable[[Tensor], Tensor], augment: Augment) -> None:
+        self.images = images
+        self.trunk = trunk
+        self.test_labels = images.test_labels
+        self._test = [trunk(inputs) for inputs, _ in images.test_batches()]
+        self._train: Tensor | None = None  # kept
+        bytes_each = self._test[0][0].numel() * self._test[0].element_size()
+        if augment == Augment() and bytes_each * len(images.train_labels) <= self.KEPT_BYTES:
+            self._train = self._test[0].new_empty(len(images.train_labels), *self._test[0].shape[1:])
+            for kept, part in zip(torch.split(self._train, 500), torch.split(images.train_images, 500), strict=True):
+                kept.copy_(trunk(images.prepare(part)))
+
+    @property
+    def kept(self) -> bool:
+        """Whether the trunk need not run again."""
+        return self._train is not None
+
+    def training_batches(
+        self, batch_size: int, seed: int, epoch: int, augment: Augment
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """As of `Images`, the same samples in the same order."""
+        if self._train is None:
+            for inputs, labels in self.images.training_batches(batch_size, seed, epoch, augment):
+                yield self.trunk(inputs), labels
+        else:
+            for index, _ in self.images.order(batch_size, seed, epoch):
+                yield self._train[index], self.images.train_labels[index]
+
+    def batches(self, batch_size: int) -> int:
+        """Training batches an epoch."""
+        return self.images.batches(batch_size)
+
+    def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The test set in order."""
+        return zip(self._test, torch.split(self.test_labels, len(self._test[0])), strict=True)
 
 
 @dataclass

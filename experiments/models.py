@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -61,6 +63,60 @@ def lenet5(shape: Shape, classes: int) -> nn.Module:
         nn.Linear(120, 84),
         nn.ReLU(inplace=True),
         nn.Linear(84, classes),
+    )
+
+
+class Triangle(nn.Module):
+    """The Triangle activation (Coates, Ng & Lee, 2011) to a power: ``relu(u - mean over channels) ** power``."""
+
+    def __init__(self, power: float) -> None:
+        super().__init__()
+        self.power = power
+
+    def forward(self, u: torch.Tensor) -> torch.Tensor:
+        """Sparse activity of ``u``'s shape: what exceeds the mean of the neurons at this position."""
+        above = u - u.mean(1, keepdim=True)
+        if self.power == 1 or not above.requires_grad:
+            return torch.relu_(above) if self.power == 1 else torch.relu_(above).pow_(self.power)
+        # For gradients: the slope of a power below 1 is infinite at 0.
+        return above.clamp(min=1e-6).pow(self.power) * (above > 0)
+
+    def extra_repr(self) -> str:
+        """Its power."""
+        return f"power={self.power}"
+
+
+def softhebb(shape: Shape, classes: int, *, width: float = 1.0, dropout: float = 0.5) -> nn.Module:
+    """The three-block network of SoftHebb (Journé et al., 2023), with the published initial weights.
+
+    Args:
+        shape: channels, height, width of an image: 1×28×28 or 3×32×32 in the paper.
+        classes: outputs of the readout.
+        width: multiplies the 96, 384 and 1536 channels of the blocks.
+        dropout: before the readout.
+    """
+    channels, height, wide = shape
+    if min(height, wide) < 8:
+        raise ValueError(f"model=softhebb pools three times, so it needs images of at least 8×8, not {height}×{wide}")
+    if not width > 0:
+        raise ValueError(f"model.width={width} must be > 0")
+    one, two, three = (max(2, round(width * n)) for n in (96, 384, 1536))
+    trunk = {
+        "block1": _soft_block(channels, one, 5, 0.7, nn.MaxPool2d(4, 2, 1)),
+        "block2": _soft_block(one, two, 3, 1.4, nn.MaxPool2d(4, 2, 1)),
+        "block3": _soft_block(two, three, 3, 1.0, nn.AvgPool2d(2)),
+    }
+    readout = nn.Linear(three * (height // 8) * (wide // 8), classes)
+    nn.init.uniform_(readout.weight, 0, 0.1105 * math.sqrt(24576 / readout.in_features))  # 24576: at full width
+    head = {"flatten": nn.Flatten(), "dropout": nn.Dropout(dropout), "readout": readout}
+    return nn.Sequential(OrderedDict({**trunk, **head}))
+
+
+def _soft_block(inputs: int, outputs: int, kernel: int, power: float, pool: nn.Module) -> nn.Module:
+    conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, padding_mode="reflect", bias=False)
+    nn.init.normal_(conv.weight, std=25 / math.sqrt(conv.weight[0].numel()))  # vectors of length 25
+    return nn.Sequential(
+        OrderedDict(norm=nn.BatchNorm2d(inputs, affine=False), conv=conv, active=Triangle(power), pool=pool)
     )
 
 

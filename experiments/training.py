@@ -35,25 +35,25 @@ def run(config: DictConfig) -> dict[str, Any]:
         images = images.hold_out(config.data.validation)
         print(f"data.validation: 'test' below means the last {config.data.validation} training images", flush=True)
     augment = data.Augment(**config.data.augment)
-    total = config.epochs * images.batches(config.batch_size)
-    if total == 0 and config.epochs:
+    if config.epochs and not images.batches(config.batch_size):
         raise ValueError(
             f"batch_size={config.batch_size} is larger than the {len(images.train_labels)} training images"
         )
 
     model = build_model(config, images).to(device)
     optimizer = build_optimizer(config, model)
-    scheduler = build_schedule(config.schedule, optimizer, total)
+    plastic = plastic_epochs(config, model, optimizer)
+    total = plastic * images.batches(config.batch_size)
+    phase = Phase(model, optimizer, build_schedule(config.schedule, optimizer, total), images, config.batch_size)
+    warn_of_long_sweeps(optimizer, images.batches(config.batch_size), plastic)
     started = _Progress.load(folder, device)
     if started.epoch:
         model.load_state_dict(started.model)
-        optimizer.load_state_dict(started.optimizer)
-        if scheduler is not None:
-            scheduler.load_state_dict(started.scheduler)
+        if started.epoch <= plastic:
+            started.restore(phase)
         torch.set_rng_state(started.random["cpu"])
         if device.type == "cuda":
             torch.cuda.set_rng_state(started.random["cuda"], device)
-    warn_of_long_sweeps(optimizer, images.batches(config.batch_size), config.epochs)
 
     log = logs.RunLog(folder, plain, started.wandb_id, started.history)
     print(
@@ -62,15 +62,17 @@ def run(config: DictConfig) -> dict[str, Any]:
         + (f", going on after epoch {started.epoch}" if started.epoch else ""),
         flush=True,
     )
+    covered = coverage(optimizer, model)
     passes, seconds, trained_images = started.forward_passes, started.seconds, started.images
+    steps = started.steps
 
     def closure_of(inputs: Tensor, labels: Tensor) -> Callable[[], Tensor]:
         def closure() -> Tensor:
             nonlocal passes
-            passes += 1
-            optimizer.zero_grad()
+            passes += phase.module is model
+            phase.optimizer.zero_grad()
             with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
-                losses = F.cross_entropy(model(inputs), labels, reduction="none")
+                losses = F.cross_entropy(phase.module(inputs), labels, reduction="none")
             if losses.requires_grad:
                 torch.autograd.backward(losses.mean())
             return losses
@@ -80,35 +82,47 @@ def run(config: DictConfig) -> dict[str, Any]:
     try:
         for epoch in range(started.epoch + 1, config.epochs + 1):
             begin = time.perf_counter()
+            if epoch > plastic and phase.module is model:
+                close(optimizer)
+                features = data.Features(images, _frozen(split(model)[0], config.amp), augment)
+                phase = readout_phase(config, split(model)[1], features, config.epochs - plastic)
+                label = f"{type(phase.optimizer).__name__} on the frozen trunk"
+                covered |= {n: label for n, p in model.named_parameters() if p in set(phase.module.parameters())}
+                if started.epoch > plastic:
+                    started.restore(phase)
+                else:
+                    passes += features.kept * images.batches(config.batch_size)
             losses = torch.zeros((), device=device)
-            model.train()
-            batches = images.training_batches(config.batch_size, config.seed, epoch, augment)
-            count = images.batches(config.batch_size)
-            for i, (inputs, labels) in enumerate(log.batches(batches, count, epoch)):
+            phase.module.train()
+            batches = phase.source.training_batches(phase.batch_size, config.seed, epoch, augment)
+            count = phase.source.batches(phase.batch_size)
+            for inputs, labels in log.batches(batches, count, epoch):
                 try:
-                    loss: Tensor = optimizer.step(closure_of(inputs, labels)).mean()  # type: ignore[arg-type, attr-defined]
+                    loss: Tensor = phase.optimizer.step(closure_of(inputs, labels)).mean()  # type: ignore[arg-type, attr-defined]
                 except RuntimeError as error:
                     raise RuntimeError(f"{error} (epoch {epoch}, optimizer.lr={config.optimizer.lr})") from error
-                if scheduler is not None:
-                    scheduler.step()
+                if phase.scheduler is not None:
+                    phase.scheduler.step()
                 losses += loss
-                log.step((epoch - 1) * count + i, loss)
+                log.step(steps, loss)
+                steps += 1
+            passes += 0 if phase.source is images or features.kept else count
             train_loss = losses.item() / count  # also waits for the device
             seconds += time.perf_counter() - begin
-            trained_images += count * config.batch_size
+            trained_images += count * phase.batch_size
             if not math.isfinite(train_loss):
                 raise RuntimeError(
                     f"optimizer={config.optimizer.name}: the loss is {train_loss} in epoch {epoch} with "
                     f"optimizer.lr={config.optimizer.lr}; lower it"
                 )
-            test_loss, test_accuracy = evaluate(model, images, config.amp)
+            test_loss, test_accuracy = evaluate(phase.module, phase.source, config.amp)
             log.epoch(
                 {
                     "epoch": epoch,
                     "train_loss": train_loss,
                     "test_loss": test_loss,
                     "test_accuracy": test_accuracy,
-                    "images_per_second": count * config.batch_size / (time.perf_counter() - begin),
+                    "images_per_second": count * phase.batch_size / (time.perf_counter() - begin),
                     "seconds": seconds,
                     "forward_passes": passes,
                 }
@@ -116,14 +130,15 @@ def run(config: DictConfig) -> dict[str, Any]:
             _Progress(
                 epoch=epoch,
                 model=model.state_dict(),
-                optimizer=optimizer.state_dict(),
-                scheduler=scheduler.state_dict() if scheduler is not None else {},
+                optimizer=phase.optimizer.state_dict(),
+                scheduler=phase.scheduler.state_dict() if phase.scheduler is not None else {},
                 random={"cpu": torch.get_rng_state()}
                 | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}),
                 history=log.history,
                 forward_passes=passes,
                 seconds=seconds,
                 images=trained_images,
+                steps=steps,
                 wandb_id=log.wandb_id,
             ).save(folder)
         summary = _summary(config, log.history, seconds, passes, trained_images, device, commit)
@@ -133,12 +148,82 @@ def run(config: DictConfig) -> dict[str, Any]:
             model, images.shape, f"first layer: {title}", folder / "receptive_fields.png"
         )
         made += [fields] if fields is not None else []
-        log.finish(summary, coverage(optimizer, model), made)
+        log.finish(summary, covered, made)
     finally:
         log.close()
-        if isinstance(optimizer, bioopt.LearningRule | bioopt.Mixed):
-            optimizer.close()
+        close(optimizer)
     return summary
+
+
+@dataclass
+class Phase:
+    """A stretch of a run in which one optimizer trains one module on one source of batches."""
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None
+    source: data.Images | data.Features
+    batch_size: int
+
+
+def plastic_epochs(config: DictConfig, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """The epochs in which everything learns; in what is left of them, the trunk is frozen and the readout learns."""
+    if config.plastic_epochs is None:
+        return int(config.epochs)
+    if not isinstance(config.plastic_epochs, int) or not 1 <= config.plastic_epochs < config.epochs:
+        raise ValueError(
+            f"plastic_epochs={config.plastic_epochs} must be an integer >= 1 and below epochs={config.epochs}, so that "
+            "some are left for the readout; or null"
+        )
+    head = set(split(model)[1].parameters())
+    trained = {p for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+    if not isinstance(optimizer, bioopt.LearningRule | bioopt.Mixed) and not trained <= head:
+        print(
+            f"optimizer={config.optimizer.name} trains the whole network by gradients: plastic_epochs does not apply, "
+            f"all of it learns for epochs={config.epochs}",
+            flush=True,
+        )
+        return int(config.epochs)
+    return int(config.plastic_epochs)
+
+
+def split(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Trunk and head of a sequential network, which share its modules: the head is the readout and its dropout."""
+    children = list(model.children())
+    linear = [i for i, child in enumerate(children) if isinstance(child, nn.Linear)]
+    if not isinstance(model, nn.Sequential) or not linear or linear[-1] != len(children) - 1:
+        raise ValueError("plastic_epochs needs a model that is an nn.Sequential and ends with its readout, a Linear")
+    first = linear[-1]
+    while first and isinstance(children[first - 1], nn.Dropout):
+        first -= 1
+    return model[:first], model[first:]
+
+
+def readout_phase(config: DictConfig, head: nn.Module, features: data.Features, epochs: int) -> Phase:
+    """The second phase: the readout alone, by ``readout.optimizer``."""
+    head.requires_grad_(True)
+    optimizer = instantiate(config.readout.optimizer, head.parameters(), _convert_="all")
+    batch_size = config.readout.batch_size
+    schedule = build_schedule(config.readout.schedule, optimizer, epochs * features.batches(batch_size))
+    return Phase(head, optimizer, schedule, features, batch_size)
+
+
+def close(optimizer: torch.optim.Optimizer) -> None:
+    """Take a rule's hooks off the model."""
+    if isinstance(optimizer, bioopt.LearningRule | bioopt.Mixed):
+        optimizer.close()
+
+
+def _frozen(trunk: nn.Module, amp: bool) -> Callable[[Tensor], Tensor]:
+    trunk.eval()
+
+    @torch.no_grad()
+    def features(inputs: Tensor) -> Tensor:
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=amp):
+            seen: Tensor = trunk(inputs)
+        return seen.float()
+
+    return features
 
 
 def choose_device(name: str) -> torch.device:
@@ -161,24 +246,37 @@ def build_model(config: DictConfig, images: data.Images) -> nn.Module:
 
 def build_optimizer(config: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer of ``optimizer=``: rules get the model, plain torch optimizers its parameters."""
-    options = {k: v for k, v in config.optimizer.items() if k not in ("name", "per_data")}
+    options = {k: v for k, v in config.optimizer.items() if k not in ("name", "per_data", "per_model", "schedule")}
     make = instantiate(options, _partial_=True, _convert_="all")
+    parts = OmegaConf.to_container(config.optimizer.get("per_model", {}).get(config.model.name, OmegaConf.create()))
     try:
         plain = isinstance(make.func, type) and not issubclass(make.func, bioopt.LearningRule)
-        optimizer: torch.optim.Optimizer = make(model.parameters() if plain else model)
+        optimizer: torch.optim.Optimizer = make(model.parameters() if plain else groups(model, parts))
     except (TypeError, ValueError) as error:
         raise ValueError(f"optimizer={config.optimizer.name}: {error}") from error
     return optimizer
 
 
+def groups(model: nn.Module, parts: Any) -> Any:
+    """The model, or the groups for a rule that has options for some of its parts, by their names."""
+    if not parts:
+        return model
+    rest = [(name, child) for name, child in model.named_children() if name not in parts and [*child.parameters()]]
+    own = [{"params": [(name, model.get_submodule(name))], **options} for name, options in parts.items()]
+    return [*own, {"params": rest}] if rest else own
+
+
 def build_schedule(
     name: str, optimizer: torch.optim.Optimizer, total: int
 ) -> torch.optim.lr_scheduler.LRScheduler | None:
-    """The learning rate over a run of ``total`` steps, by its option ``schedule=cosine|constant``."""
+    """The learning rate over ``total`` steps, by its option ``schedule=cosine|constant|halving``."""
     if name == "constant":
         return None
+    if name == "halving":
+        at = [int(total * fraction) for fraction in (0.2, 0.35, 0.5, 0.6, 0.7, 0.8, 0.9)]
+        return torch.optim.lr_scheduler.MultiStepLR(optimizer, at, gamma=0.5)
     if name != "cosine":
-        raise ValueError(f"schedule={name} must be cosine or constant")
+        raise ValueError(f"schedule={name} must be cosine, constant or halving")
     return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(total, 1))
 
 
@@ -191,7 +289,7 @@ def coverage(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, st
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, images: data.Images, amp: bool) -> tuple[float, float]:
+def evaluate(model: nn.Module, images: data.Images | data.Features, amp: bool) -> tuple[float, float]:
     """Mean loss and accuracy (a fraction) on the test set."""
     model.eval()
     device = images.test_labels.device
@@ -315,7 +413,14 @@ class _Progress:
     forward_passes: int = 0
     seconds: float = 0.0
     images: int = 0
+    steps: int = 0
     wandb_id: str | None = None
+
+    def restore(self, phase: Phase) -> None:
+        """Put optimizer and schedule where they were."""
+        phase.optimizer.load_state_dict(self.optimizer)
+        if phase.scheduler is not None:
+            phase.scheduler.load_state_dict(self.scheduler)
 
     def save(self, folder: Path) -> None:
         """Write ``checkpoint.pt``, whole or not at all."""

@@ -301,7 +301,9 @@ def test_models_that_cannot_be_trained_are_refused() -> None:
     ):
         bioopt.Hebbian(attention, 0.1)
     attention[1].requires_grad_(False)
-    assert len(bioopt.Hebbian(attention, 0.1).param_groups[0]["params"]) > 0
+    assert len(bioopt.Hebbian(attention, 0.1, readout=None).param_groups[0]["params"]) > 0
+    with pytest.raises(ValueError, match=r"only plastic layer, '0', is the readout.*readout=None"):
+        bioopt.Hebbian(attention, 0.1)
 
 
 def test_a_layer_that_never_fires_is_named() -> None:

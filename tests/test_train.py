@@ -172,7 +172,7 @@ def test_a_run_with_wandb_offline(tmp_path: Path) -> None:
         (["epochs=many"], "epochs=many must be an integer"),
         (["batch_size=0"], "batch_size=0"),
         (["batch_size=5000"], "batch_size=5000 is larger than the 1437 training images"),
-        (["schedule=linear"], "schedule=linear must be cosine or constant"),
+        (["schedule=linear"], "schedule=linear must be cosine, constant or halving"),
         (["device=tpu"], "device=tpu must be auto, cpu or cuda"),
         (["logger.mode=loud"], "logger.mode=loud must be one of auto, online, offline, disabled"),
         (["optimizer.readout=oops"], "readout='oops' must be 'delta' or None"),

@@ -1,0 +1,310 @@
+"""Competitive rules: for each event the neurons of a pool compete, and the winners learn what they saw."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..optimizer import NON_NEGATIVE, POSITIVE, POSITIVE_INT, Constraint, Params
+from ..recorder import Synapse
+from ..synaptic import SynapticRule
+from .pools import along_channels, compete, cut, in_pools, own_power, rows_of, together, weight_shaped
+
+COMPETITIONS = ("soft", "hard", "k", "none")
+DECAYS = ("subspace", "own", "none")
+
+
+class Hebbian(SynapticRule):
+    r"""Competitive Hebbian plasticity: neurons compete for each event, and winners move towards what they saw.
+
+    .. math::
+        y_k = \frac{\exp(t\,u_k / \lVert w_k\rVert)}{\sum_j \exp(t\,u_j / \lVert w_j\rVert)}, \qquad
+        \Delta w_k = \langle\, m\, y_k u_k\,(x - \sum_j u_j\,w_j') \,\rangle, \qquad
+        w_k' = w_k + \mathrm{lr}\,\Delta w_k
+
+    with presynaptic activity :math:`x`, postsynaptic activity :math:`u = Wx + b`, inverse temperature :math:`t`, a
+    modulator :math:`m` (1, or what the user sets), and the mean :math:`\langle\cdot\rangle` over *events* (samples,
+    and positions of a convolution), so that ``lr`` does not depend on the batch or image size. The neurons of a layer
+    compete with each other: the channels of a convolution at each position (within a group, for grouped
+    convolutions), the features of a Linear layer in each sample. They are compared by the direction of their
+    weights, so that none wins for starting out long.
+
+    ``competition`` says what share :math:`y_k` of an event a neuron gets: ``"soft"``, the softmax above; ``"hard"``,
+    the winner takes all; ``"k"``, the softmax among the ``k`` strongest alone; ``"none"``, each gets all
+    (:math:`y_k = 1`: with the subspace decay, Oja's rule of 1989, which finds the principal components). With
+    ``losers`` :math:`= \lambda > 0`, all but the winner learn the opposite, by :math:`-\lambda y_k`.
+
+    ``decay="subspace"`` is Oja's of 1989, as above: what all the neurons of a pool together already say of the input,
+    :math:`\sum_j u_j w_j`, is taken from it, as by feedback inhibition. It bounds the weights (at rest
+    :math:`W^\top W` is the identity on what the neurons respond to) and keeps winners from all learning the same.
+    ``"own"`` is Oja's of 1982: a neuron takes away what it says itself, :math:`u_k w_k`. ``"none"``: only
+    ``weight_decay``, an option of the descent, bounds the weights.
+
+    Decay is taken at the new weights :math:`w'`: the same rule for a small ``lr``, but one that a large one cannot
+    make overshoot. With :math:`P = \langle (m y u)\,x^\top\rangle` and :math:`C = \langle (m y u)\,u^\top\rangle`
+    (its diagonal alone for ``"own"``), that is :math:`\Delta W = (I + \mathrm{lr}\,C)^{-1} (P - C W)`. With
+    ``losers`` or a negative modulator, which could make that system singular, decay is taken at the old weights. A
+    step that would be longer than the pool's weights (:math:`\mathrm{lr} \lVert\Delta W\rVert > \lVert W\rVert`,
+    Frobenius norms) is cut to their length.
+
+    No error signal and no labels enter; only the readout sees a loss.
+
+    Args:
+        params: the model (or modules, or groups whose ``"params"`` are modules). Bare parameters are refused.
+        lr: learning rate :math:`\mathrm{lr}`, per mean event.
+        inverse_temperature: :math:`t` > 0, in units of :math:`1/x`: small lets all neurons learn alike, large only
+            the winner.
+        competition: ``"soft"``, ``"hard"``, ``"k"`` or ``"none"``.
+        k: the number of neurons that share an event with ``competition="k"``.
+        losers: :math:`\lambda`, the strength of anti-Hebbian learning in all but the winner.
+        decay: ``"subspace"``, ``"own"`` or ``"none"``.
+        options: the readout, ``descent``, its options and ``process_group``, as in `SynapticRule`, whose errors are
+            raised here as well.
+
+    Attributes:
+        modulator: :math:`m`, the third factor of a three-factor rule (attention, dopamine, novelty): a number, or a
+            tensor with one value a sample, that scales what is learned from each forward pass made while it is set.
+
+    Raises:
+        ValueError: a competition among fewer than two neurons; ``k`` larger than a layer.
+
+    Sources: D. E. Rumelhart & D. Zipser (1985), *Feature discovery by competitive learning*; soft competition:
+    S. J. Nowlan (1990), *Maximum likelihood competitive learning*; decay: E. Oja (1982), *Simplified neuron model as
+    a principal component analyzer*, and (1989), *Neural networks, principal components, and subspaces*; three
+    factors: N. Frémaux & W. Gerstner (2016), *Neuromodulated spike-timing-dependent plasticity*.
+
+    Example::
+
+        optimizer = bioopt.Hebbian(model, lr=0.05)
+        loss = optimizer.step(closure)
+    """
+
+    constraints: ClassVar[dict[str, Constraint]] = {
+        "inverse_temperature": POSITIVE,
+        "competition": (lambda v: v in COMPETITIONS, f"one of {', '.join(COMPETITIONS)}"),
+        "k": POSITIVE_INT,
+        "losers": NON_NEGATIVE,
+        "decay": (lambda v: v in DECAYS, f"one of {', '.join(DECAYS)}"),
+    }
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float,  # η
+        *,
+        inverse_temperature: float = 1.0,  # t
+        competition: str = "soft",
+        k: int = 2,
+        losers: float = 0.0,  # λ
+        decay: str = "subspace",
+        readout: str | None = "delta",
+        **options: Any,
+    ) -> None:
+        own = {
+            "inverse_temperature": inverse_temperature,
+            "competition": competition,
+            "k": k,
+            "losers": losers,
+            "decay": decay,
+        }
+        self.modulator: float | Tensor = 1.0
+        super().__init__(params, lr, readout=readout, own=own, **options)
+
+    def least_neurons(self, group: dict[str, Any]) -> tuple[int, str]:
+        """Two for a competition, ``k`` for one among the ``k`` strongest."""
+        if group["competition"] == "k":
+            return group["k"], f"k={group['k']}"
+        return (1, "") if group["competition"] == "none" else (2, f"competition={group['competition']!r}")
+
+    def signal(self, u: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor:
+        """``m y u``."""
+        s = u
+        if group["competition"] != "none":
+            scale = group["inverse_temperature"] / synapse.weight.flatten(1).norm(dim=1).clamp(min=1e-12)
+            strength = u * along_channels(scale, u, synapse)
+            s = compete(strength, synapse, lambda pooled, dim: _shares(pooled, dim, group)).mul_(u)
+        if isinstance(self.modulator, Tensor):
+            if self.modulator.ndim == 1 and (u.ndim <= -synapse.channel_dim or len(u) != len(self.modulator)):
+                raise ValueError(
+                    f"Hebbian: modulator has {len(self.modulator)} values, one a sample, but layer '{synapse.name}' "
+                    f"gave an output of shape {tuple(u.shape)}"
+                )
+            return s * self.modulator.to(s).view(-1, *[1] * (s.ndim - 1))
+        return s if self.modulator == 1 else s * self.modulator
+
+    def update(self, product: Tensor, signal: Tensor | None, synapse: Synapse, group: dict[str, Any]) -> Tensor:
+        """``(I + lr C)⁻¹ (P - C W)`` in each pool, no step longer than ``‖W‖``."""
+        rows = in_pools(rows_of(product, synapse), synapse)
+        weight = in_pools(rows_of(synapse.weight.detach(), synapse), synapse)
+        change = rows
+        if group["decay"] != "none":
+            said = together(rows, weight, signal, synapse)
+            if group["decay"] == "own":
+                said = torch.diag_embed(said.diagonal(dim1=-2, dim2=-1))
+            change = rows - said @ weight
+            if not group["losers"] and torch.as_tensor(self.modulator).min() >= 0:
+                system = torch.eye(said.shape[-1], dtype=rows.dtype, device=rows.device) + group["lr"] * said
+                change = torch.linalg.solve(system, change)
+        return weight_shaped(cut(change, weight, group["lr"]).to(product.dtype), synapse)
+
+
+def _shares(strength: Tensor, dim: int, group: dict[str, Any]) -> Tensor:
+    """What share of each event a neuron gets: positive for winners, negative for losers."""
+    kind = group["competition"]
+    if kind == "hard":
+        winner = strength.argmax(dim, keepdim=True)
+        shares = torch.zeros_like(strength).scatter_(dim, winner, 1.0)
+        # Without a temperature, losers share their part alike.
+        others = max(strength.shape[dim] - 1, 1)
+        return shares if not group["losers"] else shares.sub_((1 - shares) * (group["losers"] / others))
+    if kind == "k":
+        strongest, which = strength.topk(group["k"], dim)
+        shares = torch.zeros_like(strength).scatter_(dim, which, torch.softmax(strongest, dim).to(strength.dtype))
+    else:
+        shares = torch.softmax(strength, dim)
+    return _negate_losers(shares, dim, group["losers"]) if group["losers"] else shares
+
+
+def _negate_losers(shares: Tensor, dim: int, strength: float) -> Tensor:
+    """All but the largest share times ``-strength``, in place."""
+    best, winner = shares.max(dim, keepdim=True)
+    return shares.mul_(-strength).scatter_(dim, winner, best)
+
+
+class SoftHebb(SynapticRule):
+    r"""SoftHebb: soft winner-take-all in which losers learn the opposite, as published.
+
+    .. math::
+        y_k = \pm \frac{\exp(t\,u_k)}{\sum_j \exp(t\,u_j)}, \qquad
+        D_k = \sum_{\text{events}} y_k\,(x - u_k\,w_k), \qquad
+        \Delta w_k = \frac{D_k}{\max |D|}\; \sqrt{\big|\,\lVert w_k\rVert - 1\,\big|}
+
+    with presynaptic activity :math:`x`, postsynaptic activity :math:`u = Wx + b`, inverse temperature :math:`t`, the
+    sum over events (samples, and positions of a convolution) and the largest absolute entry of the whole layer's
+    :math:`D`. The sign is plus for the winner of an event and minus for all others. Neurons compete as in `Hebbian`,
+    but by :math:`u` itself: long weight vectors win more, and sharpen the competition. A neuron learns at a rate that
+    falls to zero as its weight vector comes to unit length, where it stays; start it well outside (norm 25 in the
+    paper), and give each layer its own ``lr`` and ``inverse_temperature`` by param groups.
+
+    Args:
+        params: the model (or modules, or groups whose ``"params"`` are modules). Bare parameters are refused.
+        lr: learning rate; a step changes no weight by more than ``lr`` times the neuron's factor.
+        inverse_temperature: :math:`t` > 0, in units of :math:`1/u`.
+        readout: ``"delta"`` or ``None``, as in `SynapticRule`.
+        options: further options of the readout, ``descent``, its options and ``process_group``, as in `SynapticRule`,
+            whose errors are raised here as well.
+
+    Raises:
+        ValueError: a layer of one neuron.
+
+    Sources: A. Journé, H. Garcia Rodriguez, Q. Guo & T. Moraitis (2023), *Hebbian deep learning without feedback*,
+    ICLR; T. Moraitis, D. Toichkin, A. Journé, Y. Chua & Q. Guo (2022), *SoftHebb: Bayesian inference in unsupervised
+    Hebbian soft winner-take-all networks*.
+    """
+
+    constraints: ClassVar[dict[str, Constraint]] = {"inverse_temperature": POSITIVE}
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float,  # η
+        *,
+        inverse_temperature: float = 1.0,  # t
+        readout: str | None = "delta",
+        **options: Any,
+    ) -> None:
+        super().__init__(params, lr, readout=readout, own={"inverse_temperature": inverse_temperature}, **options)
+
+    def least_neurons(self, group: dict[str, Any]) -> tuple[int, str]:
+        """Two, to compete."""
+        return 2, "a competition"
+
+    def signal(self, u: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor:
+        """``y``."""
+
+        def outcome(pooled: Tensor, dim: int) -> Tensor:
+            return _negate_losers(torch.softmax(pooled * group["inverse_temperature"], dim), dim, 1.0)
+
+        return compete(u, synapse, outcome)
+
+    def update(self, product: Tensor, signal: Tensor | None, synapse: Synapse, group: dict[str, Any]) -> Tensor:
+        """``D / max|D| · √|‖w‖ - 1|``."""
+        change, weight = rows_of(product, synapse), rows_of(synapse.weight.detach(), synapse)
+        change.addcmul_(own_power(change, weight, signal, synapse), weight, value=-1)
+        pace = (weight.norm(dim=1, keepdim=True) - 1).abs_().sqrt_()
+        return weight_shaped(change.mul_(pace / _largest(change)), synapse)
+
+
+class KrotovHopfield(SynapticRule):
+    r"""Krotov and Hopfield's rule: the strongest neuron learns the event, one of the next unlearns it.
+
+    .. math::
+        g_k = \begin{cases} 1 & k \text{ strongest} \\ -\lambda & k \text{ of rank } r \\ 0 & \text{otherwise}
+        \end{cases}, \qquad
+        D_k = \langle\, g_k\,(x - u_k\,w_k) \,\rangle, \qquad \Delta w_k = \frac{D_k}{\max |D|}
+
+    with presynaptic activity :math:`x`, postsynaptic activity :math:`u = Wx + b`, the mean over events, and the
+    largest absolute entry of the whole layer's :math:`D`. Weights converge to the unit sphere: the paper's rule with
+    Lebesgue exponent :math:`p = 2` and radius :math:`R = 1`. Let ``lr`` fall to zero over the run.
+
+    Args:
+        params: the model (or modules, or groups whose ``"params"`` are modules). Bare parameters are refused.
+        lr: learning rate: the largest change of a weight in a step.
+        rank: :math:`r` >= 2, which neuron unlearns.
+        anti_hebbian: :math:`\lambda`, how strongly.
+        readout: ``"delta"`` or ``None``, as in `SynapticRule`.
+        options: further options of the readout, ``descent``, its options and ``process_group``, as in `SynapticRule`,
+            whose errors are raised here as well.
+
+    Raises:
+        ValueError: a layer of fewer than ``rank`` neurons.
+
+    Source: D. Krotov & J. J. Hopfield (2019), *Unsupervised learning by competing hidden units*, PNAS 116.
+    """
+
+    constraints: ClassVar[dict[str, Constraint]] = {
+        "rank": (lambda v: isinstance(v, int) and v >= 2, "an integer >= 2"),
+        "anti_hebbian": NON_NEGATIVE,
+    }
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float,  # ε
+        *,
+        rank: int = 2,  # k
+        anti_hebbian: float = 0.4,  # Δ
+        readout: str | None = "delta",
+        **options: Any,
+    ) -> None:
+        super().__init__(params, lr, readout=readout, own={"rank": rank, "anti_hebbian": anti_hebbian}, **options)
+
+    def least_neurons(self, group: dict[str, Any]) -> tuple[int, str]:
+        """As many as ``rank``."""
+        return group["rank"], f"rank={group['rank']}"
+
+    def signal(self, u: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor:
+        """``g``."""
+
+        def outcome(pooled: Tensor, dim: int) -> Tensor:
+            ranked = pooled.topk(group["rank"], dim).indices
+            told = torch.zeros_like(pooled).scatter_(
+                dim, ranked.narrow(dim, group["rank"] - 1, 1), -group["anti_hebbian"]
+            )
+            return told.scatter_(dim, ranked.narrow(dim, 0, 1), 1.0)
+
+        return compete(u, synapse, outcome)
+
+    def update(self, product: Tensor, signal: Tensor | None, synapse: Synapse, group: dict[str, Any]) -> Tensor:
+        """``D / max|D|``."""
+        change, weight = rows_of(product, synapse), rows_of(synapse.weight.detach(), synapse)
+        change.addcmul_(own_power(change, weight, signal, synapse), weight, value=-1)
+        return weight_shaped(change.div_(_largest(change)), synapse)
+
+
+def _largest(change: Tensor) -> Tensor:
+    """The largest absolute entry, for one pass over memory."""
+    low, high = torch.aminmax(change)
+    return torch.maximum(high, -low).clamp(min=1e-30)

@@ -1,0 +1,112 @@
+"""Rules that find the principal components of their input, and one that undoes correlations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..recorder import Synapse
+from ..synaptic import SynapticRule
+from .pools import cut, in_pools, own_power, rows_of, together, weight_shaped
+
+
+class Oja(SynapticRule):
+    r"""Oja's rule: every neuron becomes the first principal component of its input.
+
+    .. math::
+        \Delta w_k = \langle\, u_k\,(x - u_k\,w_k') \,\rangle, \qquad w_k' = w_k + \mathrm{lr}\,\Delta w_k
+
+    with :math:`x`, :math:`u` and the mean over events as in `Hebbian`. For centred input, and without a bias, the
+    stable fixed points are the unit eigenvectors :math:`\pm v_1` of :math:`\langle x x^\top\rangle` with the largest
+    eigenvalue :math:`\lambda_1`; nothing makes the neurons of one layer differ but their starting point. The
+    decay is taken at the new weights, as in `Hebbian`: :math:`\Delta w = (\langle u x\rangle - c\,w) /
+    (1 + \mathrm{lr}\,c)` with :math:`c = \langle u^2\rangle`.
+
+    Arguments and errors are those of `SynapticRule`.
+
+    Source: E. Oja (1982), *Simplified neuron model as a principal component analyzer*, J. Math. Biology 15.
+    """
+
+    def signal(self, u: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor:
+        """``u`` itself."""
+        return u
+
+    def update(self, product: Tensor, signal: Tensor | None, synapse: Synapse, group: dict[str, Any]) -> Tensor:
+        """``(⟨u x⟩ - ⟨u²⟩ w) / (1 + lr ⟨u²⟩)``."""
+        change, weight = rows_of(product, synapse), rows_of(synapse.weight.detach(), synapse)
+        power = own_power(change, weight, signal, synapse)
+        change.addcmul_(power, weight, value=-1).div_(1 + group["lr"] * power)
+        return weight_shaped(change, synapse)
+
+
+class Sanger(SynapticRule):
+    r"""Sanger's rule, the generalised Hebbian algorithm: neurons become the principal components, in their order.
+
+    .. math::
+        \Delta w_k = \langle\, u_k\,(x - \sum_{j \le k} u_j\,w_j') \,\rangle, \qquad
+        w_k' = w_k + \mathrm{lr}\,\Delta w_k
+
+    with :math:`x`, :math:`u` and the mean over events as in `Hebbian`: neuron :math:`k` learns by Oja's rule from
+    what the neurons before it leave over. For centred input, and without a bias, the stable fixed points are
+    :math:`w_k = \pm v_k`, the eigenvectors of :math:`\langle x x^\top\rangle` by falling eigenvalue; of image patches,
+    for a convolution. The order is that of the neurons within their pool. The decay is taken at the new weights:
+    :math:`\Delta W = (I + \mathrm{lr}\,L)^{-1} (P - L W)` with :math:`P = \langle u x^\top\rangle` and :math:`L` the
+    lower triangle of :math:`\langle u u^\top\rangle`, a triangular system.
+
+    Arguments and errors are those of `SynapticRule`.
+
+    Source: T. D. Sanger (1989), *Optimal unsupervised learning in a single-layer linear feedforward neural network*,
+    Neural Networks 2.
+    """
+
+    def signal(self, u: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor:
+        """``u`` itself."""
+        return u
+
+    def update(self, product: Tensor, signal: Tensor | None, synapse: Synapse, group: dict[str, Any]) -> Tensor:
+        """``(I + lr L)⁻¹ (P - L W)`` in each pool."""
+        rows = in_pools(rows_of(product, synapse), synapse)
+        weight = in_pools(rows_of(synapse.weight.detach(), synapse), synapse)
+        before = together(rows, weight, signal, synapse).tril_()
+        system = torch.eye(before.shape[-1], dtype=rows.dtype, device=rows.device) + group["lr"] * before
+        change: Tensor = torch.linalg.solve_triangular(system, rows - before @ weight, upper=False)
+        return weight_shaped(change.to(product.dtype), synapse)
+
+
+class AntiHebbian(SynapticRule):
+    r"""Anti-Hebbian decorrelation: neurons that are active together come to inhibit each other.
+
+    .. math::
+        \Delta w_k = -\sum_{j \ne k} \langle u_k u_j \rangle\, w_j
+
+    with :math:`u` and the mean over events as in `Hebbian`; that is, :math:`\Delta W = -(C - \mathrm{diag}\,C) W`
+    with :math:`C = \langle u u^\top\rangle`, made of the local product :math:`\langle u x^\top\rangle`. At rest the
+    neurons of a pool are uncorrelated (for input of zero mean; put a batch norm before the layer). A layer
+    ``nn.Linear(n, n)`` or ``nn.Conv2d(n, n, 1)`` that starts at the identity becomes a decorrelating stage between two
+    others. A step that would be longer than the pool's weights is cut to their length.
+
+    Arguments and errors are those of `SynapticRule`; a pool of one neuron is refused.
+
+    Sources: P. Földiák (1990), *Forming sparse representations by local anti-Hebbian learning*, Biol. Cybernetics 64;
+    without lateral weights, as a feedforward stage: N. Ahmad et al. (2023), *Constrained parameter inference as a
+    principle for learning*.
+    """
+
+    def least_neurons(self, group: dict[str, Any]) -> tuple[int, str]:
+        """Two, to be correlated."""
+        return 2, "decorrelation"
+
+    def signal(self, u: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor:
+        """``u`` itself."""
+        return u
+
+    def update(self, product: Tensor, signal: Tensor | None, synapse: Synapse, group: dict[str, Any]) -> Tensor:
+        """``-(C - diag C) W`` in each pool, no step longer than ``‖W‖``."""
+        rows = in_pools(rows_of(product, synapse), synapse)
+        weight = in_pools(rows_of(synapse.weight.detach(), synapse), synapse)
+        correlation = together(rows, weight, signal, synapse)
+        correlation.diagonal(dim1=-2, dim2=-1).zero_()
+        change = cut((correlation @ weight).neg_(), weight, group["lr"])
+        return weight_shaped(change.to(product.dtype), synapse)

@@ -1,0 +1,72 @@
+"""The arithmetic that Hebbian rules share: neurons in their pools, and Oja's decay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..recorder import Synapse
+
+
+def compete(u: Tensor, synapse: Synapse, outcome: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """``outcome(pooled, dim)``, of ``u``'s shape, where ``pooled`` has the neurons of one pool along ``dim``."""
+    channel = u.ndim + synapse.channel_dim
+    last = u.movedim(channel, -1)
+    if last.is_contiguous():  # how a channels-last network lays them out: twice as fast as along dimension 1
+        pooled = last.view(*last.shape[:-1], synapse.pools, -1)
+        return outcome(pooled, pooled.ndim - 1).view_as(last).movedim(-1, channel)
+    pooled = u.reshape(*u.shape[:channel], synapse.pools, -1, *u.shape[channel + 1 :])
+    return outcome(pooled, channel + 1).flatten(channel, channel + 1)
+
+
+def along_channels(values: Tensor, u: Tensor, synapse: Synapse) -> Tensor:
+    """One value a neuron, shaped to be multiplied with ``u``."""
+    return values.view(-1, *[1] * (-synapse.channel_dim - 1)).to(u.dtype)
+
+
+def rows_of(tensor: Tensor, synapse: Synapse) -> Tensor:
+    """A tensor of the weight's shape as neurons × inputs: a view, where it lies in memory as the weight does."""
+    return tensor.permute(_memory_order(synapse)).flatten(1)
+
+
+def weight_shaped(rows: Tensor, synapse: Synapse) -> Tensor:
+    """The inverse of `rows_of`."""
+    order, shape = _memory_order(synapse), synapse.weight.shape
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return rows.reshape([shape[d] for d in order]).permute(back)
+
+
+def _memory_order(synapse: Synapse) -> list[int]:
+    weight = synapse.weight
+    return [0, *sorted(range(1, weight.ndim), key=lambda d: (weight.stride(d), weight.size(d)), reverse=True)]
+
+
+def in_pools(rows: Tensor, synapse: Synapse) -> Tensor:
+    """Neurons × inputs as pools × neurons × inputs, at least in single precision (solvers want that)."""
+    rows = rows.view(synapse.pools, -1, rows.shape[1])
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))
+
+
+def together(rows: Tensor, weight: Tensor, signal: Tensor | None, synapse: Synapse) -> Tensor:
+    """``⟨s_k u_j⟩`` for the neurons k, j of each pool."""
+    products = rows @ weight.mT
+    if signal is not None and synapse.bias is not None:
+        products += signal.view(*rows.shape[:2], 1) * synapse.bias.detach().view(rows.shape[0], 1, -1)
+    return products
+
+
+def own_power(rows: Tensor, weight: Tensor, signal: Tensor | None, synapse: Synapse) -> Tensor:
+    """``⟨s_k u_k⟩`` of each neuron, as a column beside the rows."""
+    power = torch.bmm(rows.unsqueeze(1), weight.unsqueeze(2)).squeeze(2)
+    if signal is not None and synapse.bias is not None:
+        power += (signal * synapse.bias.detach()).view(-1, 1)
+    return power
+
+
+def cut(change: Tensor, weight: Tensor, lr: float) -> Tensor:
+    """``change`` of each pool, shortened in place where a step would be longer than the pool's weights."""
+    longest = torch.linalg.matrix_norm(weight, keepdim=True)
+    length = lr * torch.linalg.matrix_norm(change, keepdim=True)
+    return change.mul_((longest / length.clamp(min=1e-12)).clamp(max=1))
