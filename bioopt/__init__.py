@@ -14,7 +14,7 @@ Each is a `torch.optim.Optimizer` that trains an unmodified `torch.nn.Module` by
     loss = optimizer.step(closure)
 """
 
-from .hebbian import BCM, AntiHebbian, Hebbian, KrotovHopfield, Oja, Sanger, SoftHebb
+from .hebbian import BCM, AntiHebbian, Hebbian, KrotovHopfield, Oja, RewardHebbian, Sanger, SoftHebb
 from .mixed import Mixed
 from .optimizer import LearningRule
 from .perturbation import NodePerturbation, SerialPerturbation, WeightPerturbation
@@ -33,6 +33,7 @@ __all__ = [
     "NodePerturbation",
     "Oja",
     "Recorder",
+    "RewardHebbian",
     "Sanger",
     "SerialPerturbation",
     "SoftHebb",

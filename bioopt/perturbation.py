@@ -306,7 +306,76 @@ class SerialPerturbation(_Perturbation):
         return outcomes.mean((0, 1)), grads, state
 
 
-class NodePerturbation(_Perturbation):
+class NoisyActivity(_Perturbation):
+    """What rules share that put noise on postsynaptic activity: their synapses, and the noise of each noisy pass."""
+
+    def __init__(self, params: Params, defaults: dict[str, Any], credit: str, **options: Any) -> None:
+        if credit not in ("sample", "global"):
+            raise ValueError(f"{type(self).__name__}: credit={credit!r} must be 'sample' or 'global'")
+        super().__init__(params, defaults, **options)
+        if not self._recorder.synapses:
+            raise ValueError(no_plastic_layer(type(self).__name__))
+        self.credit = credit
+        self._recorder.anchored = True
+
+    def _select(self, group: dict[str, Any]) -> tuple[list[Any], list[Synapse]]:
+        synapses = synapses_of(type(self).__name__, group["params"])
+        return unique([named for s in synapses for named in s.named_parameters()]), synapses
+
+    def _noise_of(self, sample: int) -> Callable[[Tensor], Tensor]:
+        """Draws the noise of one noisy pass, synapse after synapse in the order they fire."""
+        state = self._own_state
+        streams: dict[torch.device, torch.Generator] = {}
+
+        def draw(like: Tensor) -> Tensor:
+            if like.device not in streams:
+                streams[like.device] = self._noise.stream(like.device, state["seed"], state["step"], sample)
+            return fill_normal_(torch.empty_like(like), streams[like.device])
+
+        return draw
+
+    def _injection(
+        self, sample: int, noise: list[Tensor], records: list[tuple[Synapse, Tensor]] | None = None
+    ) -> Callable[[Synapse, Tensor], Tensor]:
+        """What hands on noisy activity, and keeps the noise, and the activity it is put on if ``records`` is given."""
+        draw = self._noise_of(sample)
+
+        def inject(synapse: Synapse, u: Tensor) -> Tensor:
+            noise.append(draw(u.detach()))
+            if records is not None:
+                records.append((synapse, u))
+            return torch.add(u.detach(), noise[-1], alpha=self.param_groups[synapse.group]["sigma"])
+
+        return inject
+
+    def _products(self, records: list[tuple[Synapse, Tensor]], signals: list[Tensor]) -> dict[Tensor, Tensor]:
+        """The local products of presynaptic activity and teaching signals, summed over each weight's firings."""
+        grads: dict[Tensor, Tensor] = {}
+        for (synapse, u), s in zip(records, signals, strict=True):
+            params = synapse.parameters()
+            for p, g in zip(params, torch.autograd.grad(u, params, s.to(u.dtype)), strict=True):
+                grads[p] = grads[p] + g if p in grads else g
+        return grads
+
+    def _per_sample(self, records: list[tuple[Synapse, Tensor]], losses: Tensor) -> bool:
+        """Whether each sample is credited by itself; a scalar loss credits all together."""
+        if not records:
+            raise RuntimeError(
+                f"{type(self).__name__}: no layer has fired; run the model in training mode (model.train())"
+            )
+        if self.credit == "global" or losses.ndim == 0:
+            return False
+        for synapse, u in records:
+            if u.ndim < 2 or len(u) != len(losses):
+                raise RuntimeError(
+                    f"{type(self).__name__}(credit='sample'): layer '{synapse.name}' gave an output of shape "
+                    f"{tuple(u.shape)} where there are {len(losses)} losses, one a sample, so its first dimension is "
+                    "not the sample. Use credit='global'"
+                )
+        return True
+
+
+class NodePerturbation(NoisyActivity):
     r"""Node perturbation: noise on postsynaptic activity, credited with the change of loss it brings.
 
     .. math::
@@ -361,48 +430,17 @@ class NodePerturbation(_Perturbation):
         process_group: ProcessGroup = None,
         **descent_options: Any,
     ) -> None:
-        if credit not in ("sample", "global"):
-            raise ValueError(f"NodePerturbation: credit={credit!r} must be 'sample' or 'global'")
         super().__init__(
             params,
             {"lr": lr, "sigma": sigma},
+            credit,
             seed=seed,
             descent=descent,
             descent_options=descent_options,
             process_group=process_group,
         )
-        if not self._recorder.synapses:
-            raise ValueError(no_plastic_layer("NodePerturbation"))
         self._check_value("samples", samples, POSITIVE_INT)
         self.samples = samples
-        self.credit = credit
-        self._recorder.anchored = True
-
-    def _select(self, group: dict[str, Any]) -> tuple[list[Any], list[Synapse]]:
-        synapses = synapses_of("NodePerturbation", group["params"])
-        return unique([named for s in synapses for named in s.named_parameters()]), synapses
-
-    def _noise_of(self, sample: int) -> Callable[[Tensor], Tensor]:
-        """Draws the noise of one noisy pass, synapse after synapse in the order they fire."""
-        state = self._own_state
-        streams: dict[torch.device, torch.Generator] = {}
-
-        def draw(like: Tensor) -> Tensor:
-            if like.device not in streams:
-                streams[like.device] = self._noise.stream(like.device, state["seed"], state["step"], sample)
-            return fill_normal_(torch.empty_like(like), streams[like.device])
-
-        return draw
-
-    def _injection(self, sample: int, noise: list[Tensor]) -> Callable[[Synapse, Tensor], Tensor]:
-        """What hands on noisy activity, and keeps the noise."""
-        draw = self._noise_of(sample)
-
-        def inject(synapse: Synapse, u: Tensor) -> Tensor:
-            noise.append(draw(u.detach()))
-            return torch.add(u.detach(), noise[-1], alpha=self.param_groups[synapse.group]["sigma"])
-
-        return inject
 
     def _estimate(self, probe: Probe) -> Estimate:
         for p in self._trained():
@@ -410,11 +448,7 @@ class NodePerturbation(_Perturbation):
         records: list[tuple[Synapse, Tensor]] = []
         with self._recorder.visiting(lambda synapse, u: records.append((synapse, u))):
             clean = probe()
-        if not records:
-            raise RuntimeError("NodePerturbation: no layer has fired; run the model in training mode (model.train())")
-        per_sample = self.credit == "sample" and clean.ndim > 0
-        if per_sample:
-            _check_samples(records, clean)
+        per_sample = self._per_sample(records, clean)
 
         losses: dict[int, Tensor] = {}
         kept: tuple[int, list[Tensor]] = (-1, [])
@@ -441,22 +475,7 @@ class NodePerturbation(_Perturbation):
                     signals.append(told)
                 else:
                     signals[i] += told
-        grads: dict[Tensor, Tensor] = {}
-        for (synapse, u), s in zip(records, signals, strict=True):
-            params = synapse.parameters()
-            for p, g in zip(params, torch.autograd.grad(u, params, s.to(u.dtype)), strict=True):
-                grads[p] = grads[p] + g if p in grads else g
-        return clean, grads, self._next_state()
-
-
-def _check_samples(records: list[tuple[Synapse, Tensor]], losses: Tensor) -> None:
-    for synapse, u in records:
-        if u.ndim < 2 or len(u) != len(losses):
-            raise RuntimeError(
-                f"NodePerturbation(credit='sample'): layer '{synapse.name}' gave an output of shape {tuple(u.shape)} "
-                f"where there are {len(losses)} losses, one a sample, so its first dimension is not the sample. "
-                "Use credit='global'"
-            )
+        return clean, self._products(records, signals), self._next_state()
 
 
 def _unravel(index: int, shape: torch.Size) -> tuple[int, ...]:

@@ -64,7 +64,10 @@ class RunLog:
         )
         if self._wandb is not None:
             names = {"train_loss": "train/epoch_loss", "test_loss": "test/loss", "test_accuracy": "test/accuracy"}
-            self._wandb.log({names.get(name, name): value for name, value in metrics.items()})
+            norms = {f"weight_norm/{layer}": mean for layer, (_, mean, _) in metrics["weight_norms"].items()}
+            self._wandb.log(
+                {names.get(name, name): value for name, value in metrics.items() if name != "weight_norms"} | norms
+            )
 
     def finish(self, summary: dict[str, Any], coverage: dict[str, str], pictures: list[Path]) -> None:
         """Write the summary, show it, and close W&B."""
@@ -129,7 +132,7 @@ def _start_wandb(config: dict[str, Any], folder: Path, run_id: str | None) -> An
             settings=wandb.Settings(silent=True, console="off"),
         )
     run.define_metric("train/loss", step_metric="step")
-    for metric in ("train/epoch_loss", "test/*", "images_per_second"):
+    for metric in ("train/epoch_loss", "test/*", "images_per_second", "weight_norm/*"):
         run.define_metric(metric, step_metric="epoch")
     run.define_metric("test/accuracy", summary="max", step_metric="epoch")
     return run

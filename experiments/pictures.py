@@ -68,6 +68,44 @@ def receptive_fields(
     return path
 
 
+def neurons(history: list[dict[str, Any]], wins: dict[str, Tensor], title: str, path: Path) -> Path | None:
+    """For each layer: how its neurons' weight vectors grow, and how the events are shared out among its neurons.
+
+    Args:
+        history: lines of a run with ``weight_norms``, ``{layer: [least, mean, most]}``.
+        wins: for each layer, the share of events that each of its neurons wins.
+        title: above the picture.
+        path: where to write it.
+    """
+    layers = [name for name in wins if len(wins[name]) > 1]
+    if not layers or not history:
+        return None
+    figure, grid = plt.subplots(
+        2, len(layers), figsize=(max(4.5, 2.8 * len(layers)), 4.6), layout="constrained", squeeze=False
+    )
+    figure.suptitle(title)
+    epochs = [line["epoch"] for line in history]
+    for (above, below), name in zip(grid.T, layers, strict=True):
+        least, mean, most = zip(*(line["weight_norms"][name] for line in history), strict=True)
+        above.fill_between(epochs, least, most, alpha=0.25, linewidth=0)
+        above.plot(epochs, mean, marker=".")
+        above.set(xlabel="epoch", ylabel="‖w‖: mean, range")
+        above.set_title(name, fontsize=9)
+        above.xaxis.set_major_locator(MaxNLocator(integer=True))
+        share = wins[name].sort(descending=True).values.cpu()
+        dead = int((share == 0).sum())
+        below.bar(range(len(share)), 100 * share, width=1.0, color="tab:green")
+        below.axhline(100 / len(share), color="grey", linewidth=0.8, linestyle="--")
+        below.set(xlabel=f"neuron, by rank ({dead} of {len(share)} never win)", ylabel="events won (%)")
+    for axes in grid.flat:
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.label.set_size(8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
 def _image(field: Tensor) -> Any:
     """Grey level (or colour) 0 in the middle of the scale."""
     field = field / field.abs().max().clamp(min=1e-12)

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 import bioopt
+from bioopt.recorder import find_synapses
 
 from . import data, logs, pictures
 
@@ -125,6 +126,7 @@ def run(config: DictConfig) -> dict[str, Any]:
                     "images_per_second": count * phase.batch_size / (time.perf_counter() - begin),
                     "seconds": seconds,
                     "forward_passes": passes,
+                    "weight_norms": weight_norms(model),
                 }
             )
             _Progress(
@@ -147,7 +149,8 @@ def run(config: DictConfig) -> dict[str, Any]:
         fields = pictures.receptive_fields(
             model, images.shape, f"first layer: {title}", folder / "receptive_fields.png"
         )
-        made += [fields] if fields is not None else []
+        of_neurons = pictures.neurons(log.history, wins(model, images), title, folder / "neurons.png")
+        made += [picture for picture in (fields, of_neurons) if picture is not None]
         log.finish(summary, covered, made)
     finally:
         log.close()
@@ -301,6 +304,42 @@ def evaluate(model: nn.Module, images: data.Images | data.Features, amp: bool) -
         right += (outputs.argmax(1) == labels).sum()
     count = len(images.test_labels)
     return loss.item() / count, right.item() / count
+
+
+def weight_norms(model: nn.Module) -> dict[str, list[float]]:
+    """The least, mean and largest length of the weight vectors of each layer's neurons."""
+    norms = {s.name: s.weight.detach().flatten(1).norm(dim=1) for s in _layers(model)}
+    return {name: torch.stack([n.min(), n.mean(), n.max()]).tolist() for name, n in norms.items()}
+
+
+@torch.no_grad()
+def wins(model: nn.Module, images: data.Images, batch: int = 500) -> dict[str, Tensor]:
+    """The share of events (samples and positions of one test batch) in which each neuron is its layer's most active."""
+    found: dict[str, Tensor] = {}
+    handles = []
+    for synapse in _layers(model):
+
+        def count(layer: nn.Module, args: Any, u: Tensor, synapse: Any = synapse) -> None:
+            winners = u.argmax(u.ndim + synapse.channel_dim).flatten()
+            found[synapse.name] = torch.bincount(winners, minlength=len(synapse.weight)) / len(winners)
+
+        handles.append(synapse.layer.register_forward_hook(count))
+    model.eval()
+    inputs, _ = next(images.test_batches(batch))
+    model(inputs)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def _layers(model: nn.Module) -> list[bioopt.Synapse]:
+    """All synapses but the readout, frozen ones too."""
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    model.requires_grad_(True)
+    found = find_synapses(model)[:-1]
+    for p, was in before:
+        p.requires_grad_(was)
+    return found
 
 
 def warn_of_long_sweeps(optimizer: torch.optim.Optimizer, batches: int, epochs: int) -> None:

@@ -21,15 +21,17 @@ RULES = [
 ]
 ONE_PASS = [rule for rule in RULES if issubclass(rule, SynapticRule)]
 SEVERAL_PASSES = [rule for rule in RULES if rule not in ONE_PASS]
-# What a signature requires besides params and lr.
+ONE_EVALUATION = [*ONE_PASS, bioopt.RewardHebbian]  # it needs a closure, too, but evaluates it once
+# What a signature requires besides params and lr; a rule without a baseline of its own explores further.
 REQUIRED = {"sigma": 1e-2}
+FURTHER = {bioopt.RewardHebbian: {"sigma": 1.0}}
 
 
 def make(rule: type, params: Any, lr: float = 0.01, **options: Any) -> bioopt.LearningRule:
     """Build a rule with whatever its signature requires."""
     for name, parameter in inspect.signature(rule).parameters.items():
         if parameter.kind == parameter.KEYWORD_ONLY and parameter.default is parameter.empty:
-            options.setdefault(name, REQUIRED[name])
+            options.setdefault(name, (REQUIRED | FURTHER.get(rule, {}))[name])
     return rule(params, lr, **options)
 
 

@@ -53,6 +53,51 @@ def test_batches_are_a_function_of_seed_and_epoch(tmp_path: Path) -> None:
     assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
+def test_training_images_are_held_out() -> None:
+    digits = data.load("digits", "nowhere")
+    held = digits.hold_out(300)
+    assert (len(held.train_labels), len(held.test_labels)) == (1137, 300)
+    assert torch.equal(held.test_images, digits.train_images[1137:])
+    assert torch.equal(held.train_images, digits.train_images[:1137])
+    for count in (-1, 1437):
+        with pytest.raises(ValueError, match=f"data.validation={count} must be"):
+            digits.hold_out(count)
+
+
+def test_features_stand_in_for_images() -> None:
+    digits = data.load("digits", "nowhere")
+    calls = []
+
+    def trunk(x: torch.Tensor) -> torch.Tensor:
+        calls.append(len(x))
+        return x.flatten(1)[:, ::7] * 2
+
+    features = data.Features(digits, trunk, data.Augment())
+    assert features.kept
+    made = sum(calls)
+    assert made == 1437 + 360
+    assert features.batches(100) == digits.batches(100)
+    for (seen, y), (x, labels) in zip(
+        features.training_batches(100, 3, 1, data.Augment()),
+        digits.training_batches(100, 3, 1, data.Augment()),
+        strict=True,
+    ):
+        assert torch.equal(seen, x.flatten(1)[:, ::7] * 2)
+        assert torch.equal(y, labels)
+    assert sum(len(y) for _, y in features.test_batches()) == 360
+    assert sum(calls) == made  # computed once
+    augmented = data.Features(digits, trunk, data.Augment(crop=1))
+    assert not augmented.kept
+    (first, _), (same, _) = (
+        next(f)
+        for f in [
+            augmented.training_batches(100, 3, 1, data.Augment(crop=1)),
+            digits.training_batches(100, 3, 1, data.Augment(crop=1)),
+        ]
+    )
+    assert torch.equal(first, same.flatten(1)[:, ::7] * 2)
+
+
 def test_augmentation_against_a_loop() -> None:
     images = tensors(50)["train_images"]
     augment, generator = data.Augment(crop=2, flip=True), torch.Generator().manual_seed(3)

@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bioopt
+from bioopt.recorder import find_synapses
+from bioopt.synaptic import _patches_pay, local_product
 
-from .rules import mlp
+from .rules import ONE_PASS, mlp
 
 LAYERS = {
     "linear": (lambda: nn.Linear(5, 6), (4, 5)),
@@ -63,22 +65,47 @@ def events(layer: nn.Module, x: Tensor) -> list[list[tuple[int, Tensor, float]]]
     return found
 
 
-def hebbian_twin(layer: nn.Module, x: Tensor, t: float, lr: float) -> Tensor:
+def hebbian_twin(
+    layer: nn.Module,
+    x: Tensor,
+    t: float,
+    lr: float,
+    competition: str = "soft",
+    k: int = 2,
+    losers: float = 0.0,
+    decay: str = "subspace",
+    modulator: list[float] | None = None,
+) -> Tensor:
     weight = layer.weight.detach()
     pool = len(weight) // getattr(layer, "groups", 1)
     product, together = torch.zeros_like(weight), torch.zeros(len(weight), len(weight), dtype=weight.dtype)
     all_events, norms = events(layer, x), [w.norm().item() for w in weight]
-    for event in all_events:
-        for k, patch, u in event:
-            rivals = [(j, v) for j, _, v in event if j // pool == k // pool]
-            y = u / sum(math.exp(t * (v / norms[j] - u / norms[k])) for j, v in rivals)
-            product[k] += y * patch / len(all_events)
+    for e, event in enumerate(all_events):
+        m = 1.0 if modulator is None else modulator[e * len(modulator) // len(all_events)]
+        for neuron, patch, u in event:
+            rivals = [(j, v) for j, _, v in event if j // pool == neuron // pool]
+            ranking = sorted(rivals, key=lambda rival: -rival[1] / norms[rival[0]])
+            wins = ranking[0][0] == neuron
+            sharing = ranking[:k] if competition == "k" else ranking
+            if competition == "none":
+                share = 1.0
+            elif competition == "hard":
+                share = 1.0 if wins else -losers / (pool - 1)
+            elif neuron in [j for j, _ in sharing]:
+                share = 1 / sum(math.exp(t * (v / norms[j] - u / norms[neuron])) for j, v in sharing)
+                share *= 1 if wins or not losers else -losers
+            else:
+                share = 0.0
+            product[neuron] += m * share * u * patch / len(all_events)
             for j, v in rivals:
-                together[k, j] += y * v / len(all_events)
+                together[neuron, j] += m * share * u * v / len(all_events)
     flat = weight.flatten(1)
+    if decay != "subspace":
+        together = together.diag().diag() * (decay == "own")
     change = product.flatten(1) - together @ flat
-    change = torch.linalg.inv(torch.eye(len(flat), dtype=flat.dtype) + lr * together) @ change
-    for rows in (slice(k, k + pool) for k in range(0, len(weight), pool)):
+    if not losers and min(modulator or [1]) >= 0:
+        change = torch.linalg.inv(torch.eye(len(flat), dtype=flat.dtype) + lr * together) @ change
+    for rows in (slice(first, first + pool) for first in range(0, len(weight), pool)):
         change[rows] *= min(1, flat[rows].norm() / (lr * change[rows].norm()))
     return change.view_as(weight)
 
@@ -127,6 +154,256 @@ def test_oja_equals_its_twin(name: str) -> None:
     torch.testing.assert_close(layer.weight.detach(), before + 0.3 * change, rtol=0, atol=1e-12)
 
 
+def softhebb_twin(layer: nn.Module, x: Tensor, t: float) -> Tensor:
+    weight = layer.weight.detach()
+    pool = len(weight) // getattr(layer, "groups", 1)
+    change = torch.zeros_like(weight)
+    for event in events(layer, x):
+        for k, patch, u in event:
+            rivals = [v for j, _, v in event if j // pool == k // pool]
+            y = 1 / sum(math.exp(t * (v - u)) for v in rivals)
+            y = y if u == max(rivals) else -y
+            change[k] += y * (patch - u * weight[k])
+    change /= change.abs().max()
+    for k, w in enumerate(weight):
+        change[k] *= abs(w.norm() - 1) ** 0.5
+    return change
+
+
+def krotov_hopfield_twin(layer: nn.Module, x: Tensor, rank: int, strength: float) -> Tensor:
+    weight = layer.weight.detach()
+    pool = len(weight) // getattr(layer, "groups", 1)
+    change = torch.zeros_like(weight)
+    for event in events(layer, x):
+        for k, patch, u in event:
+            place = sum(v > u for j, _, v in event if j // pool == k // pool)
+            g = {0: 1.0, rank - 1: -strength}.get(place, 0.0)
+            change[k] += g * (patch - u * weight[k])
+    return change / change.abs().max()
+
+
+def sanger_twin(layer: nn.Module, x: Tensor, lr: float) -> Tensor:
+    """The decay at the new weights: neuron by neuron, since each needs those before it alone."""
+    weight = layer.weight.detach()
+    pool = len(weight) // getattr(layer, "groups", 1)
+    all_events, new = events(layer, x), weight.clone()
+    for k in range(len(weight)):
+        before = range(k // pool * pool, k + 1)
+        hebb, c = torch.zeros_like(weight[k]), dict.fromkeys(before, 0.0)
+        for event in all_events:
+            hebb += event[k][2] * event[k][1] / len(all_events)
+            for j in before:
+                c[j] += event[k][2] * event[j][2] / len(all_events)
+        others = sum((c[j] * new[j] for j in before if j != k), torch.zeros_like(hebb))
+        new[k] = (weight[k] + lr * (hebb - others)) / (1 + lr * c[k])
+    return (new - weight) / lr
+
+
+def anti_hebbian_twin(layer: nn.Module, x: Tensor, lr: float) -> Tensor:
+    weight = layer.weight.detach()
+    pool = len(weight) // getattr(layer, "groups", 1)
+    all_events, change = events(layer, x), torch.zeros_like(weight)
+    for event in all_events:
+        for k, _, u in event:
+            for j, _, v in event:
+                if j != k and j // pool == k // pool:
+                    change[k] -= u * v * weight[j] / len(all_events)
+    for first in range(0, len(weight), pool):
+        rows = slice(first, first + pool)
+        change[rows] *= min(1, weight[rows].norm() / (lr * change[rows].norm()))
+    return change
+
+
+def bcm_twin(layer: nn.Module, x: Tensor, lr: float, threshold: list[float]) -> tuple[Tensor, list[float]]:
+    weight = layer.weight.detach()
+    all_events, change, power = events(layer, x), torch.zeros_like(weight), [0.0] * len(weight)
+    for event in all_events:
+        for k, patch, u in event:
+            change[k] += u * (u - threshold[k]) / threshold[k] * patch / len(all_events)
+            power[k] += u * u / len(all_events)
+    for k, w in enumerate(weight):
+        change[k] *= min(1, w.norm() / (lr * change[k].norm()))
+    return change, power
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("rule", ["softhebb", "krotov_hopfield", "sanger", "anti_hebbian", "bcm"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_each_rule_equals_its_twin(rule: str, name: str, channels_last: bool) -> None:
+    build, shape = LAYERS[name]
+    torch.manual_seed(3)
+    layer, x = build().double(), torch.randn(shape, dtype=torch.float64)
+    if channels_last:
+        if x.ndim != 4:
+            return
+        layer, x = layer.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    lr = 0.2
+    optimizer, twin = {
+        "softhebb": lambda: (
+            bioopt.SoftHebb(layer, lr, inverse_temperature=0.7, readout=None), lambda: softhebb_twin(layer, x, 0.7)),
+        "krotov_hopfield": lambda: (
+            bioopt.KrotovHopfield(layer, lr, rank=3, anti_hebbian=0.3, readout=None),
+            lambda: krotov_hopfield_twin(layer, x, 3, 0.3)),
+        "sanger": lambda: (bioopt.Sanger(layer, lr, readout=None), lambda: sanger_twin(layer, x, lr)),
+        "anti_hebbian": lambda: (bioopt.AntiHebbian(layer, lr, readout=None), lambda: anti_hebbian_twin(layer, x, lr)),
+        "bcm": lambda: (bioopt.BCM(layer, lr, threshold_rate=0.3, readout=None), None),
+    }[rule]()  # fmt: skip
+    threshold = [1.0] * len(layer.weight)
+    for step in range(3):
+        before = layer.weight.detach().clone()
+        if twin is not None:
+            change = twin()
+        else:
+            change, power = bcm_twin(layer, x, lr, threshold)
+            threshold = power if step == 0 else [o + 0.3 * (p - o) for o, p in zip(threshold, power, strict=True)]
+        optimizer.step(lambda: layer(x).sum())
+        torch.testing.assert_close(layer.weight.detach(), before + lr * change, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["linear", "conv2d, groups", "conv2d, reflect"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"competition": "hard"},
+        {"competition": "hard", "losers": 0.5},
+        {"competition": "k", "k": 2},
+        {"competition": "k", "k": 3, "losers": 0.2, "decay": "own"},
+        {"competition": "none"},
+        {"competition": "none", "decay": "own"},
+        {"decay": "own"},
+        {"decay": "none"},
+        {"losers": 1.0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("modulator", [None, [0.5, 2.0], [-1.0, 0.3]])
+def test_hebbian_options_equal_their_twin(options: dict, name: str, modulator: list[float] | None) -> None:
+    build, shape = LAYERS[name]
+    torch.manual_seed(4)
+    layer, x = build().double(), torch.randn((2, *shape[1:]), dtype=torch.float64)
+    optimizer = bioopt.Hebbian(layer, 0.4, inverse_temperature=1.5, readout=None, **options)
+    if modulator is not None:
+        optimizer.modulator = torch.tensor(modulator, dtype=torch.float64)
+    before = layer.weight.detach().clone()
+    change = hebbian_twin(layer, x, 1.5, 0.4, modulator=modulator, **options)
+    optimizer.step(lambda: layer(x).sum())
+    torch.testing.assert_close(layer.weight.detach(), before + 0.4 * change, rtol=0, atol=1e-12)
+
+
+def test_a_global_modulator_gates_learning() -> None:
+    layer, x = nn.Linear(4, 5), torch.randn(3, 4)
+    before = layer.weight.detach().clone()
+    optimizer = bioopt.Hebbian(layer, 0.1, readout=None)
+    optimizer.modulator = 0.0
+    optimizer.step(lambda: layer(x).sum())
+    assert torch.equal(layer.weight, before)
+    optimizer.modulator = torch.tensor(2.0)
+    optimizer.step(lambda: layer(x).sum())
+    assert not torch.equal(layer.weight, before)
+    optimizer.modulator = torch.ones(7)
+    with pytest.raises(ValueError, match=r"modulator has 7 values, one a sample, but layer 'Linear'.*\(3, 5\)"):
+        optimizer.step(lambda: layer(x).sum())
+
+
+def test_competitions_that_cannot_be_are_refused() -> None:
+    lonely = nn.Linear(4, 1)
+    for rule in (bioopt.Hebbian, bioopt.SoftHebb, bioopt.KrotovHopfield, bioopt.AntiHebbian):
+        with pytest.raises(ValueError, match="takes at least 2 neurons, but layer 'Linear' has 1"):
+            rule(lonely, 0.1, readout=None)
+    assert bioopt.Hebbian(lonely, 0.1, competition="none", readout=None)
+    with pytest.raises(ValueError, match="k=6 takes at least 6 neurons, but layer 'Linear' has 5"):
+        bioopt.Hebbian(nn.Linear(4, 5), 0.1, competition="k", k=6, readout=None)
+    with pytest.raises(ValueError, match="k=6 takes at least 6 neurons"):  # in a group, too
+        bioopt.Hebbian([{"params": nn.Linear(4, 5), "competition": "k", "k": 6}], 0.1, readout=None)
+    with pytest.raises(ValueError, match="rank=4 takes at least 4 neurons, but layer 'Conv2d' has 3 in each group"):
+        bioopt.KrotovHopfield(nn.Conv2d(2, 6, 3, groups=2), 0.1, rank=4, readout=None)
+    for option in ({"competition": "fierce"}, {"decay": "slow"}, {"losers": -1}, {"k": 0}, {"inverse_temperature": 0}):
+        with pytest.raises(ValueError, match=f"Hebbian: {next(iter(option))}="):
+            bioopt.Hebbian(nn.Linear(4, 5), 0.1, readout=None, **option)
+
+
+def test_sanger_finds_the_principal_components_of_patches_in_order() -> None:
+    torch.manual_seed(0)
+    images = torch.randn(30, 2, 6, 6, dtype=torch.float64).cumsum(3)
+    images -= images.mean()
+    layer = nn.Conv2d(2, 3, 2, bias=False).double()
+    patches = F.unfold(images, 2).transpose(1, 2).reshape(-1, 8)
+    values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
+    optimizer = bioopt.Sanger(layer, 1.0 / values[-1].item(), readout=None)
+    for _ in range(3000):
+        layer(images)
+        optimizer.step()
+    for k, w in enumerate(layer.weight.detach().flatten(1)):
+        assert abs(w.norm() - 1) < 1e-3
+        assert abs(w @ vectors[:, -1 - k]) > 0.999, k
+
+
+def test_anti_hebbian_decorrelates() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(400, 5, dtype=torch.float64) @ torch.randn(5, 5, dtype=torch.float64)
+    x = (x - x.mean(0)) / x.std(0)
+    layer = nn.Linear(5, 5, bias=False).double()
+    nn.init.eye_(layer.weight)
+    optimizer = bioopt.AntiHebbian(layer, 0.05, readout=None)
+    for _ in range(3000):
+        layer(x)
+        optimizer.step()
+    correlation = torch.corrcoef(layer(x).detach().T)
+    assert (correlation - torch.eye(5)).abs().max() < 1e-3
+
+
+def test_bcm_neurons_become_selective() -> None:
+    """Each comes to answer one of two patterns alone, as the theory has it for independent patterns."""
+    torch.manual_seed(0)
+    patterns = torch.tensor([[1.0, 0.2, 0.1], [0.1, 0.3, 1.0]])
+    layer = nn.Linear(3, 6, bias=False)
+    nn.init.uniform_(layer.weight, 0.1, 0.5)
+    optimizer = bioopt.BCM(layer, 0.01, threshold_rate=0.5, readout=None)
+    for _ in range(4000):
+        layer(patterns)
+        optimizer.step()
+    answers = layer(patterns).detach()
+    assert answers.max(0).values.sub(2).abs().max() < 0.2  # the fixed point: 1 / (how often the pattern comes)
+    assert answers.min(0).values.abs().max() < 0.2
+
+
+def test_softhebb_brings_every_neuron_to_unit_length() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(10, 4, bias=False)
+    with torch.no_grad():
+        layer.weight.mul_(5 / layer.weight.norm(dim=1, keepdim=True))
+    optimizer = bioopt.SoftHebb(layer, 0.05, readout=None)
+    start = (layer.weight.norm(dim=1) - 1).abs().max().item()
+    for _ in range(500):
+        layer(torch.randn(32, 10))
+        optimizer.step()
+    assert (layer.weight.norm(dim=1) - 1).abs().max() < 0.1 * start
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"padding": 1, "padding_mode": "reflect"},
+        {"stride": 2, "padding": 2},
+        {"dilation": 2, "bias": False},
+        {"stride": (2, 3), "padding": (2, 1), "dilation": (1, 2)},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_the_product_over_patches_is_autograd_s(options: dict, memory_format: torch.memory_format) -> None:
+    """Wide convolutions on the CPU do not take autograd's own product; several chunks of the batch."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(64, 6, 3, **options).double().to(memory_format=memory_format)
+    x = torch.randn(50, 64, 9, 10, dtype=torch.float64).to(memory_format=memory_format)
+    (synapse,) = find_synapses(layer)
+    u = layer(x)
+    s = torch.randn_like(u)
+    assert _patches_pay(synapse, u)
+    (expected,) = torch.autograd.grad(u, layer.weight, s, retain_graph=True)
+    torch.testing.assert_close(local_product(synapse, u, s), expected, rtol=0, atol=1e-11)
+
+
 def test_passes_add_up_to_one_batch() -> None:
     """All passes since the last step count, each event alike; a shared layer is two passes."""
     torch.manual_seed(0)
@@ -157,7 +434,7 @@ def test_one_weight_in_two_layers_gathers_from_both() -> None:
     torch.testing.assert_close(one.weight.detach(), before + 0.1 * change, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("rule", [bioopt.Hebbian, bioopt.Oja])
+@pytest.mark.parametrize("rule", ONE_PASS)
 def test_locality(rule: type) -> None:
     """A trunk update does not change when weights downstream, the labels or the loss change."""
     changes = []
@@ -176,7 +453,7 @@ def test_locality(rule: type) -> None:
     assert torch.equal(changes[0], changes[2])
 
 
-@pytest.mark.parametrize("rule", [bioopt.Hebbian, bioopt.Oja])
+@pytest.mark.parametrize("rule", ONE_PASS)
 def test_the_delta_readout_is_what_backward_leaves_there(rule: type) -> None:
     model, twin = mlp(), mlp()
     x, y = torch.randn(8, 6, dtype=torch.float64), torch.randint(4, (8,))

@@ -31,6 +31,8 @@ def plain() -> nn.Sequential:
 # rule -> (network, does each rank see a share of the batch?)
 CASES = {
     "Hebbian": (plain, True, lambda m, g: bioopt.Hebbian(m, 0.1, readout_lr=0.5, process_group=g)),
+    "SoftHebb": (plain, True, lambda m, g: bioopt.SoftHebb(m, 0.1, process_group=g)),
+    "BCM": (plain, True, lambda m, g: bioopt.BCM(m, 0.1, process_group=g)),
     "Oja": (plain, True, lambda m, g: bioopt.Oja(m, 0.1, readout=None, process_group=g)),
     "WeightPerturbation": (
         network, False, lambda m, g: bioopt.WeightPerturbation(m, 0.1, sigma=0.1, population=3, process_group=g)),

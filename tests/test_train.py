@@ -16,6 +16,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
+from experiments import data
 from experiments.training import run
 
 ROOT = Path(__file__).parent.parent
@@ -50,7 +51,8 @@ def test_every_optimizer_runs_and_leaves_everything_behind(optimizer: str, tmp_p
     folder = tmp_path / "run"
     summary = run(config(*tiny(optimizer), f"run_dir={folder}"))
     assert sorted(p.name for p in folder.iterdir()) == [
-        "checkpoint.pt", "config.yaml", "curves.png", "metrics.jsonl", "receptive_fields.png", "summary.json",
+        "checkpoint.pt", "config.yaml", "curves.png", "metrics.jsonl", "neurons.png", "receptive_fields.png",
+        "summary.json",
     ]  # fmt: skip
     assert json.loads((folder / "summary.json").read_text()) == summary
     for key in ("test_accuracy", "best_test_accuracy", "optimizer", "data", "model", "seed", "epochs", "seconds",
@@ -65,7 +67,7 @@ def test_every_optimizer_runs_and_leaves_everything_behind(optimizer: str, tmp_p
     assert resolved["optimizer"]["name"] == optimizer
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert checkpoint["epoch"] == 1
-    for picture in ("curves.png", "receptive_fields.png"):
+    for picture in ("curves.png", "receptive_fields.png", "neurons.png"):
         assert (folder / picture).read_bytes().startswith(b"\x89PNG")
 
 
@@ -105,9 +107,69 @@ def test_a_frozen_hebbian_trunk_is_the_random_trunk(tmp_path: Path) -> None:
     assert all(torch.equal(same[0][key], same[1][key]) for key in same[0])
 
 
-@pytest.mark.parametrize("optimizer", ["hebbian", "serial_perturbation"])
+SOFTHEBB = ["model=softhebb", "model.width=0.03", "batch_size=256", "readout.batch_size=64", "logger.mode=disabled"]
+
+
+def test_the_trunk_is_frozen_after_its_phase_and_the_readout_learns_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ends = []
+    for kept in (True, False):  # features kept, or made anew for each batch: the same run
+        if not kept:
+            monkeypatch.setattr(data.Features, "KEPT_BYTES", 0)
+        folder = tmp_path / f"kept{kept}"
+        common = [*SOFTHEBB, "optimizer=softhebb", "plastic_epochs=1", "epochs=4", "data.augment.crop=0", "threads=1"]
+        summary = run(config(*common, f"run_dir={folder}"))
+        ends.append(torch.load(folder / "checkpoint.pt", weights_only=True)["model"])
+        assert summary["forward_passes"] == (2 * 5 if kept else 5 + 3 * 22)
+        assert "Adam on the frozen trunk     readout.weight, readout.bias" in capsys.readouterr().out
+    for name in ends[0]:
+        torch.testing.assert_close(ends[0][name], ends[1][name], rtol=1e-3, atol=1e-4)  # other batches, other rounding
+    run(config(*common, "epochs=2", f"run_dir={tmp_path / 'short'}"))
+    earlier = torch.load(tmp_path / "short" / "checkpoint.pt", weights_only=True)["model"]
+    for name in earlier:
+        assert torch.equal(earlier[name], ends[1][name]) == ("readout" not in name), name
+
+
+def test_phases_of_other_optimizers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for optimizer, told in (("random_trunk", "Adam on the frozen trunk"), ("sgd", "plastic_epochs does not apply")):
+        common = [
+            *SOFTHEBB,
+            f"optimizer={optimizer}",
+            "plastic_epochs=1",
+            "epochs=2",
+            f"run_dir={tmp_path / optimizer}",
+        ]
+        run(config(*common))
+        assert told in capsys.readouterr().out
+    for wrong in ("plastic_epochs=2", "plastic_epochs=0", "plastic_epochs=some"):
+        with pytest.raises(ValueError, match=f"{wrong} must be an integer >= 1 and below epochs=2"):
+            run(config(*common, wrong))
+
+
+@pytest.mark.parametrize("experiment", sorted(p.stem for p in (ROOT / "conf/experiment").glob("*.yaml")))
+@pytest.mark.parametrize("optimizer", [None, "random_trunk", "sgd"])
+def test_every_experiment_composes_with_its_controls(experiment: str, optimizer: str | None) -> None:
+    from omegaconf import OmegaConf
+
+    overrides = [f"experiment={experiment}", *([f"optimizer={optimizer}"] if optimizer else [])]
+    plain = OmegaConf.to_container(config(*overrides), resolve=True)
+    assert plain["optimizer"]["name"] == (optimizer or plain["optimizer"]["name"])
+    assert plain["epochs"] > plain["plastic_epochs"] >= 1
+
+
+def test_a_validation_split_takes_the_place_of_the_test_set(tmp_path: Path) -> None:
+    summary = run(config(*TINY, "data.validation=300", f"run_dir={tmp_path / 'run'}"))
+    assert summary["evaluated_on"] == "the last 300 training images"
+    with pytest.raises(ValueError, match=r"data.validation=2000 must be >= 0 and below the 1437 training images"):
+        run(config(*TINY, "data.validation=2000", f"run_dir={tmp_path / 'run'}"))
+
+
+@pytest.mark.parametrize("optimizer", ["hebbian", "serial_perturbation", "softhebb"])
 def test_a_killed_run_goes_on_to_the_same_end(optimizer: str, tmp_path: Path) -> None:
     common = [*tiny(optimizer), "epochs=8", "threads=1"]
+    if optimizer == "softhebb":  # killed in the phase of the readout
+        common += [*SOFTHEBB, "plastic_epochs=1", "epochs=12"]
     run(config(*common, f"run_dir={tmp_path / 'whole'}"))
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), *common, "run_dir=killed"],
@@ -117,6 +179,9 @@ def test_a_killed_run_goes_on_to_the_same_end(optimizer: str, tmp_path: Path) ->
     deadline = time.monotonic() + 120
     while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
+    if optimizer == "softhebb":
+        while torch.load(checkpoint, weights_only=True)["epoch"] < 3:
+            time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "killed" / "summary.json").exists(), "the run was too fast to be killed"
@@ -180,6 +245,8 @@ def test_a_run_with_wandb_offline(tmp_path: Path) -> None:
         (["run_dir=/proc/forbidden"], "run_dir=/proc/forbidden cannot be written"),
         (["resume=nothing"], "resume=nothing is not a run's folder"),
         (["optimizer=sgd", "optimizer.lr=1e38", "epochs=3"], "with optimizer.lr=1e+38; lower it"),
+        (["optimizer=softhebb", "optimizer.lr=1e30", "epochs=3"], "The largest weights are '4.weight', of norm"),
+        (["plastic_epochs=1", "epochs=1"], "plastic_epochs=1 must be an integer >= 1 and below epochs=1"),
         (["optimizer=node_perturbation", "optimizer.lr=1e30"], "(epoch 1, optimizer.lr=1e+30)"),
     ],
 )  # fmt: skip

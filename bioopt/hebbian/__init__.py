@@ -5,6 +5,7 @@
 `components`         neurons find the principal components of their input, or decorrelate: `Oja`, `Sanger`,
                      `AntiHebbian`
 `threshold`          neurons compare their activity with what it has been: `BCM`
+`reward`             neurons learn by their own fluctuations from reward alone: `RewardHebbian`
 ==================== ============================================================================================
 
 A decay of Oja's kind needs no pass of its own over the activities: with ``u = W x + b``, the mean over events
@@ -13,6 +14,7 @@ A decay of Oja's kind needs no pass of its own over the activities: with ``u = W
 
 from .competitive import Hebbian, KrotovHopfield, SoftHebb
 from .components import AntiHebbian, Oja, Sanger
+from .reward import RewardHebbian
 from .threshold import BCM
 
-__all__ = ["BCM", "AntiHebbian", "Hebbian", "KrotovHopfield", "Oja", "Sanger", "SoftHebb"]
+__all__ = ["BCM", "AntiHebbian", "Hebbian", "KrotovHopfield", "Oja", "RewardHebbian", "Sanger", "SoftHebb"]

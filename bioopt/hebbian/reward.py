@@ -1,0 +1,125 @@
+"""A rule that learns from reward alone: presynaptic activity, a neuron's own noise, and a third factor."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+from torch.optim import SGD, Optimizer
+
+from ..optimizer import POSITIVE, Constraint, Estimate, Params, Probe, ProcessGroup, mean_over_samples, require_finite
+from ..perturbation import NoisyActivity
+from ..recorder import Synapse
+
+
+class RewardHebbian(NoisyActivity):
+    r"""Reward-modulated Hebbian plasticity: three factors, an eligibility trace and reward minus what was expected.
+
+    .. math::
+        \tilde u = u + \sigma \xi, \qquad
+        e(T) = \sum_{t \le T} \lambda^{T - t}\, \xi(t)\, x(t)^\top, \qquad
+        \Delta W = \frac{1}{\sigma} \langle (R - \bar R)\, e \rangle, \qquad
+        \bar R \leftarrow \bar R + r\,(\langle R\rangle - \bar R)
+
+    with presynaptic activity :math:`x`, standard normal exploration :math:`\xi` on the output :math:`u` of every
+    synapse (:math:`\tilde u - u` is what a neuron can know of its own fluctuation), and the reward :math:`R`, which is
+    minus what the closure returns. Each firing of a layer in the closure is one moment :math:`t`: traces are kept, in
+    factors, until the closure ends and the reward is known, so it may run a whole episode. :math:`\bar R` is the
+    running mean of the reward (in the first step, that step's own). No error signal, no clean pass and no gradient:
+    :math:`\Delta W` is, in the mean and for small :math:`\sigma`, the gradient of the expected reward (with
+    :math:`\lambda = 1`).
+
+    With ``credit="sample"`` each sample has its own reward, so that a batch of :math:`N` samples is as many trials;
+    :math:`\langle\cdot\rangle` is the mean over samples and the sum over positions. With ``credit="global"`` one reward
+    credits all noise of the batch. The bias learns as a weight whose presynaptic activity is 1. The last layer follows
+    the same rule as the others.
+
+    Cost a step: one forward pass and one local product for each firing, whose activities and noise are kept.
+
+    Args:
+        params: the model (or modules, or groups whose ``"params"`` are modules). Bare parameters are refused. Weight
+            and bias of each synapse learn; other parameters stay frozen.
+        lr: learning rate of ``descent``.
+        sigma: :math:`\sigma`, the exploration's standard deviation in units of :math:`u`.
+        trace_decay: :math:`\lambda` in [0, 1], what is left of a trace a firing later.
+        reward_rate: :math:`r` in (0, 1], how fast the expected reward follows.
+        credit: ``"sample"`` or ``"global"``. A scalar loss is global by itself.
+        seed: of the noise; with the step it fixes all noise.
+        descent: the `torch.optim` class that makes the step; its options as further keywords.
+        process_group: average over these ranks, each of which has its share of the batch and its own noise.
+
+    Raises:
+        ValueError: a hyperparameter out of range; a model without plastic layers, or with unknown ones.
+        TypeError: bare parameters.
+        RuntimeError: a step without a closure; a layer whose first dimension is not the sample (with
+            ``credit="sample"``); a non-finite loss, after which nothing has changed.
+
+    Sources: R. J. Williams (1992), *Simple statistical gradient-following algorithms for connectionist reinforcement
+    learning*; R. Legenstein, S. M. Chase, A. B. Schwartz & W. Maass (2010), *A reward-modulated Hebbian learning rule
+    can explain experimentally observed network reorganization in a brain control task*; N. Frémaux & W. Gerstner
+    (2016), *Neuromodulated spike-timing-dependent plasticity, and theory of three-factor learning rules*.
+    """
+
+    constraints: ClassVar[dict[str, Constraint]] = {
+        "sigma": POSITIVE,
+        "trace_decay": (lambda v: 0 <= v <= 1, "a number in [0, 1]"),
+    }
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float,  # η
+        *,
+        sigma: float,  # σ
+        trace_decay: float = 1.0,  # λ
+        reward_rate: float = 0.1,  # r
+        credit: str = "sample",
+        seed: int = 0,
+        descent: type[Optimizer] = SGD,
+        process_group: ProcessGroup = None,
+        **descent_options: Any,
+    ) -> None:
+        super().__init__(
+            params,
+            {"lr": lr, "sigma": sigma, "trace_decay": trace_decay},
+            credit,
+            seed=seed,
+            descent=descent,
+            descent_options=descent_options,
+            process_group=process_group,
+        )
+        self._check_value("reward_rate", reward_rate, (lambda v: 0 < v <= 1, "a number in (0, 1]"))
+        self.reward_rate = reward_rate
+
+    def _estimate(self, probe: Probe) -> Estimate:
+        for p in self._trained():
+            p.grad = None
+        rank, ranks = self._ranks
+        noise: list[Tensor] = []
+        records: list[tuple[Synapse, Tensor]] = []
+        with self._recorder.visiting(self._injection(rank, noise, records)):
+            losses = probe()
+        require_finite(self, "the loss", [losses])
+        per_sample = self._per_sample(records, losses)
+        mean = losses.mean()
+        self._sum_over_ranks([mean])
+        reward = -mean.item() / ranks
+        expected = self._own_state.get("reward", reward)
+        surprise = -mean_over_samples(losses) - expected if per_sample else -losses.mean() - expected
+        told = surprise / len(surprise) if per_sample else surprise
+
+        firings: dict[Synapse, int] = {}
+        for i in range(len(records) - 1, -1, -1):  # the last firing of each synapse is the freshest
+            synapse, n = records[i][0], noise[i]
+            group = self.param_groups[synapse.group]
+            age = firings.get(synapse, 0)
+            firings[synapse] = age + 1
+            factor = told * (-(group["trace_decay"] ** age) / group["sigma"])  # .grad is -Δw
+            n.mul_(factor.view(-1, *[1] * (n.ndim - 1)) if per_sample else factor)
+        grads = self._products(records, noise)
+        self._sum_over_ranks(list(grads.values()))
+        if ranks > 1:
+            grads = {p: g / ranks for p, g in grads.items()}
+        state = self._next_state()
+        state["reward"] = expected + self.reward_rate * (reward - expected)
+        return losses, grads, state
