@@ -1,0 +1,162 @@
+"""Speed of one plastic step of SoftHebb's three-block network, as ratios within one run.
+
+    python scripts/bench_hebbian.py                  # the table, at batch 10 and 64
+    python scripts/bench_hebbian.py --json out.json  # and a record of it
+
+`bioopt.SoftHebb` on the trunk stands beside the trunk's own forward pass (the floor is 2: a forward pass and one
+product as large), and beside the same formula computed as the paper's demonstration does it: each product is a
+convolution of the inputs with the activities, batch and channels exchanged. All take turns; medians are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import bioopt
+from experiments.models import softhebb
+
+SHAPE = (3, 32, 32)
+LR, TEMPERATURE = 0.01, 0.5
+
+
+def trunk(width: float, device: torch.device) -> nn.Sequential:
+    """The three blocks."""
+    torch.manual_seed(0)
+    model = softhebb(SHAPE, 10, width=width)
+    assert isinstance(model, nn.Sequential)
+    return model[:3].to(device, memory_format=torch.channels_last)
+
+
+def forward(model: nn.Sequential, x: Tensor) -> Callable[[], object]:
+    """The trunk's forward pass in training mode, with nothing plastic."""
+
+    def step() -> object:
+        with torch.no_grad():
+            return model(x)
+
+    return step
+
+
+def plastic(model: nn.Sequential, x: Tensor) -> Callable[[], object]:
+    """One step of `bioopt.SoftHebb`."""
+    optimizer = bioopt.SoftHebb(model, LR, inverse_temperature=TEMPERATURE, readout=None)
+
+    def step() -> object:
+        optimizer.zero_grad()
+        with torch.no_grad():
+            model(x)
+        return optimizer.step()
+
+    return step
+
+
+def by_convolution(model: nn.Sequential, x: Tensor) -> Callable[[], object]:
+    """The same formula with each product as a convolution of inputs with activities."""
+
+    @torch.no_grad()
+    def step() -> object:
+        seen = x
+        for block in model:
+            conv = block.conv
+            seen = block.norm(seen)
+            padded = F.pad(seen, conv._reversed_padding_repeated_twice, mode="reflect")
+            u = F.conv2d(padded, conv.weight)
+            y = torch.softmax(TEMPERATURE * u, 1)
+            best, winner = y.max(1, keepdim=True)
+            y = (-y).scatter_(1, winner, best)
+            product = F.conv2d(padded.transpose(0, 1), y.transpose(0, 1)).transpose(0, 1)
+            change = product - (y * u).sum((0, 2, 3)).view(-1, 1, 1, 1) * conv.weight
+            change /= change.abs().max() + 1e-30
+            pace = (conv.weight.flatten(1).norm(dim=1) - 1).abs().sqrt()
+            conv.weight += LR * pace.view(-1, 1, 1, 1) * change
+            seen = block.pool(block.active(u))
+        return seen
+
+    return step
+
+
+STEPS = {"forward pass": forward, "bioopt.SoftHebb": plastic, "by convolution": by_convolution}
+
+
+def agree(width: float, device: torch.device) -> float:
+    """The largest difference between the weights after one step of both, by their largest change."""
+    x = torch.randn(4, *SHAPE, device=device).to(memory_format=torch.channels_last)
+    before, one, two = (trunk(width, device) for _ in range(3))
+    plastic(one, x)()
+    by_convolution(two, x)()
+    return max(
+        ((a - b).abs().max() / (a - c).abs().max()).item()
+        for a, b, c in zip(one.parameters(), two.parameters(), before.parameters(), strict=True)
+    )
+
+
+def measure(batch: int, width: float, device: torch.device, seconds: float) -> dict[str, float]:
+    """Median seconds of each step, all taking turns."""
+    x = torch.randn(batch, *SHAPE, device=device).to(memory_format=torch.channels_last)
+    step = {name: make(trunk(width, device), x) for name, make in STEPS.items()}
+    taken: dict[str, list[float]] = {name: [] for name in step}
+    end = time.perf_counter() + seconds
+    rounds = 0
+    while time.perf_counter() < end or rounds < 6:
+        for name, function in step.items():
+            begin = time.perf_counter()
+            function()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if rounds:  # the first only warms up
+                taken[name].append(time.perf_counter() - begin)
+        rounds += 1
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batches", type=int, nargs="+", default=[10, 64])
+    parser.add_argument("--width", type=float, default=1.0)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    memory = "large blocks kept by malloc" if "MALLOC_MMAP_THRESHOLD_" in os.environ else "malloc as it is"
+    print(f"SoftHebb's trunk, width {options.width:g}, {where}, {memory}")
+    print(f"the two ways of computing it differ by {agree(options.width, device):.1e} of a step\n")
+    print("| batch | step | images/s | × forward pass | × by convolution |\n|---:|---|---:|---:|---:|")
+    rows = []
+    for batch in options.batches:
+        median = measure(batch, options.width, device, options.seconds)
+        for name, value in median.items():
+            row = {
+                "batch": batch,
+                "step": name,
+                "images_per_second": batch / value,
+                "to_forward": value / median["forward pass"],
+                "to_convolution": value / median["by convolution"],
+            }
+            rows.append(row)
+            print(
+                f"| {batch} | {name} | {batch / value:.1f} | {row['to_forward']:.2f} | {row['to_convolution']:.2f} |",
+                flush=True,
+            )
+    if options.json:
+        record = {"device": where, "memory": memory, "torch": torch.__version__, "width": options.width, "rows": rows}
+        options.json.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
