@@ -165,7 +165,7 @@ class SynapticRule(LearningRule):
 
     @abstractmethod
     def update(self, product: Tensor, signal: Tensor | None, synapse: Synapse, group: dict[str, Any]) -> Tensor:
-        """``Δw`` from the local product.
+        """``Δw`` from the local product, in memory of its own or the product's.
 
         Args:
             product: ``⟨s xᵀ⟩``, of the weight's shape; may be changed in place.
@@ -269,7 +269,8 @@ class SynapticRule(LearningRule):
                 with torch.autocast(device.type, enabled=False):
                     change = self.update(sums.product.div_(count), mean, synapse, self.param_groups[synapse.group])
                 # In the weight's memory format. One weight in two layers gathers from both.
-                grad = torch.neg(change, out=torch.empty_like(synapse.weight))
+                fits = change.stride() == synapse.weight.stride()
+                grad = change.neg_() if fits else torch.neg(change, out=torch.empty_like(synapse.weight))
                 grads[synapse.weight] = grads[synapse.weight] + grad if synapse.weight in grads else grad
                 if sums.statistic is not None:
                     group = self.param_groups[synapse.group]
@@ -333,10 +334,11 @@ def _patches_pay(synapse: Synapse, u: Tensor) -> bool:
 def _product_of_patches(weight: Tensor, u: Tensor, s: Tensor) -> Tensor:
     made: Any = u.grad_fn
     pad = [p for size in reversed(made._saved_padding) for p in (size, size)]
-    x = F.pad(made._saved_input, pad).permute(0, 2, 3, 1)
+    x = (F.pad(made._saved_input, pad) if any(pad) else made._saved_input).permute(0, 2, 3, 1)
     outputs, inputs, *kernel = weight.shape
     total = u.new_zeros(outputs, weight[0].numel())
-    step = max(1, 2_000_000 // (weight[0].numel() * s[0, 0].numel()))  # samples whose patches fit into the cache
+    # So many samples at a time that their patches fit into the cache, and are not larger than what they add up to.
+    step = max(1, min(2_000_000, max(500_000, total.numel())) // (weight[0].numel() * s[0, 0].numel()))
     for few, told in zip(torch.split(x, step), torch.split(s.permute(0, 2, 3, 1), step), strict=True):
         patches = few
         for dim, (size, stride, dilation) in enumerate(
@@ -345,6 +347,7 @@ def _product_of_patches(weight: Tensor, u: Tensor, s: Tensor) -> Tensor:
             patches = patches.unfold(dim, dilation * (size - 1) + 1, stride)[..., ::dilation]
         rows = patches.permute(0, 1, 2, 4, 5, 3).reshape(-1, weight[0].numel())
         total.addmm_(told.reshape(-1, outputs).T, rows)
+        del rows  # before the next
     return total.view(outputs, *kernel, inputs).permute(0, 3, 1, 2)
 
 

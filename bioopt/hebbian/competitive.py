@@ -10,7 +10,7 @@ from torch import Tensor
 from ..optimizer import NON_NEGATIVE, POSITIVE, POSITIVE_INT, Constraint, Params
 from ..recorder import Synapse
 from ..synaptic import SynapticRule
-from .pools import along_channels, compete, cut, in_pools, own_power, rows_of, together, weight_shaped
+from .pools import along_channels, compete, cut, in_pools, own_power, rows_of, softmax_, together, weight_shaped
 
 COMPETITIONS = ("soft", "hard", "k", "none")
 DECAYS = ("subspace", "own", "none")
@@ -151,7 +151,7 @@ class Hebbian(SynapticRule):
 
 
 def _shares(strength: Tensor, dim: int, group: dict[str, Any]) -> Tensor:
-    """What share of each event a neuron gets: positive for winners, negative for losers."""
+    """What share of each event a neuron gets: positive for winners, negative for losers. Takes ``strength``'s place."""
     kind = group["competition"]
     if kind == "hard":
         winner = strength.argmax(dim, keepdim=True)
@@ -161,9 +161,9 @@ def _shares(strength: Tensor, dim: int, group: dict[str, Any]) -> Tensor:
         return shares if not group["losers"] else shares.sub_((1 - shares) * (group["losers"] / others))
     if kind == "k":
         strongest, which = strength.topk(group["k"], dim)
-        shares = torch.zeros_like(strength).scatter_(dim, which, torch.softmax(strongest, dim).to(strength.dtype))
+        shares = strength.zero_().scatter_(dim, which, softmax_(strongest, dim))
     else:
-        shares = torch.softmax(strength, dim)
+        shares = softmax_(strength, dim)
     return _negate_losers(shares, dim, group["losers"]) if group["losers"] else shares
 
 
@@ -225,7 +225,7 @@ class SoftHebb(SynapticRule):
         """``y``."""
 
         def outcome(pooled: Tensor, dim: int) -> Tensor:
-            return _negate_losers(torch.softmax(pooled * group["inverse_temperature"], dim), dim, 1.0)
+            return _negate_losers(softmax_(pooled * group["inverse_temperature"], dim), dim, 1.0)
 
         return compete(u, synapse, outcome)
 

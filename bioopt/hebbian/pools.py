@@ -21,6 +21,12 @@ def compete(u: Tensor, synapse: Synapse, outcome: Callable[[Tensor, int], Tensor
     return outcome(pooled, channel + 1).flatten(channel, channel + 1)
 
 
+def softmax_(strength: Tensor, dim: int) -> Tensor:
+    """The softmax along a dimension, in place: the largest tensors of a step need no second copy."""
+    strength.sub_(strength.amax(dim, keepdim=True)).exp_()
+    return strength.div_(strength.sum(dim, keepdim=True))
+
+
 def along_channels(values: Tensor, u: Tensor, synapse: Synapse) -> Tensor:
     """One value a neuron, shaped to be multiplied with ``u``."""
     return values.view(-1, *[1] * (-synapse.channel_dim - 1)).to(u.dtype)
