@@ -334,20 +334,20 @@ def _patches_pay(synapse: Synapse, u: Tensor) -> bool:
 def _product_of_patches(weight: Tensor, u: Tensor, s: Tensor) -> Tensor:
     made: Any = u.grad_fn
     pad = [p for size in reversed(made._saved_padding) for p in (size, size)]
-    x = (F.pad(made._saved_input, pad) if any(pad) else made._saved_input).permute(0, 2, 3, 1)
+    x = made._saved_input
     outputs, inputs, *kernel = weight.shape
     total = u.new_zeros(outputs, weight[0].numel())
-    # So many samples at a time that their patches fit into the cache, and are not larger than what they add up to.
-    step = max(1, min(2_000_000, max(500_000, total.numel())) // (weight[0].numel() * s[0, 0].numel()))
+    # So many samples at a time that their patches fit into the cache, and are small beside what they add up to.
+    step = max(1, min(2_000_000, max(100_000, total.numel() // 4)) // (weight[0].numel() * s[0, 0].numel()))
     for few, told in zip(torch.split(x, step), torch.split(s.permute(0, 2, 3, 1), step), strict=True):
-        patches = few
+        patches = F.pad(few, pad).permute(0, 2, 3, 1)
         for dim, (size, stride, dilation) in enumerate(
             zip(kernel, made._saved_stride, made._saved_dilation, strict=True), start=1
         ):
             patches = patches.unfold(dim, dilation * (size - 1) + 1, stride)[..., ::dilation]
         rows = patches.permute(0, 1, 2, 4, 5, 3).reshape(-1, weight[0].numel())
         total.addmm_(told.reshape(-1, outputs).T, rows)
-        del rows  # before the next
+        del patches, rows  # before the next
     return total.view(outputs, *kernel, inputs).permute(0, 3, 1, 2)
 
 

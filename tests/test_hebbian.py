@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 import bioopt
 from bioopt.recorder import find_synapses
@@ -588,3 +590,45 @@ def test_a_layer_that_never_fires_is_named() -> None:
     optimizer = bioopt.Hebbian(model, 0.1, readout=None)
     with pytest.warns(UserWarning, match="did not fire and learn nothing: 1"):
         optimizer.step(lambda: model[0](torch.randn(3, 4)).sum())
+
+
+def test_a_plastic_step_needs_little_more_memory_than_inference() -> None:
+    """At most one layer's activities and one copy of the weights: each product is formed as its layer fires."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Conv2d(256, 256, 3, padding=1, bias=False) for _ in range(3)])
+    model, x = model.to(memory_format=torch.channels_last), torch.randn(32, 256, 8, 8)
+    x = x.to(memory_format=torch.channels_last)
+
+    def peak(step: Callable[[], object]) -> int:
+        step()
+        for p in model.parameters():
+            p.grad = None
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            step()
+        held = highest = 0
+        for event in sorted(profiler.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+            if event.name() == "[memory]":
+                held += event.nbytes()
+                highest = max(highest, held)
+        return highest
+
+    def inference() -> None:
+        with torch.no_grad():
+            model(x)
+
+    least = peak(inference)
+    activities, weights = x.numel() * 4, sum(p.numel() for p in model.parameters()) * 4
+    for rule, solver in ((bioopt.SoftHebb, 0), (bioopt.Oja, 0), (bioopt.KrotovHopfield, 0), (bioopt.Hebbian, 1)):
+        optimizer = rule(model, 0.01, readout=None)
+
+        def step(optimizer: bioopt.LearningRule = optimizer) -> None:
+            inference()
+            optimizer.step()
+
+        extra = peak(step) - least
+        optimizer.close()
+        assert extra <= activities + weights + solver * weights / 2, (
+            rule.__name__,
+            extra / activities,
+            weights / activities,
+        )

@@ -143,7 +143,7 @@ class Hebbian(SynapticRule):
             said = together(rows, weight, signal, synapse)
             if group["decay"] == "own":
                 said = torch.diag_embed(said.diagonal(dim1=-2, dim2=-1))
-            change = rows - said @ weight
+            change = rows.baddbmm_(said, weight, alpha=-1)
             if not group["losers"] and torch.as_tensor(self.modulator).min() >= 0:
                 system = torch.eye(said.shape[-1], dtype=rows.dtype, device=rows.device) + group["lr"] * said
                 change = torch.linalg.solve(system, change)

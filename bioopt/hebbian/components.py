@@ -71,7 +71,7 @@ class Sanger(SynapticRule):
         weight = in_pools(rows_of(synapse.weight.detach(), synapse), synapse)
         before = together(rows, weight, signal, synapse).tril_()
         system = torch.eye(before.shape[-1], dtype=rows.dtype, device=rows.device) + group["lr"] * before
-        change: Tensor = torch.linalg.solve_triangular(system, rows - before @ weight, upper=False)
+        change: Tensor = torch.linalg.solve_triangular(system, rows.baddbmm_(before, weight, alpha=-1), upper=False)
         return weight_shaped(change.to(product.dtype), synapse)
 
 
