@@ -92,9 +92,9 @@ def neurons(history: list[dict[str, Any]], wins: dict[str, Tensor], title: str, 
         above.set(xlabel="epoch", ylabel="‖w‖: mean, range")
         above.set_title(name, fontsize=9)
         above.xaxis.set_major_locator(MaxNLocator(integer=True))
-        share = wins[name].sort(descending=True).values.cpu()
-        dead = int((share == 0).sum())
-        below.bar(range(len(share)), 100 * share, width=1.0, color="tab:green")
+        share = (100 * wins[name]).sort(descending=True).values.tolist()
+        dead = share.count(0)
+        below.bar(range(len(share)), share, width=1.0, color="tab:green")
         below.axhline(100 / len(share), color="grey", linewidth=0.8, linestyle="--")
         below.set(xlabel=f"neuron, by rank ({dead} of {len(share)} never win)", ylabel="events won (%)")
     for axes in grid.flat:
