@@ -132,10 +132,11 @@ class SynapticRule(LearningRule):
                     f"{name}: the only plastic layer, '{self._readout.name}', is the readout, which learns from the "
                     f"loss: no layer is left to {name}. Give a deeper model, or readout=None to train this layer too"
                 )
-            home = next(g for g, found in zip(groups, synapses, strict=True) if self._readout in found)
-            alone = synapses[groups.index(home)] == [self._readout]
-            own_lr = home.get("lr", defaults["lr"]) if readout_lr is None or (alone and "lr" in home) else readout_lr
-            group = {**home, "lr": own_lr, **(readout_options or {}), "params": self._readout.layer, "readout": readout}
+            home, near = next((g, f) for g, f in zip(groups, synapses, strict=True) if self._readout in f)
+            if readout_lr is None or (near == [self._readout] and "lr" in home):
+                readout_lr = home.get("lr", lr)
+            group = {**home, "lr": readout_lr, **(readout_options or {}), "params": self._readout.layer}
+            group["readout"] = readout
             groups = [g for g, found in zip(groups, synapses, strict=True) if found != [self._readout]] + [group]
         elif any(option is not None for option in (readout_lr, readout_layer, readout_options)):
             raise ValueError(

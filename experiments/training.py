@@ -173,11 +173,10 @@ def plastic_epochs(config: DictConfig, model: nn.Module, optimizer: torch.optim.
     """The epochs in which everything learns; in what is left of them, the trunk is frozen and the readout learns."""
     if config.plastic_epochs is None:
         return int(config.epochs)
-    if not isinstance(config.plastic_epochs, int) or not 1 <= config.plastic_epochs < config.epochs:
-        raise ValueError(
-            f"plastic_epochs={config.plastic_epochs} must be an integer >= 1 and below epochs={config.epochs}, so that "
-            "some are left for the readout; or null"
-        )
+    if not isinstance(config.plastic_epochs, int) or config.plastic_epochs < 1:
+        raise ValueError(f"plastic_epochs={config.plastic_epochs} must be an integer >= 1, or null")
+    if config.plastic_epochs >= config.epochs:
+        return int(config.epochs)
     head = set(split(model)[1].parameters())
     trained = {p for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
     if not isinstance(optimizer, bioopt.LearningRule | bioopt.Mixed) and not trained <= head:

@@ -142,9 +142,11 @@ def test_phases_of_other_optimizers(tmp_path: Path, capsys: pytest.CaptureFixtur
         ]
         run(config(*common))
         assert told in capsys.readouterr().out
-    for wrong in ("plastic_epochs=2", "plastic_epochs=0", "plastic_epochs=some"):
-        with pytest.raises(ValueError, match=f"{wrong} must be an integer >= 1 and below epochs=2"):
+    for wrong in ("plastic_epochs=0", "plastic_epochs=some"):
+        with pytest.raises(ValueError, match=f"{wrong} must be an integer >= 1, or null"):
             run(config(*common, wrong))
+    run(config(*TINY, "plastic_epochs=1", f"run_dir={tmp_path / 'none_left'}"))
+    assert "Hebbian readout (delta)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("experiment", sorted(p.stem for p in (ROOT / "conf/experiment").glob("*.yaml")))
@@ -156,6 +158,8 @@ def test_every_experiment_composes_with_its_controls(experiment: str, optimizer:
     plain = OmegaConf.to_container(config(*overrides), resolve=True)
     assert plain["optimizer"]["name"] == (optimizer or plain["optimizer"]["name"])
     assert plain["epochs"] > plain["plastic_epochs"] >= 1
+    assert config("data=cifar10").plastic_epochs == config("data=cifar10", "optimizer=random_trunk").plastic_epochs == 1
+    assert config("data=cifar10", "optimizer=sgd").plastic_epochs is None
 
 
 def test_a_validation_split_takes_the_place_of_the_test_set(tmp_path: Path) -> None:
@@ -246,7 +250,6 @@ def test_a_run_with_wandb_offline(tmp_path: Path) -> None:
         (["resume=nothing"], "resume=nothing is not a run's folder"),
         (["optimizer=sgd", "optimizer.lr=1e38", "epochs=3"], "with optimizer.lr=1e+38; lower it"),
         (["optimizer=softhebb", "optimizer.lr=1e30", "epochs=3"], "largest weights are '0.weight', of norm inf with"),
-        (["plastic_epochs=1", "epochs=1"], "plastic_epochs=1 must be an integer >= 1 and below epochs=1"),
         (["optimizer=node_perturbation", "optimizer.lr=1e30"], "(epoch 1, optimizer.lr=1e+30)"),
     ],
 )  # fmt: skip

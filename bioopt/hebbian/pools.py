@@ -11,8 +11,12 @@ from ..recorder import Synapse
 
 
 def compete(u: Tensor, synapse: Synapse, outcome: Callable[[Tensor, int], Tensor]) -> Tensor:
-    """``outcome(pooled, dim)``, of ``u``'s shape, where ``pooled`` has the neurons of one pool along ``dim``."""
+    """``outcome(pooled, dim)``, of ``u``'s shape, where ``pooled`` has the neurons of one pool along ``dim``.
+
+    At least in single precision: half would be too coarse for sums over many neurons.
+    """
     channel = u.ndim + synapse.channel_dim
+    u = u.to(torch.promote_types(u.dtype, torch.float32))
     last = u.movedim(channel, -1)
     if last.is_contiguous():  # how a channels-last network lays them out: twice as fast as along dimension 1
         pooled = last.view(*last.shape[:-1], synapse.pools, -1)
