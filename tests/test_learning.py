@@ -33,7 +33,7 @@ def test_hebbian_reads_digits_at_least_as_well_as_the_random_trunk(tmp_path: Pat
         (["optimizer=sgd"], 0.99),
         (["optimizer=hebbian"], 0.985),
         (["optimizer=node_perturbation", "model=mlp"], 0.965),
-        (["optimizer=weight_perturbation", "model=mlp"], 0.905),
+        (["optimizer=weight_perturbation", "model=mlp"], 0.92),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -42,4 +42,7 @@ def test_mnist(overrides: list[str], least: float, tmp_path: Path) -> None:
 
 
 def test_serial_perturbation_reads_digits(tmp_path: Path) -> None:
-    assert accuracy(tmp_path, "optimizer=serial_perturbation", "model=mlp", "model.hidden=[16]") >= 0.9
+    assert (
+        accuracy(tmp_path, "optimizer=serial_perturbation", "model=mlp", "model.hidden=[16]", "data.augment.crop=0")
+        >= 0.9
+    )
