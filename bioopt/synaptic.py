@@ -325,7 +325,8 @@ def _patches_pay(synapse: Synapse, u: Tensor) -> bool:
     return (
         type(synapse.layer) is nn.Conv2d
         and synapse.layer.groups == 1
-        and synapse.weight[0].numel() >= 512  # measured with 1 and 2 threads
+        and synapse.weight[0].numel() >= 512  # measured; fewer neurons do not repay the copy of the patches
+        and len(synapse.weight) >= 256
         and u.device.type == "cpu"
         and u.dtype in (torch.float32, torch.float64)
         and type(u.grad_fn).__name__ == "ConvolutionBackward0"  # not of a compiled layer, nor of a single image

@@ -396,7 +396,7 @@ def test_softhebb_brings_every_neuron_to_unit_length() -> None:
 def test_the_product_over_patches_is_autograd_s(options: dict, memory_format: torch.memory_format) -> None:
     """Wide convolutions on the CPU do not take autograd's own product; several chunks of the batch."""
     torch.manual_seed(0)
-    layer = nn.Conv2d(64, 6, 3, **options).double().to(memory_format=memory_format)
+    layer = nn.Conv2d(64, 256, 3, **options).double().to(memory_format=memory_format)
     x = torch.randn(50, 64, 9, 10, dtype=torch.float64).to(memory_format=memory_format)
     (synapse,) = find_synapses(layer)
     u = layer(x)
