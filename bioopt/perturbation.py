@@ -375,6 +375,11 @@ class NoisyActivity(_Perturbation):
         return True
 
 
+def credited(noise: Tensor, credit: Tensor) -> Tensor:
+    """Noise times its credit, in place: each sample's own, or one for all."""
+    return noise.mul_(credit.view(-1, *[1] * (noise.ndim - 1)) if credit.ndim else credit)
+
+
 class NodePerturbation(NoisyActivity):
     r"""Node perturbation: noise on postsynaptic activity, credited with the change of loss it brings.
 
@@ -470,7 +475,7 @@ class NodePerturbation(NoisyActivity):
             credit = mean_over_samples(change) / len(change) if per_sample else change.mean()
             for i, (n, (synapse, _)) in enumerate(zip(noise, records, strict=True)):
                 factor = credit / (self.samples * self.param_groups[synapse.group]["sigma"])
-                told = n.mul_(factor.view(-1, *[1] * (n.ndim - 1)) if per_sample else factor)
+                told = credited(n, factor)
                 if sample == 0:
                     signals.append(told)
                 else:

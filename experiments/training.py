@@ -42,6 +42,7 @@ def run(config: DictConfig) -> dict[str, Any]:
         )
 
     model = build_model(config, images).to(device)
+    layers = find_synapses(model)[:-1]  # now, before an optimizer freezes any; the readout is no matter
     optimizer = build_optimizer(config, model)
     plastic = plastic_epochs(config, model, optimizer)
     total = plastic * images.batches(config.batch_size)
@@ -126,7 +127,7 @@ def run(config: DictConfig) -> dict[str, Any]:
                     "images_per_second": count * phase.batch_size / (time.perf_counter() - begin),
                     "seconds": seconds,
                     "forward_passes": passes,
-                    "weight_norms": weight_norms(model),
+                    "weight_norms": weight_norms(layers),
                 }
             )
             _Progress(
@@ -149,7 +150,7 @@ def run(config: DictConfig) -> dict[str, Any]:
         fields = pictures.receptive_fields(
             model, images.shape, f"first layer: {title}", folder / "receptive_fields.png"
         )
-        of_neurons = pictures.neurons(log.history, wins(model, images), title, folder / "neurons.png")
+        of_neurons = pictures.neurons(log.history, wins(model, layers, images), title, folder / "neurons.png")
         made += [picture for picture in (fields, of_neurons) if picture is not None]
         log.finish(summary, covered, made)
     finally:
@@ -305,18 +306,18 @@ def evaluate(model: nn.Module, images: data.Images | data.Features, amp: bool) -
     return loss.item() / count, right.item() / count
 
 
-def weight_norms(model: nn.Module) -> dict[str, list[float]]:
+def weight_norms(layers: list[bioopt.Synapse]) -> dict[str, list[float]]:
     """The least, mean and largest length of the weight vectors of each layer's neurons."""
-    norms = {s.name: s.weight.detach().flatten(1).norm(dim=1) for s in _layers(model)}
+    norms = {s.name: s.weight.detach().flatten(1).norm(dim=1) for s in layers}
     return {name: torch.stack([n.min(), n.mean(), n.max()]).tolist() for name, n in norms.items()}
 
 
 @torch.no_grad()
-def wins(model: nn.Module, images: data.Images, batch: int = 500) -> dict[str, Tensor]:
+def wins(model: nn.Module, layers: list[bioopt.Synapse], images: data.Images, batch: int = 500) -> dict[str, Tensor]:
     """The share of events (samples and positions of one test batch) in which each neuron is its layer's most active."""
     found: dict[str, Tensor] = {}
     handles = []
-    for synapse in _layers(model):
+    for synapse in layers:
 
         def count(layer: nn.Module, args: Any, u: Tensor, synapse: Any = synapse) -> None:
             winners = u.argmax(u.ndim + synapse.channel_dim).flatten()
@@ -328,16 +329,6 @@ def wins(model: nn.Module, images: data.Images, batch: int = 500) -> dict[str, T
     model(inputs)
     for handle in handles:
         handle.remove()
-    return found
-
-
-def _layers(model: nn.Module) -> list[bioopt.Synapse]:
-    """All synapses but the readout, frozen ones too."""
-    before = [(p, p.requires_grad) for p in model.parameters()]
-    model.requires_grad_(True)
-    found = find_synapses(model)[:-1]
-    for p, was in before:
-        p.requires_grad_(was)
     return found
 
 

@@ -107,6 +107,11 @@ def peak(name: str, device: torch.device, batch: int, width: int) -> int:
         before = torch.cuda.memory_allocated(device)
         function()
         return torch.cuda.max_memory_allocated(device) - before
+    return allocated(function)
+
+
+def allocated(function: Callable[[], object]) -> int:
+    """Bytes that a call holds at its peak on the CPU, above what was allocated before."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

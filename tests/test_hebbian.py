@@ -10,11 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 import bioopt
 from bioopt.recorder import find_synapses
 from bioopt.synaptic import _patches_pay, local_product
+from scripts.bench_step import allocated
 
 from .rules import ONE_PASS, mlp
 
@@ -603,14 +603,7 @@ def test_a_plastic_step_needs_little_more_memory_than_inference() -> None:
         step()
         for p in model.parameters():
             p.grad = None
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            step()
-        held = highest = 0
-        for event in sorted(profiler.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
-            if event.name() == "[memory]":
-                held += event.nbytes()
-                highest = max(highest, held)
-        return highest
+        return allocated(step)
 
     def inference() -> None:
         with torch.no_grad():

@@ -136,8 +136,8 @@ class Hebbian(SynapticRule):
 
     def update(self, product: Tensor, signal: Tensor | None, synapse: Synapse, group: dict[str, Any]) -> Tensor:
         """``(I + lr C)⁻¹ (P - C W)`` in each pool, no step longer than ``‖W‖``."""
-        rows = in_pools(rows_of(product, synapse), synapse)
-        weight = in_pools(rows_of(synapse.weight.detach(), synapse), synapse)
+        rows = in_pools(product, synapse)
+        weight = in_pools(synapse.weight.detach(), synapse)
         change = rows
         if group["decay"] != "none":
             said = together(rows, weight, signal, synapse)

@@ -67,8 +67,8 @@ class Sanger(SynapticRule):
 
     def update(self, product: Tensor, signal: Tensor | None, synapse: Synapse, group: dict[str, Any]) -> Tensor:
         """``(I + lr L)⁻¹ (P - L W)`` in each pool."""
-        rows = in_pools(rows_of(product, synapse), synapse)
-        weight = in_pools(rows_of(synapse.weight.detach(), synapse), synapse)
+        rows = in_pools(product, synapse)
+        weight = in_pools(synapse.weight.detach(), synapse)
         before = together(rows, weight, signal, synapse).tril_()
         system = torch.eye(before.shape[-1], dtype=rows.dtype, device=rows.device) + group["lr"] * before
         change: Tensor = torch.linalg.solve_triangular(system, rows.baddbmm_(before, weight, alpha=-1), upper=False)
@@ -104,8 +104,8 @@ class AntiHebbian(SynapticRule):
 
     def update(self, product: Tensor, signal: Tensor | None, synapse: Synapse, group: dict[str, Any]) -> Tensor:
         """``-(C - diag C) W`` in each pool, no step longer than ``‖W‖``."""
-        rows = in_pools(rows_of(product, synapse), synapse)
-        weight = in_pools(rows_of(synapse.weight.detach(), synapse), synapse)
+        rows = in_pools(product, synapse)
+        weight = in_pools(synapse.weight.detach(), synapse)
         correlation = together(rows, weight, signal, synapse)
         correlation.diagonal(dim1=-2, dim2=-1).zero_()
         change = cut((correlation @ weight).neg_(), weight, group["lr"])

@@ -53,8 +53,9 @@ def _memory_order(synapse: Synapse) -> list[int]:
     return [0, *sorted(range(1, weight.ndim), key=lambda d: (weight.stride(d), weight.size(d)), reverse=True)]
 
 
-def in_pools(rows: Tensor, synapse: Synapse) -> Tensor:
-    """Neurons × inputs as pools × neurons × inputs, at least in single precision (solvers want that)."""
+def in_pools(tensor: Tensor, synapse: Synapse) -> Tensor:
+    """`rows_of` as pools × neurons × inputs, at least in single precision (solvers want that)."""
+    rows = rows_of(tensor, synapse)
     rows = rows.view(synapse.pools, -1, rows.shape[1])
     return rows.to(torch.promote_types(rows.dtype, torch.float32))
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from ..optimizer import POSITIVE, Constraint, Estimate, Params, Probe, ProcessGroup, mean_over_samples, require_finite
-from ..perturbation import NoisyActivity
+from ..perturbation import NoisyActivity, credited
 from ..recorder import Synapse
 
 
@@ -115,7 +115,7 @@ class RewardHebbian(NoisyActivity):
             age = firings.get(synapse, 0)
             firings[synapse] = age + 1
             factor = told * (-(group["trace_decay"] ** age) / group["sigma"])  # .grad is -Δw
-            n.mul_(factor.view(-1, *[1] * (n.ndim - 1)) if per_sample else factor)
+            credited(n, factor)
         grads = self._products(records, noise)
         self._sum_over_ranks(list(grads.values()))
         if ranks > 1:
