@@ -67,23 +67,45 @@ def lenet5(shape: Shape, classes: int) -> nn.Module:
 
 
 class Triangle(nn.Module):
-    """The Triangle activation (Coates, Ng & Lee, 2011) to a power: ``relu(u - mean over channels) ** power``."""
+    """The Triangle activation (Coates, Ng & Lee, 2011): ``relu(u - mean over channels)``."""
+
+    def forward(self, u: torch.Tensor) -> torch.Tensor:
+        """Sparse activity of ``u``'s shape: what exceeds the mean of the neurons at this position."""
+        return torch.relu_(u - u.mean(1, keepdim=True))
+
+
+class Power(nn.Module):
+    """``x ** power`` of activity that is not negative."""
 
     def __init__(self, power: float) -> None:
         super().__init__()
         self.power = power
 
-    def forward(self, u: torch.Tensor) -> torch.Tensor:
-        """Sparse activity of ``u``'s shape: what exceeds the mean of the neurons at this position."""
-        above = u - u.mean(1, keepdim=True)
-        if self.power == 1 or not above.requires_grad:
-            return torch.relu_(above) if self.power == 1 else torch.relu_(above).pow_(self.power)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Of ``x``'s shape."""
+        if not x.requires_grad:
+            return x.pow(self.power)
         # For gradients: the slope of a power below 1 is infinite at 0.
-        return above.clamp(min=1e-6).pow(self.power) * (above > 0)
+        return x.clamp(min=1e-6).pow(self.power) * (x > 0)
 
     def extra_repr(self) -> str:
         """Its power."""
         return f"power={self.power}"
+
+
+class QuickDropout(nn.Dropout):
+    """Dropout that makes eight draws of each random number, where ``p`` is a multiple of 1/256 and no GPU helps.
+
+    A readout of many features spends most of its time on `torch.nn.Dropout`'s draws; here they cost a tenth.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``x`` with a share ``p`` of its entries zeroed, the others scaled up by ``1 / (1 - p)``."""
+        least = int(self.p * 256)
+        if not self.training or x.is_cuda or least != self.p * 256 or not 0 < self.p < 1:
+            return super().forward(x)
+        draws = torch.empty(x.numel() // 8 + 1, dtype=torch.int64).random_(-(2**63), None).view(torch.uint8)
+        return x * (draws[: x.numel()].view(x.shape) >= least) * (1 / (1 - self.p))
 
 
 def softhebb(shape: Shape, classes: int, *, width: float = 1.0, dropout: float = 0.5) -> nn.Module:
@@ -108,16 +130,17 @@ def softhebb(shape: Shape, classes: int, *, width: float = 1.0, dropout: float =
     }
     readout = nn.Linear(three * (height // 8) * (wide // 8), classes)
     nn.init.uniform_(readout.weight, 0, 0.1105 * math.sqrt(24576 / readout.in_features))  # 24576: at full width
-    head = {"flatten": nn.Flatten(), "dropout": nn.Dropout(dropout), "readout": readout}
+    head = {"flatten": nn.Flatten(), "dropout": QuickDropout(dropout), "readout": readout}
     return nn.Sequential(OrderedDict({**trunk, **head}))
 
 
 def _soft_block(inputs: int, outputs: int, kernel: int, power: float, pool: nn.Module) -> nn.Module:
     conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, padding_mode="reflect", bias=False)
     nn.init.normal_(conv.weight, std=25 / math.sqrt(conv.weight[0].numel()))  # vectors of length 25
-    return nn.Sequential(
-        OrderedDict(norm=nn.BatchNorm2d(inputs, affine=False), conv=conv, active=Triangle(power), pool=pool)
-    )
+    block = OrderedDict(norm=nn.BatchNorm2d(inputs, affine=False), conv=conv, active=Triangle(), pool=pool)
+    if power != 1:
+        block["power"] = Power(power)  # after a maximum, which it leaves the same: on a quarter of the values
+    return nn.Sequential(block)
 
 
 def random_trunk(model: nn.Module, lr: float, **options: Any) -> torch.optim.Optimizer:
