@@ -81,8 +81,10 @@ class SynapticRule(LearningRule):
         params: the model (or modules, or groups whose ``"params"`` are modules). Bare parameters are refused.
         lr: learning rate, per mean event.
         readout: ``"delta"`` trains the last synapse by its local error times its presynaptic activity, which is
-            what ``loss.backward()`` leaves there, since all other synapses are cut. ``None``: the last synapse
-            follows the rule like the others.
+            what ``loss.backward()`` leaves there, since all other synapses are cut. ``"teacher"``: it needs no loss;
+            as it learns, its postsynaptic activity is replaced by the target ``t``, and each neuron comes to hold
+            what goes with it: ``Δw_k = ⟨t_k (x - t_k w_k)⟩``. ``None``: the last synapse follows the rule like the
+            others.
         readout_lr: learning rate of the readout; by default that of the group it stands in. The ``lr`` of a group
             that holds nothing else goes before it.
         readout_layer: the readout, by name or as a module; by default the last synapse in registration order.
@@ -90,6 +92,11 @@ class SynapticRule(LearningRule):
         descent: the `torch.optim` class that makes the step; its options as further keywords.
         process_group: average the products over these ranks, each of which has its share of the batch.
         own: hyperparameters of the rule, which may differ between groups (for subclasses).
+
+    Attributes:
+        target: of ``readout="teacher"``: set it before each forward pass; `step` uses it up. Class labels, one a
+            sample (``t`` is then 1 for the class and ``-1 / (classes - 1)`` for the others), or activity of the
+            readout's shape.
 
     Raises:
         ValueError: a hyperparameter out of range; a model without plastic layers, with unknown ones, or with none
@@ -113,13 +120,15 @@ class SynapticRule(LearningRule):
     ) -> None:
         name = type(self).__name__
         defaults = {"lr": lr, **(own or {})}
-        if readout not in ("delta", None):
-            raise ValueError(f"{name}: readout={readout!r} must be 'delta' or None")
+        if readout not in ("delta", "teacher", None):
+            raise ValueError(f"{name}: readout={readout!r} must be 'delta', 'teacher' or None")
         if readout_lr is not None and not NON_NEGATIVE[0](readout_lr):
             raise ValueError(f"{name}: readout_lr={readout_lr!r} must be {NON_NEGATIVE[1]}")
         self._sums: dict[Synapse, _Sums] = {}
         self._silent_checked = False
         self._readout: Synapse | None = None
+        self._by_loss = readout == "delta"
+        self.target: Tensor | None = None
         groups = groups_of(params)
         synapses = [synapses_of(name, g["params"]) for g in groups]
         everything = [s for group in synapses for s in group]
@@ -129,8 +138,8 @@ class SynapticRule(LearningRule):
             self._readout = _choose_readout(name, everything, readout_layer)
             if len(everything) == 1:
                 raise ValueError(
-                    f"{name}: the only plastic layer, '{self._readout.name}', is the readout, which learns from the "
-                    f"loss: no layer is left to {name}. Give a deeper model, or readout=None to train this layer too"
+                    f"{name}: the only plastic layer, '{self._readout.name}', is the readout, which learns in "
+                    f"a way of its own: no layer is left to {name}. Give a deeper model, or readout=None"
                 )
             home, near = next((g, f) for g, f in zip(groups, synapses, strict=True) if self._readout in f)
             if readout_lr is None or (near == [self._readout] and "lr" in home):
@@ -139,9 +148,7 @@ class SynapticRule(LearningRule):
             group["readout"] = readout
             groups = [g for g, found in zip(groups, synapses, strict=True) if found != [self._readout]] + [group]
         elif any(option is not None for option in (readout_lr, readout_layer, readout_options)):
-            raise ValueError(
-                f"{name}: readout_lr, readout_layer and readout_options need readout='delta', not readout=None"
-            )
+            raise ValueError(f"{name}: readout_lr, readout_layer and readout_options need a readout, not readout=None")
         super().__init__(
             groups,
             {**defaults, "readout": None},
@@ -149,7 +156,7 @@ class SynapticRule(LearningRule):
             descent_options=descent_options,
             process_group=process_group,
         )
-        self._recorder.anchored = readout is None
+        self._recorder.anchored = not self._by_loss
         self._recorder.visit = self._gather
 
     # -- what a rule implements ---------------------------------------------------------------------------------
@@ -197,8 +204,10 @@ class SynapticRule(LearningRule):
     def _select(self, group: dict[str, Any]) -> tuple[list[Any], list[Synapse]]:
         if group.get("readout"):
             assert self._readout is not None
-            self._readout.is_readout = True
-            return self._readout.named_parameters(), [self._readout]
+            self._readout.is_readout = self._by_loss
+            if self._by_loss:
+                return self._readout.named_parameters(), [self._readout]
+            return [(f"{self._readout.name}.weight", self._readout.weight)], [self._readout]
         synapses = synapses_of(type(self).__name__, group["params"])
         synapses = [s for s in synapses if self._readout is None or s.layer is not self._readout.layer]
         least, reason = self.least_neurons({**self.defaults, **group})
@@ -213,11 +222,15 @@ class SynapticRule(LearningRule):
     def _gather(self, synapse: Synapse, u: Tensor) -> None:
         with torch.no_grad():
             group = self.param_groups[synapse.group]
-            statistic = self.statistic(u.detach(), synapse, group)
-            s = self.signal(u.detach(), synapse, group)
+            channel = u.ndim + synapse.channel_dim
+            others = [d for d in range(u.ndim) if d != channel]
+            if synapse is self._readout:
+                s = self._taught(u, synapse)
+                statistic: Tensor | None = (s * s).sum(others)
+            else:
+                statistic = self.statistic(u.detach(), synapse, group)
+                s = self.signal(u.detach(), synapse, group)
             product = local_product(synapse, u, s.to(u.dtype))
-        channel = s.ndim + synapse.channel_dim
-        others = [d for d in range(s.ndim) if d != channel]
         total = s.sum(others, dtype=product.dtype) if synapse.bias is not None else None
         events = s.numel() // s.shape[channel]
         sums = self._sums.get(synapse)
@@ -231,9 +244,32 @@ class SynapticRule(LearningRule):
             if statistic is not None and sums.statistic is not None:
                 sums.statistic += statistic
 
+    def _taught(self, u: Tensor, synapse: Synapse) -> Tensor:
+        """The target in the place of the readout's activity."""
+        name, target = type(self).__name__, self.target
+        if target is None:
+            raise RuntimeError(
+                f"{name}: readout='teacher' was given no target for this forward pass: set optimizer.target to the "
+                "labels before the model runs"
+            )
+        target = target.to(u.device)
+        if target.shape == u.shape:
+            return target.to(torch.promote_types(u.dtype, torch.float32))
+        classes = u.shape[-1]
+        if u.ndim != 2 or target.shape != u.shape[:1] or target.is_floating_point():
+            raise ValueError(
+                f"{name}: target of shape {tuple(target.shape)} and type {target.dtype} must be class labels, one a "
+                f"sample, or have the shape {tuple(u.shape)} of the readout '{synapse.name}'"
+            )
+        if not 0 <= int(target.min()) <= int(target.max()) < classes:
+            raise ValueError(f"{name}: target has labels outside 0 to {classes - 1}, the neurons of '{synapse.name}'")
+        rest = 1 / max(classes - 1, 1)
+        hot = torch.zeros_like(u, dtype=torch.promote_types(u.dtype, torch.float32)).sub_(rest)
+        return hot.scatter_(1, target.long().unsqueeze(1), 1.0)
+
     def readout_parameters(self) -> list[Tensor]:
         """The parameters that learn from the loss."""
-        return [] if self._readout is None else list(self._readout.parameters())
+        return list(self._readout.parameters()) if self._readout is not None and self._by_loss else []
 
     def _begin(self) -> None:
         """Before an evaluation whose records alone count."""
@@ -244,7 +280,7 @@ class SynapticRule(LearningRule):
 
     def _estimate(self, probe: Probe) -> Estimate:
         self._begin()
-        losses = probe(grad=self._readout is not None)
+        losses = probe(grad=self._by_loss)
         backward_where_missing(losses, self.readout_parameters())
         return losses.detach(), *self._collect(losses.detach())
 
@@ -267,18 +303,26 @@ class SynapticRule(LearningRule):
                 grads[p] = p.grad / self._ranks[1] if self.process_group is not None else p.grad
             for (synapse, sums), count in zip(self._sums.items(), events, strict=True):
                 mean = None if sums.signal is None else sums.signal / count
+                product, statistic = sums.product.div_(count), sums.statistic
+                statistic = None if statistic is None else statistic / count
                 with torch.autocast(device.type, enabled=False):
-                    change = self.update(sums.product.div_(count), mean, synapse, self.param_groups[synapse.group])
+                    if synapse is self._readout:
+                        assert statistic is not None  # ⟨t²⟩
+                        weight = synapse.weight.detach()
+                        change = product - statistic.to(weight.dtype).view(-1, *[1] * (weight.ndim - 1)) * weight
+                    else:
+                        change = self.update(product, mean, synapse, self.param_groups[synapse.group])
                 # In the weight's memory format. One weight in two layers gathers from both.
                 fits = change.stride() == synapse.weight.stride()
                 grad = change.neg_() if fits else torch.neg(change, out=torch.empty_like(synapse.weight))
                 grads[synapse.weight] = grads[synapse.weight] + grad if synapse.weight in grads else grad
-                if sums.statistic is not None:
+                if statistic is not None and synapse is not self._readout:
                     group = self.param_groups[synapse.group]
-                    running[synapse.index] = self.advance(self.running(synapse), sums.statistic / count, group)
+                    running[synapse.index] = self.advance(self.running(synapse), statistic, group)
             return grads, {"running": running} if running else {}
         finally:
             self._sums.clear()
+            self.target = None  # an old one shall not teach a new batch
 
     def _check_fired(self) -> None:
         name, fired = type(self).__name__, list(self._recorder.fired)
@@ -296,7 +340,7 @@ class SynapticRule(LearningRule):
                     f"{name}: layer '{fired[-1].name}' fires after the readout '{readout.name}', which must be last. "
                     f"Write readout_layer='{fired[-1].name}'"
                 )
-            if all(p.grad is None for p in readout.parameters()):
+            if self._by_loss and all(p.grad is None for p in readout.parameters()):
                 raise RuntimeError(
                     f"{name}: the readout '{readout.name}' learns from the loss, but no gradient has reached it: call "
                     "loss.backward() before step(), or give step() a closure that returns the loss. readout=None "
@@ -313,7 +357,8 @@ def local_product(synapse: Synapse, u: Tensor, s: Tensor) -> Tensor:
     """``Σ s xᵀ`` over samples and positions, of the weight's shape.
 
     Autograd inside the one layer that made ``u``: right for every kind of layer. On the CPU, convolutions of many
-    inputs take the same product over their patches instead, half the time of the library's own.
+    inputs take the same product over their patches instead, half the time of the library's own; where few neurons of
+    an event learn, it is a sparse product.
     """
     if _patches_pay(synapse, u):
         return _product_of_patches(synapse.weight, u, s)
@@ -338,19 +383,34 @@ def _product_of_patches(weight: Tensor, u: Tensor, s: Tensor) -> Tensor:
     pad = [p for size in reversed(made._saved_padding) for p in (size, size)]
     x = made._saved_input
     outputs, inputs, *kernel = weight.shape
-    total = u.new_zeros(outputs, weight[0].numel())
+    width = weight[0].numel()
+    few_told = s.count_nonzero() * 16 <= s.numel()  # measured: then a sparse product pays
     # So many samples at a time that their patches fit into the cache, and are small beside what they add up to.
-    step = max(1, min(2_000_000, max(100_000, total.numel() // 4)) // (weight[0].numel() * s[0, 0].numel()))
+    step = max(1, min(2_000_000, max(100_000, weight.numel() // 4)) // (width * s[0, 0].numel()))
+    total = u.new_zeros(outputs, width)
     for few, told in zip(torch.split(x, step), torch.split(s.permute(0, 2, 3, 1), step), strict=True):
         patches = F.pad(few, pad).permute(0, 2, 3, 1)
         for dim, (size, stride, dilation) in enumerate(
             zip(kernel, made._saved_stride, made._saved_dilation, strict=True), start=1
         ):
             patches = patches.unfold(dim, dilation * (size - 1) + 1, stride)[..., ::dilation]
-        rows = patches.permute(0, 1, 2, 4, 5, 3).reshape(-1, weight[0].numel())
-        total.addmm_(told.reshape(-1, outputs).T, rows)
+        rows = patches.permute(0, 1, 2, 4, 5, 3).reshape(-1, width)
+        told = told.reshape(-1, outputs)
+        if few_told:
+            _add_sparse_product(total, told.T, rows)
+        else:
+            total.addmm_(told.T, rows)
         del patches, rows  # before the next
     return total.view(outputs, *kernel, inputs).permute(0, 3, 1, 2)
+
+
+def _add_sparse_product(total: Tensor, s: Tensor, rows: Tensor) -> None:
+    """``total += s @ rows`` for an ``s`` that is nearly all zeros: each neuron is a bag of the few events it learns."""
+    few = max(1, len(s) // 4)  # neurons at a time, whose products are small beside the total
+    for part, told in zip(torch.split(total, few), torch.split(s, few), strict=True):
+        neuron, event = told.nonzero(as_tuple=True)
+        first = torch.searchsorted(neuron, torch.arange(len(told), device=s.device))
+        part += F.embedding_bag(event, rows, first, mode="sum", per_sample_weights=told[neuron, event])
 
 
 def backward_where_missing(losses: Tensor, params: list[Tensor]) -> None:

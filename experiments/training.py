@@ -99,6 +99,8 @@ def run(config: DictConfig) -> dict[str, Any]:
             batches = phase.source.training_batches(phase.batch_size, config.seed, epoch, augment)
             count = phase.source.batches(phase.batch_size)
             for inputs, labels in log.batches(batches, count, epoch):
+                if isinstance(phase.optimizer, bioopt.SynapticRule):
+                    phase.optimizer.target = labels  # of readout=teacher
                 try:
                     loss: Tensor = phase.optimizer.step(closure_of(inputs, labels)).mean()  # type: ignore[arg-type, attr-defined]
                 except RuntimeError as error:

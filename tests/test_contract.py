@@ -289,7 +289,7 @@ def test_an_ordinary_closure_warns_once_and_works(build) -> None:
 
 
 @pytest.mark.parametrize("rule", ONE_PASS, ids=lambda rule: rule.__name__)
-@pytest.mark.parametrize("readout", ["delta", None])
+@pytest.mark.parametrize("readout", ["delta", "teacher", None])
 def test_the_three_loops_agree(rule: type, readout: str | None) -> None:
     """Ordinary closure, per-sample closure and the classic loop, wherever zero_grad stands in it."""
 
@@ -312,6 +312,8 @@ def test_the_three_loops_agree(rule: type, readout: str | None) -> None:
             warnings.filterwarnings("ignore", message=".*needs no backward.*")
             for i in range(3):
                 x, y = batch(i)
+                if readout == "teacher":
+                    optimizer.target = y
                 if form == "ordinary":
                     optimizer.step(ordinary(optimizer, model, x, y))
                 elif form == "per sample":

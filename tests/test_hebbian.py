@@ -156,13 +156,15 @@ def test_oja_equals_its_twin(name: str) -> None:
     torch.testing.assert_close(layer.weight.detach(), before + 0.3 * change, rtol=0, atol=1e-12)
 
 
-def softhebb_twin(layer: nn.Module, x: Tensor, t: float) -> Tensor:
+def softhebb_twin(layer: nn.Module, x: Tensor, t: float, strongest: int | None = None) -> Tensor:
     weight = layer.weight.detach()
     pool = len(weight) // getattr(layer, "groups", 1)
     change = torch.zeros_like(weight)
     for event in events(layer, x):
         for k, patch, u in event:
-            rivals = [v for j, _, v in event if j // pool == k // pool]
+            rivals = sorted((v for j, _, v in event if j // pool == k // pool), reverse=True)[:strongest]
+            if u not in rivals:
+                continue
             y = 1 / sum(math.exp(t * (v - u)) for v in rivals)
             y = y if u == max(rivals) else -y
             change[k] += y * (patch - u * weight[k])
@@ -229,7 +231,7 @@ def bcm_twin(layer: nn.Module, x: Tensor, lr: float, threshold: list[float]) -> 
 
 
 @pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("rule", ["softhebb", "krotov_hopfield", "sanger", "anti_hebbian", "bcm"])
+@pytest.mark.parametrize("rule", ["softhebb", "softhebb, k", "krotov_hopfield", "sanger", "anti_hebbian", "bcm"])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_each_rule_equals_its_twin(rule: str, name: str, channels_last: bool) -> None:
     build, shape = LAYERS[name]
@@ -243,6 +245,9 @@ def test_each_rule_equals_its_twin(rule: str, name: str, channels_last: bool) ->
     optimizer, twin = {
         "softhebb": lambda: (
             bioopt.SoftHebb(layer, lr, inverse_temperature=0.7, readout=None), lambda: softhebb_twin(layer, x, 0.7)),
+        "softhebb, k": lambda: (
+            bioopt.SoftHebb(layer, lr, inverse_temperature=0.7, k=2, readout=None),
+            lambda: softhebb_twin(layer, x, 0.7, 2)),
         "krotov_hopfield": lambda: (
             bioopt.KrotovHopfield(layer, lr, rank=3, anti_hebbian=0.3, readout=None),
             lambda: krotov_hopfield_twin(layer, x, 3, 0.3)),
@@ -312,6 +317,10 @@ def test_competitions_that_cannot_be_are_refused() -> None:
     for rule in (bioopt.Hebbian, bioopt.SoftHebb, bioopt.KrotovHopfield, bioopt.AntiHebbian):
         with pytest.raises(ValueError, match="takes at least 2 neurons, but layer 'Linear' has 1"):
             rule(lonely, 0.1, readout=None)
+    with pytest.raises(ValueError, match="SoftHebb: k=1 must be an integer >= 2, or None"):
+        bioopt.SoftHebb(nn.Linear(4, 5), 0.1, k=1, readout=None)
+    with pytest.raises(ValueError, match="SoftHebb: k=6 takes at least 6 neurons, but layer 'Linear' has 5"):
+        bioopt.SoftHebb(nn.Linear(4, 5), 0.1, k=6, readout=None)
     assert bioopt.Hebbian(lonely, 0.1, competition="none", readout=None)
     with pytest.raises(ValueError, match="k=6 takes at least 6 neurons, but layer 'Linear' has 5"):
         bioopt.Hebbian(nn.Linear(4, 5), 0.1, competition="k", k=6, readout=None)
@@ -322,6 +331,62 @@ def test_competitions_that_cannot_be_are_refused() -> None:
     for option in ({"competition": "fierce"}, {"decay": "slow"}, {"losers": -1}, {"k": 0}, {"inverse_temperature": 0}):
         with pytest.raises(ValueError, match=f"Hebbian: {next(iter(option))}="):
             bioopt.Hebbian(nn.Linear(4, 5), 0.1, readout=None, **option)
+
+
+@pytest.mark.parametrize("form", ["labels", "activity"])
+def test_a_readout_with_a_teacher_learns_the_target_for_its_own_activity(form: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+    x, labels = torch.randn(5, 6, dtype=torch.float64), torch.tensor([0, 2, 1, 1, 2])
+    told = [[1.0 if k == label else -0.5 for k in range(3)] for label in labels]
+    if form == "activity":
+        told = torch.randn(5, 3, dtype=torch.float64).tolist()
+    seen, before = model[:2](x).detach(), [p.detach().clone() for p in model[2].parameters()]
+    change = torch.zeros(3, 8, dtype=torch.float64)
+    for t, h in zip(told, seen, strict=True):
+        for k in range(3):
+            change[k] += t[k] * (h - t[k] * before[0][k]) / 5
+    optimizer = bioopt.Hebbian(model, 0.0, readout="teacher", readout_lr=0.3)
+    optimizer.target = labels if form == "labels" else torch.tensor(told, dtype=torch.float64)
+    with torch.no_grad():
+        model(x)
+    optimizer.step()
+    torch.testing.assert_close(model[2].weight.detach(), before[0] + 0.3 * change, rtol=0, atol=1e-12)
+    assert torch.equal(model[2].bias, before[1])
+    with pytest.raises(RuntimeError, match="given no target for this forward pass"):
+        model(x)  # the target is used up
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (torch.zeros(4, dtype=torch.long), r"target of shape \(4,\).*or have the shape \(5, 3\) of the readout '1'"),
+        (torch.zeros(5), "target of shape .* type torch.float32 must be class labels"),
+        (torch.tensor([0, 1, 2, 3, 0]), "labels outside 0 to 2, the neurons of '1'"),
+    ],
+    ids=["another batch", "no labels", "a class too many"],
+)
+def test_targets_that_do_not_fit_the_readout_are_refused(target: Tensor, message: str) -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3))
+    optimizer = bioopt.Hebbian(model, 0.1, readout="teacher")
+    optimizer.target = target
+    with pytest.raises(ValueError, match=message):
+        model(torch.randn(5, 6))
+
+
+def test_a_taught_readout_tells_classes_apart() -> None:
+    torch.manual_seed(0)
+    means = 2 * torch.randn(4, 20)
+    labels = torch.arange(200) % 4
+    x = means[labels] + torch.randn(200, 20)
+    model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 4))
+    optimizer = bioopt.Hebbian(model, 0.01, readout="teacher", readout_lr=1.0)
+    for _ in range(60):
+        optimizer.target = labels
+        with torch.no_grad():
+            model(x)
+        optimizer.step()
+    assert (model.eval()(x).argmax(1) == labels).float().mean() > 0.95
 
 
 def test_sanger_finds_the_principal_components_of_patches_in_order() -> None:
@@ -393,7 +458,8 @@ def test_softhebb_brings_every_neuron_to_unit_length() -> None:
     ids=str,
 )
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_the_product_over_patches_is_autograd_s(options: dict, memory_format: torch.memory_format) -> None:
+@pytest.mark.parametrize("learn", ["all neurons", "few neurons"])
+def test_the_product_over_patches_is_autograd_s(options: dict, memory_format: torch.memory_format, learn: str) -> None:
     """Wide convolutions on the CPU do not take autograd's own product; several chunks of the batch."""
     torch.manual_seed(0)
     layer = nn.Conv2d(64, 256, 3, **options).double().to(memory_format=memory_format)
@@ -401,6 +467,9 @@ def test_the_product_over_patches_is_autograd_s(options: dict, memory_format: to
     (synapse,) = find_synapses(layer)
     u = layer(x)
     s = torch.randn_like(u)
+    if learn == "few neurons":  # then the product is sparse; some neurons learn nothing at all
+        s *= s >= s.topk(3, 1).values[:, -1:]
+        s[:, [0, 100, 255]] = 0
     assert _patches_pay(synapse, u)
     (expected,) = torch.autograd.grad(u, layer.weight, s, retain_graph=True)
     torch.testing.assert_close(local_product(synapse, u, s), expected, rtol=0, atol=1e-11)
@@ -547,13 +616,13 @@ def test_readout_by_name_module_and_group() -> None:
 def test_readout_mistakes_are_explained() -> None:
     model = mlp(sizes=(6, 5, 5, 4))
     x = torch.randn(3, 6, dtype=torch.float64)
-    with pytest.raises(ValueError, match="readout='oops' must be 'delta' or None"):
+    with pytest.raises(ValueError, match="readout='oops' must be 'delta', 'teacher' or None"):
         bioopt.Hebbian(model, 0.1, readout="oops")
     with pytest.raises(ValueError, match="readout_lr=-1"):
         bioopt.Hebbian(model, 0.1, readout_lr=-1)
     with pytest.raises(ValueError, match=r"readout_layer='head' is not one of the synapses: 0, 2, 4"):
         bioopt.Hebbian(model, 0.1, readout_layer="head")
-    with pytest.raises(ValueError, match="need readout='delta'"):
+    with pytest.raises(ValueError, match="need a readout, not readout=None"):
         bioopt.Hebbian(model, 0.1, readout=None, readout_lr=0.1)
     optimizer = bioopt.Hebbian(model, 0.1, readout_layer="2")
     with pytest.raises(RuntimeError, match=r"'4' fires after the readout '2'.*readout_layer='4'"):

@@ -160,11 +160,18 @@ def _shares(strength: Tensor, dim: int, group: dict[str, Any]) -> Tensor:
         others = max(strength.shape[dim] - 1, 1)
         return shares if not group["losers"] else shares.sub_((1 - shares) * (group["losers"] / others))
     if kind == "k":
-        strongest, which = strength.topk(group["k"], dim)
-        shares = strength.zero_().scatter_(dim, which, softmax_(strongest, dim))
-    else:
-        shares = softmax_(strength, dim)
+        return _among_strongest(strength, dim, group["k"], group["losers"])
+    shares = softmax_(strength, dim)
     return _negate_losers(shares, dim, group["losers"]) if group["losers"] else shares
+
+
+def _among_strongest(strength: Tensor, dim: int, k: int, losers: float) -> Tensor:
+    """The softmax of the ``k`` strongest alone, in the memory of ``strength``; all but the first times ``-losers``."""
+    strongest, which = strength.topk(k, dim)
+    shares = softmax_(strongest, dim)
+    if losers:
+        shares.narrow(dim, 1, k - 1).mul_(-losers)
+    return strength.zero_().scatter_(dim, which, shares)
 
 
 def _negate_losers(shares: Tensor, dim: int, strength: float) -> Tensor:
@@ -188,23 +195,30 @@ class SoftHebb(SynapticRule):
     falls to zero as its weight vector comes to unit length, where it stays; start it well outside (norm 25 in the
     paper), and give each layer its own ``lr`` and ``inverse_temperature`` by param groups.
 
+    With ``k``, only the ``k`` strongest neurons of an event take part in its softmax, and all others learn nothing
+    from it: an approximation, since the others' :math:`y` is small, that is faster in wide layers.
+
     Args:
         params: the model (or modules, or groups whose ``"params"`` are modules). Bare parameters are refused.
         lr: learning rate; a step changes no weight by more than ``lr`` times the neuron's factor.
         inverse_temperature: :math:`t` > 0, in units of :math:`1/u`.
-        readout: ``"delta"`` or ``None``, as in `SynapticRule`.
+        k: how many neurons take part in an event; ``None``: all, which is the published rule.
+        readout: ``"delta"``, ``"teacher"`` or ``None``, as in `SynapticRule`.
         options: further options of the readout, ``descent``, its options and ``process_group``, as in `SynapticRule`,
             whose errors are raised here as well.
 
     Raises:
-        ValueError: a layer of one neuron.
+        ValueError: a layer of one neuron, or of fewer than ``k``.
 
     Sources: A. Journé, H. Garcia Rodriguez, Q. Guo & T. Moraitis (2023), *Hebbian deep learning without feedback*,
     ICLR; T. Moraitis, D. Toichkin, A. Journé, Y. Chua & Q. Guo (2022), *SoftHebb: Bayesian inference in unsupervised
     Hebbian soft winner-take-all networks*.
     """
 
-    constraints: ClassVar[dict[str, Constraint]] = {"inverse_temperature": POSITIVE}
+    constraints: ClassVar[dict[str, Constraint]] = {
+        "inverse_temperature": POSITIVE,
+        "k": (lambda v: v is None or (isinstance(v, int) and v >= 2), "an integer >= 2, or None for all"),
+    }
 
     def __init__(
         self,
@@ -212,20 +226,25 @@ class SoftHebb(SynapticRule):
         lr: float,  # η
         *,
         inverse_temperature: float = 1.0,  # t
+        k: int | None = None,
         readout: str | None = "delta",
         **options: Any,
     ) -> None:
-        super().__init__(params, lr, readout=readout, own={"inverse_temperature": inverse_temperature}, **options)
+        own = {"inverse_temperature": inverse_temperature, "k": k}
+        super().__init__(params, lr, readout=readout, own=own, **options)
 
     def least_neurons(self, group: dict[str, Any]) -> tuple[int, str]:
-        """Two, to compete."""
-        return 2, "a competition"
+        """Two, to compete; ``k``, where so many take part."""
+        return (2, "a competition") if group["k"] is None else (group["k"], f"k={group['k']}")
 
     def signal(self, u: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor:
         """``y``."""
 
         def outcome(pooled: Tensor, dim: int) -> Tensor:
-            return _negate_losers(softmax_(pooled * group["inverse_temperature"], dim), dim, 1.0)
+            strength = pooled * group["inverse_temperature"]
+            if group["k"] is None:
+                return _negate_losers(softmax_(strength, dim), dim, 1.0)
+            return _among_strongest(strength, dim, group["k"], losers=1.0)
 
         return compete(u, synapse, outcome)
 
@@ -254,7 +273,7 @@ class KrotovHopfield(SynapticRule):
         lr: learning rate: the largest change of a weight in a step.
         rank: :math:`r` >= 2, which neuron unlearns.
         anti_hebbian: :math:`\lambda`, how strongly.
-        readout: ``"delta"`` or ``None``, as in `SynapticRule`.
+        readout: ``"delta"``, ``"teacher"`` or ``None``, as in `SynapticRule`.
         options: further options of the readout, ``descent``, its options and ``process_group``, as in `SynapticRule`,
             whose errors are raised here as well.
 

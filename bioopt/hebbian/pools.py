@@ -70,7 +70,9 @@ def together(rows: Tensor, weight: Tensor, signal: Tensor | None, synapse: Synap
 
 def own_power(rows: Tensor, weight: Tensor, signal: Tensor | None, synapse: Synapse) -> Tensor:
     """``⟨s_k u_k⟩`` of each neuron, as a column beside the rows."""
-    power = torch.bmm(rows.unsqueeze(1), weight.unsqueeze(2)).squeeze(2)
+    few = max(1, 2**20 // rows.shape[1])  # whose products are small beside the weights
+    pairs = zip(torch.split(rows, few), torch.split(weight, few), strict=True)
+    power = torch.cat([torch.linalg.vecdot(row, w) for row, w in pairs]).unsqueeze(1)
     if signal is not None and synapse.bias is not None:
         power += (signal * synapse.bias.detach()).view(-1, 1)
     return power

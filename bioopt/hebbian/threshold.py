@@ -31,7 +31,7 @@ class BCM(SynapticRule):
         params: the model (or modules, or groups whose ``"params"`` are modules). Bare parameters are refused.
         lr: learning rate, per mean event.
         threshold_rate: :math:`r`, in (0, 1], per step.
-        readout: ``"delta"`` or ``None``, as in `SynapticRule`.
+        readout: ``"delta"``, ``"teacher"`` or ``None``, as in `SynapticRule`.
         options: further options of the readout, ``descent``, its options and ``process_group``, as in `SynapticRule`,
             whose errors are raised here as well. The thresholds are state, the same on all ranks.
 
