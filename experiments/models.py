@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from bioopt.recorder import find_synapses
@@ -108,13 +109,56 @@ class QuickDropout(nn.Dropout):
         return x * (draws[: x.numel()].view(x.shape) >= least) * (1 / (1 - self.p))
 
 
-def softhebb(shape: Shape, classes: int, *, width: float = 1.0, dropout: float = 0.5) -> nn.Module:
+class Blocks(nn.Sequential):
+    """Blocks in a row; the output is that of the last, or of ``all`` of them, pooled alike, side by side.
+
+    With ``mirror``, evaluation averages the output over an image and its mirror image.
+    """
+
+    def __init__(self, blocks: dict[str, nn.Module], everything: bool, mirror: bool) -> None:
+        super().__init__(OrderedDict(blocks))
+        self.everything = everything
+        self.mirror = mirror
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Images N×C×H×W to features N×F."""
+        if self.mirror and not self.training:
+            return (self._features(x) + self._features(x.flip(3))) / 2
+        return self._features(x)
+
+    def _features(self, x: torch.Tensor) -> torch.Tensor:
+        seen = []
+        for block in self:
+            x = block(x)
+            seen.append(x)
+        features = seen if self.everything else seen[-1:]
+        size = (x.shape[2], x.shape[3])
+        return torch.cat([F.adaptive_avg_pool2d(f, size).flatten(1) for f in features], 1)
+
+    def extra_repr(self) -> str:
+        """Its options."""
+        return f"everything={self.everything}, mirror={self.mirror}"
+
+
+def softhebb(
+    shape: Shape,
+    classes: int,
+    *,
+    width: float = 1.0,
+    readout_sees: str = "last",
+    mirror: bool = False,
+    normalise: bool = False,
+    dropout: float = 0.5,
+) -> nn.Module:
     """The three-block network of SoftHebb (Journé et al., 2023), with the published initial weights.
 
     Args:
         shape: channels, height, width of an image: 1×28×28 or 3×32×32 in the paper.
         classes: outputs of the readout.
         width: multiplies the 96, 384 and 1536 channels of the blocks.
+        readout_sees: ``"last"``, the last block, as published, or ``"all"`` blocks.
+        mirror: whether a trunk that is not learning averages over an image and its mirror image.
+        normalise: whether each feature is brought to zero mean and unit variance before the readout.
         dropout: before the readout.
     """
     channels, height, wide = shape
@@ -122,16 +166,24 @@ def softhebb(shape: Shape, classes: int, *, width: float = 1.0, dropout: float =
         raise ValueError(f"model=softhebb pools three times, so it needs images of at least 8×8, not {height}×{wide}")
     if not width > 0:
         raise ValueError(f"model.width={width} must be > 0")
+    if readout_sees not in ("last", "all"):
+        raise ValueError(f"model.readout_sees={readout_sees} must be last or all")
+    everything = readout_sees == "all"
     one, two, three = (max(2, round(width * n)) for n in (96, 384, 1536))
-    trunk = {
+    blocks = {
         "block1": _soft_block(channels, one, 5, 0.7, nn.MaxPool2d(4, 2, 1)),
         "block2": _soft_block(one, two, 3, 1.4, nn.MaxPool2d(4, 2, 1)),
         "block3": _soft_block(two, three, 3, 1.0, nn.AvgPool2d(2)),
     }
-    readout = nn.Linear(three * (height // 8) * (wide // 8), classes)
-    nn.init.uniform_(readout.weight, 0, 0.1105 * math.sqrt(24576 / readout.in_features))  # 24576: at full width
-    head = {"flatten": nn.Flatten(), "dropout": QuickDropout(dropout), "readout": readout}
-    return nn.Sequential(OrderedDict({**trunk, **head}))
+    features = (one + two + three if everything else three) * (height // 8) * (wide // 8)
+    readout = nn.Linear(features, classes)
+    if normalise:
+        nn.init.zeros_(readout.weight)
+    else:  # as published; 24576: at full width
+        nn.init.uniform_(readout.weight, 0, 0.1105 * math.sqrt(24576 / features))
+    norm = {"norm": nn.BatchNorm1d(features, affine=False)} if normalise else {}
+    head = {**norm, "dropout": QuickDropout(dropout), "readout": readout}
+    return nn.Sequential(OrderedDict({"trunk": Blocks(blocks, everything, mirror), **head}))
 
 
 def _soft_block(inputs: int, outputs: int, kernel: int, power: float, pool: nn.Module) -> nn.Module:

@@ -193,13 +193,13 @@ def plastic_epochs(config: DictConfig, model: nn.Module, optimizer: torch.optim.
 
 
 def split(model: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """Trunk and head of a sequential network, which share its modules: the head is the readout and its dropout."""
+    """Trunk and head of a sequential network, of shared modules; the head is the readout, with its norm and dropout."""
     children = list(model.children())
     linear = [i for i, child in enumerate(children) if isinstance(child, nn.Linear)]
     if not isinstance(model, nn.Sequential) or not linear or linear[-1] != len(children) - 1:
         raise ValueError("plastic_epochs needs a model that is an nn.Sequential and ends with its readout, a Linear")
     first = linear[-1]
-    while first and isinstance(children[first - 1], nn.Dropout):
+    while first and isinstance(children[first - 1], nn.Dropout | nn.BatchNorm1d):
         first -= 1
     return model[:first], model[first:]
 
@@ -266,7 +266,11 @@ def groups(model: nn.Module, parts: Any) -> Any:
     """The model, or the groups for a rule that has options for some of its parts, by their names."""
     if not parts:
         return model
-    rest = [(name, child) for name, child in model.named_children() if name not in parts and [*child.parameters()]]
+    rest = [
+        (name, module)
+        for name, module in model.named_modules()
+        if [*module.parameters(recurse=False)] and not any(f"{name}.".startswith(f"{part}.") for part in parts)
+    ]
     own = [{"params": [(name, model.get_submodule(name))], **options} for name, options in parts.items()]
     return [*own, {"params": rest}] if rest else own
 

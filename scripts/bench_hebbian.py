@@ -36,8 +36,9 @@ def trunk(width: float, device: torch.device) -> nn.Sequential:
     """The three blocks."""
     torch.manual_seed(0)
     model = softhebb(SHAPE, 10, width=width)
-    assert isinstance(model, nn.Sequential)
-    return model[:3].to(device, memory_format=torch.channels_last)
+    blocks = model.get_submodule("trunk")
+    assert isinstance(blocks, nn.Sequential)
+    return blocks.to(device, memory_format=torch.channels_last)
 
 
 def forward(model: nn.Sequential, x: Tensor) -> Callable[[], object]:
