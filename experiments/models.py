@@ -109,14 +109,60 @@ class QuickDropout(nn.Dropout):
         return x * (draws[: x.numel()].view(x.shape) >= least) * (1 / (1 - self.p))
 
 
-class Blocks(nn.Sequential):
-    """Blocks in a row; the output is that of the last, or of ``all`` of them, pooled alike, side by side.
+class Whiten(nn.Module):
+    """ZCA whitening of images: takes from each pixel what its neighbourhood already says of it.
 
-    With ``mirror``, evaluation averages the output over an image and its mirror image.
+    The filter comes from the covariance of the first ``patches`` patches seen in training (Bell & Sejnowski, 1997,
+    *The "independent components" of natural scenes are edge filters*); no labels and no gradients enter.
     """
 
-    def __init__(self, blocks: dict[str, nn.Module], everything: bool, mirror: bool) -> None:
-        super().__init__(OrderedDict(blocks))
+    def __init__(self, channels: int, size: int = 7, floor: float = 0.1, patches: int = 200_000) -> None:
+        super().__init__()
+        self.size, self.floor, self.patches = size, floor, patches
+        self.seen: torch.Tensor
+        self.covariance: torch.Tensor
+        self.filter: torch.Tensor
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("covariance", torch.zeros(2 * (channels * size**2,)))
+        identity = torch.eye(channels * size**2).view(2 * (channels, size, size))
+        self.register_buffer("filter", identity[:, size // 2, size // 2].contiguous())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Images N×C×H×W of the same shape."""
+        if self.training and self.seen < self.patches:
+            self._learn(x)
+        return F.conv2d(F.pad(x, 4 * [self.size // 2], mode="reflect"), self.filter)
+
+    @torch.no_grad()
+    def _learn(self, x: torch.Tensor) -> None:
+        patches = F.unfold(x, self.size, stride=3).transpose(1, 2).flatten(0, 1)
+        self.seen += len(patches)
+        self.covariance += patches.T @ patches
+        values, vectors = torch.linalg.eigh(self.covariance / self.seen)
+        zca = (vectors * (values + self.floor).rsqrt()) @ vectors.T
+        centre = self.size // 2
+        self.filter.copy_(zca.view(2 * (x.shape[1], self.size, self.size))[:, centre, centre])
+
+    def extra_repr(self) -> str:
+        """Its options."""
+        return f"size={self.size}, floor={self.floor}, patches={self.patches}"
+
+
+class Trunk(nn.Module):
+    """Blocks in a row, and blocks beside them that see the image as well; what they say of it, pooled alike.
+
+    Args:
+        row: the blocks in a row, of which the last is heard, or ``everything``.
+        beside: blocks that give N×C×3×3, say, of the image.
+        everything: whether all blocks of the row are heard.
+        mirror: whether evaluation averages the output over an image and its mirror image.
+    """
+
+    def __init__(self, row: dict[str, nn.Module], beside: dict[str, nn.Module], everything: bool, mirror: bool) -> None:
+        super().__init__()
+        for name, block in (row | beside).items():
+            self.add_module(name, block)
+        self.row, self.beside = list(row), list(beside)
         self.everything = everything
         self.mirror = mirror
 
@@ -127,13 +173,14 @@ class Blocks(nn.Sequential):
         return self._features(x)
 
     def _features(self, x: torch.Tensor) -> torch.Tensor:
-        seen = []
-        for block in self:
-            x = block(x)
-            seen.append(x)
-        features = seen if self.everything else seen[-1:]
+        beside = [self.get_submodule(name)(x).flatten(1) for name in self.beside]
+        heard = []
+        for name in self.row:
+            x = self.get_submodule(name)(x)
+            heard.append(x)
         size = (x.shape[2], x.shape[3])
-        return torch.cat([F.adaptive_avg_pool2d(f, size).flatten(1) for f in features], 1)
+        heard = heard if self.everything else heard[-1:]
+        return torch.cat([F.adaptive_avg_pool2d(h, size).flatten(1) for h in heard] + beside, 1)
 
     def extra_repr(self) -> str:
         """Its options."""
@@ -145,6 +192,7 @@ def softhebb(
     classes: int,
     *,
     width: float = 1.0,
+    whitened: int = 0,
     readout_sees: str = "last",
     mirror: bool = False,
     normalise: bool = False,
@@ -156,6 +204,7 @@ def softhebb(
         shape: channels, height, width of an image: 1×28×28 or 3×32×32 in the paper.
         classes: outputs of the readout.
         width: multiplies the 96, 384 and 1536 channels of the blocks.
+        whitened: so many neurons beside the blocks that see the whitened image, in patches of 6×6 pixels.
         readout_sees: ``"last"``, the last block, as published, or ``"all"`` blocks.
         mirror: whether a trunk that is not learning averages over an image and its mirror image.
         normalise: whether each feature is brought to zero mean and unit variance before the readout.
@@ -170,12 +219,24 @@ def softhebb(
         raise ValueError(f"model.readout_sees={readout_sees} must be last or all")
     everything = readout_sees == "all"
     one, two, three = (max(2, round(width * n)) for n in (96, 384, 1536))
-    blocks = {
+    row: dict[str, nn.Module] = {
         "block1": _soft_block(channels, one, 5, 0.7, nn.MaxPool2d(4, 2, 1)),
         "block2": _soft_block(one, two, 3, 1.4, nn.MaxPool2d(4, 2, 1)),
         "block3": _soft_block(two, three, 3, 1.0, nn.AvgPool2d(2)),
     }
-    features = (one + two + three if everything else three) * (height // 8) * (wide // 8)
+    beside: dict[str, nn.Module] = {}
+    if whitened:
+        beside["whitened"] = nn.Sequential(
+            OrderedDict(
+                whiten=Whiten(channels),
+                norm=nn.BatchNorm2d(channels, affine=False),
+                conv=_long(nn.Conv2d(channels, whitened, 6, stride=2, bias=False)),
+                active=Triangle(),
+                pool=nn.AdaptiveAvgPool2d(3),
+                power=Power(0.7),
+            )
+        )
+    features = (one + two + three if everything else three) * (height // 8) * (wide // 8) + whitened * 9
     readout = nn.Linear(features, classes)
     if normalise:
         nn.init.zeros_(readout.weight)
@@ -183,16 +244,21 @@ def softhebb(
         nn.init.uniform_(readout.weight, 0, 0.1105 * math.sqrt(24576 / features))
     norm = {"norm": nn.BatchNorm1d(features, affine=False)} if normalise else {}
     head = {**norm, "dropout": QuickDropout(dropout), "readout": readout}
-    return nn.Sequential(OrderedDict({"trunk": Blocks(blocks, everything, mirror), **head}))
+    return nn.Sequential(OrderedDict({"trunk": Trunk(row, beside, everything, mirror), **head}))
 
 
 def _soft_block(inputs: int, outputs: int, kernel: int, power: float, pool: nn.Module) -> nn.Module:
-    conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, padding_mode="reflect", bias=False)
-    nn.init.normal_(conv.weight, std=25 / math.sqrt(conv.weight[0].numel()))  # vectors of length 25
+    conv = _long(nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, padding_mode="reflect", bias=False))
     block = OrderedDict(norm=nn.BatchNorm2d(inputs, affine=False), conv=conv, active=Triangle(), pool=pool)
     if power != 1:
         block["power"] = Power(power)  # after a maximum, which it leaves the same: on a quarter of the values
     return nn.Sequential(block)
+
+
+def _long(conv: nn.Conv2d) -> nn.Conv2d:
+    """Weight vectors of length 25."""
+    nn.init.normal_(conv.weight, std=25 / math.sqrt(conv.weight[0].numel()))
+    return conv
 
 
 def random_trunk(model: nn.Module, lr: float, **options: Any) -> torch.optim.Optimizer:

@@ -271,8 +271,11 @@ def groups(model: nn.Module, parts: Any) -> Any:
         for name, module in model.named_modules()
         if [*module.parameters(recurse=False)] and not any(f"{name}.".startswith(f"{part}.") for part in parts)
     ]
-    own = [{"params": [(name, model.get_submodule(name))], **options} for name, options in parts.items()]
-    return [*own, {"params": rest}] if rest else own
+    made = [{"params": [(name, model.get_submodule(name))], **options} for name, options in parts.items()]
+    if rest:
+        made.append({"params": rest})
+    place = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    return sorted(made, key=lambda group: place[group["params"][-1][0]])  # the readout stays last
 
 
 def build_schedule(

@@ -36,8 +36,7 @@ def trunk(width: float, device: torch.device) -> nn.Sequential:
     """The three blocks."""
     torch.manual_seed(0)
     model = softhebb(SHAPE, 10, width=width)
-    blocks = model.get_submodule("trunk")
-    assert isinstance(blocks, nn.Sequential)
+    blocks = nn.Sequential(*model.get_submodule("trunk").children())
     return blocks.to(device, memory_format=torch.channels_last)
 
 
