@@ -148,6 +148,20 @@ class Whiten(nn.Module):
         return f"size={self.size}, floor={self.floor}, patches={self.patches}"
 
 
+class OverlappingLater(nn.Sequential):
+    """A block whose ``conv`` learns from every other patch each way, since neighbours tell nearly the same.
+
+    Once frozen it looks at all of them.
+    """
+
+    conv: nn.Conv2d
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """As of `torch.nn.Sequential`."""
+        self.conv.stride = (2, 2) if self.training else (1, 1)
+        return super().forward(x)
+
+
 class Trunk(nn.Module):
     """Blocks in a row, and blocks beside them that see the image as well; what they say of it, pooled alike.
 
@@ -226,11 +240,11 @@ def softhebb(
     }
     beside: dict[str, nn.Module] = {}
     if whitened:
-        beside["whitened"] = nn.Sequential(
+        beside["whitened"] = OverlappingLater(
             OrderedDict(
                 whiten=Whiten(channels),
                 norm=nn.BatchNorm2d(channels, affine=False),
-                conv=_long(nn.Conv2d(channels, whitened, 6, stride=2, bias=False)),
+                conv=_long(nn.Conv2d(channels, whitened, 6, bias=False)),
                 active=Triangle(),
                 pool=nn.AdaptiveAvgPool2d(3),
                 power=Power(0.7),
