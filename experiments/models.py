@@ -159,7 +159,9 @@ class OverlappingLater(nn.Sequential):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """As of `torch.nn.Sequential`."""
         self.conv.stride = (2, 2) if self.training else (1, 1)
-        return super().forward(x)
+        for module in self:
+            x = module(x)
+        return x
 
 
 class Trunk(nn.Module):

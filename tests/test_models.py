@@ -1,0 +1,92 @@
+"""The modules of the experiments' networks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from experiments import models
+
+
+def features(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model.get_submodule("trunk")(x)
+
+
+@pytest.mark.parametrize("p", [0.25, 0.5])
+def test_quick_dropout_is_dropout(p: float) -> None:
+    torch.manual_seed(0)
+    layer, x = models.QuickDropout(p), torch.randn(301, 333)  # not a multiple of eight
+    dropped = layer(x)
+    kept = dropped != 0
+    torch.testing.assert_close(dropped[kept], x[kept] / (1 - p))
+    assert abs(kept.float().mean() - (1 - p)) < 4 * (p * (1 - p) / x.numel()) ** 0.5
+    pairs = (kept[:, 1:] == kept[:, :-1]).float().mean()  # neighbours are drawn apart
+    assert abs(pairs - (p**2 + (1 - p) ** 2)) < 0.01
+    assert torch.equal(layer.eval()(x), x)
+
+
+def test_quick_dropout_leaves_other_shares_to_torch() -> None:
+    x = torch.randn(4, 50)
+    for p in (0.0, 0.3, 1.0):
+        torch.manual_seed(0)
+        expected = nn.Dropout(p)(x)
+        torch.manual_seed(0)
+        assert torch.equal(models.QuickDropout(p)(x), expected)
+
+
+def test_a_power_after_a_maximum_is_the_power_before_it() -> None:
+    x, pool = torch.rand(2, 3, 8, 8), nn.MaxPool2d(4, 2, 1)
+    assert torch.equal(models.Power(0.7)(pool(x)), pool(x**0.7))
+    x = torch.tensor([0.0, 0.5], requires_grad=True)
+    models.Power(0.7)(x).sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, torch.tensor([0.0, 0.7 * 0.5**-0.3]))
+
+
+def test_whitened_images_have_no_correlations_left() -> None:
+    torch.manual_seed(0)
+    mix = torch.tensor([[1.0, 0.5, 0.2], [0.5, 1.0, 0.5], [0.2, 0.5, 1.0]])
+    images = torch.einsum("cd,ndhw->nchw", mix, torch.randn(200, 3, 24, 24))
+    smooth = nn.functional.avg_pool2d(images, 3, 1)
+    layer = models.Whiten(3, floor=1e-3)
+    white = layer(smooth)
+
+    def most(x: Tensor) -> float:
+        shifted = torch.stack([x[..., 8:14, 8:14], x[..., 8:14, 9:15], x[..., 9:15, 8:14]]).movedim(2, 1).flatten(2)
+        return (torch.corrcoef(shifted.flatten(0, 1)) - torch.eye(9)).abs().max().item()
+
+    assert most(smooth) > 0.7
+    assert most(white) < 0.25
+    assert torch.equal(layer.eval()(smooth), white)
+    assert layer.state_dict()["seen"] == 200 * 6 * 6
+    small = models.Whiten(3, patches=100)
+    small(smooth)
+    learned = small.filter.clone()
+    small(smooth**2)  # it has seen enough
+    assert torch.equal(small.filter, learned)
+
+
+def test_what_the_readout_hears() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 32, 32)
+    plain = models.softhebb((3, 32, 32), 10, width=0.05)
+    torch.manual_seed(0)
+    whole = models.softhebb((3, 32, 32), 10, width=0.05, readout_sees="all", whitened=7, mirror=True, normalise=True)
+    neurons = [round(0.05 * n) for n in (96, 384, 1536)]
+    whole.eval()
+    plain.load_state_dict(whole.state_dict() | {k: v for k, v in plain.state_dict().items() if "trunk" not in k}, False)
+    plain.eval()
+    last = (features(plain, x) + features(plain, x.flip(3))) / 2
+    heard = features(whole, x)
+    assert heard.shape == (2, 16 * sum(neurons) + 9 * 7)
+    torch.testing.assert_close(heard[:, 16 * sum(neurons[:2]) : 16 * sum(neurons)], last)
+    torch.testing.assert_close(heard, features(whole, x.flip(3)))
+    conv = whole.get_submodule("trunk.whitened.conv")
+    assert conv.stride == (1, 1)
+    whole.train()
+    assert not torch.allclose(features(whole, x), features(whole, x.flip(3)))  # one image at a time while it learns
+    assert conv.stride == (2, 2)
+    with pytest.raises(ValueError, match="readout_sees=first must be last or all"):
+        models.softhebb((3, 32, 32), 10, readout_sees="first")
