@@ -17,6 +17,7 @@ from typing import Any, ClassVar, TypeAlias, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -342,6 +343,21 @@ class Probe:
 
     def __call__(self, *, grad: bool = False) -> Tensor:
         """Evaluate once; with ``grad`` the value keeps its graph, otherwise none is built if the closure allows."""
+        value = self._evaluate(grad)
+        return value if grad else value.detach()
+
+    def along_tangents(self) -> tuple[Tensor, Tensor | None]:
+        """Evaluate once: the value, and its derivative along the tangents of the forward-mode level that is open."""
+        value, tangent = forward_ad.unpack_dual(self._evaluate(False))
+        return value.detach(), None if tangent is None else tangent.detach()
+
+    def restart(self) -> None:
+        """Begin again, as if nothing had been evaluated."""
+        _restore(self._before)
+        self._count = 0
+        self._after = {}
+
+    def _evaluate(self, grad: bool) -> Tensor:
         self._restart_random()
         if self._count == 0:
             self._before = {m: _statistics(m) for m in self._norms if m.training}
@@ -363,17 +379,15 @@ class Probe:
         if value is None:
             raise RuntimeError("the closure returned None; it must return the loss")
         self.returns_tensor = isinstance(value, Tensor)
-        value = value if isinstance(value, Tensor) else torch.tensor(float(value))
-        return value if grad else value.detach()
+        return value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
 
     def run(self, rule: str, estimate: Callable[[Probe], _T]) -> _T:
         """Let a rule evaluate; once more with a graph, where an ordinary closure turns out to need one."""
         try:
             return estimate(self)
         except _NoGraph:
-            _restore(self._before)
-        self.always_grad, self._count = True, 0
-        self._after = {}
+            self.restart()
+        self.always_grad = True
         result = estimate(self)
         warnings.warn(
             f"{rule} needs no backward pass, but the closure calls backward(). To save it, write: "

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -135,6 +136,10 @@ class _Anchor(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
         return None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *others: Any) -> Tensor:
+        return tangent
 
 
 class _Hook:
@@ -289,14 +294,18 @@ class Recorder:
         return self._hand_on(output if other is None else other)
 
     def _hand_on(self, u: Tensor) -> Tensor:
-        u = u.detach()
+        u = _detached(u)
         if self.anchored and torch.is_grad_enabled():
             u = _Anchor.apply(u, self._anchor)
         return u
 
 
 def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
+    """A tensor without its graph; a forward-mode tangent stays."""
+    if not isinstance(value, Tensor):
+        return value
+    tangent = forward_ad.unpack_dual(value).tangent
+    return value.detach() if tangent is None else forward_ad.make_dual(value.detach(), tangent.detach())
 
 
 def _remove(handles: list[Any]) -> None:

@@ -21,7 +21,7 @@ RULES = [
 ]
 ONE_PASS = [rule for rule in RULES if issubclass(rule, SynapticRule)]
 SEVERAL_PASSES = [rule for rule in RULES if rule not in ONE_PASS]
-ONE_EVALUATION = [*ONE_PASS, bioopt.RewardHebbian]  # it needs a closure, too, but evaluates it once
+ONE_EVALUATION = [*ONE_PASS, bioopt.RewardHebbian, bioopt.ForwardGradient]  # the last two need a closure, too
 # What a signature requires besides params and lr; a rule without a baseline of its own explores further.
 REQUIRED = {"sigma": 1e-2}
 FURTHER = {bioopt.RewardHebbian: {"sigma": 1.0}}
@@ -33,6 +33,11 @@ def make(rule: type, params: Any, lr: float = 0.01, **options: Any) -> bioopt.Le
         if parameter.kind == parameter.KEYWORD_ONLY and parameter.default is parameter.empty:
             options.setdefault(name, (REQUIRED | FURTHER.get(rule, {}))[name])
     return rule(params, lr, **options)
+
+
+def options_of(rule: type, **options: Any) -> dict[str, Any]:
+    """Those of the options that the rule has."""
+    return {name: value for name, value in options.items() if name in inspect.signature(rule).parameters}
 
 
 def cnn(seed: int = 0, dropout: float = 0.2) -> nn.Sequential:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import inspect
 import io
 import math
 import pickle
@@ -32,6 +31,7 @@ from .rules import (
     hooks,
     make,
     mlp,
+    options_of,
     ordinary,
     per_sample,
     same,
@@ -44,7 +44,7 @@ every_rule = pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name
 
 def many(rule: type) -> dict[str, int]:
     """Enough for a rule that visits single weights to reach every layer."""
-    return {"coordinates": 400} if "coordinates" in inspect.signature(rule).parameters else {}
+    return options_of(rule, coordinates=400)
 
 
 def mixed(model: nn.Sequential, lr: float = 0.01, descent: type = torch.optim.SGD, **options: Any) -> bioopt.Mixed:
@@ -355,6 +355,7 @@ def test_a_step_without_a_forward_pass_is_refused(rule: type) -> None:
 
 
 @every_rule
+@pytest.mark.filterwarnings("ignore:ForwardGradient. no forward derivative here")
 def test_a_closure_may_return_a_number(rule: type) -> None:
     model = cnn()
     optimizer = make(rule, model, **({"readout": None} if rule in ONE_PASS else {}))
@@ -522,7 +523,7 @@ def test_bf16_autocast_inside_and_around_the_closure(rule: type) -> None:
     results = []
     for around in (False, True):
         model = cnn(dropout=0.0)
-        optimizer = make(rule, model, **({"sigma": 0.1} if rule in SEVERAL_PASSES else {}), **many(rule))
+        optimizer = make(rule, model, **options_of(rule, sigma=0.1), **many(rule))
 
         def closure(model=model, optimizer=optimizer, around=around) -> torch.Tensor:
             optimizer.zero_grad()
@@ -547,7 +548,7 @@ def test_bf16_autocast_inside_and_around_the_closure(rule: type) -> None:
 @every_rule
 def test_bf16_parameters(rule: type) -> None:
     model = mlp(dtype=torch.bfloat16)
-    optimizer = make(rule, model, lr=0.1, **({"sigma": 0.1} if rule in SEVERAL_PASSES else {}))
+    optimizer = make(rule, model, lr=0.1, **options_of(rule, sigma=0.1))
     x, y = torch.randn(8, 6, dtype=torch.bfloat16), torch.randint(4, (8,))
     before = weights(model)
     optimizer.step(lambda: F.cross_entropy(model(x).float(), y, reduction="none"))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import bioopt
 from bioopt.noise import NoiseSource, fill_normal_
 
-from .rules import SEVERAL_PASSES, make, mlp, per_sample, same, weights
+from .rules import SEVERAL_PASSES, make, mlp, options_of, per_sample, same, weights
 
 GENERATOR = torch.Generator().manual_seed(5)
 X, Y = torch.randn(8, 6, dtype=torch.float64, generator=GENERATOR), torch.randint(4, (8,), generator=GENERATOR)
@@ -88,6 +88,101 @@ def test_node_perturbation_equals_its_twin(samples: int, credit: str) -> None:
                         wanted[2 * i + 1][k] += told
     for a, b in zip(wanted, estimate(optimizer, model), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_forward_gradient_of_weights_equals_its_twin(samples: int) -> None:
+    """The gradient, times the direction, times the direction."""
+    model = mlp()
+    optimizer = bioopt.ForwardGradient(model.parameters(), 0.1, samples=samples, seed=4)
+    for step in range(2):
+        true = gradient(model)
+        wanted = [torch.zeros_like(p) for p in true]
+        for sample in range(samples):
+            stream = NoiseSource().stream(torch.device("cpu"), 4, step, sample)
+            z = [torch.randn(p.shape, generator=stream, dtype=p.dtype) for p in true]
+            slope = sum((g * d).sum().item() for g, d in zip(true, z, strict=True))
+            for total, d in zip(wanted, z, strict=True):
+                total += slope * d / samples
+        for a, b in zip(wanted, estimate(optimizer, model), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("credit", ["sample", "global"])
+def test_forward_gradient_of_activities_equals_its_twin(samples: int, credit: str) -> None:
+    """Each sample's gradient at each layer's activity, times the direction there; one synapse at a time."""
+    model = mlp()
+    optimizer = bioopt.ForwardGradient(model, 0.1, samples=samples, space="activities", credit=credit, seed=2)
+    first, second = model[0], model[2]
+    u = [first(X)]
+    hidden = torch.tanh(u[0])
+    u.append(second(hidden))
+    slopes_at = torch.autograd.grad(F.cross_entropy(u[1], Y, reduction="sum"), u)
+    wanted = [torch.zeros_like(p) for p in model.parameters()]
+    for sample in range(samples):
+        stream = NoiseSource().stream(torch.device("cpu"), 2, 0, sample)
+        xi = [torch.randn(8, n, generator=stream, dtype=torch.float64) for n in (5, 4)]
+        slopes = [sum((g[b] * z[b]).sum().item() for g, z in zip(slopes_at, xi, strict=True)) for b in range(8)]
+        for b in range(8):
+            credited = slopes[b] if credit == "sample" else sum(slopes)
+            for i, (x, z) in enumerate(((X, xi[0]), (hidden.detach(), xi[1]))):
+                for k in range(z.shape[1]):
+                    wanted[2 * i][k] += credited * z[b, k] * x[b] / (8 * samples)
+                    wanted[2 * i + 1][k] += credited * z[b, k] / (8 * samples)
+    for a, b in zip(wanted, estimate(optimizer, model), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+class NoForwardDerivative(torch.autograd.Function):
+    """The hyperbolic tangent, without one."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        y = torch.tanh(x)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad * (1 - ctx.saved_tensors[0] ** 2)
+
+
+class Opaque(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return NoForwardDerivative.apply(x)
+
+
+@pytest.mark.parametrize("space", ["weights", "activities"])
+def test_forward_gradient_measures_slopes_where_an_operator_has_none(space: str) -> None:
+    plain = mlp(sizes=(6, 5, 4))
+    norm = nn.BatchNorm1d(6, affine=False).double()
+    model = nn.Sequential(norm, plain[0], Opaque(), plain[2])
+    exact = nn.Sequential(nn.BatchNorm1d(6, affine=False).double(), plain[0], nn.Tanh(), plain[2])
+    wanted = estimate(bioopt.ForwardGradient(exact, 0.1, samples=2, space=space), exact)
+    optimizer = bioopt.ForwardGradient(model, 0.1, samples=2, space=space)
+    with pytest.warns(UserWarning, match=r"no forward derivative here .*central differences of difference=0\.001"):
+        got = estimate(optimizer, model)
+    for a, b in zip(wanted, got, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    assert norm.num_batches_tracked == 1  # statistics advance once
+    torch.testing.assert_close(norm.running_mean, 0.1 * X.mean(0))
+    before = weights(model)
+    estimate(optimizer, model)  # said once
+    assert same(before, weights(model))
+
+
+def test_forward_gradient_needs_a_loss_with_a_slope() -> None:
+    model = mlp()
+    optimizer = bioopt.ForwardGradient(model, 0.1)
+    with pytest.warns(UserWarning, match="the closure returned a loss without one"):
+        got = estimate(optimizer, model, lambda: losses_of(model).mean().item())
+    for a, b in zip(estimate(bioopt.ForwardGradient(model, 0.1), model), got, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    with pytest.raises(ValueError, match="space='dual' must be one of weights, activities"):
+        bioopt.ForwardGradient(model, 0.1, space="dual")
+    with pytest.raises(TypeError, match="needs the model"):
+        bioopt.ForwardGradient(model.parameters(), 0.1, space="activities")
 
 
 def test_serial_perturbation_over_all_coordinates_is_the_gradient() -> None:
@@ -199,8 +294,10 @@ def few_losses(model: nn.Module) -> Tensor:
         (lambda m: bioopt.NodePerturbation(m, 0.1, sigma=1e-4), few_losses),
         (lambda m: bioopt.NodePerturbation(m, 0.1, sigma=1e-4, credit="global"), few_losses),
         (lambda m: bioopt.NodePerturbation(m, 0.1, sigma=1e-4), lambda m: few_losses(m).mean()),
+        (lambda m: bioopt.ForwardGradient(m, 0.1), few_losses),
+        (lambda m: bioopt.ForwardGradient(m, 0.1, space="activities"), few_losses),
     ],
-    ids=["weight", "weight, one-sided", "node", "node, global", "node, scalar loss"],
+    ids=["weight", "weight, one-sided", "node", "node, global", "node, scalar loss", "forward", "forward, activities"],
 )
 def test_the_mean_of_the_estimates_is_the_gradient(build, closure) -> None:
     """In direction and size, and with an error that falls as one over the root of their number."""
@@ -256,11 +353,13 @@ def test_credit_that_cannot_be_given_is_explained() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rule", [bioopt.WeightPerturbation, bioopt.SerialPerturbation])
+@pytest.mark.parametrize("rule", [bioopt.WeightPerturbation, bioopt.SerialPerturbation, bioopt.ForwardGradient])
 def test_probes_leave_no_trace(rule: type, dtype: torch.dtype) -> None:
     """A hundred estimates, and not a bit of a weight has moved."""
     model = mlp(dtype=dtype)
-    optimizer = make(rule, model, sigma=1e-3 if dtype == torch.float32 else 0.05)
+    optimizer = make(rule, model, **options_of(rule, sigma=1e-3 if dtype == torch.float32 else 0.05))
+    with torch.no_grad():
+        model[0].bias[0] = -0.0  # a sign that an addition of zero would lose
     before = weights(model)
     x = X.to(dtype)
     for _ in range(100):
@@ -283,7 +382,7 @@ def test_noise_is_a_function_of_seed_step_and_member(rule: type) -> None:
     def run(seed: int, before: int = 0) -> list[Tensor]:
         torch.manual_seed(before)  # the global state does not matter
         model = mlp()
-        optimizer = make(rule, model, seed=seed, **({"coordinates": 20} if rule is bioopt.SerialPerturbation else {}))
+        optimizer = make(rule, model, seed=seed, **options_of(rule, coordinates=20))
         for _ in range(2):
             optimizer.step(per_sample(optimizer, model, X, Y))
         return weights(model)

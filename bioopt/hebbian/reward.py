@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from ..optimizer import POSITIVE, Constraint, Estimate, Params, Probe, ProcessGroup, mean_over_samples, require_finite
-from ..perturbation import NoisyActivity, credited
+from ..perturbation.base import NoisyActivity, credited
 from ..recorder import Synapse
 
 
@@ -90,6 +90,8 @@ class RewardHebbian(NoisyActivity):
         )
         self._check_value("reward_rate", reward_rate, (lambda v: 0 < v <= 1, "a number in (0, 1]"))
         self.reward_rate = reward_rate
+
+    _select = NoisyActivity._select_synapses
 
     def _estimate(self, probe: Probe) -> Estimate:
         for p in self._trained():

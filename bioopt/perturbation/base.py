@@ -1,0 +1,175 @@
+"""What the perturbation family shares: seeds and counts that fix all noise, work split over ranks, noisy activity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..noise import NoiseSource, fill_normal_
+from ..optimizer import (
+    SEED,
+    LearningRule,
+    Params,
+    ProcessGroup,
+    mean_over_samples,
+    named_parameters_of,
+    no_plastic_layer,
+    require_finite,
+    unique,
+)
+from ..recorder import Synapse
+from ..synaptic import synapses_of
+
+
+class Perturbation(LearningRule):
+    """What perturbation rules share: a seed and a step count, which are state, and the noise they make."""
+
+    def __init__(
+        self,
+        params: Params,
+        defaults: dict[str, Any],
+        *,
+        seed: int,
+        descent: type[Optimizer],
+        descent_options: dict[str, Any],
+        process_group: ProcessGroup,
+    ) -> None:
+        self._noise = NoiseSource()
+        super().__init__(
+            params, defaults, descent=descent, descent_options=descent_options, process_group=process_group
+        )
+        self._check_value("seed", seed, SEED)
+        self._own_state = {"seed": seed, "step": 0}
+
+    def _next_state(self) -> dict[str, Any]:
+        return {**self._own_state, "step": self._own_state["step"] + 1}
+
+    def _select_weights(self, group: dict[str, Any]) -> tuple[list[Any], list[Synapse]]:
+        return named_parameters_of(group["params"]), []
+
+    def _plastic(self) -> list[tuple[Tensor, dict[str, Any]]]:
+        """Parameters that are not frozen, each with its group."""
+        return [(p, group) for group in self.param_groups for p in group["params"] if p.requires_grad]
+
+    def _gathered(self, losses: dict[int, Tensor], count: int) -> Tensor:
+        """The losses of all ``count`` evaluations, each made by one of the ranks, stacked in order."""
+        like = next(iter(losses.values()))
+        everything = torch.stack([losses.get(i, torch.zeros_like(like)) for i in range(count)])
+        self._sum_over_ranks([everything])
+        require_finite(self, "the loss", [everything])
+        return everything
+
+    def _share(self, what: str, count: int) -> range:
+        """Which of ``count`` pieces of work fall to this rank."""
+        rank, ranks = self._ranks
+        if count < ranks:
+            raise ValueError(f"{type(self).__name__}: {what}={count} cannot be split over {ranks} ranks; raise it")
+        return range(rank, count, ranks)
+
+
+class NoisyActivity(Perturbation):
+    """What rules share that put noise on postsynaptic activity: their synapses, and the noise of each noisy pass."""
+
+    def __init__(self, params: Params, defaults: dict[str, Any], credit: str, **options: Any) -> None:
+        if credit not in ("sample", "global"):
+            raise ValueError(f"{type(self).__name__}: credit={credit!r} must be 'sample' or 'global'")
+        super().__init__(params, defaults, **options)
+        if not self._trained():
+            raise ValueError(no_plastic_layer(type(self).__name__))
+        self.credit = credit
+        self._recorder.anchored = True
+
+    def _select_synapses(self, group: dict[str, Any]) -> tuple[list[Any], list[Synapse]]:
+        synapses = synapses_of(type(self).__name__, group["params"])
+        return unique([named for s in synapses for named in s.named_parameters()]), synapses
+
+    def _noise_of(self, sample: int) -> Callable[[Tensor], Tensor]:
+        """Draws the noise of one noisy pass, synapse after synapse in the order they fire."""
+        state = self._own_state
+        streams: dict[torch.device, torch.Generator] = {}
+
+        def draw(like: Tensor) -> Tensor:
+            if like.device not in streams:
+                streams[like.device] = self._noise.stream(like.device, state["seed"], state["step"], sample)
+            return fill_normal_(torch.empty_like(like), streams[like.device])
+
+        return draw
+
+    def _injection(
+        self, sample: int, noise: list[Tensor], records: list[tuple[Synapse, Tensor]] | None = None
+    ) -> Callable[[Synapse, Tensor], Tensor]:
+        """What hands on noisy activity, and keeps the noise, and the activity it is put on if ``records`` is given."""
+        draw = self._noise_of(sample)
+
+        def inject(synapse: Synapse, u: Tensor) -> Tensor:
+            noise.append(draw(u.detach()))
+            if records is not None:
+                records.append((synapse, u))
+            return torch.add(u.detach(), noise[-1], alpha=self.param_groups[synapse.group]["sigma"])
+
+        return inject
+
+    def _signals(
+        self,
+        records: list[tuple[Synapse, Tensor]],
+        slopes: Tensor,
+        per_sample: bool,
+        kept: tuple[int, list[Tensor]],
+        width: Callable[[dict[str, Any]], float],
+    ) -> list[Tensor]:
+        """The teaching signal of each firing: the noise of every pass, credited with the pass's slope.
+
+        Args:
+            records: the firings.
+            slopes: the change of the losses in each pass.
+            per_sample: whether each sample is credited by itself.
+            kept: the number of a pass whose noise is still there, and that noise, which is used up.
+            width: of a group's noise, by which the change is divided.
+        """
+        signals: list[Tensor] = []
+        for sample, slope in enumerate(slopes):
+            draw = self._noise_of(sample)
+            noise = kept[1] if kept[0] == sample else [draw(u.detach()) for _, u in records]
+            credit = mean_over_samples(slope) / len(slope) if per_sample else slope.mean()
+            for i, (n, (synapse, _)) in enumerate(zip(noise, records, strict=True)):
+                told = credited(n, credit / (len(slopes) * width(self.param_groups[synapse.group])))
+                if sample == 0:
+                    signals.append(told)
+                else:
+                    signals[i] += told
+        return signals
+
+    def _products(self, records: list[tuple[Synapse, Tensor]], signals: list[Tensor]) -> dict[Tensor, Tensor]:
+        """The local products of presynaptic activity and teaching signals, summed over each weight's firings."""
+        grads: dict[Tensor, Tensor] = {}
+        for (synapse, u), s in zip(records, signals, strict=True):
+            params = synapse.parameters()
+            for p, g in zip(params, torch.autograd.grad(u, params, s.to(u.dtype)), strict=True):
+                grads[p] = grads[p] + g if p in grads else g
+        return grads
+
+    def _per_sample(self, records: list[tuple[Synapse, Tensor]], losses: Tensor) -> bool:
+        """Whether each sample is credited by itself; a scalar loss credits all together."""
+        if not records:
+            raise RuntimeError(
+                f"{type(self).__name__}: no layer has fired; run the model in training mode (model.train())"
+            )
+        if self.credit == "global" or losses.ndim == 0:
+            return False
+        for synapse, u in records:
+            if u.ndim < 2 or len(u) != len(losses):
+                raise RuntimeError(
+                    f"{type(self).__name__}(credit='sample'): layer '{synapse.name}' gave an output of shape "
+                    f"{tuple(u.shape)} where there are {len(losses)} losses, one a sample, so its first dimension is "
+                    "not the sample. Use credit='global'"
+                )
+        return True
+
+
+def credited(noise: Tensor, credit: Tensor) -> Tensor:
+    """Noise times its credit, in place: each sample's own, or one for all."""
+    return noise.mul_(credit.view(-1, *[1] * (noise.ndim - 1)) if credit.ndim else credit)

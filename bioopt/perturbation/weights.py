@@ -1,0 +1,245 @@
+"""Perturbation of weights: all at once along random directions, or one after another."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from itertools import accumulate
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Optimizer
+
+from ..noise import fill_normal_
+from ..optimizer import POSITIVE, POSITIVE_INT, Constraint, Estimate, Params, Probe, ProcessGroup, mean_loss
+from .base import Perturbation
+
+
+class WeightPerturbation(Perturbation):
+    r"""Weight perturbation: all weights at once along random directions, each credited with its change of loss.
+
+    .. math::
+        \hat g = \frac{1}{M} \sum_{m=1}^{M} \frac{L(w + \sigma z_m) - L(w - \sigma z_m)}{2 \sigma}\; z_m,
+        \qquad z_m \sim \mathcal N(0, I), \qquad \Delta w = -\hat g
+
+    with the mean loss :math:`L`, and :math:`M` = ``population``. With ``antithetic=False`` the difference is
+    :math:`(L(w + \sigma z_m) - L(w)) / \sigma`. The mean of :math:`\hat g` is the gradient of :math:`L` smoothed over
+    a Gaussian of width :math:`\sigma`; its variance grows with the number of weights.
+
+    Cost a step: ``2 population`` forward passes (``population + 1`` with ``antithetic=False``). Memory: one copy of
+    the weights, from which they are restored bit for bit and which then becomes ``.grad``; directions are drawn
+    anew from their seed. Batch statistics advance once, dropout masks are the same in all evaluations.
+
+    Args:
+        params: parameters, named parameters, or the model: all that require grad are perturbed.
+        lr: learning rate of ``descent``.
+        sigma: :math:`\sigma`, the standard deviation of the change of each weight, in units of the weights.
+        population: :math:`M`, the number of directions a step.
+        antithetic: evaluate each direction at both signs, which removes the even orders of the error.
+        seed: of the noise; with the step and the member it fixes every direction.
+        descent: the `torch.optim` class that makes the step; its options as further keywords.
+        process_group: split the population over these ranks, which all see the same batch; only losses travel.
+
+    Raises:
+        ValueError: a hyperparameter out of range.
+        RuntimeError: a step without a closure; a non-finite loss, after which nothing has changed.
+
+    Sources: J. C. Spall (1992), *Multivariate stochastic approximation using a simultaneous perturbation gradient
+    approximation*; with a population: I. Rechenberg (1973), T. Salimans et al. (2017), *Evolution strategies*;
+    as plasticity: G. Cauwenberghs (1993), *A fast stochastic error-descent algorithm*.
+    """
+
+    constraints: ClassVar[dict[str, Constraint]] = {"sigma": POSITIVE}
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float,  # η
+        *,
+        sigma: float,  # σ
+        population: int = 1,  # M
+        antithetic: bool = True,
+        seed: int = 0,
+        descent: type[Optimizer] = SGD,
+        process_group: ProcessGroup = None,
+        **descent_options: Any,
+    ) -> None:
+        super().__init__(
+            params,
+            {"lr": lr, "sigma": sigma},
+            seed=seed,
+            descent=descent,
+            descent_options=descent_options,
+            process_group=process_group,
+        )
+        self._check_value("population", population, POSITIVE_INT)
+        self.population = population
+        self.antithetic = antithetic
+
+    _select = Perturbation._select_weights
+
+    def _directions(self, member: int, like: list[Tensor], into: list[Tensor] | None = None) -> Any:
+        """The direction of one member, parameter by parameter, so that never more than one is held."""
+        streams = {}
+        for i, p in enumerate(like):
+            if p.device not in streams:
+                state = self._own_state
+                streams[p.device] = self._noise.stream(p.device, state["seed"], state["step"], member)
+            yield fill_normal_(torch.empty_like(p) if into is None else into[i], streams[p.device])
+
+    def _estimate(self, probe: Probe) -> Estimate:
+        plastic = self._plastic()
+        params = [p for p, _ in plastic]
+        for p in params:
+            p.grad = None
+        mine = self._share("population", self.population)
+        clean = None if self.antithetic else probe()
+        saved = [p.detach().clone() for p in params]
+        losses: dict[int, Tensor] = {}
+        try:
+            for member in mine:
+                for z, w, (_, group) in zip(self._directions(member, params, params), saved, plastic, strict=True):
+                    z.mul_(group["sigma"]).add_(w)
+                plus = probe()
+                if clean is not None:
+                    losses[member] = torch.stack([plus, clean])
+                    continue
+                for p, w in zip(params, saved, strict=True):
+                    p.neg_().add_(w, alpha=2)  # w - σz: the mirror image, without drawing again
+                losses[member] = torch.stack([plus, probe()])
+        finally:
+            for p, w in zip(params, saved, strict=True):
+                p.copy_(w)
+        outcomes = self._gathered(losses, self.population)
+        # Each sample's difference first: they are small, the losses are not.
+        change = mean_loss(outcomes[:, 0] - outcomes[:, 1])
+        factors = (change / (self.population * (1 if clean is not None else 2))).tolist()
+        grads = saved  # no longer needed
+        for member, factor in enumerate(factors):
+            into = grads if member == 0 else None
+            for z, g, (_, group) in zip(self._directions(member, params, into), grads, plastic, strict=True):
+                if member == 0:
+                    z.mul_(factor / group["sigma"])
+                else:
+                    g.add_(z, alpha=factor / group["sigma"])
+        probe.agree(self.process_group)
+        loss = clean if clean is not None else outcomes.mean((0, 1))
+        return loss, dict(zip(params, grads, strict=True)), self._next_state()
+
+
+class SerialPerturbation(Perturbation):
+    r"""Serial perturbation: one weight after another is changed alone, and credited with the change of loss.
+
+    .. math::
+        \hat g_i = \frac{L(w + \sigma e_i) - L(w - \sigma e_i)}{2 \sigma}, \qquad \Delta w_i = -\hat g_i
+
+    for ``coordinates`` weights :math:`i` a step, all measured at the step's base point; the others get zero. The
+    weights are visited in random order without repetition, in a new order each sweep; the last step of a sweep
+    takes what is left. The position in the sweep is part of the state. A sweep over all weights measures the whole
+    gradient, exact but for :math:`O(\sigma^2)`.
+
+    Cost a step: ``2 coordinates`` forward passes: the plainest of all rules, and the slowest.
+
+    Args:
+        params: parameters, named parameters, or the model: all that require grad are visited.
+        lr: learning rate of ``descent``. As a step moves few weights, it is far larger than that of the others.
+        sigma: :math:`\sigma`, the change of a weight, in units of the weights.
+        coordinates: weights a step.
+        seed: of the order of visits.
+        descent: the `torch.optim` class that makes the step; its options as further keywords.
+        process_group: split the coordinates over these ranks, which all see the same batch; only losses travel.
+
+    Raises:
+        ValueError: a hyperparameter out of range.
+        RuntimeError: a step without a closure; a non-finite loss, after which nothing has changed; ``sigma`` too
+            small to change a weight in its precision.
+
+    Sources: M. Jabri & B. Flower (1992), *Weight perturbation*, IEEE Trans. Neural Networks 3; the serial form as
+    in J. Werfel, X. Xie & H. S. Seung (2005), *Learning curves for stochastic gradient descent in linear
+    feedforward networks*.
+    """
+
+    constraints: ClassVar[dict[str, Constraint]] = {"sigma": POSITIVE}
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float,  # η
+        *,
+        sigma: float,  # σ
+        coordinates: int = 1,
+        seed: int = 0,
+        descent: type[Optimizer] = SGD,
+        process_group: ProcessGroup = None,
+        **descent_options: Any,
+    ) -> None:
+        super().__init__(
+            params,
+            {"lr": lr, "sigma": sigma},
+            seed=seed,
+            descent=descent,
+            descent_options=descent_options,
+            process_group=process_group,
+        )
+        self._check_value("coordinates", coordinates, POSITIVE_INT)
+        self.coordinates = coordinates
+        self._order: tuple[Any, list[int]] = (None, [])
+        self._own_state = {**self._own_state, "sweep": 0, "position": 0}
+
+    _select = Perturbation._select_weights
+
+    def _visits(self, total: int) -> list[int]:
+        """The order of the current sweep, made once a sweep."""
+        key = (self._own_state["seed"], self._own_state["sweep"], total)
+        if self._order[0] != key:
+            stream = self._noise.stream(torch.device("cpu"), *key[:2])
+            self._order = (key, torch.randperm(total, generator=stream).tolist())
+        return self._order[1]
+
+    def _estimate(self, probe: Probe) -> Estimate:
+        plastic = self._plastic()
+        for p, _ in plastic:
+            p.grad = None
+        ends = list(accumulate(p.numel() for p, _ in plastic))
+        order, position = self._visits(ends[-1]), self._own_state["position"]
+        visited = order[position : position + self.coordinates]
+        losses: dict[int, Tensor] = {}
+        places = []
+        for visit in visited:
+            which = bisect_right(ends, visit)
+            p, group = plastic[which]
+            places.append((p, _unravel(visit - ends[which] + p.numel(), p.shape), group["sigma"]))
+        for i in self._share("coordinates", len(places)):
+            p, at, sigma = places[i]
+            value = p[at].clone()
+            up, down = value + sigma, value - sigma
+            try:
+                p[at] = up
+                plus = probe()
+                p[at] = down
+                losses[i] = torch.stack([plus, probe()])
+            finally:
+                p[at] = value
+        outcomes = self._gathered(losses, len(places))
+        changes = mean_loss(outcomes[:, 0] - outcomes[:, 1]).tolist()
+        grads = {p: torch.zeros_like(p) for p, _ in plastic}
+        for (p, at, sigma), change in zip(places, changes, strict=True):
+            # The width that the weight's precision really allowed.
+            width = ((p[at] + sigma) - (p[at] - sigma)).item()
+            if width == 0:
+                raise RuntimeError(f"SerialPerturbation: sigma={sigma} changes nothing at a weight of {p[at].item()}")
+            grads[p][at] = change / width
+        probe.agree(self.process_group)
+        state = self._next_state()
+        done = position + len(visited)
+        state["sweep"] += done == ends[-1]
+        state["position"] = done % ends[-1]
+        return outcomes.mean((0, 1)), grads, state
+
+
+def _unravel(index: int, shape: torch.Size) -> tuple[int, ...]:
+    place = []
+    for size in reversed(shape):
+        index, i = divmod(index, size)
+        place.append(i)
+    return tuple(reversed(place))
