@@ -35,6 +35,67 @@ def flat(tensors: list[Tensor]) -> Tensor:
     return torch.cat([t.flatten() for t in tensors])
 
 
+def shaped_twin(shaping: str, losses: list[float]) -> list[float]:
+    if shaping == "ranks":
+        order = sorted(losses)
+        return [order.index(value) / (len(losses) - 1) - 0.5 for value in losses]
+    if shaping == "winsorised":
+        order = sorted(losses)
+
+        def percentile(q: float) -> float:
+            place = q * (len(order) - 1)
+            low = math.floor(place)
+            return order[low] + (place - low) * (order[min(low + 1, len(order) - 1)] - order[low])
+
+        losses = [min(max(value, percentile(0.05)), percentile(0.95)) for value in losses]
+    mean = sum(losses) / len(losses)
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in losses) / len(losses))
+    return [(value - mean) / deviation for value in losses]
+
+
+@pytest.mark.parametrize("distribution", ["normal", "rademacher"])
+@pytest.mark.parametrize("shaping", ["zscore", "winsorised", "ranks"])
+@pytest.mark.parametrize("antithetic", [True, False])
+def test_shaped_weight_perturbation_equals_its_twin(distribution: str, shaping: str, antithetic: bool) -> None:
+    model, sigma, population = mlp(), 0.1, 6
+    optimizer = bioopt.WeightPerturbation(
+        model, 0.1, sigma=sigma, population=population, antithetic=antithetic, distribution=distribution,
+        shaping=shaping, seed=3,
+    )  # fmt: skip
+    names, params = zip(*model.named_parameters(), strict=True)
+    directions, losses = [], []
+    for member in range(population):
+        stream = NoiseSource().stream(torch.device("cpu"), 3, 0, member)
+        if distribution == "normal":
+            z = [torch.randn(p.shape, generator=stream, dtype=p.dtype) for p in params]
+        else:
+            z = [2.0 * torch.randint(2, p.shape, generator=stream).to(p.dtype) - 1 for p in params]
+        directions.append(z)
+        for sign in (1, -1) if antithetic else (1,):
+            shifted = {n: p + sign * sigma * d for n, p, d in zip(names, params, z, strict=True)}
+            losses.append(F.cross_entropy(torch.func.functional_call(model, shifted, (X,)), Y).item())
+    worth = shaped_twin(shaping, losses)
+    wanted = [torch.zeros_like(p) for p in params]
+    for member, z in enumerate(directions):
+        slope = worth[2 * member] - worth[2 * member + 1] if antithetic else worth[member]
+        for total, d in zip(wanted, z, strict=True):
+            total += slope / ((2 if antithetic else 1) * population * sigma) * d
+    for a, b in zip(wanted, estimate(optimizer, model), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+def test_losses_that_are_all_the_same_move_nothing() -> None:
+    for shaping in ("none", "zscore", "winsorised", "ranks"):
+        model = mlp()
+        optimizer = bioopt.WeightPerturbation(model, 0.1, sigma=0.1, population=3, shaping=shaping)
+        before = weights(model)
+        optimizer.step(lambda model=model: 0 * losses_of(model))
+        assert same(before, weights(model)), shaping
+    for option in ("distribution", "shaping"):
+        with pytest.raises(ValueError, match=f"WeightPerturbation: {option}='odd' must be one of "):
+            bioopt.WeightPerturbation(mlp(), 0.1, sigma=0.1, **{option: "odd"})
+
+
 @pytest.mark.parametrize("population", [1, 3])
 @pytest.mark.parametrize("antithetic", [True, False])
 def test_weight_perturbation_equals_its_twin(population: int, antithetic: bool) -> None:
@@ -191,6 +252,29 @@ def test_serial_perturbation_over_all_coordinates_is_the_gradient() -> None:
     optimizer = bioopt.SerialPerturbation(model.parameters(), 0.1, sigma=1e-5, coordinates=count)
     for a, b in zip(gradient(model), estimate(optimizer, model), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+def test_one_sided_serial_perturbation_measures_each_change_from_the_clean_loss() -> None:
+    model, sigma = mlp(), 0.1
+    clean, wanted = losses_of(model).mean().item(), []
+    with torch.no_grad():
+        for p in model.parameters():
+            for i in range(p.numel()):
+                value = p.view(-1)[i].clone()
+                p.view(-1)[i] += sigma
+                wanted.append((losses_of(model).mean().item() - clean) / sigma)
+                p.view(-1)[i] = value
+    optimizer = bioopt.SerialPerturbation(model, 0.1, sigma=sigma, coordinates=59, central=False)
+    calls = 0
+
+    def closure() -> Tensor:
+        nonlocal calls
+        calls += 1
+        return losses_of(model)
+
+    got = flat(estimate(optimizer, model, closure))
+    torch.testing.assert_close(got, torch.tensor(wanted, dtype=torch.float64), rtol=1e-9, atol=1e-12)
+    assert calls == 60
 
 
 def test_serial_perturbation_visits_each_weight_once_a_sweep() -> None:

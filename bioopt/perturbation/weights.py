@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Callable
 from itertools import accumulate
 from typing import Any, ClassVar
 
@@ -10,9 +11,33 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from ..noise import fill_normal_
+from ..noise import fill_normal_, fill_rademacher_
 from ..optimizer import POSITIVE, POSITIVE_INT, Constraint, Estimate, Params, Probe, ProcessGroup, mean_loss
 from .base import Perturbation
+
+
+def _zscore(losses: Tensor) -> Tensor:
+    away = losses - losses.mean()
+    return away / away.square().mean().sqrt().clamp(min=torch.finfo(losses.dtype).tiny)
+
+
+def _winsorised(losses: Tensor) -> Tensor:
+    low, high = losses.quantile(losses.new_tensor([0.05, 0.95]))
+    return _zscore(losses.clamp(low, high))
+
+
+def _ranks(losses: Tensor) -> Tensor:
+    below = (losses[:, None] > losses).sum(1) + (losses[:, None] >= losses).sum(1) - 1  # equal losses, equal ranks
+    return below.to(losses.dtype) / (2 * max(len(losses) - 1, 1)) - 0.5
+
+
+FILL = {"normal": fill_normal_, "rademacher": fill_rademacher_}
+SHAPE: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda losses: losses,
+    "zscore": _zscore,
+    "winsorised": _winsorised,
+    "ranks": _ranks,
+}
 
 
 class WeightPerturbation(Perturbation):
@@ -20,11 +45,17 @@ class WeightPerturbation(Perturbation):
 
     .. math::
         \hat g = \frac{1}{M} \sum_{m=1}^{M} \frac{L(w + \sigma z_m) - L(w - \sigma z_m)}{2 \sigma}\; z_m,
-        \qquad z_m \sim \mathcal N(0, I), \qquad \Delta w = -\hat g
+        \qquad \Delta w = -\hat g
 
-    with the mean loss :math:`L`, and :math:`M` = ``population``. With ``antithetic=False`` the difference is
+    with the mean loss :math:`L`, :math:`M` = ``population``, and directions :math:`z_m` of independent entries of mean
+    0 and variance 1, normal or (``distribution="rademacher"``) -1 and 1. With ``antithetic=False`` the difference is
     :math:`(L(w + \sigma z_m) - L(w)) / \sigma`. The mean of :math:`\hat g` is the gradient of :math:`L` smoothed over
-    a Gaussian of width :math:`\sigma`; its variance grows with the number of weights.
+    the width :math:`\sigma`; its variance grows with the number of weights.
+
+    ``shaping`` puts in the place of the losses of a step what they are among each other: ``"zscore"``, their distance
+    from the mean in standard deviations; ``"winsorised"``, the same with the outermost twentieths of them drawn in to
+    the 5th and 95th percentile first; ``"ranks"``, their ranks, spread evenly from -1/2 to 1/2. The step is then as
+    long on a plateau as on a slope, and :math:`\hat g` no gradient any more; it wants a ``population`` of many.
 
     Cost a step: ``2 population`` forward passes (``population + 1`` with ``antithetic=False``). Memory: one copy of
     the weights, from which they are restored bit for bit and which then becomes ``.grad``; directions are drawn
@@ -36,6 +67,8 @@ class WeightPerturbation(Perturbation):
         sigma: :math:`\sigma`, the standard deviation of the change of each weight, in units of the weights.
         population: :math:`M`, the number of directions a step.
         antithetic: evaluate each direction at both signs, which removes the even orders of the error.
+        distribution: ``"normal"`` or ``"rademacher"``, whose steps are all of one length.
+        shaping: ``"none"``, ``"zscore"``, ``"winsorised"`` or ``"ranks"``.
         seed: of the noise; with the step and the member it fixes every direction.
         descent: the `torch.optim` class that makes the step; its options as further keywords.
         process_group: split the population over these ranks, which all see the same batch; only losses travel.
@@ -46,7 +79,8 @@ class WeightPerturbation(Perturbation):
 
     Sources: J. C. Spall (1992), *Multivariate stochastic approximation using a simultaneous perturbation gradient
     approximation*; with a population: I. Rechenberg (1973), T. Salimans et al. (2017), *Evolution strategies*;
-    as plasticity: G. Cauwenberghs (1993), *A fast stochastic error-descent algorithm*.
+    ranks: D. Wierstra et al. (2014), *Natural evolution strategies*; as plasticity: G. Cauwenberghs (1993), *A fast
+    stochastic error-descent algorithm*.
     """
 
     constraints: ClassVar[dict[str, Constraint]] = {"sigma": POSITIVE}
@@ -59,6 +93,8 @@ class WeightPerturbation(Perturbation):
         sigma: float,  # σ
         population: int = 1,  # M
         antithetic: bool = True,
+        distribution: str = "normal",
+        shaping: str = "none",
         seed: int = 0,
         descent: type[Optimizer] = SGD,
         process_group: ProcessGroup = None,
@@ -73,8 +109,12 @@ class WeightPerturbation(Perturbation):
             process_group=process_group,
         )
         self._check_value("population", population, POSITIVE_INT)
+        self._check_value("distribution", distribution, (lambda v: v in FILL, f"one of {', '.join(FILL)}"))
+        self._check_value("shaping", shaping, (lambda v: v in SHAPE, f"one of {', '.join(SHAPE)}"))
         self.population = population
         self.antithetic = antithetic
+        self.distribution = distribution
+        self.shaping = shaping
 
     _select = Perturbation._select_weights
 
@@ -85,7 +125,7 @@ class WeightPerturbation(Perturbation):
             if p.device not in streams:
                 state = self._own_state
                 streams[p.device] = self._noise.stream(p.device, state["seed"], state["step"], member)
-            yield fill_normal_(torch.empty_like(p) if into is None else into[i], streams[p.device])
+            yield FILL[self.distribution](torch.empty_like(p) if into is None else into[i], streams[p.device])
 
     def _estimate(self, probe: Probe) -> Estimate:
         plastic = self._plastic()
@@ -111,8 +151,13 @@ class WeightPerturbation(Perturbation):
             for p, w in zip(params, saved, strict=True):
                 p.copy_(w)
         outcomes = self._gathered(losses, self.population)
-        # Each sample's difference first: they are small, the losses are not.
-        change = mean_loss(outcomes[:, 0] - outcomes[:, 1])
+        if self.shaping == "none":
+            # Each sample's difference first: they are small, the losses are not.
+            change = mean_loss(outcomes[:, 0] - outcomes[:, 1])
+        else:
+            sides = outcomes if clean is None else outcomes[:, :1]  # the clean loss is the same for all
+            shaped = SHAPE[self.shaping](mean_loss(sides.flatten(0, 1))).view(sides.shape[:2])
+            change = shaped[:, 0] - shaped[:, 1] if clean is None else shaped[:, 0]
         factors = (change / (self.population * (1 if clean is not None else 2))).tolist()
         grads = saved  # no longer needed
         for member, factor in enumerate(factors):
@@ -133,18 +178,21 @@ class SerialPerturbation(Perturbation):
     .. math::
         \hat g_i = \frac{L(w + \sigma e_i) - L(w - \sigma e_i)}{2 \sigma}, \qquad \Delta w_i = -\hat g_i
 
-    for ``coordinates`` weights :math:`i` a step, all measured at the step's base point; the others get zero. The
+    for ``coordinates`` weights :math:`i` a step, all measured at the step's base point; the others get zero. With
+    ``central=False`` it is :math:`(L(w + \sigma e_i) - L(w)) / \sigma`, for half the passes and a larger error. The
     weights are visited in random order without repetition, in a new order each sweep; the last step of a sweep
     takes what is left. The position in the sweep is part of the state. A sweep over all weights measures the whole
-    gradient, exact but for :math:`O(\sigma^2)`.
+    gradient, exact but for :math:`O(\sigma^2)` (:math:`O(\sigma)` with ``central=False``).
 
-    Cost a step: ``2 coordinates`` forward passes: the plainest of all rules, and the slowest.
+    Cost a step: ``2 coordinates`` forward passes (``coordinates + 1`` with ``central=False``): the plainest of all
+    rules, and the slowest.
 
     Args:
         params: parameters, named parameters, or the model: all that require grad are visited.
         lr: learning rate of ``descent``. As a step moves few weights, it is far larger than that of the others.
         sigma: :math:`\sigma`, the change of a weight, in units of the weights.
         coordinates: weights a step.
+        central: measure a weight's change to both sides, or to one.
         seed: of the order of visits.
         descent: the `torch.optim` class that makes the step; its options as further keywords.
         process_group: split the coordinates over these ranks, which all see the same batch; only losses travel.
@@ -168,6 +216,7 @@ class SerialPerturbation(Perturbation):
         *,
         sigma: float,  # σ
         coordinates: int = 1,
+        central: bool = True,
         seed: int = 0,
         descent: type[Optimizer] = SGD,
         process_group: ProcessGroup = None,
@@ -183,6 +232,7 @@ class SerialPerturbation(Perturbation):
         )
         self._check_value("coordinates", coordinates, POSITIVE_INT)
         self.coordinates = coordinates
+        self.central = central
         self._order: tuple[Any, list[int]] = (None, [])
         self._own_state = {**self._own_state, "sweep": 0, "position": 0}
 
@@ -209,6 +259,7 @@ class SerialPerturbation(Perturbation):
             which = bisect_right(ends, visit)
             p, group = plastic[which]
             places.append((p, _unravel(visit - ends[which] + p.numel(), p.shape), group["sigma"]))
+        clean = None if self.central else probe()
         for i in self._share("coordinates", len(places)):
             p, at, sigma = places[i]
             value = p[at].clone()
@@ -216,8 +267,9 @@ class SerialPerturbation(Perturbation):
             try:
                 p[at] = up
                 plus = probe()
-                p[at] = down
-                losses[i] = torch.stack([plus, probe()])
+                if clean is None:
+                    p[at] = down
+                losses[i] = torch.stack([plus, probe() if clean is None else clean])
             finally:
                 p[at] = value
         outcomes = self._gathered(losses, len(places))
@@ -225,7 +277,7 @@ class SerialPerturbation(Perturbation):
         grads = {p: torch.zeros_like(p) for p, _ in plastic}
         for (p, at, sigma), change in zip(places, changes, strict=True):
             # The width that the weight's precision really allowed.
-            width = ((p[at] + sigma) - (p[at] - sigma)).item()
+            width = ((p[at] + sigma) - (p[at] - sigma if clean is None else p[at])).item()
             if width == 0:
                 raise RuntimeError(f"SerialPerturbation: sigma={sigma} changes nothing at a weight of {p[at].item()}")
             grads[p][at] = change / width
@@ -234,7 +286,7 @@ class SerialPerturbation(Perturbation):
         done = position + len(visited)
         state["sweep"] += done == ends[-1]
         state["position"] = done % ends[-1]
-        return outcomes.mean((0, 1)), grads, state
+        return outcomes.mean((0, 1)) if clean is None else clean, grads, state
 
 
 def _unravel(index: int, shape: torch.Size) -> tuple[int, ...]:
