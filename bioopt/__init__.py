@@ -17,7 +17,7 @@ Each is a `torch.optim.Optimizer` that trains an unmodified `torch.nn.Module` by
 from .hebbian import BCM, AntiHebbian, Hebbian, KrotovHopfield, Oja, RewardHebbian, Sanger, SoftHebb
 from .mixed import Mixed
 from .optimizer import LearningRule
-from .perturbation import ForwardGradient, NodePerturbation, SerialPerturbation, WeightPerturbation
+from .perturbation import ForwardGradient, HillClimbing, NodePerturbation, SerialPerturbation, WeightPerturbation
 from .recorder import Recorder, Synapse, register_synapse
 from .synaptic import SynapticRule
 
@@ -28,6 +28,7 @@ __all__ = [
     "AntiHebbian",
     "ForwardGradient",
     "Hebbian",
+    "HillClimbing",
     "KrotovHopfield",
     "LearningRule",
     "Mixed",

@@ -22,13 +22,18 @@ RULES = [
 ONE_PASS = [rule for rule in RULES if issubclass(rule, SynapticRule)]
 SEVERAL_PASSES = [rule for rule in RULES if rule not in ONE_PASS]
 ONE_EVALUATION = [*ONE_PASS, bioopt.RewardHebbian, bioopt.ForwardGradient]  # the last two need a closure, too
+PLAIN = [rule for rule in RULES if "descent" not in inspect.signature(rule).parameters]  # no optimizer makes their step
 # What a signature requires besides params and lr; a rule without a baseline of its own explores further.
 REQUIRED = {"sigma": 1e-2}
 FURTHER = {bioopt.RewardHebbian: {"sigma": 1.0}}
+USUAL = {bioopt.HillClimbing: {"tries": 20}}  # one of so many is nearly always kept
 
 
 def make(rule: type, params: Any, lr: float = 0.01, **options: Any) -> bioopt.LearningRule:
-    """Build a rule with whatever its signature requires."""
+    """Build a rule with whatever its signature requires, and without what it has no use for."""
+    options = USUAL.get(rule, {}) | options
+    if rule in PLAIN:
+        options = {name: value for name, value in options.items() if name not in ("descent", "momentum")}
     for name, parameter in inspect.signature(rule).parameters.items():
         if parameter.kind == parameter.KEYWORD_ONLY and parameter.default is parameter.empty:
             options.setdefault(name, (REQUIRED | FURTHER.get(rule, {}))[name])

@@ -246,6 +246,28 @@ def test_forward_gradient_needs_a_loss_with_a_slope() -> None:
         bioopt.ForwardGradient(model.parameters(), 0.1, space="activities")
 
 
+@pytest.mark.parametrize("tries", [1, 5])
+def test_hill_climbing_equals_its_twin(tries: int) -> None:
+    """The best change of several, if it is one for the better."""
+    model, kept = mlp(), []
+    optimizer = bioopt.HillClimbing(model, 0.3, tries=tries, seed=6)
+    for step in range(12):
+        before = weights(model)
+        candidates = []
+        for i in range(tries):
+            stream = NoiseSource().stream(torch.device("cpu"), 6, step, i)
+            changed = [w + 0.3 * torch.randn(w.shape, generator=stream, dtype=w.dtype) for w in before]
+            names = [name for name, _ in model.named_parameters()]
+            outputs = torch.func.functional_call(model, dict(zip(names, changed, strict=True)), (X,))
+            candidates.append((F.cross_entropy(outputs, Y).item(), i, changed))
+        loss, _, changed = min(candidates)
+        kept.append(loss < losses_of(model).mean().item())
+        optimizer.step(lambda: losses_of(model))
+        for a, b in zip(changed if kept[-1] else before, weights(model), strict=True):
+            assert torch.equal(a, b) if not kept[-1] else torch.allclose(a, b, rtol=0, atol=1e-15)
+    assert 0 < sum(kept) < 12
+
+
 def test_serial_perturbation_over_all_coordinates_is_the_gradient() -> None:
     model = mlp()
     count = sum(p.numel() for p in model.parameters())

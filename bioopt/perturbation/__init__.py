@@ -1,10 +1,17 @@
 """The perturbation family: change weights or activities at random, see what it does to the loss, keep what helps.
 
-All these rules estimate the gradient of the mean loss from evaluations of it alone; none needs a backward pass.
+==================== ============================================================================================
+`weights`            one direction in the space of weights after another: `WeightPerturbation`, `SerialPerturbation`,
+                     `HillClimbing`
+`activities`         noise on what neurons say: `NodePerturbation`
+`forward`            slopes along random directions, exact: `ForwardGradient`
+==================== ============================================================================================
+
+All but `HillClimbing` estimate the gradient of the mean loss; none needs a backward pass.
 """
 
 from .activities import NodePerturbation
 from .forward import ForwardGradient
-from .weights import SerialPerturbation, WeightPerturbation
+from .weights import HillClimbing, SerialPerturbation, WeightPerturbation
 
-__all__ = ["ForwardGradient", "NodePerturbation", "SerialPerturbation", "WeightPerturbation"]
+__all__ = ["ForwardGradient", "HillClimbing", "NodePerturbation", "SerialPerturbation", "WeightPerturbation"]

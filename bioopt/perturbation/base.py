@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -54,6 +54,21 @@ class Perturbation(LearningRule):
     def _plastic(self) -> list[tuple[Tensor, dict[str, Any]]]:
         """Parameters that are not frozen, each with its group."""
         return [(p, group) for group in self.param_groups for p in group["params"] if p.requires_grad]
+
+    def _directions(
+        self,
+        member: int,
+        like: list[Tensor],
+        into: list[Tensor] | None = None,
+        fill: Callable[[Tensor, torch.Generator], Tensor] = fill_normal_,
+    ) -> Iterator[Tensor]:
+        """The direction of one member, parameter by parameter, so that never more than one is held."""
+        streams: dict[torch.device, torch.Generator] = {}
+        for i, p in enumerate(like):
+            if p.device not in streams:
+                state = self._own_state
+                streams[p.device] = self._noise.stream(p.device, state["seed"], state["step"], member)
+            yield fill(torch.empty_like(p) if into is None else into[i], streams[p.device])
 
     def _gathered(self, losses: dict[int, Tensor], count: int) -> Tensor:
         """The losses of all ``count`` evaluations, each made by one of the ranks, stacked in order."""

@@ -11,7 +11,6 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from ..noise import fill_normal_
 from ..optimizer import (
     POSITIVE,
     POSITIVE_INT,
@@ -224,12 +223,3 @@ class ForwardGradient(NoisyActivity):
                 stacklevel=_outside(),
             )
         return torch.stack(differences(sample))
-
-    def _directions(self, sample: int, like: list[Tensor]) -> Any:
-        """The direction of one sample, parameter by parameter, so that never more than one is held."""
-        streams = {}
-        for p in like:
-            if p.device not in streams:
-                state = self._own_state
-                streams[p.device] = self._noise.stream(p.device, state["seed"], state["step"], sample)
-            yield fill_normal_(torch.empty_like(p), streams[p.device])

@@ -12,7 +12,17 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from ..noise import fill_normal_, fill_rademacher_
-from ..optimizer import POSITIVE, POSITIVE_INT, Constraint, Estimate, Params, Probe, ProcessGroup, mean_loss
+from ..optimizer import (
+    POSITIVE,
+    POSITIVE_INT,
+    Constraint,
+    Estimate,
+    Params,
+    Probe,
+    ProcessGroup,
+    mean_loss,
+    require_finite,
+)
 from .base import Perturbation
 
 
@@ -118,27 +128,19 @@ class WeightPerturbation(Perturbation):
 
     _select = Perturbation._select_weights
 
-    def _directions(self, member: int, like: list[Tensor], into: list[Tensor] | None = None) -> Any:
-        """The direction of one member, parameter by parameter, so that never more than one is held."""
-        streams = {}
-        for i, p in enumerate(like):
-            if p.device not in streams:
-                state = self._own_state
-                streams[p.device] = self._noise.stream(p.device, state["seed"], state["step"], member)
-            yield FILL[self.distribution](torch.empty_like(p) if into is None else into[i], streams[p.device])
-
     def _estimate(self, probe: Probe) -> Estimate:
         plastic = self._plastic()
         params = [p for p, _ in plastic]
         for p in params:
             p.grad = None
-        mine = self._share("population", self.population)
+        mine, fill = self._share("population", self.population), FILL[self.distribution]
         clean = None if self.antithetic else probe()
         saved = [p.detach().clone() for p in params]
         losses: dict[int, Tensor] = {}
         try:
             for member in mine:
-                for z, w, (_, group) in zip(self._directions(member, params, params), saved, plastic, strict=True):
+                tried = self._directions(member, params, params, fill)
+                for z, w, (_, group) in zip(tried, saved, plastic, strict=True):
                     z.mul_(group["sigma"]).add_(w)
                 plus = probe()
                 if clean is not None:
@@ -162,7 +164,8 @@ class WeightPerturbation(Perturbation):
         grads = saved  # no longer needed
         for member, factor in enumerate(factors):
             into = grads if member == 0 else None
-            for z, g, (_, group) in zip(self._directions(member, params, into), grads, plastic, strict=True):
+            again = self._directions(member, params, into, fill)
+            for z, g, (_, group) in zip(again, grads, plastic, strict=True):
                 if member == 0:
                     z.mul_(factor / group["sigma"])
                 else:
@@ -287,6 +290,81 @@ class SerialPerturbation(Perturbation):
         state["sweep"] += done == ends[-1]
         state["position"] = done % ends[-1]
         return outcomes.mean((0, 1)) if clean is None else clean, grads, state
+
+
+class HillClimbing(Perturbation):
+    r"""Hill climbing: try a random change of all weights, keep it if the loss fell, else undo it.
+
+    .. math::
+        w' = \begin{cases} w + \mathrm{lr}\, z & \text{if } L(w + \mathrm{lr}\, z) < L(w) \\
+        w & \text{otherwise} \end{cases}, \qquad z \sim \mathcal N(0, I)
+
+    with the mean loss :math:`L`. Of several ``tries`` the best is kept. The caricature of learning by trial and error:
+    it uses one bit of what the loss tells, and none at all of a change for the worse. Both losses are those of one
+    batch; small batches make it keep what only looks better.
+
+    Cost a step: ``1 + tries`` forward passes. Memory: one copy of the weights, from which they are restored bit for
+    bit. Batch statistics advance once, dropout masks are the same in all evaluations.
+
+    Args:
+        params: parameters, named parameters, or the model: all that require grad are changed.
+        lr: the standard deviation of a change, in units of the weights.
+        tries: changes to try a step.
+        seed: of the changes; with the step and the try it fixes each.
+        process_group: split the tries over these ranks, which all see the same batch; only losses travel.
+
+    Raises:
+        ValueError: a hyperparameter out of range.
+        RuntimeError: a step without a closure; a non-finite loss, after which nothing has changed.
+
+    Sources: L. A. Rastrigin (1963), *The convergence of the random search method in the extremal control of a many
+    parameter system*; several tries: H.-P. Schwefel (1965), *Kybernetische Evolution*.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float,
+        *,
+        tries: int = 1,
+        seed: int = 0,
+        process_group: ProcessGroup = None,
+    ) -> None:
+        super().__init__(params, {"lr": lr}, seed=seed, descent=SGD, descent_options={}, process_group=process_group)
+        self._check_value("tries", tries, POSITIVE_INT)
+        self.tries = tries
+
+    _select = Perturbation._select_weights
+
+    def _estimate(self, probe: Probe) -> Estimate:
+        plastic = self._plastic()
+        params = [p for p, _ in plastic]
+        for p in params:
+            p.grad = None
+        mine = self._share("tries", self.tries)
+        clean = probe()
+        saved = [p.detach().clone() for p in params]
+        losses: dict[int, Tensor] = {}
+        try:
+            for i in mine:
+                for z, w, (_, group) in zip(self._directions(i, params, params), saved, plastic, strict=True):
+                    z.mul_(group["lr"]).add_(w)
+                losses[i] = probe()
+        finally:
+            for p, w in zip(params, saved, strict=True):
+                p.copy_(w)
+        changes = mean_loss(self._gathered(losses, self.tries) - clean)
+        require_finite(self, "the loss", [changes])
+        best = int(changes.argmin())
+        grads = saved  # no longer needed
+        if changes[best] < 0:
+            for z in self._directions(best, params, grads):
+                z.neg_()
+        else:
+            for g in grads:
+                g.zero_()
+        probe.agree(self.process_group)
+        return clean, dict(zip(params, grads, strict=True)), self._next_state()
 
 
 def _unravel(index: int, shape: torch.Size) -> tuple[int, ...]:
