@@ -481,6 +481,12 @@ def test_sigma_below_the_precision_of_a_weight_is_explained() -> None:
     with pytest.raises(RuntimeError, match=r"sigma=1e-05 changes nothing at a weight of 1\.0"):
         optimizer.step(lambda: model(torch.ones(1, 1, dtype=torch.bfloat16)).float().sum())
     assert model.weight.item() == 1.0
+    everywhere = bioopt.WeightPerturbation(model, 0.1, sigma=1e-5)
+    with pytest.raises(
+        RuntimeError, match=r"sigma=1e-05 changes no weight in its precision .*bfloat16; try sigma=0\.008"
+    ):
+        everywhere.step(lambda: model(torch.ones(1, 1, dtype=torch.bfloat16)).float().sum())
+    assert model.weight.item() == 1.0
 
 
 @pytest.mark.parametrize("rule", SEVERAL_PASSES, ids=lambda rule: rule.__name__)

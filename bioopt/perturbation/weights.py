@@ -85,7 +85,8 @@ class WeightPerturbation(Perturbation):
 
     Raises:
         ValueError: a hyperparameter out of range.
-        RuntimeError: a step without a closure; a non-finite loss, after which nothing has changed.
+        RuntimeError: a step without a closure; a non-finite loss, after which nothing has changed; ``sigma`` too
+            small to change any weight in its precision, at the first step.
 
     Sources: J. C. Spall (1992), *Multivariate stochastic approximation using a simultaneous perturbation gradient
     approximation*; with a population: I. Rechenberg (1973), T. Salimans et al. (2017), *Evolution strategies*;
@@ -142,6 +143,8 @@ class WeightPerturbation(Perturbation):
                 tried = self._directions(member, params, params, fill)
                 for z, w, (_, group) in zip(tried, saved, plastic, strict=True):
                     z.mul_(group["sigma"]).add_(w)
+                if member == mine[0] and self._own_state["step"] == 0:
+                    self._require_change(plastic, saved)
                 plus = probe()
                 if clean is not None:
                     losses[member] = torch.stack([plus, clean])
@@ -173,6 +176,15 @@ class WeightPerturbation(Perturbation):
         probe.agree(self.process_group)
         loss = clean if clean is not None else outcomes.mean((0, 1))
         return loss, dict(zip(params, grads, strict=True)), self._next_state()
+
+    def _require_change(self, plastic: list[tuple[Tensor, dict[str, Any]]], saved: list[Tensor]) -> None:
+        if all(torch.equal(p, w) for (p, _), w in zip(plastic, saved, strict=True)):
+            largest = max(saved, key=lambda w: w.abs().max().item())
+            least = largest.abs().max().item() * torch.finfo(largest.dtype).eps
+            raise RuntimeError(
+                f"WeightPerturbation: sigma={plastic[0][1]['sigma']} changes no weight in its precision of "
+                f"{largest.dtype}; try sigma={least:.1g}"
+            )
 
 
 class SerialPerturbation(Perturbation):
