@@ -45,7 +45,8 @@ class RunLog:
     def batches(self, batches: Iterator[Any], total: int, epoch: int) -> Iterator[Any]:
         """Go through the batches, with a progress bar where somebody watches a terminal."""
         label = f"epoch {epoch}/{self._epochs}"
-        return iter(tqdm(batches, label, total, leave=False, unit="batch", disable=not sys.stderr.isatty()))
+        watched = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
+        return iter(tqdm(batches, label, total, leave=False, unit="batch", disable=not watched))
 
     def step(self, step: int, loss: Tensor) -> None:
         """Log a training loss to W&B now and then."""

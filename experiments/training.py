@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -20,14 +21,26 @@ import bioopt
 from bioopt.recorder import find_synapses
 
 from . import data, logs, pictures
+from .ranks import Ranks
 
 
 def run(config: DictConfig) -> dict[str, Any]:
     """Train as the configuration says, or go on with an interrupted run; returns the summary."""
     commit = _commit()  # now: the files may change under a long run
-    config, folder = _open_folder(config)
+    ranks = Ranks()
+    with ranks.joined(choose_device(config.device).type) as device:
+        config, shared = ranks.from_first(_open_folder(config) if ranks.first else None)
+        started = _Progress.load(shared, device)
+        with ranks.folder(shared) as folder:
+            return _train(config, started, folder, device, ranks, commit)
+
+
+def _train(
+    config: DictConfig, started: _Progress, folder: Path, device: torch.device, ranks: Ranks, commit: str | None
+) -> dict[str, Any]:
     plain = _resolved(config)
-    device = choose_device(config.device)
+    if not ranks.first:
+        plain["logger"]["mode"] = "disabled"
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
@@ -41,14 +54,17 @@ def run(config: DictConfig) -> dict[str, Any]:
             f"batch_size={config.batch_size} is larger than the {len(images.train_labels)} training images"
         )
 
+    if config.batch_size % ranks.count:
+        raise ValueError(f"batch_size={config.batch_size} cannot be shared by {ranks.count} ranks alike")
+
     model = build_model(config, images).to(device)
     layers = find_synapses(model)[:-1]  # now, before an optimizer freezes any; the readout is no matter
-    optimizer = build_optimizer(config, model)
+    optimizer = build_optimizer(config, model, ranks.group)
+    splits = isinstance(optimizer, bioopt.SynapticRule | bioopt.RewardHebbian)  # the others need all of a batch
     plastic = plastic_epochs(config, model, optimizer)
     total = plastic * images.batches(config.batch_size)
     phase = Phase(model, optimizer, build_schedule(config.schedule, optimizer, total), images, config.batch_size)
     warn_of_long_sweeps(optimizer, images.batches(config.batch_size), plastic)
-    started = _Progress.load(folder, device)
     if started.epoch:
         model.load_state_dict(started.model)
         if started.epoch <= plastic:
@@ -99,6 +115,8 @@ def run(config: DictConfig) -> dict[str, Any]:
             batches = phase.source.training_batches(phase.batch_size, config.seed, epoch, augment)
             count = phase.source.batches(phase.batch_size)
             for inputs, labels in log.batches(batches, count, epoch):
+                if splits and phase.module is model:
+                    inputs, labels = ranks.share(inputs), ranks.share(labels)
                 if isinstance(phase.optimizer, bioopt.SynapticRule):
                     phase.optimizer.target = labels  # of readout=teacher
                 try:
@@ -249,14 +267,20 @@ def build_model(config: DictConfig, images: data.Images) -> nn.Module:
     return model.to(memory_format=torch.channels_last)  # half the time
 
 
-def build_optimizer(config: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(
+    config: DictConfig, model: nn.Module, group: dist.ProcessGroup | None = None
+) -> torch.optim.Optimizer:
     """The optimizer of ``optimizer=``: rules get the model, plain torch optimizers its parameters."""
     options = {k: v for k, v in config.optimizer.items() if k not in ("name", "per_data", "per_model", "schedule")}
     make = instantiate(options, _partial_=True, _convert_="all")
     parts = OmegaConf.to_container(config.optimizer.get("per_model", {}).get(config.model.name, OmegaConf.create()))
     try:
         plain = isinstance(make.func, type) and not issubclass(make.func, bioopt.LearningRule)
-        optimizer: torch.optim.Optimizer = make(model.parameters() if plain else groups(model, parts))
+        rule = isinstance(make.func, type) and issubclass(make.func, bioopt.LearningRule)
+        if group is not None and not rule:
+            raise ValueError("it does not speak to other ranks; run it without torchrun")
+        together = {"process_group": group} if group is not None else {}
+        optimizer: torch.optim.Optimizer = make(model.parameters() if plain else groups(model, parts), **together)
     except (TypeError, ValueError) as error:
         raise ValueError(f"optimizer={config.optimizer.name}: {error}") from error
     return optimizer

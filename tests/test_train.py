@@ -314,3 +314,32 @@ def test_amp(tmp_path: Path) -> None:
 def test_on_a_gpu(optimizer: str, tmp_path: Path) -> None:
     summary = run(config(*tiny(optimizer), "device=cuda", f"run_dir={tmp_path / 'run'}"))
     assert "cpu" not in summary["device"]
+
+
+@pytest.mark.parametrize("optimizer", ["weight_perturbation", "hebbian"])
+def test_torchrun_spreads_a_run_over_processes(optimizer: str, tmp_path: Path) -> None:
+    own = ["optimizer.population=3"] if optimizer == "weight_perturbation" else ["optimizer.lr=0.01"]
+    common = [f"optimizer={optimizer}", *own, "model=mlp", "epochs=2", "batch_size=256", "threads=1"]
+    common.append("logger.mode=disabled")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*torchrun, str(ROOT / "train.py"), *common, "run_dir=two"], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("test accuracy") == 3  # two epochs and the end: the first rank alone speaks
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["two"]
+    run(config(*common, f"run_dir={tmp_path / 'one'}"))
+    two, one = (torch.load(tmp_path / n / "checkpoint.pt", weights_only=True)["model"] for n in ("two", "one"))
+    for name in one:
+        if optimizer == "hebbian":  # sums over ranks are not in the order of sums over the batch
+            torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-5)
+        else:
+            assert torch.equal(two[name], one[name]), name
+    if optimizer == "hebbian":
+        failed = subprocess.run(
+            [*torchrun, str(ROOT / "train.py"), "optimizer=sgd", "run_dir=sgd", "logger.mode=disabled"], cwd=tmp_path,
+            capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        assert failed.returncode != 0
+        assert "error: optimizer=sgd: it does not speak to other ranks; run it without torchrun" in failed.stderr

@@ -1,0 +1,70 @@
+"""Several processes of one run, as `torchrun` starts them: who this one is, and what it leaves to the first."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class Ranks:
+    """One process among those of its run; alone, where `torchrun` did not start it.
+
+    The first rank alone prints and keeps the run's folder. The others do the same work on a folder of their own that
+    is thrown away, so that nothing else needs to know of ranks.
+    """
+
+    def __init__(self) -> None:
+        self.rank = int(os.environ.get("RANK", 0))
+        self.count = int(os.environ.get("WORLD_SIZE", 1))
+        self.first = self.rank == 0
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """What a rule takes as ``process_group``."""
+        return dist.group.WORLD if self.count > 1 else None
+
+    @contextlib.contextmanager
+    def joined(self, device: str) -> Iterator[torch.device]:
+        """Join the others, by NCCL where each has a GPU, else by gloo; gives the device of this process."""
+        if self.count == 1:
+            yield torch.device(device)
+            return
+        local = torch.device(device, int(os.environ["LOCAL_RANK"])) if device == "cuda" else torch.device(device)
+        if local.type == "cuda":
+            torch.cuda.set_device(local)
+        dist.init_process_group("nccl" if local.type == "cuda" else "gloo")
+        quiet = contextlib.nullcontext() if self.first else contextlib.redirect_stdout(io.StringIO())
+        try:
+            with quiet:
+                yield local
+        finally:
+            dist.destroy_process_group()
+
+    def from_first(self, value: Any) -> Any:
+        """What the first rank has."""
+        if self.count == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box)
+        return box[0]
+
+    @contextlib.contextmanager
+    def folder(self, folder: Path) -> Iterator[Path]:
+        """Where to write: the run's folder, or one that nobody keeps."""
+        if self.first:
+            yield folder
+            return
+        with tempfile.TemporaryDirectory() as scratch:
+            yield Path(scratch)
+
+    def share(self, batch: torch.Tensor) -> torch.Tensor:
+        """The share of a batch that falls to this rank."""
+        return batch[self.rank :: self.count]
