@@ -91,7 +91,7 @@ class Images:
         """Training batches an epoch."""
         return len(self.train_labels) // batch_size
 
-    def test_batches(self, batch_size: int = 1000) -> Iterator[tuple[Tensor, Tensor]]:
+    def test_batches(self, batch_size: int = 250) -> Iterator[tuple[Tensor, Tensor]]:
         """The test set in order."""
         for images, labels in zip(
             *(torch.split(t, batch_size) for t in (self.test_images, self.test_labels)), strict=True
@@ -117,7 +117,7 @@ class Features:
         bytes_each = self._test[0][0].numel() * self._test[0].element_size()
         if augment == Augment() and bytes_each * len(images.train_labels) <= self.KEPT_BYTES:
             self._train = self._test[0].new_empty(len(images.train_labels), *self._test[0].shape[1:])
-            for kept, part in zip(torch.split(self._train, 500), torch.split(images.train_images, 500), strict=True):
+            for kept, part in zip(torch.split(self._train, 250), torch.split(images.train_images, 250), strict=True):
                 kept.copy_(trunk(images.prepare(part)))
 
     @property

@@ -26,8 +26,12 @@ def compete(u: Tensor, synapse: Synapse, outcome: Callable[[Tensor, int], Tensor
 
 
 def softmax_(strength: Tensor, dim: int) -> Tensor:
-    """The softmax along a dimension, in place: the largest tensors of a step need no second copy."""
-    strength.sub_(strength.amax(dim, keepdim=True)).exp_()
+    """The softmax along a dimension, in place: the largest tensors of a step need no second copy.
+
+    No share is below exp(-80), which is nothing beside 1: the numbers below that single precision can only just hold
+    (from exp(-87) on) take processors some twenty times as long.
+    """
+    strength.sub_(strength.amax(dim, keepdim=True)).clamp_(min=-80).exp_()
     return strength.div_(strength.sum(dim, keepdim=True))
 
 
