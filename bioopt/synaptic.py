@@ -386,7 +386,8 @@ def _product_of_patches(weight: Tensor, u: Tensor, s: Tensor) -> Tensor:
     width = weight[0].numel()
     few_told = s.count_nonzero() * 16 <= s.numel()  # measured: then a sparse product pays
     # So many samples at a time that their patches fit into the cache, and are small beside what they add up to.
-    step = max(1, min(2_000_000, max(100_000, weight.numel() // 4)) // (width * s[0, 0].numel()))
+    most = weight.numel() // 2 if few_told else min(2_000_000, weight.numel() // 4)
+    step = max(1, max(100_000, most) // (width * s[0, 0].numel()))
     total = u.new_zeros(outputs, width)
     for few, told in zip(torch.split(x, step), torch.split(s.permute(0, 2, 3, 1), step), strict=True):
         patches = F.pad(few, pad).permute(0, 2, 3, 1)
@@ -397,7 +398,7 @@ def _product_of_patches(weight: Tensor, u: Tensor, s: Tensor) -> Tensor:
         rows = patches.permute(0, 1, 2, 4, 5, 3).reshape(-1, width)
         told = told.reshape(-1, outputs)
         if few_told:
-            _add_sparse_product(total, told.T, rows)
+            _add_sparse_product(total, told, rows)
         else:
             total.addmm_(told.T, rows)
         del patches, rows  # before the next
@@ -405,12 +406,19 @@ def _product_of_patches(weight: Tensor, u: Tensor, s: Tensor) -> Tensor:
 
 
 def _add_sparse_product(total: Tensor, s: Tensor, rows: Tensor) -> None:
-    """``total += s @ rows`` for an ``s`` that is nearly all zeros: each neuron is a bag of the few events it learns."""
-    few = max(1, len(s) // 4)  # neurons at a time, whose products are small beside the total
-    for part, told in zip(torch.split(total, few), torch.split(s, few), strict=True):
-        neuron, event = told.nonzero(as_tuple=True)
-        first = torch.searchsorted(neuron, torch.arange(len(told), device=s.device))
-        part += F.embedding_bag(event, rows, first, mode="sum", per_sample_weights=told[neuron, event])
+    """``total += sᵀ @ rows``, where ``s`` is nearly all zeros: each neuron is a bag of the few events it learns."""
+    event, neuron = s.nonzero(as_tuple=True)
+    told = s[event, neuron]
+    neuron, order = neuron.sort()
+    event, told = event[order], told[order]
+    first = torch.searchsorted(neuron, torch.arange(len(total) + 1, device=s.device))
+    few = max(1, len(total) // 4)  # neurons at a time, whose products are small beside the total
+    for start in range(0, len(total), few):
+        bags = first[start : start + few + 1]
+        inside = slice(int(bags[0]), int(bags[-1]))
+        total[start : start + few] += F.embedding_bag(
+            event[inside], rows, bags[:-1] - bags[0], mode="sum", per_sample_weights=told[inside]
+        )
 
 
 def backward_where_missing(losses: Tensor, params: list[Tensor]) -> None:

@@ -160,18 +160,18 @@ def _shares(strength: Tensor, dim: int, group: dict[str, Any]) -> Tensor:
         others = max(strength.shape[dim] - 1, 1)
         return shares if not group["losers"] else shares.sub_((1 - shares) * (group["losers"] / others))
     if kind == "k":
-        return _among_strongest(strength, dim, group["k"], group["losers"])
+        return _among_strongest(strength, dim, group["k"], 1.0, group["losers"])
     shares = softmax_(strength, dim)
     return _negate_losers(shares, dim, group["losers"]) if group["losers"] else shares
 
 
-def _among_strongest(strength: Tensor, dim: int, k: int, losers: float) -> Tensor:
-    """The softmax of the ``k`` strongest alone, in the memory of ``strength``; all but the first times ``-losers``."""
+def _among_strongest(strength: Tensor, dim: int, k: int, temperature: float, losers: float) -> Tensor:
+    """The softmax of the ``k`` strongest alone, times an inverse temperature; all but the first times ``-losers``."""
     strongest, which = strength.topk(k, dim)
-    shares = softmax_(strongest, dim)
+    shares = softmax_(strongest.mul_(temperature), dim)
     if losers:
         shares.narrow(dim, 1, k - 1).mul_(-losers)
-    return strength.zero_().scatter_(dim, which, shares)
+    return torch.zeros_like(strength).scatter_(dim, which, shares)
 
 
 def _negate_losers(shares: Tensor, dim: int, strength: float) -> Tensor:
@@ -241,10 +241,9 @@ class SoftHebb(SynapticRule):
         """``y``."""
 
         def outcome(pooled: Tensor, dim: int) -> Tensor:
-            strength = pooled * group["inverse_temperature"]
             if group["k"] is None:
-                return _negate_losers(softmax_(strength, dim), dim, 1.0)
-            return _among_strongest(strength, dim, group["k"], losers=1.0)
+                return _negate_losers(softmax_(pooled * group["inverse_temperature"], dim), dim, 1.0)
+            return _among_strongest(pooled, dim, group["k"], group["inverse_temperature"], losers=1.0)
 
         return compete(u, synapse, outcome)
 
