@@ -51,6 +51,7 @@ def record(name: str, runs: list[Path]) -> None:
     result = {
         "data": first["data"],
         "model": first["model"],
+        "model_options": {k: v for k, v in changes(configs[0])[1].items() if k.startswith("model.")},
         "optimizer": first["optimizer"],
         "seeds": [summary["seed"] for summary in summaries],
         "test_accuracy": accuracies,
@@ -71,15 +72,21 @@ def record(name: str, runs: list[Path]) -> None:
             shutil.copy(runs[0] / picture, folder / picture)
 
 
-def command(config: dict[str, Any], seeds: list[int]) -> str:
-    """What to type for the same runs: the choices, and all that differs from their defaults."""
+def changes(config: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    """The choices of a run, and all that differs from their defaults."""
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
     choices = [f"{group}={config[group]['name']}" for group in ("optimizer", "model", "data")]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         plain = OmegaConf.to_container(compose("config", choices), resolve=True)
-    changed = [f"{key}={value}".replace(" ", "") for key, value in sorted(differences(config, plain).items())]
+    return choices, dict(sorted(differences(config, plain).items()))
+
+
+def command(config: dict[str, Any], seeds: list[int]) -> str:
+    """What to type for the same runs."""
+    choices, different = changes(config)
+    changed = [f"{key}={value}".replace(" ", "") for key, value in different.items()]
     many = len(seeds) > 1
     seed = "seed=" + ",".join(map(str, seeds))
     return shlex.join(["python", "train.py", *(["-m"] if many else []), *choices, *changed, seed])
@@ -117,7 +124,7 @@ def tables() -> str:
         text += ["|---|---|---:|---:|---:|---:|---:|---:|"]
         for result in sorted((r for r in results if r["data"] == data), key=lambda r: (r["model"], -r["mean"])):
             text += [
-                f"| {result['model']} | {result['optimizer']} | {percent(result['mean'], result['ci95'])} "
+                f"| {network(result)} | {result['optimizer']} | {percent(result['mean'], result['ci95'])} "
                 f"| {len(result['seeds'])} | {to_random(result, results)} | {result['epochs']} "
                 f"| {result['forward_passes']:,} | {result['seconds']:.0f} |"
             ]
@@ -126,10 +133,16 @@ def tables() -> str:
     return "\n".join(text) + "\n"
 
 
+def network(result: dict[str, Any]) -> str:
+    """The model and what was chosen of it."""
+    options = [f"{key.removeprefix('model.')}={value}" for key, value in result.get("model_options", {}).items()]
+    return ", ".join([result["model"], *options])
+
+
 def to_random(result: dict[str, Any], results: list[dict[str, Any]]) -> str:
     """The paired difference to the random trunk, on the seeds and epochs that both have."""
     for other in results:
-        same = all(other[key] == result[key] for key in ("data", "model", "epochs"))
+        same = all(other.get(key) == result.get(key) for key in ("data", "model", "model_options", "epochs"))
         if other["optimizer"] == "random_trunk" and same and other is not result:
             theirs = dict(zip(other["seeds"], other["test_accuracy"], strict=True))
             pairs = zip(result["seeds"], result["test_accuracy"], strict=True)
