@@ -14,6 +14,7 @@ Each is a `torch.optim.Optimizer` that trains an unmodified `torch.nn.Module` by
     loss = optimizer.step(closure)
 """
 
+from .diagnosis import diagnose
 from .hebbian import BCM, AntiHebbian, Hebbian, KrotovHopfield, Oja, RewardHebbian, Sanger, SoftHebb
 from .mixed import Mixed
 from .optimizer import LearningRule
@@ -42,5 +43,6 @@ __all__ = [
     "Synapse",
     "SynapticRule",
     "WeightPerturbation",
+    "diagnose",
     "register_synapse",
 ]

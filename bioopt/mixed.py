@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .optimizer import Closure, LearningRule, Probe, require_finite, unhooked_step
-from .synaptic import SynapticRule, backward_where_missing
+from .optimizer import Closure, LearningRule, Probe, backward_where_missing, require_finite, unhooked_step
+from .synaptic import SynapticRule
 
 __all__ = ["Mixed"]
 

@@ -230,19 +230,10 @@ class LearningRule(Optimizer, ABC):
             model: whose names to use and whose parameters to list; by default those that the rule was given.
         """
         labels: dict[Tensor, str] = {}
-        names: dict[Tensor, str] = {}
-        for i, group in enumerate(self.param_groups):
+        for group in self.param_groups:
             label = type(self).__name__ + (f" readout ({group['readout']})" if group.get("readout") else "")
-            for j, p in enumerate(group["params"]):
-                labels[p] = label if p.requires_grad else "frozen"
-                names[p] = group["param_names"][j] if "param_names" in group else f"group{i}.params[{j}]"
-        if model is not None:
-            names = {p: name for name, p in model.named_parameters()}
-        elif self._modules:
-            many = len({id(m) for _, m in self._modules}) > 1
-            for i, (prefix, module) in enumerate(self._modules):
-                for name, p in module.named_parameters(f"group{i}" if many and not prefix else prefix):
-                    names[p] = name
+            labels |= {p: label if p.requires_grad else "frozen" for p in group["params"]}
+        names = self._names() if model is None else {p: name for name, p in model.named_parameters()}
         return {name: labels.get(p, "frozen") for p, name in names.items()}
 
     def close(self) -> None:
@@ -256,6 +247,18 @@ class LearningRule(Optimizer, ABC):
         )
 
     # -- for rules ----------------------------------------------------------------------------------------------
+
+    def _names(self) -> dict[Tensor, str]:
+        """The name of each parameter that the rule was given, or that lies in a module which it was given."""
+        names: dict[Tensor, str] = {}
+        for i, group in enumerate(self.param_groups):
+            for j, p in enumerate(group["params"]):
+                names[p] = group["param_names"][j] if "param_names" in group else f"group{i}.params[{j}]"
+        many = len({id(m) for _, m in self._modules}) > 1
+        for i, (prefix, module) in enumerate(self._modules):
+            inside = module.named_parameters(f"group{i}" if many and not prefix else prefix)
+            names |= {p: name for name, p in inside}
+        return names
 
     def _trained(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -350,6 +353,11 @@ class Probe:
         """Evaluate once: the value, and its derivative along the tangents of the forward-mode level that is open."""
         value, tangent = forward_ad.unpack_dual(self._evaluate(False))
         return value.detach(), None if tangent is None else tangent.detach()
+
+    @property
+    def count(self) -> int:
+        """How often the closure has been evaluated since the start."""
+        return self._count
 
     def restart(self) -> None:
         """Begin again, as if nothing had been evaluated."""
@@ -448,6 +456,14 @@ def _largest(optimizer: Optimizer) -> str:
         ]
     norm, name, lr = max(found, key=lambda entry: (not math.isfinite(entry[0]), entry[0]))
     return f"The largest weights are '{name}', of norm {norm:.3g} with lr={lr:g}: try lr={lr / 10:g}"
+
+
+def backward_where_missing(losses: Tensor, params: list[Tensor]) -> None:
+    """Send the mean loss backward, if the closure has not done so itself."""
+    if losses.requires_grad and all(p.grad is None for p in params):
+        # No graph leads there when the closure's own backward freed it; then a gradient has arrived.
+        with torch.enable_grad():
+            torch.autograd.backward(losses.mean(), inputs=[p for p in params if p.requires_grad])
 
 
 def mean_over_samples(losses: Tensor) -> Tensor:

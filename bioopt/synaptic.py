@@ -20,6 +20,7 @@ from .optimizer import (
     Probe,
     ProcessGroup,
     _outside,
+    backward_where_missing,
     groups_of,
     named_modules_of,
     no_plastic_layer,
@@ -419,14 +420,6 @@ def _add_sparse_product(total: Tensor, s: Tensor, rows: Tensor) -> None:
         total[start : start + few] += F.embedding_bag(
             event[inside], rows, bags[:-1] - bags[0], mode="sum", per_sample_weights=told[inside]
         )
-
-
-def backward_where_missing(losses: Tensor, params: list[Tensor]) -> None:
-    """Send the mean loss backward, if the closure has not done so itself."""
-    if losses.requires_grad and all(p.grad is None for p in params):
-        # No graph leads there when the closure's own backward freed it; then a gradient has arrived.
-        with torch.enable_grad():
-            torch.autograd.backward(losses.mean(), inputs=[p for p in params if p.requires_grad])
 
 
 def _choose_readout(rule: str, synapses: list[Synapse], wanted: str | nn.Module | None) -> Synapse:

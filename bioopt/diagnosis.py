@@ -1,0 +1,99 @@
+"""`diagnose`: how good a rule's updates are, measured against the gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from .optimizer import Closure, LearningRule, Probe, backward_where_missing
+
+__all__ = ["diagnose"]
+
+_T = TypeVar("_T")
+
+
+def diagnose(optimizer: LearningRule, closure: Closure, samples: int = 4) -> dict[str, dict[str, float]]:
+    """Compare the updates that would come next with the gradient of the mean loss. Nothing is changed by it.
+
+    Makes the ``samples`` updates that the next steps would make if none of them were taken, and one backward pass
+    through the whole network. (What the closure's own ``backward()`` adds to the ``.grad`` of parameters that are
+    not the rule's stays there, as after any call of it.)
+
+    Args:
+        optimizer: a rule.
+        closure: as of `LearningRule.step`; it must return a tensor.
+        samples: how many updates, at least 2.
+
+    Returns:
+        For each parameter by its name, and for all of them together as ``"all"``:
+
+        - ``"cosine"``: of the angle between ``.grad`` and the gradient, mean over the updates;
+        - ``"signal_to_noise"``: squared length of the updates' mean over their variance, corrected for their number;
+          infinite for a rule without noise;
+        - ``"forward_passes"``: evaluations of the closure that one update takes (``"all"`` only).
+
+    Raises:
+        ValueError: fewer than 2 samples.
+        RuntimeError: a loss without a graph, or what a step would raise.
+    """
+    if not isinstance(samples, int) or samples < 2:
+        raise ValueError(f"diagnose: samples={samples!r} must be an integer >= 2")
+    params = [p for p in optimizer._trained() if p.requires_grad]
+    grads, own_state = {p: p.grad for p in optimizer._trained()}, optimizer._own_state
+    evaluations = 0
+
+    def evaluated(what: Callable[[Probe], _T]) -> _T:
+        """From the same random state each time, and without a trace."""
+        nonlocal evaluations
+        with torch.random.fork_rng(sorted({p.device.index for p in params if p.device.type == "cuda"})):
+            probe = Probe(closure, params, optimizer._closure_needs_grad, optimizer._norms)
+            try:
+                return probe.run(type(optimizer).__name__, what)
+            finally:
+                evaluations = probe.count
+                probe.restart()
+
+    def gradient(probe: Probe) -> dict[Tensor, Tensor]:
+        for p in params:
+            p.grad = None
+        with optimizer._recorder.visiting(None):
+            losses = probe(grad=True)
+        backward_where_missing(losses, params)
+        if all(p.grad is None for p in params):
+            raise RuntimeError("diagnose needs a closure that returns the loss as a tensor with its graph")
+        return {p: torch.zeros_like(p) if p.grad is None else p.grad for p in params}
+
+    updates: list[dict[Tensor, Tensor]] = []
+    try:
+        with torch.no_grad():
+            true = evaluated(gradient)
+            for _ in range(samples):
+                _, made, optimizer._own_state = evaluated(optimizer._estimate)
+                optimizer._recorder.reset()
+                updates.append({p: made.get(p, torch.zeros_like(p)) for p in params})
+    finally:
+        optimizer._recorder.reset()
+        optimizer._own_state = own_state
+        for p, grad in grads.items():
+            p.grad = grad
+    names = optimizer._names()
+    found = {names[p]: _compare(true[p].flatten(), [u[p].flatten() for u in updates]) for p in params}
+    together = [torch.cat([u[p].flatten() for p in params]) for u in updates]
+    found["all"] = _compare(torch.cat([true[p].flatten() for p in params]), together)
+    found["all"]["forward_passes"] = evaluations
+    return found
+
+
+def _compare(true: Tensor, updates: list[Tensor]) -> dict[str, float]:
+    stacked = torch.stack(updates).double()
+    mean = stacked.mean(0)
+    variance = (stacked - mean).square().sum().item() / (len(updates) - 1)
+    signal = max(mean.square().sum().item() - variance / len(updates), 0.0)
+    return {
+        "cosine": torch.nn.functional.cosine_similarity(stacked, true.double(), dim=1).mean().item(),
+        "signal_to_noise": signal / variance if variance else math.inf,
+    }

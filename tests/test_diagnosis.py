@@ -1,0 +1,95 @@
+"""`diagnose`: measured qualities of estimates against the theory, and nothing left behind."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import bioopt
+
+from .rules import RULES, batch, cnn, make, mlp, options_of, ordinary, per_sample, same, steps, weights
+
+
+@pytest.mark.parametrize("form", [per_sample, ordinary])
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+@pytest.mark.filterwarnings("ignore:.*needs no backward pass")
+def test_a_diagnosis_changes_nothing(rule: type, form) -> None:
+    model, twin = cnn(), cnn()
+    optimizer, other = make(rule, model), make(rule, twin)
+    for o, m in ((optimizer, model), (other, twin)):
+        torch.manual_seed(0)
+        steps(o, m, 1)
+    before = [weights(model), [b.clone() for b in model.buffers()], copy.deepcopy(optimizer.state_dict()["state"])]
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    random = torch.get_rng_state()
+    found = bioopt.diagnose(optimizer, form(optimizer, model, *batch()), samples=2)
+    assert same(before[0], weights(model))
+    assert same(before[1], list(model.buffers()))
+    assert str(optimizer.state_dict()["state"]) == str(before[2])
+    assert all(
+        p.grad is g for p, g in zip((p for g in optimizer.param_groups for p in g["params"]), grads, strict=True)
+    )
+    assert torch.equal(torch.get_rng_state(), random)
+    assert {"all"} < found.keys() <= {"all", *dict(model.named_parameters())}
+    assert found["all"]["forward_passes"] >= 1
+    assert all(-1 - 1e-9 <= value["cosine"] <= 1 + 1e-9 for value in found.values())
+    steps(optimizer, model, 1, first=1)
+    torch.set_rng_state(random)
+    steps(other, twin, 1, first=1)
+    assert same(weights(model), weights(twin))
+
+
+def few(hidden: int) -> tuple[nn.Module, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    model = mlp(sizes=(4, hidden, 3))
+    x = torch.randn(12, 4, dtype=torch.float64, generator=generator)
+    return model, x, torch.randint(3, (12,), generator=generator)
+
+
+def diagnosed(rule: type, hidden: int, samples: int, **options) -> dict[str, float]:
+    model, x, y = few(hidden)
+    optimizer = make(rule, model, **options_of(rule, sigma=1e-4), **options)
+    return bioopt.diagnose(optimizer, lambda: F.cross_entropy(model(x), y, reduction="none"), samples)["all"]
+
+
+@pytest.mark.parametrize("rule", [bioopt.WeightPerturbation, bioopt.ForwardGradient])
+def test_the_variance_of_directions_grows_with_the_number_of_weights(rule: type) -> None:
+    """E|g - ĝ|² = (n + 1) |g|² for one direction in n dimensions."""
+    for hidden in (4, 32):
+        n = 4 * hidden + hidden + 3 * hidden + 3
+        found = diagnosed(rule, hidden, 600)
+        assert 0.6 < found["signal_to_noise"] * (n + 1) < 1.6
+        assert 0.6 < found["cosine"] * math.sqrt(n * math.pi / 2) < 1.6
+
+
+@pytest.mark.parametrize("rule", [bioopt.NodePerturbation, bioopt.ForwardGradient])
+def test_the_variance_of_noisy_activity_grows_with_the_number_of_neurons_alone(rule: type) -> None:
+    """One sample has as many dimensions as there are neurons, whatever the number of their inputs."""
+    for inputs, neurons in ((4, 8), (4, 64), (300, 8)):
+        torch.manual_seed(0)
+        model, told = nn.Linear(inputs, neurons).double(), torch.randn(neurons, dtype=torch.float64)
+        x = torch.randn(1, inputs, dtype=torch.float64)
+        optimizer = make(rule, model, **options_of(rule, sigma=1e-5, space="activities"))
+        found = bioopt.diagnose(optimizer, lambda model=model, x=x, told=told: (model(x) * told).sum(1), 600)
+        assert 0.6 < found["all"]["signal_to_noise"] * (neurons + 1) < 1.6
+
+
+def test_a_rule_without_noise_has_none() -> None:
+    found = diagnosed(bioopt.SerialPerturbation, 4, 2, coordinates=35)
+    assert found["cosine"] == pytest.approx(1)
+    assert found["signal_to_noise"] > 1e9
+    assert found["forward_passes"] == 70
+
+
+def test_what_cannot_be_diagnosed_is_explained() -> None:
+    model, x, y = few(4)
+    optimizer = bioopt.WeightPerturbation(model, 0.1, sigma=0.1)
+    with pytest.raises(ValueError, match="samples=1 must be an integer >= 2"):
+        bioopt.diagnose(optimizer, lambda: F.cross_entropy(model(x), y), samples=1)
+    with pytest.raises(RuntimeError, match="returns the loss as a tensor with its graph"):
+        bioopt.diagnose(optimizer, lambda: F.cross_entropy(model(x), y).item())
