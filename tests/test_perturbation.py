@@ -296,7 +296,7 @@ def test_one_sided_serial_perturbation_measures_each_change_from_the_clean_loss(
 
     got = flat(estimate(optimizer, model, closure))
     torch.testing.assert_close(got, torch.tensor(wanted, dtype=torch.float64), rtol=1e-9, atol=1e-12)
-    assert calls == 60
+    assert calls == 60 + 2  # at the first step it is seen whether the closure is repeatable
 
 
 def test_serial_perturbation_visits_each_weight_once_a_sweep() -> None:
@@ -456,6 +456,26 @@ def test_credit_that_cannot_be_given_is_explained() -> None:
     optimizer.step(lambda: closure().mean())  # a scalar loss is global by itself
     with pytest.raises(ValueError, match="credit='other' must be 'sample' or 'global'"):
         bioopt.NodePerturbation(model, 0.1, sigma=0.1, credit="other")
+
+
+@pytest.mark.parametrize(
+    "rule", [bioopt.WeightPerturbation, bioopt.SerialPerturbation, bioopt.HillClimbing, bioopt.NodePerturbation]
+)
+def test_a_closure_that_is_not_repeatable_is_found_at_the_first_step(rule: type) -> None:
+    model, batches = mlp(), iter(range(100))
+
+    def closure() -> Tensor:
+        return F.cross_entropy(model(X + next(batches)), Y, reduction="none")
+
+    optimizer, before = make(rule, model), weights(model)
+    with pytest.raises(
+        RuntimeError, match=rf"{rule.__name__} compares losses, .* not repeatable.*Draw the batch before"
+    ):
+        optimizer.step(closure)
+    assert same(before, weights(model))
+    dropout = nn.Sequential(nn.Dropout(0.5), model)  # random, but from the same state each time
+    optimizer.step(lambda: F.cross_entropy(dropout(X), Y, reduction="none"))
+    optimizer.step(closure)  # looked for at the first step alone
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -36,7 +36,8 @@ class NodePerturbation(NoisyActivity):
     batch. The mean of :math:`-\Delta W` tends to the gradient of the mean loss as :math:`\sigma \to 0`; its variance
     grows with the number of neurons, not of weights.
 
-    Cost a step: ``1 + samples`` forward passes and one local product; memory: the clean pass's activities and one
+    Cost a step: ``1 + samples`` forward passes (two more at the very first, to see that the closure is repeatable) and
+    one local product; memory: the clean pass's activities and one
     noise of that size. Batch statistics advance once (in the clean pass), dropout masks are the same in all passes.
     Where samples of a batch influence each other (batch norm), ``"sample"`` leaves that influence out.
 
@@ -54,8 +55,8 @@ class NodePerturbation(NoisyActivity):
     Raises:
         ValueError: a hyperparameter out of range; a model without plastic layers, or with unknown ones.
         TypeError: bare parameters.
-        RuntimeError: a step without a closure; a layer whose first dimension is not the sample (with
-            ``credit="sample"``); a non-finite loss, after which nothing has changed.
+        RuntimeError: a step without a closure, or with one that is not repeatable; a layer whose first dimension is not
+            the sample (with ``credit="sample"``); a non-finite loss, after which nothing has changed.
 
     Sources: B. Widrow & M. Lehr (1990), *Madaline rule III*; J. Werfel, X. Xie & H. S. Seung (2005); with per-sample
     credit as in S. Dalm et al. (2023), *Effective learning with node perturbation in deep neural networks*.
@@ -91,8 +92,7 @@ class NodePerturbation(NoisyActivity):
     _select = NoisyActivity._select_synapses
 
     def _estimate(self, probe: Probe) -> Estimate:
-        for p in self._trained():
-            p.grad = None
+        self._begin(probe)
         records: list[tuple[Synapse, Tensor]] = []
         with self._recorder.visiting(lambda synapse, u: records.append((synapse, u))):
             clean = probe()

@@ -14,6 +14,7 @@ from ..optimizer import (
     SEED,
     LearningRule,
     Params,
+    Probe,
     ProcessGroup,
     mean_over_samples,
     named_parameters_of,
@@ -54,6 +55,23 @@ class Perturbation(LearningRule):
     def _plastic(self) -> list[tuple[Tensor, dict[str, Any]]]:
         """Parameters that are not frozen, each with its group."""
         return [(p, group) for group in self.param_groups for p in group["params"] if p.requires_grad]
+
+    def _begin(self, probe: Probe) -> None:
+        """Before the first evaluation of a step; at the very first step, a closure that cannot be compared is found."""
+        for p in self._trained():
+            p.grad = None
+        if self._own_state["step"]:
+            return
+        with self._recorder.visiting(lambda synapse, u: None):
+            one, two = probe(), probe()
+        probe.restart()
+        if one.shape != two.shape or not torch.allclose(one, two, rtol=1e-3, atol=1e-6, equal_nan=True):
+            raise RuntimeError(
+                f"{type(self).__name__} compares losses, but the closure is not repeatable: from one random state and "
+                f"the same weights it gave {one.float().mean().item():.6g} and {two.float().mean().item():.6g}. Draw "
+                "the batch before step(closure), not inside; take random numbers in the model from torch's global "
+                "generators"
+            )
 
     def _directions(
         self,

@@ -67,7 +67,8 @@ class WeightPerturbation(Perturbation):
     the 5th and 95th percentile first; ``"ranks"``, their ranks, spread evenly from -1/2 to 1/2. The step is then as
     long on a plateau as on a slope, and :math:`\hat g` no gradient any more; it wants a ``population`` of many.
 
-    Cost a step: ``2 population`` forward passes (``population + 1`` with ``antithetic=False``). Memory: one copy of
+    Cost a step: ``2 population`` forward passes (``population + 1`` with ``antithetic=False``), two more at the very
+    first, to see that the closure is repeatable. Memory: one copy of
     the weights, from which they are restored bit for bit and which then becomes ``.grad``; directions are drawn
     anew from their seed. Batch statistics advance once, dropout masks are the same in all evaluations.
 
@@ -85,8 +86,8 @@ class WeightPerturbation(Perturbation):
 
     Raises:
         ValueError: a hyperparameter out of range.
-        RuntimeError: a step without a closure; a non-finite loss, after which nothing has changed; ``sigma`` too
-            small to change any weight in its precision, at the first step.
+        RuntimeError: a step without a closure, or with one that is not repeatable; a non-finite loss, after which
+            nothing has changed; ``sigma`` too small to change any weight in its precision, at the first step.
 
     Sources: J. C. Spall (1992), *Multivariate stochastic approximation using a simultaneous perturbation gradient
     approximation*; with a population: I. Rechenberg (1973), T. Salimans et al. (2017), *Evolution strategies*;
@@ -132,8 +133,7 @@ class WeightPerturbation(Perturbation):
     def _estimate(self, probe: Probe) -> Estimate:
         plastic = self._plastic()
         params = [p for p, _ in plastic]
-        for p in params:
-            p.grad = None
+        self._begin(probe)
         mine, fill = self._share("population", self.population), FILL[self.distribution]
         clean = None if self.antithetic else probe()
         saved = [p.detach().clone() for p in params]
@@ -199,8 +199,8 @@ class SerialPerturbation(Perturbation):
     takes what is left. The position in the sweep is part of the state. A sweep over all weights measures the whole
     gradient, exact but for :math:`O(\sigma^2)` (:math:`O(\sigma)` with ``central=False``).
 
-    Cost a step: ``2 coordinates`` forward passes (``coordinates + 1`` with ``central=False``): the plainest of all
-    rules, and the slowest.
+    Cost a step: ``2 coordinates`` forward passes (``coordinates + 1`` with ``central=False``), two more at the very
+    first, to see that the closure is repeatable: the plainest of all rules, and the slowest.
 
     Args:
         params: parameters, named parameters, or the model: all that require grad are visited.
@@ -214,8 +214,8 @@ class SerialPerturbation(Perturbation):
 
     Raises:
         ValueError: a hyperparameter out of range.
-        RuntimeError: a step without a closure; a non-finite loss, after which nothing has changed; ``sigma`` too
-            small to change a weight in its precision.
+        RuntimeError: a step without a closure, or with one that is not repeatable; a non-finite loss, after which
+            nothing has changed; ``sigma`` too small to change a weight in its precision.
 
     Sources: M. Jabri & B. Flower (1992), *Weight perturbation*, IEEE Trans. Neural Networks 3; the serial form as
     in J. Werfel, X. Xie & H. S. Seung (2005), *Learning curves for stochastic gradient descent in linear
@@ -263,8 +263,7 @@ class SerialPerturbation(Perturbation):
 
     def _estimate(self, probe: Probe) -> Estimate:
         plastic = self._plastic()
-        for p, _ in plastic:
-            p.grad = None
+        self._begin(probe)
         ends = list(accumulate(p.numel() for p, _ in plastic))
         order, position = self._visits(ends[-1]), self._own_state["position"]
         visited = order[position : position + self.coordinates]
@@ -315,8 +314,9 @@ class HillClimbing(Perturbation):
     it uses one bit of what the loss tells, and none at all of a change for the worse. Both losses are those of one
     batch; small batches make it keep what only looks better.
 
-    Cost a step: ``1 + tries`` forward passes. Memory: one copy of the weights, from which they are restored bit for
-    bit. Batch statistics advance once, dropout masks are the same in all evaluations.
+    Cost a step: ``1 + tries`` forward passes, two more at the very first, to see that the closure is repeatable.
+    Memory: one copy of the weights, from which they are restored bit for bit. Batch statistics advance once, dropout
+    masks are the same in all evaluations.
 
     Args:
         params: parameters, named parameters, or the model: all that require grad are changed.
@@ -327,7 +327,8 @@ class HillClimbing(Perturbation):
 
     Raises:
         ValueError: a hyperparameter out of range.
-        RuntimeError: a step without a closure; a non-finite loss, after which nothing has changed.
+        RuntimeError: a step without a closure, or with one that is not repeatable; a non-finite loss, after which
+            nothing has changed.
 
     Sources: L. A. Rastrigin (1963), *The convergence of the random search method in the extremal control of a many
     parameter system*; several tries: H.-P. Schwefel (1965), *Kybernetische Evolution*.
@@ -351,8 +352,7 @@ class HillClimbing(Perturbation):
     def _estimate(self, probe: Probe) -> Estimate:
         plastic = self._plastic()
         params = [p for p, _ in plastic]
-        for p in params:
-            p.grad = None
+        self._begin(probe)
         mine = self._share("tries", self.tries)
         clean = probe()
         saved = [p.detach().clone() for p in params]
