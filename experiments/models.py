@@ -123,15 +123,16 @@ class Whiten(nn.Module):
         self.covariance: torch.Tensor
         self.filter: torch.Tensor
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("covariance", torch.zeros(2 * (channels * size**2,)))
-        identity = torch.eye(channels * size**2).view(2 * (channels, size, size))
-        self.register_buffer("filter", identity[:, size // 2, size // 2].contiguous())
+        inputs = channels * size**2
+        self.register_buffer("covariance", torch.zeros(inputs, inputs))
+        self.register_buffer("filter", self._rows_of_centre(torch.eye(inputs)).clone())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images N×C×H×W of the same shape."""
         if self.training and self.seen < self.patches:
             self._learn(x)
-        return F.conv2d(F.pad(x, 4 * [self.size // 2], mode="reflect"), self.filter)
+        margin = self.size // 2
+        return F.conv2d(F.pad(x, [margin, margin, margin, margin], mode="reflect"), self.filter)
 
     @torch.no_grad()
     def _learn(self, x: torch.Tensor) -> None:
@@ -139,9 +140,12 @@ class Whiten(nn.Module):
         self.seen += len(patches)
         self.covariance += patches.T @ patches
         values, vectors = torch.linalg.eigh(self.covariance / self.seen)
-        zca = (vectors * (values + self.floor).rsqrt()) @ vectors.T
-        centre = self.size // 2
-        self.filter.copy_(zca.view(2 * (x.shape[1], self.size, self.size))[:, centre, centre])
+        self.filter.copy_(self._rows_of_centre((vectors * (values + self.floor).rsqrt()) @ vectors.T))
+
+    def _rows_of_centre(self, matrix: torch.Tensor) -> torch.Tensor:
+        """Of a matrix that maps patches to patches, what makes the pixel in their centre."""
+        size, centre = self.size, self.size // 2
+        return matrix.view(-1, size, size, len(matrix) // size**2, size, size)[:, centre, centre]
 
     def extra_repr(self) -> str:
         """Its options."""
