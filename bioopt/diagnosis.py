@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .optimizer import Closure, LearningRule, Probe, backward_where_missing
+from .synaptic import SynapticRule
 
 __all__ = ["diagnose"]
 
@@ -17,11 +18,11 @@ _T = TypeVar("_T")
 
 
 def diagnose(optimizer: LearningRule, closure: Closure, samples: int = 4) -> dict[str, dict[str, float]]:
-    """Compare the updates that would come next with the gradient of the mean loss. Nothing is changed by it.
+    """Compare the updates that would come next with the gradient of the mean loss, and change nothing by it.
 
     Makes the ``samples`` updates that the next steps would make if none of them were taken, and one backward pass
-    through the whole network. (What the closure's own ``backward()`` adds to the ``.grad`` of parameters that are
-    not the rule's stays there, as after any call of it.)
+    through the whole network. Batch statistics and the random state are put back. (What the closure's own
+    ``backward()`` adds to the ``.grad`` of parameters that are not the rule's stays there, as after any call of it.)
 
     Args:
         optimizer: a rule.
@@ -38,12 +39,16 @@ def diagnose(optimizer: LearningRule, closure: Closure, samples: int = 4) -> dic
 
     Raises:
         ValueError: fewer than 2 samples.
+        TypeError: what is not a single rule, `Mixed` for one: diagnose its members.
         RuntimeError: a loss without a graph, or what a step would raise.
     """
     if not isinstance(samples, int) or samples < 2:
         raise ValueError(f"diagnose: samples={samples!r} must be an integer >= 2")
+    if not isinstance(optimizer, LearningRule):
+        raise TypeError(f"diagnose takes a single rule, not {type(optimizer).__name__}; diagnose its members, if any")
     params = [p for p in optimizer._trained() if p.requires_grad]
     grads, own_state = {p: p.grad for p in optimizer._trained()}, optimizer._own_state
+    target = optimizer.target if isinstance(optimizer, SynapticRule) else None
     evaluations = 0
 
     def evaluated(what: Callable[[Probe], _T]) -> _T:
@@ -72,12 +77,16 @@ def diagnose(optimizer: LearningRule, closure: Closure, samples: int = 4) -> dic
         with torch.no_grad():
             true = evaluated(gradient)
             for _ in range(samples):
+                if isinstance(optimizer, SynapticRule):
+                    optimizer.target = target  # each step uses it up
                 _, made, optimizer._own_state = evaluated(optimizer._estimate)
                 optimizer._recorder.reset()
                 updates.append({p: made.get(p, torch.zeros_like(p)) for p in params})
     finally:
         optimizer._recorder.reset()
         optimizer._own_state = own_state
+        if isinstance(optimizer, SynapticRule):
+            optimizer.target = target
         for p, grad in grads.items():
             p.grad = grad
     names = optimizer._names()

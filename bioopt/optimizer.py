@@ -285,6 +285,8 @@ class LearningRule(Optimizer, ABC):
     def _own_state(self, state: dict[str, Any]) -> None:
         if state:
             self.state[RULE] = state  # type: ignore[index]
+        else:
+            self.state.pop(RULE, None)  # type: ignore[call-overload]
 
     def _write(self, grads: dict[Tensor, Tensor]) -> None:
         """Set ``.grad`` of all parameters of the rule, those without an estimate to ``None``."""
@@ -387,7 +389,9 @@ class Probe:
         if value is None:
             raise RuntimeError("the closure returned None; it must return the loss")
         self.returns_tensor = isinstance(value, Tensor)
-        return value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
+        if isinstance(value, Tensor):
+            return value
+        return torch.tensor(float(value), dtype=torch.float64, device=self._devices[0] if self._devices else "cpu")
 
     def run(self, rule: str, estimate: Callable[[Probe], _T]) -> _T:
         """Let a rule evaluate; once more with a graph, where an ordinary closure turns out to need one."""

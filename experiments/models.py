@@ -9,6 +9,8 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -84,7 +86,7 @@ class Power(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Of ``x``'s shape."""
-        if not x.requires_grad:
+        if not x.requires_grad and forward_ad.unpack_dual(x).tangent is None:
             return x.pow(self.power)
         # For gradients: the slope of a power below 1 is infinite at 0.
         return x.clamp(min=1e-6).pow(self.power) * (x > 0)
@@ -137,8 +139,12 @@ class Whiten(nn.Module):
     @torch.no_grad()
     def _learn(self, x: torch.Tensor) -> None:
         patches = F.unfold(x, self.size, stride=3).transpose(1, 2).flatten(0, 1)
-        self.seen += len(patches)
-        self.covariance += patches.T @ patches
+        new = patches.T @ patches, torch.tensor(len(patches), device=x.device)
+        if dist.is_initialized():
+            for sum_over_ranks in new:
+                dist.all_reduce(sum_over_ranks)
+        self.covariance += new[0]
+        self.seen += new[1]
         values, vectors = torch.linalg.eigh(self.covariance / self.seen)
         self.filter.copy_(self._rows_of_centre((vectors * (values + self.floor).rsqrt()) @ vectors.T))
 

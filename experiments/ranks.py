@@ -33,12 +33,17 @@ class Ranks:
 
     @contextlib.contextmanager
     def joined(self, device: str) -> Iterator[torch.device]:
-        """Join the others, by NCCL where each has a GPU, else by gloo; gives the device of this process."""
+        """Join the others, by NCCL with a GPU each, or on CPUs by gloo; gives the device of this process."""
         if self.count == 1:
             yield torch.device(device)
             return
         local = torch.device(device, int(os.environ["LOCAL_RANK"])) if device == "cuda" else torch.device(device)
         if local.type == "cuda":
+            if (have := torch.cuda.device_count()) <= (local.index or 0):
+                raise ValueError(
+                    f"device={device}: {os.environ.get('LOCAL_WORLD_SIZE')} ranks on this machine need a GPU each, and "
+                    f"it has {have}; start as many ranks, or use device=cpu"
+                )
             torch.cuda.set_device(local)
         dist.init_process_group("nccl" if local.type == "cuda" else "gloo")
         quiet = contextlib.nullcontext() if self.first else contextlib.redirect_stdout(io.StringIO())
@@ -55,6 +60,15 @@ class Ranks:
         box = [value]
         dist.broadcast_object_list(box)
         return box[0]
+
+    @contextlib.contextmanager
+    def first_alone(self) -> Iterator[None]:
+        """The first rank goes through this block before the others do."""
+        if not self.first:
+            self.from_first(None)
+        yield
+        if self.first:
+            self.from_first(None)
 
     @contextlib.contextmanager
     def folder(self, folder: Path) -> Iterator[Path]:

@@ -28,8 +28,11 @@ def run(config: DictConfig) -> dict[str, Any]:
     """Train as the configuration says, or go on with an interrupted run; returns the summary."""
     commit = _commit()  # now: the files may change under a long run
     ranks = Ranks()
+    resumed = None if config.resume is None else Path(config.resume)
+    if resumed is not None:
+        config = _saved(resumed)
     with ranks.joined(choose_device(config.device).type) as device:
-        config, shared = ranks.from_first(_open_folder(config) if ranks.first else None)
+        shared = resumed or ranks.from_first(_new_folder(config) if ranks.first else None)
         started = _Progress.load(shared, device)
         with ranks.folder(shared) as folder:
             return _train(config, started, folder, device, ranks, commit)
@@ -44,7 +47,8 @@ def _train(
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    images = data.load(config.data.name, config.data.root, device)
+    with ranks.first_alone():  # it may have to fetch the data
+        images = data.load(config.data.name, config.data.root, device)
     if config.data.validation:
         images = images.hold_out(config.data.validation)
         print(f"data.validation: 'test' below means the last {config.data.validation} training images", flush=True)
@@ -54,13 +58,12 @@ def _train(
             f"batch_size={config.batch_size} is larger than the {len(images.train_labels)} training images"
         )
 
-    if config.batch_size % ranks.count:
-        raise ValueError(f"batch_size={config.batch_size} cannot be shared by {ranks.count} ranks alike")
-
     model = build_model(config, images).to(device)
     layers = find_synapses(model)[:-1]  # now, before an optimizer freezes any; the readout is no matter
     optimizer = build_optimizer(config, model, ranks.group)
     splits = isinstance(optimizer, bioopt.SynapticRule | bioopt.RewardHebbian)  # the others need all of a batch
+    if splits and config.batch_size % ranks.count:
+        raise ValueError(f"batch_size={config.batch_size} cannot be shared by {ranks.count} ranks alike")
     plastic = plastic_epochs(config, model, optimizer)
     total = plastic * images.batches(config.batch_size)
     phase = Phase(model, optimizer, build_schedule(config.schedule, optimizer, total), images, config.batch_size)
@@ -102,6 +105,8 @@ def _train(
             begin = time.perf_counter()
             if epoch > plastic and phase.module is model:
                 close(optimizer)
+                if not ranks.first:
+                    return {}  # the readout is trained by one
                 features = data.Features(images, _frozen(split(model)[0], config.amp), augment)
                 phase = readout_phase(config, split(model)[1], features, config.epochs - plastic)
                 label = f"{type(phase.optimizer).__name__} on the frozen trunk"
@@ -280,7 +285,8 @@ def build_optimizer(
         if group is not None and not rule:
             raise ValueError("it does not speak to other ranks; run it without torchrun")
         together = {"process_group": group} if group is not None else {}
-        optimizer: torch.optim.Optimizer = make(model.parameters() if plain else groups(model, parts), **together)
+        given = groups(model, parts) if rule else model.parameters() if plain else model
+        optimizer: torch.optim.Optimizer = make(given, **together)
     except (TypeError, ValueError) as error:
         raise ValueError(f"optimizer={config.optimizer.name}: {error}") from error
     return optimizer
@@ -288,8 +294,13 @@ def build_optimizer(
 
 def groups(model: nn.Module, parts: Any) -> Any:
     """The model, or the groups for a rule that has options for some of its parts, by their names."""
+    parts = _flat(parts)
     if not parts:
         return model
+    present = dict(model.named_modules())
+    for name in parts:
+        if name not in present:
+            raise ValueError(f"per_model has options for '{name}', which is not a part of the model")
     rest = [
         (name, module)
         for name, module in model.named_modules()
@@ -300,6 +311,17 @@ def groups(model: nn.Module, parts: Any) -> Any:
         made.append({"params": rest})
     place = {name: i for i, (name, _) in enumerate(model.named_modules())}
     return sorted(made, key=lambda group: place[group["params"][-1][0]])  # the readout stays last
+
+
+def _flat(parts: Any, prefix: str = "") -> dict[str, dict[str, Any]]:
+    """``{"trunk": {"block1": {"lr": 1}}}`` as ``{"trunk.block1": {"lr": 1}}``."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, value in (parts or {}).items():
+        inside = {key: part for key, part in value.items() if isinstance(part, dict)}
+        found |= _flat(inside, f"{prefix}{name}.")
+        if len(inside) < len(value):
+            found[prefix + name] = {key: option for key, option in value.items() if key not in inside}
+    return found
 
 
 def build_schedule(
@@ -378,17 +400,19 @@ def warn_of_long_sweeps(optimizer: torch.optim.Optimizer, batches: int, epochs: 
             )
 
 
-def _open_folder(config: DictConfig) -> tuple[DictConfig, Path]:
-    """The run's folder and its configuration: a new one, or those of the run that is to go on."""
-    if config.resume is not None:
-        folder = Path(config.resume)
-        if not (folder / "config.yaml").exists():
-            raise ValueError(f"resume={config.resume} is not a run's folder: it has no config.yaml")
-        if (folder / "summary.json").exists():
-            raise ValueError(f"resume={config.resume} has finished: see its summary.json")
-        saved = OmegaConf.load(folder / "config.yaml")
-        assert isinstance(saved, DictConfig)
-        return saved, folder
+def _saved(folder: Path) -> DictConfig:
+    """The configuration of the run that is to go on."""
+    if not (folder / "config.yaml").exists():
+        raise ValueError(f"resume={folder} is not a run's folder: it has no config.yaml")
+    if (folder / "summary.json").exists():
+        raise ValueError(f"resume={folder} has finished: see its summary.json")
+    saved = OmegaConf.load(folder / "config.yaml")
+    assert isinstance(saved, DictConfig)
+    return saved
+
+
+def _new_folder(config: DictConfig) -> Path:
+    """A folder for a new run, with its configuration in it."""
     _check(config)
     wanted = Path(config.run_dir)
     for attempt in range(1, 1000):
@@ -401,7 +425,7 @@ def _open_folder(config: DictConfig) -> tuple[DictConfig, Path]:
         except OSError as error:
             raise ValueError(f"run_dir={config.run_dir} cannot be written: {error.strerror}") from None
     OmegaConf.save(OmegaConf.create(_resolved(config)), folder / "config.yaml")
-    return config, folder
+    return folder
 
 
 def _check(config: DictConfig) -> None:

@@ -23,7 +23,7 @@ from scipy.stats import t as student
 
 ROOT = Path(__file__).parent.parent
 RECORDS = ROOT / "experiments" / "records"
-DEFAULTS = {"device", "logger", "run_dir", "resume", "seed", "threads", "data"}
+ASIDE = {"device", "logger", "run_dir", "resume", "seed", "threads"}  # what a result does not depend on
 
 
 def interval(values: list[float]) -> float | None:
@@ -38,7 +38,7 @@ def record(name: str, runs: list[Path]) -> None:
     summaries = [json.loads((run / "summary.json").read_text()) for run in runs]
     configs = [yaml.safe_load((run / "config.yaml").read_text()) for run in runs]
     for config in configs:
-        for key in DEFAULTS - {"data"}:
+        for key in ASIDE:
             config.pop(key, None)
         config["data"].pop("root")
         config["optimizer"].pop("seed", None)
@@ -80,25 +80,29 @@ def changes(config: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
     choices = [f"{group}={config[group]['name']}" for group in ("optimizer", "model", "data")]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         plain = OmegaConf.to_container(compose("config", choices), resolve=True)
+    for one in (config, plain):
+        one["optimizer"].pop("per_data", None)  # what came of it is in epochs and the like
     return choices, dict(sorted(differences(config, plain).items()))
 
 
 def command(config: dict[str, Any], seeds: list[int]) -> str:
     """What to type for the same runs."""
     choices, different = changes(config)
-    changed = [f"{key}={value}".replace(" ", "") for key, value in different.items()]
+    changed = [f"{key}={'null' if value is None else value}".replace(" ", "") for key, value in different.items()]
     many = len(seeds) > 1
     seed = "seed=" + ",".join(map(str, seeds))
     return shlex.join(["python", "train.py", *(["-m"] if many else []), *choices, *changed, seed])
 
 
 def differences(config: dict[str, Any], plain: Any, prefix: str = "") -> dict[str, Any]:
-    """The leaves of a configuration that are not as in another one."""
+    """The leaves of a configuration that are not as in another one, with Hydra's ``+`` where that has none."""
     found: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, dict):
-            found |= differences(value, plain.get(key, {}), f"{prefix}{key}.")
-        elif plain.get(key) != value:
+            found |= differences(value, plain.get(key) or {}, f"{prefix}{key}.")
+        elif key not in plain:
+            found[f"+{prefix}{key}"] = value
+        elif plain[key] != value:
             found[prefix + key] = value
     return found
 

@@ -15,6 +15,23 @@ import bioopt
 from .rules import RULES, batch, cnn, make, mlp, options_of, ordinary, per_sample, same, steps, weights
 
 
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_a_diagnosis_before_the_first_step_leaves_no_state(rule: type) -> None:
+    model = cnn()
+    optimizer = make(rule, model)
+    before = str(optimizer.state_dict()["state"])
+    bioopt.diagnose(optimizer, per_sample(optimizer, model, *batch()), samples=2)
+    assert str(optimizer.state_dict()["state"]) == before
+
+
+def test_a_taught_readout_keeps_its_target() -> None:
+    model, (x, y) = cnn(), batch()
+    optimizer = bioopt.Hebbian(model, 0.1, readout="teacher")
+    optimizer.target = y
+    bioopt.diagnose(optimizer, per_sample(optimizer, model, x, y), samples=2)
+    assert optimizer.target is y
+
+
 @pytest.mark.parametrize("form", [per_sample, ordinary])
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 @pytest.mark.filterwarnings("ignore:.*needs no backward pass")
@@ -89,6 +106,8 @@ def test_a_rule_without_noise_has_none() -> None:
 def test_what_cannot_be_diagnosed_is_explained() -> None:
     model, x, y = few(4)
     optimizer = bioopt.WeightPerturbation(model, 0.1, sigma=0.1)
+    with pytest.raises(TypeError, match="diagnose takes a single rule, not Mixed; diagnose its members"):
+        bioopt.diagnose(bioopt.Mixed(optimizer), lambda: F.cross_entropy(model(x), y))
     with pytest.raises(ValueError, match="samples=1 must be an integer >= 2"):
         bioopt.diagnose(optimizer, lambda: F.cross_entropy(model(x), y), samples=1)
     with pytest.raises(RuntimeError, match="returns the loss as a tensor with its graph"):

@@ -91,9 +91,14 @@ def test_losses_that_are_all_the_same_move_nothing() -> None:
         before = weights(model)
         optimizer.step(lambda model=model: 0 * losses_of(model))
         assert same(before, weights(model)), shaping
+    with pytest.raises(ValueError, match="shaping='ranks' compares losses: raise population=1"):
+        bioopt.WeightPerturbation(mlp(), 0.1, sigma=0.1, shaping="ranks")
     for option in ("distribution", "shaping"):
         with pytest.raises(ValueError, match=f"WeightPerturbation: {option}='odd' must be one of "):
-            bioopt.WeightPerturbation(mlp(), 0.1, sigma=0.1, **{option: "odd"})
+            bioopt.WeightPerturbation(mlp(), 0.1, sigma=0.1, population=2, **{option: "odd"})
+    frozen = mlp().requires_grad_(False)
+    with pytest.raises(RuntimeError, match="WeightPerturbation: every parameter is frozen"):
+        bioopt.WeightPerturbation(frozen, 0.1, sigma=0.1).step(lambda: losses_of(frozen))
 
 
 @pytest.mark.parametrize("population", [1, 3])

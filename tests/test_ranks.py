@@ -45,7 +45,7 @@ CASES = {
             m, 0.1, sigma=0.1, population=3, antithetic=False, shaping="ranks", process_group=g)),
     "SerialPerturbation, one-sided": (
         network, False, lambda m, g: bioopt.SerialPerturbation(
-            m, 0.1, sigma=0.1, coordinates=5, central=False, process_group=g)),
+            m, 0.1, sigma=0.1, coordinates=34, central=False, process_group=g)),
     "HillClimbing": (network, False, lambda m, g: bioopt.HillClimbing(m, 0.1, tries=3, process_group=g)),
     "ForwardGradient": (network, False, lambda m, g: bioopt.ForwardGradient(m, 0.1, samples=3, process_group=g)),
     "ForwardGradient, activities": (

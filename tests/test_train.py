@@ -245,7 +245,7 @@ def test_a_run_with_wandb_offline(tmp_path: Path) -> None:
         (["schedule=linear"], "schedule=linear must be cosine, constant or halving"),
         (["device=tpu"], "device=tpu must be auto, cpu or cuda"),
         (["logger.mode=loud"], "logger.mode=loud must be one of auto, online, offline, disabled"),
-        (["optimizer.readout=oops"], "readout='oops' must be 'delta' or None"),
+        (["optimizer.readout=oops"], "readout='oops' must be 'delta', 'teacher' or None"),
         (["data=cifar10", "data.root=nowhere"], "data set 'cifar10' is not at nowhere/cifar10.safetensors"),
         (["run_dir=/proc/forbidden"], "run_dir=/proc/forbidden cannot be written"),
         (["resume=nothing"], "resume=nothing is not a run's folder"),
@@ -314,6 +314,31 @@ def test_amp(tmp_path: Path) -> None:
 def test_on_a_gpu(optimizer: str, tmp_path: Path) -> None:
     summary = run(config(*tiny(optimizer), "device=cuda", f"run_dir={tmp_path / 'run'}"))
     assert "cpu" not in summary["device"]
+
+
+def test_options_of_parts_reach_their_groups() -> None:
+    from experiments.training import build_model, build_optimizer
+
+    images = data.load("digits", "nowhere")
+    best = ["experiment=hebbian_cifar10_best", "data=digits", "model.width=0.03", "model.whitened=5"]
+    chosen = config(*best, "optimizer.per_model.softhebb.trunk.block2.lr=0.5")
+    optimizer = build_optimizer(chosen, build_model(chosen, images))
+    rates = {g["param_names"][0]: g["lr"] for g in optimizer.param_groups}
+    assert rates == {
+        "trunk.block1.conv.weight": 0.08,
+        "trunk.block2.conv.weight": 0.5,
+        "trunk.block3.conv.weight": 0.01,
+        "trunk.whitened.conv.weight": 0.08,
+        "readout.weight": 1e-4,
+    }
+    for control in ("random_trunk", "sgd"):
+        other = config(*best, f"optimizer={control}")
+        build_optimizer(other, build_model(other, images))
+    lacking = config(*best, "model.whitened=0")
+    with pytest.raises(
+        ValueError, match=r"options for 'trunk\.whitened', which is not a part of the model"
+    ):
+        build_optimizer(lacking, build_model(lacking, images))
 
 
 @pytest.mark.parametrize("optimizer", ["weight_perturbation", "hebbian"])

@@ -54,14 +54,19 @@ class Perturbation(LearningRule):
 
     def _plastic(self) -> list[tuple[Tensor, dict[str, Any]]]:
         """Parameters that are not frozen, each with its group."""
-        return [(p, group) for group in self.param_groups for p in group["params"] if p.requires_grad]
+        plastic = [(p, group) for group in self.param_groups for p in group["params"] if p.requires_grad]
+        if not plastic:
+            raise RuntimeError(f"{type(self).__name__}: every parameter is frozen (requires_grad=False)")
+        return plastic
 
     def _begin(self, probe: Probe) -> None:
         """Before the first evaluation of a step; at the very first step, a closure that cannot be compared is found."""
         for p in self._trained():
             p.grad = None
-        if self._own_state["step"]:
-            return
+        if not self._own_state["step"]:
+            self._require_repeatable(probe)
+
+    def _require_repeatable(self, probe: Probe) -> None:
         with self._recorder.visiting(lambda synapse, u: None):
             one, two = probe(), probe()
         probe.restart()
@@ -88,12 +93,21 @@ class Perturbation(LearningRule):
                 streams[p.device] = self._noise.stream(p.device, state["seed"], state["step"], member)
             yield fill(torch.empty_like(p) if into is None else into[i], streams[p.device])
 
-    def _gathered(self, losses: dict[int, Tensor], count: int) -> Tensor:
-        """The losses of all ``count`` evaluations, each made by one of the ranks, stacked in order."""
-        like = next(iter(losses.values()))
+    def _gathered(
+        self, losses: dict[int, Tensor], count: int, what: str = "the loss", like: Tensor | None = None
+    ) -> Tensor:
+        """The losses of all ``count`` evaluations, each made by one of the ranks, stacked in order.
+
+        Args:
+            losses: those that this rank has made, by their number.
+            count: of all of them.
+            what: they are, for an error.
+            like: a tensor of their shape, for a rank that has made none.
+        """
+        like = next(iter(losses.values())) if like is None else like
         everything = torch.stack([losses.get(i, torch.zeros_like(like)) for i in range(count)])
         self._sum_over_ranks([everything])
-        require_finite(self, "the loss", [everything])
+        require_finite(self, what, [everything])
         return everything
 
     def _share(self, what: str, count: int) -> range:

@@ -122,6 +122,8 @@ class WeightPerturbation(Perturbation):
         )
         self._check_value("population", population, POSITIVE_INT)
         self._check_value("distribution", distribution, (lambda v: v in FILL, f"one of {', '.join(FILL)}"))
+        if shaping != "none" and population < 2:
+            raise ValueError(f"WeightPerturbation: shaping={shaping!r} compares losses: raise population={population}")
         self._check_value("shaping", shaping, (lambda v: v in SHAPE, f"one of {', '.join(SHAPE)}"))
         self.population = population
         self.antithetic = antithetic
@@ -274,7 +276,9 @@ class SerialPerturbation(Perturbation):
             p, group = plastic[which]
             places.append((p, _unravel(visit - ends[which] + p.numel(), p.shape), group["sigma"]))
         clean = None if self.central else probe()
-        for i in self._share("coordinates", len(places)):
+        for i in self._share("coordinates", self.coordinates):
+            if i >= len(places):  # the last step of a sweep is short
+                break
             p, at, sigma = places[i]
             value = p[at].clone()
             up, down = value + sigma, value - sigma
@@ -286,7 +290,8 @@ class SerialPerturbation(Perturbation):
                 losses[i] = torch.stack([plus, probe() if clean is None else clean])
             finally:
                 p[at] = value
-        outcomes = self._gathered(losses, len(places))
+        like = None if losses else torch.stack(2 * [probe()])
+        outcomes = self._gathered(losses, len(places), like=like)
         changes = mean_loss(outcomes[:, 0] - outcomes[:, 1]).tolist()
         grads = {p: torch.zeros_like(p) for p, _ in plastic}
         for (p, at, sigma), change in zip(places, changes, strict=True):
@@ -361,11 +366,12 @@ class HillClimbing(Perturbation):
             for i in mine:
                 for z, w, (_, group) in zip(self._directions(i, params, params), saved, plastic, strict=True):
                     z.mul_(group["lr"]).add_(w)
-                losses[i] = probe()
+                losses[i] = torch.stack([probe(), clean])  # the ranks must decide alike
         finally:
             for p, w in zip(params, saved, strict=True):
                 p.copy_(w)
-        changes = mean_loss(self._gathered(losses, self.tries) - clean)
+        outcomes = self._gathered(losses, self.tries)
+        changes = mean_loss(outcomes[:, 0] - outcomes[:, 1])
         require_finite(self, "the loss", [changes])
         best = int(changes.argmin())
         grads = saved  # no longer needed
