@@ -335,9 +335,7 @@ def test_options_of_parts_reach_their_groups() -> None:
         other = config(*best, f"optimizer={control}")
         build_optimizer(other, build_model(other, images))
     lacking = config(*best, "model.whitened=0")
-    with pytest.raises(
-        ValueError, match=r"options for 'trunk\.whitened', which is not a part of the model"
-    ):
+    with pytest.raises(ValueError, match=r"options for 'trunk\.whitened', which is not a part of the model"):
         build_optimizer(lacking, build_model(lacking, images))
 
 
