@@ -94,20 +94,21 @@ class Perturbation(LearningRule):
             yield fill(torch.empty_like(p) if into is None else into[i], streams[p.device])
 
     def _gathered(
-        self, losses: dict[int, Tensor], count: int, what: str = "the loss", like: Tensor | None = None
+        self, losses: dict[int, Tensor], count: int, what: tuple[str, ...] = ("the loss",), like: Tensor | None = None
     ) -> Tensor:
         """The losses of all ``count`` evaluations, each made by one of the ranks, stacked in order.
 
         Args:
             losses: those that this rank has made, by their number.
             count: of all of them.
-            what: they are, for an error.
+            what: they are, for an error; several names for the entries of their first dimension.
             like: a tensor of their shape, for a rank that has made none.
         """
         like = next(iter(losses.values())) if like is None else like
         everything = torch.stack([losses.get(i, torch.zeros_like(like)) for i in range(count)])
         self._sum_over_ranks([everything])
-        require_finite(self, what, [everything])
+        for i, name in enumerate(what):
+            require_finite(self, name, [everything if len(what) == 1 else everything[:, i]])
         return everything
 
     def _share(self, what: str, count: int) -> range:

@@ -137,7 +137,7 @@ class ForwardGradient(NoisyActivity):
             return (sides[0] + sides[1]) / 2, (sides[0] - sides[1]) / (2 * self.difference)
 
         mine = {i: self._slope(probe, i, exact, differences) for i in self._share("samples", self.samples)}
-        outcomes = self._gathered(mine, self.samples, "the loss or its slope")
+        outcomes = self._gathered(mine, self.samples, ("the loss", "the slope of the loss"))
         grads = [torch.zeros_like(p) for p in params]
         for sample, slope in enumerate((mean_loss(outcomes[:, 1]) / self.samples).tolist()):
             for g, z in zip(grads, self._directions(sample, params), strict=True):
@@ -189,7 +189,7 @@ class ForwardGradient(NoisyActivity):
         mine = {}
         for sample in self._share("samples", self.samples):
             mine[sample] = self._slope(probe, sample, exact, differences)
-        outcomes = self._gathered(mine, self.samples, "the loss or its slope")
+        outcomes = self._gathered(mine, self.samples, ("the loss", "the slope of the loss"))
         losses = outcomes[0, 0]
         per_sample = self._per_sample(records, losses)
         signals = self._signals(records, outcomes[:, 1], per_sample, (sample, noise), lambda group: 1.0)
