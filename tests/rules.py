@@ -22,7 +22,7 @@ RULES = [
 ONE_PASS = [rule for rule in RULES if issubclass(rule, SynapticRule)]
 SEVERAL_PASSES = [rule for rule in RULES if rule not in ONE_PASS]
 ONE_EVALUATION = [*ONE_PASS, bioopt.RewardHebbian, bioopt.ForwardGradient]  # the last two need a closure, too
-PLAIN = [rule for rule in RULES if "descent" not in inspect.signature(rule).parameters]  # no optimizer makes their step
+PLAIN = [bioopt.HillClimbing]  # no optimizer makes its step
 # What a signature requires besides params and lr; a rule without a baseline of its own explores further.
 REQUIRED = {"sigma": 1e-2}
 FURTHER = {bioopt.RewardHebbian: {"sigma": 1.0}}
