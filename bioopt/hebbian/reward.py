@@ -85,8 +85,8 @@ class RewardHebbian(NoisyActivity):
             credit,
             seed=seed,
             descent=descent,
-            descent_options=descent_options,
             process_group=process_group,
+            **descent_options,
         )
         self._check_value("reward_rate", reward_rate, (lambda v: 0 < v <= 1, "a number in (0, 1]"))
         self.reward_rate = reward_rate

@@ -83,8 +83,8 @@ class NodePerturbation(NoisyActivity):
             credit,
             seed=seed,
             descent=descent,
-            descent_options=descent_options,
             process_group=process_group,
+            **descent_options,
         )
         self._check_value("samples", samples, POSITIVE_INT)
         self.samples = samples
@@ -111,5 +111,5 @@ class NodePerturbation(NoisyActivity):
 
         changes = self._gathered(losses, self.samples) - clean
         require_finite(self, "the loss", [changes])
-        signals = self._signals(records, changes, per_sample, kept, lambda group: float(group["sigma"]))
+        signals = self._signals(records, changes, per_sample, kept)
         return clean, self._products(records, signals), self._next_state()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 from ..noise import NoiseSource, fill_normal_
 from ..optimizer import (
@@ -27,17 +28,25 @@ from ..synaptic import synapses_of
 
 
 class Perturbation(LearningRule):
-    """What perturbation rules share: a seed and a step count, which are state, and the noise they make."""
+    """What perturbation rules share: a seed and a step count, which are state, and the noise they make.
+
+    Args:
+        params: as of the rule.
+        defaults: the rule's hyperparameters that may differ between groups.
+        seed: of all noise.
+        descent: the `torch.optim` class that makes the step; its options as further keywords.
+        process_group: the ranks that share the work of a step. All see the same batch; only losses travel.
+    """
 
     def __init__(
         self,
         params: Params,
         defaults: dict[str, Any],
         *,
-        seed: int,
-        descent: type[Optimizer],
-        descent_options: dict[str, Any],
-        process_group: ProcessGroup,
+        seed: int = 0,
+        descent: type[Optimizer] = SGD,
+        process_group: ProcessGroup = None,
+        **descent_options: Any,
     ) -> None:
         self._noise = NoiseSource()
         super().__init__(
@@ -86,12 +95,33 @@ class Perturbation(LearningRule):
         fill: Callable[[Tensor, torch.Generator], Tensor] = fill_normal_,
     ) -> Iterator[Tensor]:
         """The direction of one member, parameter by parameter, so that never more than one is held."""
-        streams: dict[torch.device, torch.Generator] = {}
+        draw = self._noise_of(member, fill)
         for i, p in enumerate(like):
-            if p.device not in streams:
-                state = self._own_state
-                streams[p.device] = self._noise.stream(p.device, state["seed"], state["step"], member)
-            yield fill(torch.empty_like(p) if into is None else into[i], streams[p.device])
+            yield draw(torch.empty_like(p) if into is None else into[i])
+
+    def _noise_of(
+        self, member: int, fill: Callable[[Tensor, torch.Generator], Tensor] = fill_normal_
+    ) -> Callable[[Tensor], Tensor]:
+        """Fills one tensor after another with the noise of one member, or of one noisy pass."""
+        state = self._own_state
+        streams: dict[torch.device, torch.Generator] = {}
+
+        def draw(into: Tensor) -> Tensor:
+            if into.device not in streams:
+                streams[into.device] = self._noise.stream(into.device, state["seed"], state["step"], member)
+            return fill(into, streams[into.device])
+
+        return draw
+
+    @contextmanager
+    def _restored(self, params: list[Tensor]) -> Iterator[list[Tensor]]:
+        """Gives a copy of the parameters, from which they are put back at the end, bit for bit, whatever happens."""
+        saved = [p.detach().clone() for p in params]
+        try:
+            yield saved
+        finally:
+            for p, w in zip(params, saved, strict=True):
+                p.copy_(w)
 
     def _gathered(
         self, losses: dict[int, Tensor], count: int, what: tuple[str, ...] = ("the loss",), like: Tensor | None = None
@@ -135,29 +165,28 @@ class NoisyActivity(Perturbation):
         synapses = synapses_of(type(self).__name__, group["params"])
         return unique([named for s in synapses for named in s.named_parameters()]), synapses
 
-    def _noise_of(self, sample: int) -> Callable[[Tensor], Tensor]:
-        """Draws the noise of one noisy pass, synapse after synapse in the order they fire."""
-        state = self._own_state
-        streams: dict[torch.device, torch.Generator] = {}
-
-        def draw(like: Tensor) -> Tensor:
-            if like.device not in streams:
-                streams[like.device] = self._noise.stream(like.device, state["seed"], state["step"], sample)
-            return fill_normal_(torch.empty_like(like), streams[like.device])
-
-        return draw
-
     def _injection(
-        self, sample: int, noise: list[Tensor], records: list[tuple[Synapse, Tensor]] | None = None
+        self,
+        sample: int,
+        noise: list[Tensor],
+        records: list[tuple[Synapse, Tensor]] | None = None,
+        width: float | None = None,
     ) -> Callable[[Synapse, Tensor], Tensor]:
-        """What hands on noisy activity, and keeps the noise, and the activity it is put on if ``records`` is given."""
+        """What hands on noisy activity.
+
+        Args:
+            sample: the number of the pass.
+            noise: takes the noise in.
+            records: takes the firings in, with the activity that the noise is put on.
+            width: of the noise; by default the ``sigma`` of each group.
+        """
         draw = self._noise_of(sample)
 
         def inject(synapse: Synapse, u: Tensor) -> Tensor:
-            noise.append(draw(u.detach()))
+            noise.append(draw(torch.empty_like(u.detach())))
             if records is not None:
                 records.append((synapse, u))
-            return torch.add(u.detach(), noise[-1], alpha=self.param_groups[synapse.group]["sigma"])
+            return torch.add(u.detach(), noise[-1], alpha=self._width(synapse) if width is None else width)
 
         return inject
 
@@ -167,7 +196,7 @@ class NoisyActivity(Perturbation):
         slopes: Tensor,
         per_sample: bool,
         kept: tuple[int, list[Tensor]],
-        width: Callable[[dict[str, Any]], float],
+        width: float | None = None,
     ) -> list[Tensor]:
         """The teaching signal of each firing: the noise of every pass, credited with the pass's slope.
 
@@ -176,20 +205,23 @@ class NoisyActivity(Perturbation):
             slopes: the change of the losses in each pass.
             per_sample: whether each sample is credited by itself.
             kept: the number of a pass whose noise is still there, and that noise, which is used up.
-            width: of a group's noise, by which the change is divided.
+            width: of the noise, by which the change is divided; by default the ``sigma`` of each group.
         """
         signals: list[Tensor] = []
         for sample, slope in enumerate(slopes):
             draw = self._noise_of(sample)
-            noise = kept[1] if kept[0] == sample else [draw(u.detach()) for _, u in records]
+            noise = kept[1] if kept[0] == sample else [draw(torch.empty_like(u.detach())) for _, u in records]
             credit = mean_over_samples(slope) / len(slope) if per_sample else slope.mean()
             for i, (n, (synapse, _)) in enumerate(zip(noise, records, strict=True)):
-                told = credited(n, credit / (len(slopes) * width(self.param_groups[synapse.group])))
+                told = credited(n, credit / (len(slopes) * (self._width(synapse) if width is None else width)))
                 if sample == 0:
                     signals.append(told)
                 else:
                     signals[i] += told
         return signals
+
+    def _width(self, synapse: Synapse) -> float:
+        return float(self.param_groups[synapse.group]["sigma"])
 
     def _products(self, records: list[tuple[Synapse, Tensor]], signals: list[Tensor]) -> dict[Tensor, Tensor]:
         """The local products of presynaptic activity and teaching signals, summed over each weight's firings."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -14,7 +14,6 @@ from torch.optim import SGD, Optimizer
 from ..optimizer import (
     POSITIVE,
     POSITIVE_INT,
-    Constraint,
     Estimate,
     Params,
     Probe,
@@ -69,8 +68,6 @@ class ForwardGradient(NoisyActivity):
     of activities: M. Ren, S. Kornblith, R. Liao & G. Hinton (2023), *Scaling forward gradient with local losses*.
     """
 
-    constraints: ClassVar[dict[str, Constraint]] = {}
-
     def __init__(
         self,
         params: Params,
@@ -94,8 +91,8 @@ class ForwardGradient(NoisyActivity):
             credit,
             seed=seed,
             descent=descent,
-            descent_options=descent_options,
             process_group=process_group,
+            **descent_options,
         )
         self._check_value("samples", samples, POSITIVE_INT)
         self._check_value("difference", difference, POSITIVE)
@@ -124,16 +121,12 @@ class ForwardGradient(NoisyActivity):
             return probe.along_tangents()
 
         def differences(sample: int) -> tuple[Tensor, Tensor]:
-            saved = [p.detach().clone() for p in params]
             sides = []
-            try:
+            with self._restored(params) as saved:
                 for width in (self.difference, -self.difference):
                     for p, w, z in zip(params, saved, self._directions(sample, params), strict=True):
                         p.copy_(torch.add(w, z, alpha=width))
                     sides.append(probe())
-            finally:
-                for p, w in zip(params, saved, strict=True):
-                    p.copy_(w)
             return (sides[0] + sides[1]) / 2, (sides[0] - sides[1]) / (2 * self.difference)
 
         mine = {i: self._slope(probe, i, exact, differences) for i in self._share("samples", self.samples)}
@@ -149,17 +142,14 @@ class ForwardGradient(NoisyActivity):
         records: list[tuple[Synapse, Tensor]] = []
         noise: list[Tensor] = []
 
-        def start(sample: int) -> Callable[[Tensor], Tensor]:
+        def exact(sample: int) -> tuple[Tensor, Tensor | None]:
             records.clear()
             noise.clear()
-            return self._noise_of(sample)
-
-        def exact(sample: int) -> tuple[Tensor, Tensor | None]:
-            draw = start(sample)
+            draw = self._noise_of(sample)
 
             def tilt(synapse: Synapse, u: Tensor) -> Tensor:
                 primal, tangent = forward_ad.unpack_dual(u)
-                noise.append(draw(primal.detach()))
+                noise.append(draw(torch.empty_like(primal.detach())))
                 records.append((synapse, u))
                 tilted: Tensor = forward_ad.make_dual(
                     primal.detach(), noise[-1] if tangent is None else tangent + noise[-1]
@@ -170,29 +160,21 @@ class ForwardGradient(NoisyActivity):
                 return probe.along_tangents()
 
         def differences(sample: int) -> tuple[Tensor, Tensor]:
-            start(sample)
+            records.clear()
             with self._recorder.visiting(lambda synapse, u: records.append((synapse, u))):
                 clean = probe()
             sides = []
             for width in (self.difference, -self.difference):
                 noise.clear()
-                draw = self._noise_of(sample)
-
-                def push(synapse: Synapse, u: Tensor, draw: Any = draw, width: float = width) -> Tensor:
-                    noise.append(draw(u.detach()))
-                    return torch.add(u.detach(), noise[-1], alpha=width)
-
-                with self._recorder.visiting(push):
+                with self._recorder.visiting(self._injection(sample, noise, width=width)):
                     sides.append(probe())
             return clean, (sides[0] - sides[1]) / (2 * self.difference)
 
-        mine = {}
-        for sample in self._share("samples", self.samples):
-            mine[sample] = self._slope(probe, sample, exact, differences)
+        mine = {i: self._slope(probe, i, exact, differences) for i in self._share("samples", self.samples)}
         outcomes = self._gathered(mine, self.samples, ("the loss", "the slope of the loss"))
         losses = outcomes[0, 0]
         per_sample = self._per_sample(records, losses)
-        signals = self._signals(records, outcomes[:, 1], per_sample, (sample, noise), lambda group: 1.0)
+        signals = self._signals(records, outcomes[:, 1], per_sample, (max(mine), noise), width=1.0)
         probe.agree(self.process_group)
         return losses, self._products(records, signals), self._next_state()
 

@@ -117,8 +117,8 @@ class WeightPerturbation(Perturbation):
             {"lr": lr, "sigma": sigma},
             seed=seed,
             descent=descent,
-            descent_options=descent_options,
             process_group=process_group,
+            **descent_options,
         )
         self._check_value("population", population, POSITIVE_INT)
         self._check_value("distribution", distribution, (lambda v: v in FILL, f"one of {', '.join(FILL)}"))
@@ -138,9 +138,8 @@ class WeightPerturbation(Perturbation):
         self._begin(probe)
         mine, fill = self._share("population", self.population), FILL[self.distribution]
         clean = None if self.antithetic else probe()
-        saved = [p.detach().clone() for p in params]
         losses: dict[int, Tensor] = {}
-        try:
+        with self._restored(params) as saved:
             for member in mine:
                 tried = self._directions(member, params, params, fill)
                 for z, w, (_, group) in zip(tried, saved, plastic, strict=True):
@@ -154,9 +153,6 @@ class WeightPerturbation(Perturbation):
                 for p, w in zip(params, saved, strict=True):
                     p.neg_().add_(w, alpha=2)  # w - σz: the mirror image, without drawing again
                 losses[member] = torch.stack([plus, probe()])
-        finally:
-            for p, w in zip(params, saved, strict=True):
-                p.copy_(w)
         outcomes = self._gathered(losses, self.population)
         if self.shaping == "none":
             # Each sample's difference first: they are small, the losses are not.
@@ -244,8 +240,8 @@ class SerialPerturbation(Perturbation):
             {"lr": lr, "sigma": sigma},
             seed=seed,
             descent=descent,
-            descent_options=descent_options,
             process_group=process_group,
+            **descent_options,
         )
         self._check_value("coordinates", coordinates, POSITIVE_INT)
         self.coordinates = coordinates
@@ -348,7 +344,7 @@ class HillClimbing(Perturbation):
         seed: int = 0,
         process_group: ProcessGroup = None,
     ) -> None:
-        super().__init__(params, {"lr": lr}, seed=seed, descent=SGD, descent_options={}, process_group=process_group)
+        super().__init__(params, {"lr": lr}, seed=seed, process_group=process_group)
         self._check_value("tries", tries, POSITIVE_INT)
         self.tries = tries
 
@@ -360,16 +356,12 @@ class HillClimbing(Perturbation):
         self._begin(probe)
         mine = self._share("tries", self.tries)
         clean = probe()
-        saved = [p.detach().clone() for p in params]
         losses: dict[int, Tensor] = {}
-        try:
+        with self._restored(params) as saved:
             for i in mine:
                 for z, w, (_, group) in zip(self._directions(i, params, params), saved, plastic, strict=True):
                     z.mul_(group["lr"]).add_(w)
                 losses[i] = torch.stack([probe(), clean])  # the ranks must decide alike
-        finally:
-            for p, w in zip(params, saved, strict=True):
-                p.copy_(w)
         outcomes = self._gathered(losses, self.tries)
         changes = mean_loss(outcomes[:, 0] - outcomes[:, 1])
         require_finite(self, "the loss", [changes])
