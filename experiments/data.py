@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+EVALUATED = 250  # images at a time, where nothing is learned: wide layers say much of each
 SPLITS = ("train_images", "train_labels", "test_images", "test_labels")
 TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}
 
@@ -91,7 +92,7 @@ class Images:
         """Training batches an epoch."""
         return len(self.train_labels) // batch_size
 
-    def test_batches(self, batch_size: int = 250) -> Iterator[tuple[Tensor, Tensor]]:
+    def test_batches(self, batch_size: int = EVALUATED) -> Iterator[tuple[Tensor, Tensor]]:
         """The test set in order."""
         for images, labels in zip(
             *(torch.split(t, batch_size) for t in (self.test_images, self.test_labels)), strict=True
@@ -117,7 +118,8 @@ class Features:
         bytes_each = self._test[0][0].numel() * self._test[0].element_size()
         if augment == Augment() and bytes_each * len(images.train_labels) <= self.KEPT_BYTES:
             self._train = self._test[0].new_empty(len(images.train_labels), *self._test[0].shape[1:])
-            for kept, part in zip(torch.split(self._train, 250), torch.split(images.train_images, 250), strict=True):
+            parts = zip(*(torch.split(t, EVALUATED) for t in (self._train, images.train_images)), strict=True)
+            for kept, part in parts:
                 kept.copy_(trunk(images.prepare(part)))
 
     @property

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .ranks import Ranks
+
 
 class RunLog:
     """Writes one run: a line an epoch on the terminal, ``metrics.jsonl``, and the same to W&B.
@@ -45,7 +47,7 @@ class RunLog:
     def batches(self, batches: Iterator[Any], total: int, epoch: int) -> Iterator[Any]:
         """Go through the batches, with a progress bar where somebody watches a terminal."""
         label = f"epoch {epoch}/{self._epochs}"
-        watched = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
+        watched = sys.stderr.isatty() and Ranks().first
         return iter(tqdm(batches, label, total, leave=False, unit="batch", disable=not watched))
 
     def step(self, step: int, loss: Tensor) -> None:

@@ -280,12 +280,12 @@ def build_optimizer(
     make = instantiate(options, _partial_=True, _convert_="all")
     parts = OmegaConf.to_container(config.optimizer.get("per_model", {}).get(config.model.name, OmegaConf.create()))
     try:
-        plain = isinstance(make.func, type) and not issubclass(make.func, bioopt.LearningRule)
-        rule = isinstance(make.func, type) and issubclass(make.func, bioopt.LearningRule)
+        is_class = isinstance(make.func, type)  # or a function that takes the model, as the random trunk is
+        rule = is_class and issubclass(make.func, bioopt.LearningRule)
         if group is not None and not rule:
             raise ValueError("it does not speak to other ranks; run it without torchrun")
         together = {"process_group": group} if group is not None else {}
-        given = groups(model, parts) if rule else model.parameters() if plain else model
+        given = groups(model, parts) if rule else model.parameters() if is_class else model
         optimizer: torch.optim.Optimizer = make(given, **together)
     except (TypeError, ValueError) as error:
         raise ValueError(f"optimizer={config.optimizer.name}: {error}") from error
@@ -297,9 +297,9 @@ def groups(model: nn.Module, parts: Any) -> Any:
     parts = _flat(parts)
     if not parts:
         return model
-    present = dict(model.named_modules())
+    place = {name: i for i, (name, _) in enumerate(model.named_modules())}
     for name in parts:
-        if name not in present:
+        if name not in place:
             raise ValueError(f"per_model has options for '{name}', which is not a part of the model")
     rest = [
         (name, module)
@@ -309,7 +309,6 @@ def groups(model: nn.Module, parts: Any) -> Any:
     made = [{"params": [(name, model.get_submodule(name))], **options} for name, options in parts.items()]
     if rest:
         made.append({"params": rest})
-    place = {name: i for i, (name, _) in enumerate(model.named_modules())}
     return sorted(made, key=lambda group: place[group["params"][-1][0]])  # the readout stays last
 
 

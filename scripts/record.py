@@ -47,11 +47,12 @@ def record(name: str, runs: list[Path]) -> None:
     runs = [run for _, run in sorted(zip((s["seed"] for s in summaries), runs, strict=True))]
     summaries.sort(key=lambda summary: summary["seed"])
     first = summaries[0]
+    choices, changed = changes(configs[0])
     accuracies = [summary["test_accuracy"] for summary in summaries]
     result = {
         "data": first["data"],
         "model": first["model"],
-        "model_options": {k: v for k, v in changes(configs[0])[1].items() if k.startswith("model.")},
+        "model_options": {k: v for k, v in changed.items() if k.startswith("model.")},
         "optimizer": first["optimizer"],
         "seeds": [summary["seed"] for summary in summaries],
         "test_accuracy": accuracies,
@@ -62,7 +63,7 @@ def record(name: str, runs: list[Path]) -> None:
         "seconds": statistics.fmean(summary["seconds"] for summary in summaries),
         "forward_passes": first["forward_passes"],
         "commit": ", ".join(sorted({str(summary["commit"]) for summary in summaries})),
-        "command": command(configs[0], [summary["seed"] for summary in summaries]),
+        "command": command(choices, changed, [summary["seed"] for summary in summaries]),
     }
     folder = RECORDS / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,13 +86,12 @@ def changes(config: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
     return choices, dict(sorted(differences(config, plain).items()))
 
 
-def command(config: dict[str, Any], seeds: list[int]) -> str:
+def command(choices: list[str], changed: dict[str, Any], seeds: list[int]) -> str:
     """What to type for the same runs."""
-    choices, different = changes(config)
-    changed = [f"{key}={'null' if value is None else value}".replace(" ", "") for key, value in different.items()]
+    options = [f"{key}={'null' if value is None else value}".replace(" ", "") for key, value in changed.items()]
     many = len(seeds) > 1
     seed = "seed=" + ",".join(map(str, seeds))
-    return shlex.join(["python", "train.py", *(["-m"] if many else []), *choices, *changed, seed])
+    return shlex.join(["python", "train.py", *(["-m"] if many else []), *choices, *options, seed])
 
 
 def differences(config: dict[str, Any], plain: Any, prefix: str = "") -> dict[str, Any]:

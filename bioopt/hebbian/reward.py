@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from torch import Tensor
-from torch.optim import SGD, Optimizer
 
-from ..optimizer import POSITIVE, Constraint, Estimate, Params, Probe, ProcessGroup, mean_over_samples, require_finite
+from ..optimizer import POSITIVE, Constraint, Estimate, Params, Probe, mean_over_samples, require_finite
 from ..perturbation.base import NoisyActivity, credited
 from ..recorder import Synapse
 
@@ -44,6 +43,7 @@ class RewardHebbian(NoisyActivity):
         trace_decay: :math:`\lambda` in [0, 1], what is left of a trace a firing later.
         reward_rate: :math:`r` in (0, 1], how fast the expected reward follows.
         credit: ``"sample"`` or ``"global"``. A scalar loss is global by itself.
+        options: the keywords that follow.
         seed: of the noise; with the step it fixes all noise.
         descent: the `torch.optim` class that makes the step; its options as further keywords.
         process_group: average over these ranks, each of which has its share of the batch and its own noise.
@@ -74,20 +74,9 @@ class RewardHebbian(NoisyActivity):
         trace_decay: float = 1.0,  # λ
         reward_rate: float = 0.1,  # r
         credit: str = "sample",
-        seed: int = 0,
-        descent: type[Optimizer] = SGD,
-        process_group: ProcessGroup = None,
-        **descent_options: Any,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            params,
-            {"lr": lr, "sigma": sigma, "trace_decay": trace_decay},
-            credit,
-            seed=seed,
-            descent=descent,
-            process_group=process_group,
-            **descent_options,
-        )
+        super().__init__(params, {"lr": lr, "sigma": sigma, "trace_decay": trace_decay}, credit, **options)
         self._check_value("reward_rate", reward_rate, (lambda v: 0 < v <= 1, "a number in (0, 1]"))
         self.reward_rate = reward_rate
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from torch import Tensor
-from torch.optim import SGD, Optimizer
 
 from ..optimizer import (
     POSITIVE,
@@ -14,7 +13,6 @@ from ..optimizer import (
     Estimate,
     Params,
     Probe,
-    ProcessGroup,
     require_finite,
 )
 from ..recorder import Synapse
@@ -48,6 +46,7 @@ class NodePerturbation(NoisyActivity):
         sigma: :math:`\sigma`, the noise's standard deviation in units of :math:`u`.
         samples: :math:`S`, noisy passes a step.
         credit: ``"sample"`` or ``"global"``. A scalar loss is global by itself.
+        options: the keywords that follow.
         seed: of the noise; with the step and the pass it fixes all noise.
         descent: the `torch.optim` class that makes the step; its options as further keywords.
         process_group: split the noisy passes over these ranks, which all see the same batch; only losses travel.
@@ -72,20 +71,9 @@ class NodePerturbation(NoisyActivity):
         sigma: float,  # σ
         samples: int = 1,  # S
         credit: str = "sample",
-        seed: int = 0,
-        descent: type[Optimizer] = SGD,
-        process_group: ProcessGroup = None,
-        **descent_options: Any,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            params,
-            {"lr": lr, "sigma": sigma},
-            credit,
-            seed=seed,
-            descent=descent,
-            process_group=process_group,
-            **descent_options,
-        )
+        super().__init__(params, {"lr": lr, "sigma": sigma}, credit, **options)
         self._check_value("samples", samples, POSITIVE_INT)
         self.samples = samples
 

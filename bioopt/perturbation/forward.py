@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
-from torch.optim import SGD, Optimizer
 
 from ..optimizer import (
     POSITIVE,
@@ -17,7 +16,6 @@ from ..optimizer import (
     Estimate,
     Params,
     Probe,
-    ProcessGroup,
     _outside,
     mean_loss,
 )
@@ -55,6 +53,7 @@ class ForwardGradient(NoisyActivity):
         space: ``"weights"`` or ``"activities"``.
         credit: of activities: ``"sample"`` (each sample its own slope) or ``"global"``. A scalar loss is global.
         difference: the step to each side of the central differences, in units of the weights or activities.
+        options: the keywords that follow.
         seed: of the directions; with the step and the sample it fixes each.
         descent: the `torch.optim` class that makes the step; its options as further keywords.
         process_group: split the directions over these ranks, which all see the same batch; only slopes travel.
@@ -77,23 +76,12 @@ class ForwardGradient(NoisyActivity):
         space: str = "weights",
         credit: str = "sample",
         difference: float = 1e-3,
-        seed: int = 0,
-        descent: type[Optimizer] = SGD,
-        process_group: ProcessGroup = None,
-        **descent_options: Any,
+        **options: Any,
     ) -> None:
         if space not in SPACES:
             raise ValueError(f"ForwardGradient: space={space!r} must be one of {', '.join(SPACES)}")
         self.space = space
-        super().__init__(
-            params,
-            {"lr": lr},
-            credit,
-            seed=seed,
-            descent=descent,
-            process_group=process_group,
-            **descent_options,
-        )
+        super().__init__(params, {"lr": lr}, credit, **options)
         self._check_value("samples", samples, POSITIVE_INT)
         self._check_value("difference", difference, POSITIVE)
         self.samples = samples

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Optimizer
 
 from ..noise import fill_normal_, fill_rademacher_
 from ..optimizer import (
@@ -80,6 +79,7 @@ class WeightPerturbation(Perturbation):
         antithetic: evaluate each direction at both signs, which removes the even orders of the error.
         distribution: ``"normal"`` or ``"rademacher"``, whose steps are all of one length.
         shaping: ``"none"``, ``"zscore"``, ``"winsorised"`` or ``"ranks"``.
+        options: the keywords that follow.
         seed: of the noise; with the step and the member it fixes every direction.
         descent: the `torch.optim` class that makes the step; its options as further keywords.
         process_group: split the population over these ranks, which all see the same batch; only losses travel.
@@ -107,19 +107,9 @@ class WeightPerturbation(Perturbation):
         antithetic: bool = True,
         distribution: str = "normal",
         shaping: str = "none",
-        seed: int = 0,
-        descent: type[Optimizer] = SGD,
-        process_group: ProcessGroup = None,
-        **descent_options: Any,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            params,
-            {"lr": lr, "sigma": sigma},
-            seed=seed,
-            descent=descent,
-            process_group=process_group,
-            **descent_options,
-        )
+        super().__init__(params, {"lr": lr, "sigma": sigma}, **options)
         self._check_value("population", population, POSITIVE_INT)
         self._check_value("distribution", distribution, (lambda v: v in FILL, f"one of {', '.join(FILL)}"))
         if shaping != "none" and population < 2:
@@ -206,6 +196,7 @@ class SerialPerturbation(Perturbation):
         sigma: :math:`\sigma`, the change of a weight, in units of the weights.
         coordinates: weights a step.
         central: measure a weight's change to both sides, or to one.
+        options: the keywords that follow.
         seed: of the order of visits.
         descent: the `torch.optim` class that makes the step; its options as further keywords.
         process_group: split the coordinates over these ranks, which all see the same batch; only losses travel.
@@ -230,19 +221,9 @@ class SerialPerturbation(Perturbation):
         sigma: float,  # σ
         coordinates: int = 1,
         central: bool = True,
-        seed: int = 0,
-        descent: type[Optimizer] = SGD,
-        process_group: ProcessGroup = None,
-        **descent_options: Any,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            params,
-            {"lr": lr, "sigma": sigma},
-            seed=seed,
-            descent=descent,
-            process_group=process_group,
-            **descent_options,
-        )
+        super().__init__(params, {"lr": lr, "sigma": sigma}, **options)
         self._check_value("coordinates", coordinates, POSITIVE_INT)
         self.coordinates = coordinates
         self.central = central
