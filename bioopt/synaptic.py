@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ from .optimizer import (
 )
 from .recorder import Synapse, find_synapses
 
-__all__ = ["SynapticRule", "synapses_of"]
+__all__ = ["Few", "SynapticRule", "synapses_of"]
 
 
 def synapses_of(rule: str, params: Any) -> list[Synapse]:
@@ -55,6 +55,26 @@ def synapses_of(rule: str, params: Any) -> list[Synapse]:
         for synapse in find_synapses(module, prefix):
             found.setdefault(synapse.layer, synapse)
     return list(found.values())
+
+
+class Few(NamedTuple):
+    """A teaching signal for a few neurons of each event, which saves the zeros for all the others.
+
+    Events are samples and positions, in the order of activity with its neurons moved to the last dimension.
+    """
+
+    neurons: Tensor  # events × few: which are told something, each once
+    told: Tensor  # events × few: what
+
+    def spread(self, u: Tensor, channel: int) -> Tensor:
+        """The same signal of ``u``'s shape."""
+        shape = u.movedim(channel, -1).shape
+        zeros = self.told.new_zeros(len(self.told), shape[-1])
+        return zeros.scatter_(1, self.neurons, self.told).view(shape).movedim(-1, channel)
+
+    def total(self, size: int) -> Tensor:
+        """The sum over events for each of ``size`` neurons."""
+        return self.told.new_zeros(size).index_add_(0, self.neurons.flatten(), self.told.flatten())
 
 
 @dataclass
@@ -163,8 +183,8 @@ class SynapticRule(LearningRule):
     # -- what a rule implements ---------------------------------------------------------------------------------
 
     @abstractmethod
-    def signal(self, u: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor:
-        """The teaching signal ``s``, of ``u``'s shape: what this layer is told.
+    def signal(self, u: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor | Few:
+        """The teaching signal ``s``, of ``u``'s shape or for `Few`: what this layer is told.
 
         Args:
             u: postsynaptic activity, neurons along ``synapse.channel_dim``.
@@ -225,15 +245,19 @@ class SynapticRule(LearningRule):
             group = self.param_groups[synapse.group]
             channel = u.ndim + synapse.channel_dim
             others = [d for d in range(u.ndim) if d != channel]
+            statistic: Tensor | None
             if synapse is self._readout:
-                s = self._taught(u, synapse)
-                statistic: Tensor | None = (s * s).sum(others)
+                taught = self._taught(u, synapse)
+                s: Tensor | Few = taught
+                statistic = (taught * taught).sum(others)
             else:
                 statistic = self.statistic(u.detach(), synapse, group)
                 s = self.signal(u.detach(), synapse, group)
-            product = local_product(synapse, u, s.to(u.dtype))
-        total = s.sum(others, dtype=product.dtype) if synapse.bias is not None else None
-        events = s.numel() // s.shape[channel]
+            product = local_product(synapse, u, s)
+        total: Tensor | None = None
+        if synapse.bias is not None:
+            total = s.total(u.shape[channel]) if isinstance(s, Few) else s.sum(others, dtype=product.dtype)
+        events = u.numel() // u.shape[channel]
         sums = self._sums.get(synapse)
         if sums is None:
             self._sums[synapse] = _Sums(product, total, statistic, events)
@@ -354,16 +378,20 @@ class SynapticRule(LearningRule):
                 warnings.warn(f"{name}: did not fire and learn nothing: {', '.join(silent)}", stacklevel=_outside())
 
 
-def local_product(synapse: Synapse, u: Tensor, s: Tensor) -> Tensor:
+def local_product(synapse: Synapse, u: Tensor, s: Tensor | Few) -> Tensor:
     """``Σ s xᵀ`` over samples and positions, of the weight's shape.
 
     Autograd inside the one layer that made ``u``: right for every kind of layer. On the CPU, convolutions of many
     inputs take the same product over their patches instead, half the time of the library's own; where few neurons of
     an event learn, it is a sparse product.
     """
-    if _patches_pay(synapse, u):
+    pay = _patches_pay(synapse, u)
+    if isinstance(s, Few) and not (pay and s.neurons.shape[1] * 16 <= len(synapse.weight)):  # measured
+        s = s.spread(u, u.ndim + synapse.channel_dim)
+    if pay:
         return _product_of_patches(synapse.weight, u, s)
-    (product,) = torch.autograd.grad(u, synapse.weight, s)
+    assert isinstance(s, Tensor)
+    (product,) = torch.autograd.grad(u, synapse.weight, s.to(u.dtype))
     return product
 
 
@@ -379,47 +407,53 @@ def _patches_pay(synapse: Synapse, u: Tensor) -> bool:
     )
 
 
-def _product_of_patches(weight: Tensor, u: Tensor, s: Tensor) -> Tensor:
+def _product_of_patches(weight: Tensor, u: Tensor, s: Tensor | Few) -> Tensor:
     made: Any = u.grad_fn
     pad = [p for size in reversed(made._saved_padding) for p in (size, size)]
     x = made._saved_input
     outputs, inputs, *kernel = weight.shape
-    width = weight[0].numel()
-    few_told = s.count_nonzero() * 16 <= s.numel()  # measured: then a sparse product pays
+    width, positions = weight[0].numel(), u[0, 0].numel()
     # So many samples at a time that their patches fit into the cache, and are small beside what they add up to.
-    most = weight.numel() // 2 if few_told else min(2_000_000, weight.numel() // 4)
-    step = max(1, max(100_000, most) // (width * s[0, 0].numel()))
-    total = u.new_zeros(outputs, width)
-    for few, told in zip(torch.split(x, step), torch.split(s.permute(0, 2, 3, 1), step), strict=True):
-        patches = F.pad(few, pad).permute(0, 2, 3, 1)
+    most = weight.numel() // 2 if isinstance(s, Few) else min(2_000_000, weight.numel() // 4)
+    step = max(1, max(100_000, most) // (width * positions))
+    total: Tensor | None = None
+    for start in range(0, len(x), step):
+        patches = F.pad(x[start : start + step], pad).permute(0, 2, 3, 1)
         for dim, (size, stride, dilation) in enumerate(
             zip(kernel, made._saved_stride, made._saved_dilation, strict=True), start=1
         ):
             patches = patches.unfold(dim, dilation * (size - 1) + 1, stride)[..., ::dilation]
         rows = patches.permute(0, 1, 2, 4, 5, 3).reshape(-1, width)
-        told = told.reshape(-1, outputs)
-        if few_told:
-            _add_sparse_product(total, told, rows)
+        if isinstance(s, Few):
+            few = slice(start * positions, start * positions + len(rows))
+            total = _with_few(total, Few(s.neurons[few], s.told[few]), rows, outputs)
         else:
-            total.addmm_(told.T, rows)
+            told = s[start : start + step].permute(0, 2, 3, 1).reshape(-1, outputs).to(rows.dtype)
+            total = told.T @ rows if total is None else total.addmm_(told.T, rows)
         del patches, rows  # before the next
+    assert total is not None
     return total.view(outputs, *kernel, inputs).permute(0, 3, 1, 2)
 
 
-def _add_sparse_product(total: Tensor, s: Tensor, rows: Tensor) -> None:
-    """``total += sᵀ @ rows``, where ``s`` is nearly all zeros: each neuron is a bag of the few events it learns."""
-    event, neuron = s.nonzero(as_tuple=True)
-    told = s[event, neuron]
-    neuron, order = neuron.sort()
-    event, told = event[order], told[order]
-    first = torch.searchsorted(neuron, torch.arange(len(total) + 1, device=s.device))
-    few = max(1, len(total) // 4)  # neurons at a time, whose products are small beside the total
-    for start in range(0, len(total), few):
-        bags = first[start : start + few + 1]
-        inside = slice(int(bags[0]), int(bags[-1]))
-        total[start : start + few] += F.embedding_bag(
-            event[inside], rows, bags[:-1] - bags[0], mode="sum", per_sample_weights=told[inside]
+def _with_few(total: Tensor | None, s: Few, rows: Tensor, outputs: int) -> Tensor:
+    """``total + sᵀ @ rows``: each neuron is a bag of the events that it learns."""
+    neuron, order = s.neurons.flatten().sort()
+    event, told = order // s.neurons.shape[1], s.told.flatten()[order].to(rows.dtype)
+    first = torch.searchsorted(neuron, torch.arange(outputs + 1, device=neuron.device))
+
+    def bags(start: int, end: int) -> Tensor:
+        inside = slice(int(first[start]), int(first[end]))
+        return F.embedding_bag(
+            event[inside], rows, first[start:end] - first[start], mode="sum", per_sample_weights=told[inside]
         )
+
+    if total is None:
+        return bags(0, outputs)
+    few = max(1, outputs // 4)  # neurons at a time, whose products are small beside the total
+    for start in range(0, outputs, few):
+        end = min(start + few, outputs)
+        total[start:end] += bags(start, end)
+    return total
 
 
 def _choose_readout(rule: str, synapses: list[Synapse], wanted: str | nn.Module | None) -> Synapse:

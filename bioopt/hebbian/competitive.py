@@ -9,8 +9,20 @@ from torch import Tensor
 
 from ..optimizer import NON_NEGATIVE, POSITIVE, POSITIVE_INT, Constraint, Params
 from ..recorder import Synapse
-from ..synaptic import SynapticRule
-from .pools import along_channels, compete, cut, in_pools, own_power, rows_of, softmax_, together, weight_shaped
+from ..synaptic import Few, SynapticRule
+from .pools import (
+    along_channels,
+    compete,
+    cut,
+    few,
+    in_pools,
+    own_power,
+    rows_of,
+    softmax_,
+    strongest,
+    together,
+    weight_shaped,
+)
 
 COMPETITIONS = ("soft", "hard", "k", "none")
 DECAYS = ("subspace", "own", "none")
@@ -118,21 +130,41 @@ class Hebbian(SynapticRule):
             return group["k"], f"k={group['k']}"
         return (1, "") if group["competition"] == "none" else (2, f"competition={group['competition']!r}")
 
-    def signal(self, u: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor:
+    def signal(self, u: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor | Few:
         """``m y u``."""
-        s = u
-        if group["competition"] != "none":
+        kind, losers = group["competition"], group["losers"]
+        s: Tensor | Few
+        if kind == "none":
+            s = u
+        else:
             scale = group["inverse_temperature"] / synapse.weight.flatten(1).norm(dim=1).clamp(min=1e-12)
             strength = u * along_channels(scale, u, synapse)
-            s = compete(strength, synapse, lambda pooled, dim: _shares(pooled, dim, group)).mul_(u)
-        if isinstance(self.modulator, Tensor):
-            if self.modulator.ndim == 1 and (u.ndim <= -synapse.channel_dim or len(u) != len(self.modulator)):
+            if kind == "k" or (kind == "hard" and not losers):
+                best, which = strongest(strength, synapse, group["k"] if kind == "k" else 1)
+                s = few(which, _first_wins(softmax_(best, -1), losers), synapse)
+                activity = u.movedim(u.ndim + synapse.channel_dim, -1).flatten(0, -2)
+                s.told.mul_(activity.gather(1, s.neurons))
+            else:
+                s = compete(strength, synapse, lambda pooled, dim: _shares(pooled, dim, kind, losers)).mul_(u)
+        return self._modulated(s, u, synapse)
+
+    def _modulated(self, s: Tensor | Few, u: Tensor, synapse: Synapse) -> Tensor | Few:
+        """``m s``."""
+        m = self.modulator
+        if isinstance(m, Tensor):
+            if m.ndim == 1 and (u.ndim <= -synapse.channel_dim or len(u) != len(m)):
                 raise ValueError(
-                    f"Hebbian: modulator has {len(self.modulator)} values, one a sample, but layer '{synapse.name}' "
+                    f"Hebbian: modulator has {len(m)} values, one a sample, but layer '{synapse.name}' "
                     f"gave an output of shape {tuple(u.shape)}"
                 )
-            return s * self.modulator.to(s).view(-1, *[1] * (s.ndim - 1))
-        return s if self.modulator == 1 else s * self.modulator
+            m = m.to(u)
+            if isinstance(s, Few):
+                events = len(s.told) // max(1, m.numel())
+                return Few(s.neurons, s.told * m.reshape(-1, 1).repeat_interleave(events, 0))
+            return s * m.view(-1, *[1] * (s.ndim - 1))
+        if m == 1:
+            return s
+        return Few(s.neurons, s.told * m) if isinstance(s, Few) else s * m
 
     def update(self, product: Tensor, signal: Tensor | None, synapse: Synapse, group: dict[str, Any]) -> Tensor:
         """``(I + lr C)⁻¹ (P - C W)`` in each pool, no step longer than ``‖W‖``."""
@@ -150,28 +182,23 @@ class Hebbian(SynapticRule):
         return weight_shaped(cut(change, weight, group["lr"]).to(product.dtype), synapse)
 
 
-def _shares(strength: Tensor, dim: int, group: dict[str, Any]) -> Tensor:
+def _shares(strength: Tensor, dim: int, kind: str, losers: float) -> Tensor:
     """What share of each event a neuron gets: positive for winners, negative for losers. Takes ``strength``'s place."""
-    kind = group["competition"]
     if kind == "hard":
         winner = strength.argmax(dim, keepdim=True)
         shares = torch.zeros_like(strength).scatter_(dim, winner, 1.0)
         # Without a temperature, losers share their part alike.
         others = max(strength.shape[dim] - 1, 1)
-        return shares if not group["losers"] else shares.sub_((1 - shares) * (group["losers"] / others))
-    if kind == "k":
-        return _among_strongest(strength, dim, group["k"], 1.0, group["losers"])
+        return shares.sub_((1 - shares) * (losers / others))
     shares = softmax_(strength, dim)
-    return _negate_losers(shares, dim, group["losers"]) if group["losers"] else shares
+    return _negate_losers(shares, dim, losers) if losers else shares
 
 
-def _among_strongest(strength: Tensor, dim: int, k: int, temperature: float, losers: float) -> Tensor:
-    """The softmax of the ``k`` strongest alone, times an inverse temperature; all but the first times ``-losers``."""
-    strongest, which = strength.topk(k, dim)
-    shares = softmax_(strongest.mul_(temperature), dim)
+def _first_wins(shares: Tensor, losers: float) -> Tensor:
+    """All but the first of ranked shares times ``-losers``, in place, if that is not 0."""
     if losers:
-        shares.narrow(dim, 1, k - 1).mul_(-losers)
-    return torch.zeros_like(strength).scatter_(dim, which, shares)
+        shares[..., 1:].mul_(-losers)
+    return shares
 
 
 def _negate_losers(shares: Tensor, dim: int, strength: float) -> Tensor:
@@ -237,15 +264,13 @@ class SoftHebb(SynapticRule):
         """Two, to compete; ``k``, where so many take part."""
         return (2, "a competition") if group["k"] is None else (group["k"], f"k={group['k']}")
 
-    def signal(self, u: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor:
+    def signal(self, u: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor | Few:
         """``y``."""
-
-        def outcome(pooled: Tensor, dim: int) -> Tensor:
-            if group["k"] is None:
-                return _negate_losers(softmax_(pooled * group["inverse_temperature"], dim), dim, 1.0)
-            return _among_strongest(pooled, dim, group["k"], group["inverse_temperature"], losers=1.0)
-
-        return compete(u, synapse, outcome)
+        t, k = group["inverse_temperature"], group["k"]
+        if k is not None:
+            best, which = strongest(u, synapse, k)
+            return few(which, _first_wins(softmax_(best.mul_(t), -1), 1.0), synapse)
+        return compete(u, synapse, lambda pooled, dim: _negate_losers(softmax_(pooled * t, dim), dim, 1.0))
 
     def update(self, product: Tensor, signal: Tensor | None, synapse: Synapse, group: dict[str, Any]) -> Tensor:
         """``D / max|D| · √|‖w‖ - 1|``."""
@@ -303,17 +328,11 @@ class KrotovHopfield(SynapticRule):
         """As many as ``rank``."""
         return group["rank"], f"rank={group['rank']}"
 
-    def signal(self, u: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor:
+    def signal(self, u: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor | Few:
         """``g``."""
-
-        def outcome(pooled: Tensor, dim: int) -> Tensor:
-            ranked = pooled.topk(group["rank"], dim).indices
-            told = torch.zeros_like(pooled).scatter_(
-                dim, ranked.narrow(dim, group["rank"] - 1, 1), -group["anti_hebbian"]
-            )
-            return told.scatter_(dim, ranked.narrow(dim, 0, 1), 1.0)
-
-        return compete(u, synapse, outcome)
+        best, which = strongest(u, synapse, group["rank"])
+        told = best.new_tensor([1.0, -group["anti_hebbian"]]).expand(*best.shape[:2], 2)
+        return few(which[..., [0, -1]], told, synapse)
 
     def update(self, product: Tensor, signal: Tensor | None, synapse: Synapse, group: dict[str, Any]) -> Tensor:
         """``D / max|D|``."""

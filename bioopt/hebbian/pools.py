@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..recorder import Synapse
+from ..synaptic import Few
 
 
 def compete(u: Tensor, synapse: Synapse, outcome: Callable[[Tensor, int], Tensor]) -> Tensor:
@@ -23,6 +24,21 @@ def compete(u: Tensor, synapse: Synapse, outcome: Callable[[Tensor, int], Tensor
         return outcome(pooled, pooled.ndim - 1).view_as(last).movedim(-1, channel)
     pooled = u.reshape(*u.shape[:channel], synapse.pools, -1, *u.shape[channel + 1 :])
     return outcome(pooled, channel + 1).flatten(channel, channel + 1)
+
+
+def strongest(u: Tensor, synapse: Synapse, k: int) -> tuple[Tensor, Tensor]:
+    """The activity of the ``k`` strongest neurons of each pool, events × pools × k, and which of the pool they are."""
+    last = u.movedim(u.ndim + synapse.channel_dim, -1).to(torch.promote_types(u.dtype, torch.float32))
+    activity, which = last.reshape(-1, synapse.pools, last.shape[-1] // synapse.pools).topk(k, -1)
+    return activity, which
+
+
+def few(which: Tensor, told: Tensor, synapse: Synapse) -> Few:
+    """The signal for neurons named within their pools, all events × pools × few."""
+    if synapse.pools > 1:
+        size = len(synapse.weight) // synapse.pools
+        which = which + torch.arange(synapse.pools, device=which.device).view(-1, 1) * size
+    return Few(which.flatten(1), told.flatten(1))
 
 
 def softmax_(strength: Tensor, dim: int) -> Tensor:
