@@ -275,7 +275,7 @@ def build_model(config: DictConfig, images: data.Images) -> nn.Module:
 def build_optimizer(
     config: DictConfig, model: nn.Module, group: dist.ProcessGroup | None = None
 ) -> torch.optim.Optimizer:
-    """The optimizer of ``optimizer=``: rules get the model, plain torch optimizers its parameters."""
+    """The optimizer of ``optimizer=``: rules get the model or its parts, plain torch optimizers their parameters."""
     options = {k: v for k, v in config.optimizer.items() if k not in ("name", "per_data", "per_model", "schedule")}
     make = instantiate(options, _partial_=True, _convert_="all")
     parts = OmegaConf.to_container(config.optimizer.get("per_model", {}).get(config.model.name, OmegaConf.create()))
@@ -285,7 +285,7 @@ def build_optimizer(
         if group is not None and not rule:
             raise ValueError("it does not speak to other ranks; run it without torchrun")
         together = {"process_group": group} if group is not None else {}
-        given = groups(model, parts) if rule else model.parameters() if is_class else model
+        given = groups(model, parts) if rule else parameters(groups(model, parts)) if is_class else model
         optimizer: torch.optim.Optimizer = make(given, **together)
     except (TypeError, ValueError) as error:
         raise ValueError(f"optimizer={config.optimizer.name}: {error}") from error
@@ -293,7 +293,7 @@ def build_optimizer(
 
 
 def groups(model: nn.Module, parts: Any) -> Any:
-    """The model, or the groups for a rule that has options for some of its parts, by their names."""
+    """The model, or groups of its modules where there are options for some of its parts, by their names."""
     parts = _flat(parts)
     if not parts:
         return model
@@ -310,6 +310,18 @@ def groups(model: nn.Module, parts: Any) -> Any:
     if rest:
         made.append({"params": rest})
     return sorted(made, key=lambda group: place[group["params"][-1][0]])  # the readout stays last
+
+
+def parameters(given: Any) -> list[dict[str, Any]]:
+    """A model, or groups of its parts, as groups of parameters, which is what plain torch optimizers take."""
+    made = given if isinstance(given, list) else [{"params": [("", given)]}]
+    seen: set[nn.Parameter] = set()
+    result = []
+    for group in made:
+        found = [p for _, module in group["params"] for p in module.parameters() if p not in seen]
+        seen |= set(found)
+        result.append({**group, "params": found})
+    return result
 
 
 def _flat(parts: Any, prefix: str = "") -> dict[str, dict[str, Any]]:

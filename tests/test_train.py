@@ -331,9 +331,13 @@ def test_options_of_parts_reach_their_groups() -> None:
         "trunk.whitened.conv.weight": 0.08,
         "readout.weight": 1e-4,
     }
-    for control in ("random_trunk", "sgd"):
-        other = config(*best, f"optimizer={control}")
-        build_optimizer(other, build_model(other, images))
+    control = config(*best, "optimizer=random_trunk")
+    build_optimizer(control, build_model(control, images))
+    control = config(*best, "optimizer=sgd")
+    model = build_model(control, images)
+    trunk, readout = build_optimizer(control, model).param_groups
+    assert (trunk["lr"], readout["lr"], trunk["momentum"]) == (10.0, 1e-3, 0.9)
+    assert [*trunk["params"], *readout["params"]] == list(model.parameters())
     lacking = config(*best, "model.whitened=0")
     with pytest.raises(ValueError, match=r"options for 'trunk\.whitened', which is not a part of the model"):
         build_optimizer(lacking, build_model(lacking, images))
