@@ -293,23 +293,19 @@ def build_optimizer(
 
 
 def groups(model: nn.Module, parts: Any) -> Any:
-    """The model, or groups of its modules where there are options for some of its parts, by their names."""
+    """The model, or groups of its modules where there are options for parts: each takes those of the nearest part."""
     parts = _flat(parts)
     if not parts:
         return model
-    place = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    made: dict[str, dict[str, Any]] = {}
     for name in parts:
-        if name not in place:
+        if name not in dict(model.named_modules()):
             raise ValueError(f"per_model has options for '{name}', which is not a part of the model")
-    rest = [
-        (name, module)
-        for name, module in model.named_modules()
-        if [*module.parameters(recurse=False)] and not any(f"{name}.".startswith(f"{part}.") for part in parts)
-    ]
-    made = [{"params": [(name, model.get_submodule(name))], **options} for name, options in parts.items()]
-    if rest:
-        made.append({"params": rest})
-    return sorted(made, key=lambda group: place[group["params"][-1][0]])  # the readout stays last
+    for name, module in model.named_modules():
+        if [*module.parameters(recurse=False)]:
+            part = max((part for part in parts if f"{name}.".startswith(f"{part}.")), key=len, default="")
+            made.setdefault(part, {"params": [], **parts.get(part, {})})["params"].append((name, module))
+    return list(made.values())
 
 
 def parameters(given: Any) -> list[dict[str, Any]]:

@@ -323,13 +323,14 @@ def test_options_of_parts_reach_their_groups() -> None:
     best = ["experiment=hebbian_cifar10_best", "data=digits", "model.width=0.03", "model.whitened=5"]
     chosen = config(*best, "optimizer.per_model.softhebb.trunk.block2.lr=0.5")
     optimizer = build_optimizer(chosen, build_model(chosen, images))
-    rates = {g["param_names"][0]: g["lr"] for g in optimizer.param_groups}
+    rates = {name: g["lr"] for g in optimizer.param_groups for name in g["param_names"]}
     assert rates == {
         "trunk.block1.conv.weight": 0.08,
         "trunk.block2.conv.weight": 0.5,
         "trunk.block3.conv.weight": 0.01,
         "trunk.whitened.conv.weight": 0.08,
         "readout.weight": 1e-4,
+        "readout.bias": 1e-4,
     }
     control = config(*best, "optimizer=random_trunk")
     build_optimizer(control, build_model(control, images))
@@ -338,8 +339,8 @@ def test_options_of_parts_reach_their_groups() -> None:
     trunk, readout = build_optimizer(control, model).param_groups
     assert (trunk["lr"], readout["lr"], trunk["momentum"]) == (10.0, 1e-3, 0.9)
     assert [*trunk["params"], *readout["params"]] == list(model.parameters())
-    lacking = config(*best, "model.whitened=0")
-    with pytest.raises(ValueError, match=r"options for 'trunk\.whitened', which is not a part of the model"):
+    lacking = config(*best, "+optimizer.per_model.softhebb.trunk.block4.lr=1")
+    with pytest.raises(ValueError, match=r"options for 'trunk\.block4', which is not a part of the model"):
         build_optimizer(lacking, build_model(lacking, images))
 
 
