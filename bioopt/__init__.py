@@ -18,7 +18,14 @@ from .diagnosis import diagnose
 from .hebbian import BCM, AntiHebbian, Hebbian, KrotovHopfield, Oja, RewardHebbian, Sanger, SoftHebb
 from .mixed import Mixed
 from .optimizer import LearningRule
-from .perturbation import ForwardGradient, HillClimbing, NodePerturbation, SerialPerturbation, WeightPerturbation
+from .perturbation import (
+    ForwardGradient,
+    HillClimbing,
+    NodePerturbation,
+    RankOnePerturbation,
+    SerialPerturbation,
+    WeightPerturbation,
+)
 from .recorder import Recorder, Synapse, register_synapse
 from .synaptic import SynapticRule
 
@@ -35,6 +42,7 @@ __all__ = [
     "Mixed",
     "NodePerturbation",
     "Oja",
+    "RankOnePerturbation",
     "Recorder",
     "RewardHebbian",
     "Sanger",

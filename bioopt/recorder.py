@@ -177,6 +177,7 @@ class _Firing:
     synapse: Synapse
     hidden: saved_tensors_hooks | None  # None: the output is not cut
     grad_mode: bool
+    x: Tensor | None
 
 
 class Recorder:
@@ -188,6 +189,7 @@ class Recorder:
             as if nothing watched it. Held weakly where it is a bound method.
         anchored: whether the detached outputs handed on require grad, so that a loss made of nothing else can
             still be sent through ``backward()``.
+        presynaptic: what entered the synapse that is being visited.
         fired: the synapses that fired since `reset`, in order of first firing, with the last one to fire at the end.
         beneath: parameters trained by gradients, seen below a cut since `reset` (filled while ``trace`` is set).
     """
@@ -196,6 +198,7 @@ class Recorder:
         self.synapses: dict[nn.Module, Synapse] = {}
         self.anchored = False
         self.trace = False
+        self.presynaptic: Tensor | None = None
         self.fired: dict[Synapse, None] = {}
         self.beneath: set[Tensor] = set()
         self._visit: Callable[[], Visit | None] | None = None
@@ -270,7 +273,8 @@ class Recorder:
             torch.set_grad_enabled(True)
             if torch.is_autocast_enabled(synapse.weight.device.type):
                 torch.clear_autocast_cache()
-        self._firing[-1] = _Firing(synapse, hidden, grad_mode)
+        x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        self._firing[-1] = _Firing(synapse, hidden, grad_mode, x)
         return args, kwargs
 
     def _after(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor | None) -> Tensor | None:
@@ -290,7 +294,11 @@ class Recorder:
         if synapse.is_readout:
             return None
         visit = self.visit
-        other = visit(synapse, output) if visit is not None else None
+        self.presynaptic = firing.x
+        try:
+            other = visit(synapse, output) if visit is not None else None
+        finally:
+            self.presynaptic = None
         return self._hand_on(output if other is None else other)
 
     def _hand_on(self, u: Tensor) -> Tensor:

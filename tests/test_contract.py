@@ -412,7 +412,12 @@ def test_random_state_and_batch_norm_stand_as_after_one_evaluation(build, form) 
     optimizer.step(form(optimizer, model, *batch()))
     assert torch.equal(torch.get_rng_state(), after_one)
     assert model[1].num_batches_tracked == 1
-    perturbed = (bioopt.WeightPerturbation, bioopt.SerialPerturbation, bioopt.RewardHebbian)
+    perturbed = (
+        bioopt.RankOnePerturbation,
+        bioopt.RewardHebbian,
+        bioopt.SerialPerturbation,
+        bioopt.WeightPerturbation,
+    )
     if type(optimizer) not in perturbed:  # their first evaluation is
         assert torch.equal(model[1].running_mean, twin[1].running_mean)
 

@@ -4,6 +4,7 @@
 `weights`            one direction in the space of weights after another: `WeightPerturbation`, `SerialPerturbation`,
                      `HillClimbing`
 `activities`         noise on what neurons say: `NodePerturbation`
+`rank_one`           a direction in the space of weights for each sample: `RankOnePerturbation`
 `forward`            slopes along random directions, exact: `ForwardGradient`
 ==================== ============================================================================================
 
@@ -12,6 +13,14 @@ All but `HillClimbing` estimate the gradient of the mean loss; none needs a back
 
 from .activities import NodePerturbation
 from .forward import ForwardGradient
+from .rank_one import RankOnePerturbation
 from .weights import HillClimbing, SerialPerturbation, WeightPerturbation
 
-__all__ = ["ForwardGradient", "HillClimbing", "NodePerturbation", "SerialPerturbation", "WeightPerturbation"]
+__all__ = [
+    "ForwardGradient",
+    "HillClimbing",
+    "NodePerturbation",
+    "RankOnePerturbation",
+    "SerialPerturbation",
+    "WeightPerturbation",
+]

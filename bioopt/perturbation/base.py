@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from ..noise import NoiseSource, fill_normal_
+from ..noise import NoiseSource, fill_normal_, fill_rademacher_
 from ..optimizer import (
     SEED,
     LearningRule,
@@ -25,6 +25,8 @@ from ..optimizer import (
 )
 from ..recorder import Synapse
 from ..synaptic import synapses_of
+
+FILL = {"normal": fill_normal_, "rademacher": fill_rademacher_}
 
 
 class Perturbation(LearningRule):

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..noise import fill_normal_, fill_rademacher_
 from ..optimizer import (
     POSITIVE,
     POSITIVE_INT,
@@ -22,7 +21,7 @@ from ..optimizer import (
     mean_loss,
     require_finite,
 )
-from .base import Perturbation
+from .base import FILL, Perturbation
 
 
 def _zscore(losses: Tensor) -> Tensor:
@@ -40,7 +39,6 @@ def _ranks(losses: Tensor) -> Tensor:
     return below.to(losses.dtype) / (2 * max(len(losses) - 1, 1)) - 0.5
 
 
-FILL = {"normal": fill_normal_, "rademacher": fill_rademacher_}
 SHAPE: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda losses: losses,
     "zscore": _zscore,

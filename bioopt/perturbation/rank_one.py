@@ -1,0 +1,199 @@
+"""Weight perturbation of rank one: each sample of a batch carries its own direction, at the price of one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..optimizer import POSITIVE, POSITIVE_INT, Constraint, Estimate, Params, Probe, mean_over_samples, require_finite
+from ..recorder import Synapse
+from .base import FILL, NoisyActivity
+
+_CONVOLVE: dict[type, Callable[..., Tensor]] = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
+
+
+class _Members(NamedTuple):
+    """The directions of one synapse, one a sample: ``a bᵀ`` of its weights (in each pool), ``c`` of its bias."""
+
+    a: Tensor  # N × neurons
+    b: Tensor  # N × pools × inputs of a neuron
+    c: Tensor | None  # N × neurons
+
+
+class RankOnePerturbation(NoisyActivity):
+    r"""Weight perturbation along directions of rank one, one for each sample of the batch.
+
+    .. math::
+        \hat g = \frac{1}{N S} \sum_{n, i}
+        \frac{L_n(W + \sigma\, a_{ni} b_{ni}^\top) - L_n(W - \sigma\, a_{ni} b_{ni}^\top)}{2 \sigma}\;
+        a_{ni} b_{ni}^\top, \qquad \Delta W = -\hat g
+
+    with the loss :math:`L_n` of sample :math:`n` of :math:`N`, :math:`S` = ``samples``, and vectors :math:`a` (one
+    entry a neuron) and :math:`b` (one an input) of independent entries of mean 0 and variance 1, normal or
+    (``distribution="rademacher"``) -1 and 1; biases get a vector of their own. As :math:`a b^\top x = a\,(b^\top x)`,
+    a pass over the batch tries :math:`N` directions, where `WeightPerturbation` tries one, and :math:`\hat g` is one
+    matrix product. In grouped convolutions each group has a direction of its own.
+
+    The entries of :math:`a b^\top` are uncorrelated and of variance 1, so that the mean of :math:`\hat g` is the
+    gradient of the mean loss, but for :math:`O(\sigma^2)`. They are not normal (their fourth moment is 9, with
+    ``"rademacher"`` 1), so it is the gradient of the loss smoothed by this distribution, not of a Gaussian's. The
+    variance grows with the number of weights, and with the gradients of the single samples in place of their mean's.
+
+    Cost a step: ``2 samples`` forward passes, two more at the very first (to see that the closure is repeatable), and
+    as many local products; a convolution's sums :math:`b^\top x` cost more than that, since each sample has a filter
+    of its own. Memory: vectors, none of the size of the weights but ``.grad``. Batch statistics advance once, dropout
+    masks are the same in all evaluations. Where samples of a batch influence each other (batch norm), ``"sample"``
+    leaves that influence out.
+
+    Args:
+        params: the model (or modules, or groups whose ``"params"`` are modules). Bare parameters are refused: the
+            rule must see what enters a layer. Weight and bias of each synapse learn; other parameters stay frozen.
+        lr: learning rate of ``descent``.
+        sigma: :math:`\sigma`, the standard deviation of the change of each weight, in units of the weights.
+        samples: :math:`S`, pairs of passes a step, each with new directions.
+        credit: ``"sample"``, or ``"global"``: one scalar loss credits all directions of a pass. A scalar loss is
+            global by itself.
+        distribution: of the entries of :math:`a`, :math:`b` and the bias's vector: ``"normal"`` or ``"rademacher"``.
+        options: the keywords that follow.
+        seed: of the directions; with the step and the pass it fixes them all.
+        descent: the `torch.optim` class that makes the step; its options as further keywords.
+        process_group: split the pairs of passes over these ranks, which all see the same batch; only losses travel.
+
+    Raises:
+        ValueError: a hyperparameter out of range; a model without plastic layers, or with plastic layers other than
+            Linear, Conv1d, Conv2d and Conv3d.
+        TypeError: bare parameters.
+        RuntimeError: a step without a closure, or with one that is not repeatable; a layer whose first dimension is not
+            the sample; a non-finite loss, after which nothing has changed.
+
+    Source: B. Sarkar et al. (2025), *Evolution strategies at the hyperscale* (EGGROLL), whose members each take a
+    slice of the batch; here the slices are single samples, which for one cost gives the least variance.
+    """
+
+    constraints: ClassVar[dict[str, Constraint]] = {"sigma": POSITIVE}
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float,  # η
+        *,
+        sigma: float,  # σ
+        samples: int = 1,  # S
+        credit: str = "sample",
+        distribution: str = "normal",
+        **options: Any,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "sigma": sigma}, credit, **options)
+        self._check_value("samples", samples, POSITIVE_INT)
+        self._check_value("distribution", distribution, (lambda v: v in FILL, f"one of {', '.join(FILL)}"))
+        self.samples = samples
+        self.distribution = distribution
+
+    def _select(self, group: dict[str, Any]) -> tuple[list[Any], list[Synapse]]:
+        named, synapses = self._select_synapses(group)
+        for synapse in synapses:
+            kind = type(synapse.layer)
+            if kind not in (nn.Linear, *_CONVOLVE):
+                raise ValueError(
+                    f"RankOnePerturbation knows Linear, Conv1d, Conv2d and Conv3d, not the {kind.__name__} "
+                    f"'{synapse.name}': train it by another rule through bioopt.Mixed, or freeze it"
+                )
+        return named, synapses
+
+    def _estimate(self, probe: Probe) -> Estimate:
+        self._begin(probe)
+        losses: dict[int, Tensor] = {}
+        records: list[tuple[Synapse, Tensor]] = []
+        for sample in self._share("samples", self.samples):
+            members: dict[Synapse, _Members] = {}
+            sides = []
+            for sign in (1, -1):
+                visit = self._disturbance(sample, sign, members, None if records else records)
+                with self._recorder.visiting(visit):
+                    sides.append(probe())
+            losses[sample] = torch.stack(sides)
+        per_sample = self._per_sample(records, losses[next(iter(losses))][0])
+        outcomes = self._gathered(losses, self.samples)
+        changes = outcomes[:, 0] - outcomes[:, 1]
+        require_finite(self, "the loss", [changes])
+        sizes = {synapse: len(u) for synapse, u in records}
+        grads: dict[Tensor, Tensor] = {}
+        for sample, change in enumerate(changes):
+            draw = self._noise_of(sample, FILL[self.distribution])
+            slope = mean_over_samples(change) / len(change) if per_sample else change.mean()
+            for synapse, size in sizes.items():
+                told = self._drawn(synapse, size, draw)
+                credit = (slope / (2 * self._width(synapse) * self.samples)).expand(size)
+                with torch.autocast(change.device.type, enabled=False):
+                    for p, g in _products(synapse, told, credit):
+                        grads[p] = grads[p] + g if p in grads else g
+        probe.agree(self.process_group)
+        return outcomes.mean((0, 1)), grads, self._next_state()
+
+    def _disturbance(
+        self, sample: int, sign: int, members: dict[Synapse, _Members], records: list[tuple[Synapse, Tensor]] | None
+    ) -> Callable[[Synapse, Tensor], Tensor]:
+        """What hands on the activity of disturbed weights; draws ``members`` and takes records in where they lack."""
+        draw = self._noise_of(sample, FILL[self.distribution])
+
+        def disturb(synapse: Synapse, u: Tensor) -> Tensor:
+            if u.ndim <= -synapse.channel_dim:
+                raise RuntimeError(
+                    f"RankOnePerturbation: layer '{synapse.name}' gave an output of shape {tuple(u.shape)}, without a "
+                    "dimension of samples; run the model on batches"
+                )
+            if records is not None:
+                records.append((synapse, torch.empty_like(u, device="meta")))  # for its shape
+            if synapse not in members:
+                members[synapse] = self._drawn(synapse, len(u), draw)
+            x = self._recorder.presynaptic
+            assert x is not None
+            said = _said(synapse, x.detach(), members[synapse])
+            return torch.add(u.detach(), said.to(u.dtype), alpha=sign * self._width(synapse))
+
+        return disturb
+
+    def _drawn(self, synapse: Synapse, size: int, draw: Callable[[Tensor], Tensor]) -> _Members:
+        weight, bias = synapse.weight, synapse.bias
+        a = draw(weight.new_empty(size, len(weight)))
+        b = draw(weight.new_empty(size, synapse.pools, weight[0].numel()))
+        return _Members(a, b, draw(torch.empty_like(a)) if bias is not None and bias.requires_grad else None)
+
+
+def _said(synapse: Synapse, x: Tensor, members: _Members) -> Tensor:
+    """What each sample's direction adds to the postsynaptic activity: ``a (bᵀ x) + c``."""
+    a, b, c = members
+    layer: Any = synapse.layer
+    size = len(x)
+    if isinstance(layer, nn.Linear):
+        sums = torch.einsum("n...i,ni->n...", x, b.squeeze(1).to(x.dtype)).unsqueeze(-1)
+        shape = [size, *[1] * (x.ndim - 2), -1]
+        said = sums * a.view(shape)
+        return said if c is None else said.add_(c.view(shape))
+    padding: Any = layer.padding
+    if layer.padding_mode != "zeros":
+        x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), 0
+    each = x.reshape(1, -1, *x.shape[2:])
+    filters = b.to(x.dtype).view(size * synapse.pools, *synapse.weight.shape[1:])
+    convolve = _CONVOLVE[type(layer)]
+    sums = convolve(each, filters, None, layer.stride, padding, layer.dilation, len(filters))
+    sums = sums.view(size, synapse.pools, 1, *sums.shape[2:])
+    alone = [1] * (sums.ndim - 3)
+    said = (sums * a.view(size, synapse.pools, -1, *alone)).flatten(1, 2)
+    return said if c is None else said.add_(c.view(size, -1, *alone))
+
+
+def _products(synapse: Synapse, members: _Members, credit: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """``Σ credit a bᵀ`` over samples, and of the bias ``Σ credit c``."""
+    a, b, c = members
+    credit = credit.to(a.dtype)
+    told = (a * credit.unsqueeze(1)).view(len(a), synapse.pools, -1)
+    product = torch.einsum("ngo,ngi->goi", told, b).reshape(synapse.weight.shape)
+    found: list[tuple[Tensor, Tensor]] = [(synapse.weight, product)]
+    if c is not None and synapse.bias is not None:
+        found.append((synapse.bias, credit @ c))
+    return found
