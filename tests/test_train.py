@@ -29,7 +29,12 @@ TINY = ["model=cnn", "model.width=2", "model.kernel=3", "logger.mode=disabled", 
 
 def tiny(optimizer: str) -> list[str]:
     """The least of a run, with few of the evaluations that some optimizers make in a step."""
-    few = {"serial_perturbation": "coordinates", "weight_perturbation": "population", "node_perturbation": "samples"}
+    few = {
+        "node_perturbation": "samples",
+        "rank_one_perturbation": "samples",
+        "serial_perturbation": "coordinates",
+        "weight_perturbation": "population",
+    }
     return [f"optimizer={optimizer}", *TINY, *([f"optimizer.{few[optimizer]}=1"] if optimizer in few else [])]
 
 
