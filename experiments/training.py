@@ -298,10 +298,11 @@ def groups(model: nn.Module, parts: Any) -> Any:
     if not parts:
         return model
     made: dict[str, dict[str, Any]] = {}
+    present = dict(model.named_modules())
     for name in parts:
-        if name not in dict(model.named_modules()):
+        if name not in present:
             raise ValueError(f"per_model has options for '{name}', which is not a part of the model")
-    for name, module in model.named_modules():
+    for name, module in present.items():
         if [*module.parameters(recurse=False)]:
             part = max((part for part in parts if f"{name}.".startswith(f"{part}.")), key=len, default="")
             made.setdefault(part, {"params": [], **parts.get(part, {})})["params"].append((name, module))

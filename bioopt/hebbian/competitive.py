@@ -157,14 +157,16 @@ class Hebbian(SynapticRule):
                     f"Hebbian: modulator has {len(m)} values, one a sample, but layer '{synapse.name}' "
                     f"gave an output of shape {tuple(u.shape)}"
                 )
-            m = m.to(u)
-            if isinstance(s, Few):
-                events = len(s.told) // max(1, m.numel())
-                return Few(s.neurons, s.told * m.reshape(-1, 1).repeat_interleave(events, 0))
-            return s * m.view(-1, *[1] * (s.ndim - 1))
-        if m == 1:
+        elif m == 1:
             return s
-        return Few(s.neurons, s.told * m) if isinstance(s, Few) else s * m
+        if isinstance(s, Few):
+            if isinstance(m, Tensor):
+                events = len(s.told) // max(1, m.numel())
+                m = m.to(s.told).reshape(-1, 1).repeat_interleave(events, 0)
+            return s._replace(told=s.told * m)
+        if isinstance(m, Tensor):
+            m = m.to(s).view(-1, *[1] * (s.ndim - 1))
+        return s * m
 
     def update(self, product: Tensor, signal: Tensor | None, synapse: Synapse, group: dict[str, Any]) -> Tensor:
         """``(I + lr C)⁻¹ (P - C W)`` in each pool, no step longer than ``‖W‖``."""

@@ -13,6 +13,7 @@ from torch.optim import SGD, Optimizer
 from ..noise import NoiseSource, fill_normal_, fill_rademacher_
 from ..optimizer import (
     SEED,
+    Constraint,
     LearningRule,
     Params,
     Probe,
@@ -27,6 +28,7 @@ from ..recorder import Synapse
 from ..synaptic import synapses_of
 
 FILL = {"normal": fill_normal_, "rademacher": fill_rademacher_}
+DISTRIBUTION: Constraint = (lambda v: v in FILL, f"one of {', '.join(FILL)}")
 
 
 class Perturbation(LearningRule):
@@ -213,7 +215,7 @@ class NoisyActivity(Perturbation):
         for sample, slope in enumerate(slopes):
             draw = self._noise_of(sample)
             noise = kept[1] if kept[0] == sample else [draw(torch.empty_like(u.detach())) for _, u in records]
-            credit = mean_over_samples(slope) / len(slope) if per_sample else slope.mean()
+            credit = credit_of(slope, per_sample)
             for i, (n, (synapse, _)) in enumerate(zip(noise, records, strict=True)):
                 told = credited(n, credit / (len(slopes) * (self._width(synapse) if width is None else width)))
                 if sample == 0:
@@ -250,6 +252,11 @@ class NoisyActivity(Perturbation):
                     "not the sample. Use credit='global'"
                 )
         return True
+
+
+def credit_of(change: Tensor, per_sample: bool) -> Tensor:
+    """What a change of the losses says of the mean loss: each sample's part of it, or one number for all."""
+    return mean_over_samples(change) / len(change) if per_sample else change.mean()
 
 
 def credited(noise: Tensor, credit: Tensor) -> Tensor:

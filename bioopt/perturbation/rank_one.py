@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..optimizer import POSITIVE, POSITIVE_INT, Constraint, Estimate, Params, Probe, mean_over_samples, require_finite
+from ..optimizer import POSITIVE, POSITIVE_INT, Constraint, Estimate, Params, Probe, require_finite
 from ..recorder import Synapse
-from .base import FILL, NoisyActivity
+from .base import DISTRIBUTION, FILL, NoisyActivity, credit_of
 
 _CONVOLVE: dict[type, Callable[..., Tensor]] = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 
@@ -89,7 +89,7 @@ class RankOnePerturbation(NoisyActivity):
     ) -> None:
         super().__init__(params, {"lr": lr, "sigma": sigma}, credit, **options)
         self._check_value("samples", samples, POSITIVE_INT)
-        self._check_value("distribution", distribution, (lambda v: v in FILL, f"one of {', '.join(FILL)}"))
+        self._check_value("distribution", distribution, DISTRIBUTION)
         self.samples = samples
         self.distribution = distribution
 
@@ -108,11 +108,12 @@ class RankOnePerturbation(NoisyActivity):
         self._begin(probe)
         losses: dict[int, Tensor] = {}
         records: list[tuple[Synapse, Tensor]] = []
+        kept: tuple[int, dict[Synapse, _Members]] = (-1, {})
         for sample in self._share("samples", self.samples):
-            members: dict[Synapse, _Members] = {}
+            kept = (sample, {})
             sides = []
             for sign in (1, -1):
-                visit = self._disturbance(sample, sign, members, None if records else records)
+                visit = self._disturbance(sample, sign, kept[1], None if records else records)
                 with self._recorder.visiting(visit):
                     sides.append(probe())
             losses[sample] = torch.stack(sides)
@@ -123,13 +124,15 @@ class RankOnePerturbation(NoisyActivity):
         sizes = {synapse: len(u) for synapse, u in records}
         grads: dict[Tensor, Tensor] = {}
         for sample, change in enumerate(changes):
-            draw = self._noise_of(sample, FILL[self.distribution])
-            slope = mean_over_samples(change) / len(change) if per_sample else change.mean()
-            for synapse, size in sizes.items():
-                told = self._drawn(synapse, size, draw)
-                credit = (slope / (2 * self._width(synapse) * self.samples)).expand(size)
+            members = kept[1]
+            if sample != kept[0]:
+                draw = self._noise_of(sample, FILL[self.distribution])
+                members = {synapse: self._drawn(synapse, size, draw) for synapse, size in sizes.items()}
+            slope = credit_of(change, per_sample) / (2 * self.samples)
+            for synapse, told in members.items():
+                credit = (slope / self._width(synapse)).expand(sizes[synapse])
                 with torch.autocast(change.device.type, enabled=False):
-                    for p, g in _products(synapse, told, credit):
+                    for p, g in _gradients(synapse, told, credit):
                         grads[p] = grads[p] + g if p in grads else g
         probe.agree(self.process_group)
         return outcomes.mean((0, 1)), grads, self._next_state()
@@ -187,7 +190,7 @@ def _said(synapse: Synapse, x: Tensor, members: _Members) -> Tensor:
     return said if c is None else said.add_(c.view(size, -1, *alone))
 
 
-def _products(synapse: Synapse, members: _Members, credit: Tensor) -> list[tuple[Tensor, Tensor]]:
+def _gradients(synapse: Synapse, members: _Members, credit: Tensor) -> list[tuple[Tensor, Tensor]]:
     """``Σ credit a bᵀ`` over samples, and of the bias ``Σ credit c``."""
     a, b, c = members
     credit = credit.to(a.dtype)

@@ -21,7 +21,7 @@ from ..optimizer import (
     mean_loss,
     require_finite,
 )
-from .base import FILL, Perturbation
+from .base import DISTRIBUTION, FILL, Perturbation
 
 
 def _zscore(losses: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ class WeightPerturbation(Perturbation):
     ) -> None:
         super().__init__(params, {"lr": lr, "sigma": sigma}, **options)
         self._check_value("population", population, POSITIVE_INT)
-        self._check_value("distribution", distribution, (lambda v: v in FILL, f"one of {', '.join(FILL)}"))
+        self._check_value("distribution", distribution, DISTRIBUTION)
         if shaping != "none" and population < 2:
             raise ValueError(f"WeightPerturbation: shaping={shaping!r} compares losses: raise population={population}")
         self._check_value("shaping", shaping, (lambda v: v in SHAPE, f"one of {', '.join(SHAPE)}"))
