@@ -59,6 +59,7 @@ class Mixed(Optimizer):
         self.optimizers = optimizers
         self._norms: WeakKeyDictionary[nn.Module, None] = WeakKeyDictionary()
         self._closure_needs_grad = False
+        self.forward_passes = 0  # as of a rule
         self._traced = False
         for rule in self._rules():
             self._norms.update(rule._norms)
@@ -105,6 +106,7 @@ class Mixed(Optimizer):
                     probe.close()
                 self._closure_needs_grad = probe.always_grad
                 loss = loss if probe.returns_tensor else loss.item()
+            self.forward_passes = 0 if closure is None else probe.made
             require_finite(self, "an update", list(grads.values()))
             for rule in self._rules():
                 rule._own_state = own_states.get(rule, rule._own_state)

@@ -128,6 +128,7 @@ class LearningRule(Optimizer, ABC):
         self._modules: list[tuple[str, nn.Module]] = []
         self._norms: WeakKeyDictionary[nn.Module, None] = WeakKeyDictionary()
         self._closure_needs_grad = False  # an ordinary closure was given: its backward() must not fail
+        self.forward_passes = 0  # that the last estimate took, checks included
         self._check(defaults)
         if inspect.signature(descent.step).parameters["closure"].default is inspect.Parameter.empty:
             raise TypeError(
@@ -196,6 +197,7 @@ class LearningRule(Optimizer, ABC):
                     probe.close()
                 self._closure_needs_grad = probe.always_grad
                 loss = loss if probe.returns_tensor else loss.item()
+            self.forward_passes = 0 if closure is None else probe.made
             self._write(grads)
             self._own_state = own_state
         finally:
@@ -327,6 +329,9 @@ class Probe:
         always_grad: whether the closure is known to call ``backward()`` in any case.
         norms: the batch-norm layers known so far; those that are found are added. (A compiled model shows them
             only while it is compiled.)
+
+    Attributes:
+        made: all evaluations, those before a restart included.
     """
 
     def __init__(
@@ -343,12 +348,16 @@ class Probe:
         self._devices = sorted({p.device for p in params if p.device.type != "cpu"}, key=str)
         self._random: list[Tensor] = []
         self._count = 0
+        self.made = 0
         self._before: dict[nn.Module, list[Tensor]] = {}
         self._after: dict[nn.Module, list[Tensor]] = {}
 
-    def __call__(self, *, grad: bool = False) -> Tensor:
-        """Evaluate once; with ``grad`` the value keeps its graph, otherwise none is built if the closure allows."""
-        value = self._evaluate(grad)
+    def __call__(self, *, grad: bool = False, copies: int = 1) -> Tensor:
+        """Evaluate once; with ``grad`` the value keeps its graph, otherwise none is built if the closure allows.
+
+        ``copies``: how many evaluations this one stands for, inside `torch.func.vmap`.
+        """
+        value = self._evaluate(grad, copies)
         return value if grad else value.detach()
 
     def along_tangents(self) -> tuple[Tensor, Tensor | None]:
@@ -367,11 +376,11 @@ class Probe:
         self._count = 0
         self._after = {}
 
-    def _evaluate(self, grad: bool) -> Tensor:
+    def _evaluate(self, grad: bool, copies: int = 1) -> Tensor:
         self._restart_random()
         if self._count == 0:
             self._before = {m: _statistics(m) for m in self._norms if m.training}
-        elif self._count == 1:
+        elif not self._after:
             self._after = {m: _statistics(m) for m in self._before}
         torch.clear_autocast_cache()  # or all evaluations would share one half-precision copy of the weights
         watch = nn.modules.module.register_module_forward_pre_hook(self._remember) if self._count == 0 else None
@@ -385,7 +394,8 @@ class Probe:
         finally:
             if watch is not None:
                 watch.remove()
-        self._count += 1
+        self._count += copies
+        self.made += copies
         if value is None:
             raise RuntimeError("the closure returned None; it must return the loss")
         self.returns_tensor = isinstance(value, Tensor)

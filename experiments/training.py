@@ -89,8 +89,6 @@ def _train(
 
     def closure_of(inputs: Tensor, labels: Tensor) -> Callable[[], Tensor]:
         def closure() -> Tensor:
-            nonlocal passes
-            passes += phase.module is model
             phase.optimizer.zero_grad()
             with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
                 losses = F.cross_entropy(phase.module(inputs), labels, reduction="none")
@@ -130,6 +128,9 @@ def _train(
                     raise RuntimeError(f"{error} (epoch {epoch}, optimizer.lr={config.optimizer.lr})") from error
                 if phase.scheduler is not None:
                     phase.scheduler.step()
+                if phase.module is model:
+                    ours = isinstance(optimizer, bioopt.LearningRule | bioopt.Mixed)
+                    passes += optimizer.forward_passes if ours else 1  # type: ignore[attr-defined]
                 losses += loss
                 log.step(steps, loss)
                 steps += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 import bioopt
 from bioopt.noise import NoiseSource, fill_normal_
 
-from .rules import SEVERAL_PASSES, make, mlp, options_of, per_sample, same, weights
+from .rules import SEVERAL_PASSES, make, mlp, options_of, ordinary, per_sample, same, weights
 
 GENERATOR = torch.Generator().manual_seed(5)
 X, Y = torch.randn(8, 6, dtype=torch.float64, generator=GENERATOR), torch.randint(4, (8,), generator=GENERATOR)
@@ -154,6 +155,88 @@ def test_node_perturbation_equals_its_twin(samples: int, credit: str) -> None:
                         wanted[2 * i + 1][k] += told
     for a, b in zip(wanted, estimate(optimizer, model), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def convolutions() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(2, 4, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Dropout(0.3), nn.Linear(36, 4))
+    return nn.Sequential(nn.Unflatten(1, (2, 5, 5)), *layers).double()
+
+
+@pytest.mark.parametrize("credit", ["sample", "global"])
+@pytest.mark.parametrize("build", [lambda: mlp(sizes=(50, 5, 4)), convolutions])
+def test_noisy_passes_at_once_equal_those_one_by_one(build, credit: str) -> None:
+    x = torch.randn(8, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = []
+    for batched in (False, True):
+        model, calls = build(), 0
+        optimizer = bioopt.NodePerturbation(model, 0.1, sigma=0.1, samples=3, credit=credit, batched=batched)
+        torch.manual_seed(0)
+
+        def closure(model=model) -> Tensor:
+            nonlocal calls
+            calls += 1
+            return F.cross_entropy(model(x), Y, reduction="none")
+
+        optimizer.step(closure)  # after two evaluations that see that the closure is repeatable
+        assert (calls, optimizer.forward_passes) == ((4 if batched else 6), 6)
+        losses = optimizer.step(closure)
+        assert (calls, optimizer.forward_passes) == ((6 if batched else 10), 4)
+        assert optimizer.batched == batched
+        found.append([losses, torch.get_rng_state().double(), *weights(model)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("norm", "closure"),
+    [
+        (True, lambda optimizer, model: losses_of(model)),
+        (False, lambda optimizer, model: losses_of(model).mean().item()),
+        (False, lambda optimizer, model: per_sample(optimizer, model, X, Y)()),
+        (False, lambda optimizer, model: ordinary(optimizer, model, X, Y)()),
+    ],
+    ids=["batch norm", "number", "backward where needed", "backward always"],
+)
+@pytest.mark.filterwarnings("ignore:NodePerturbation needs no backward pass")
+def test_what_vmap_cannot_run_is_run_pass_by_pass(norm: bool, closure) -> None:
+    found = []
+    for batched in (False, True):
+        model = mlp()
+        if norm:
+            model.insert(1, nn.BatchNorm1d(5).double())
+        optimizer = bioopt.NodePerturbation(model, 0.1, sigma=0.1, samples=3, batched=batched)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                optimizer.step(lambda model=model, optimizer=optimizer: closure(optimizer, model))
+        said = [str(w.message) for w in caught if "vmap cannot run" in str(w.message)]
+        assert len(said) <= batched
+        found.append([*weights(model), *model.buffers()])
+        if batched and norm:
+            assert "Batch norm" in said[0]
+            assert caught[-1].filename == __file__
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("more", [False, True])
+@pytest.mark.filterwarnings("ignore:.*vmap cannot run this closure")
+def test_other_layers_in_the_noisy_pass_are_refused(batched: bool, more: bool) -> None:
+    model, calls = mlp(), 0
+    optimizer = bioopt.NodePerturbation(model, 0.1, sigma=0.1, samples=2, batched=batched)
+
+    def closure() -> Tensor:
+        nonlocal calls
+        calls += 1
+        twice = calls > 3 if more else calls <= 3
+        return losses_of(model) + (model[0](X).sum() if twice else 0)
+
+    before = weights(model)
+    with pytest.raises(RuntimeError, match="ran other layers in the noisy pass"):
+        optimizer.step(closure)
+    assert same(before, weights(model))
 
 
 def rank_one_direction(model: nn.Module, stream: torch.Generator, n: int) -> list[list[Tensor]]:

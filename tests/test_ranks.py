@@ -40,6 +40,9 @@ CASES = {
         network, False, lambda m, g: bioopt.SerialPerturbation(m, 0.1, sigma=0.1, coordinates=5, process_group=g)),
     "NodePerturbation": (
         network, False, lambda m, g: bioopt.NodePerturbation(m, 0.1, sigma=0.1, samples=3, process_group=g)),
+    "NodePerturbation, batched": (
+        plain, False, lambda m, g: bioopt.NodePerturbation(
+            m, 0.1, sigma=0.1, samples=3, batched=True, process_group=g)),
     "RankOnePerturbation": (
         network, False, lambda m, g: bioopt.RankOnePerturbation(m, 0.1, sigma=0.1, samples=3, process_group=g)),
     "WeightPerturbation, shaped": (

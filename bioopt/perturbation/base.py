@@ -199,7 +199,7 @@ class NoisyActivity(Perturbation):
         records: list[tuple[Synapse, Tensor]],
         slopes: Tensor,
         per_sample: bool,
-        kept: tuple[int, list[Tensor]],
+        kept: dict[int, list[Tensor]],
         width: float | None = None,
     ) -> list[Tensor]:
         """The teaching signal of each firing: the noise of every pass, credited with the pass's slope.
@@ -208,13 +208,13 @@ class NoisyActivity(Perturbation):
             records: the firings.
             slopes: the change of the losses in each pass.
             per_sample: whether each sample is credited by itself.
-            kept: the number of a pass whose noise is still there, and that noise, which is used up.
+            kept: the noise of the passes, by their number, whose noise is still there; it is used up.
             width: of the noise, by which the change is divided; by default the ``sigma`` of each group.
         """
         signals: list[Tensor] = []
         for sample, slope in enumerate(slopes):
             draw = self._noise_of(sample)
-            noise = kept[1] if kept[0] == sample else [draw(torch.empty_like(u.detach())) for _, u in records]
+            noise = kept.get(sample) or [draw(torch.empty_like(u.detach())) for _, u in records]
             credit = credit_of(slope, per_sample)
             for i, (n, (synapse, _)) in enumerate(zip(noise, records, strict=True)):
                 told = credited(n, credit / (len(slopes) * (self._width(synapse) if width is None else width)))

@@ -162,7 +162,7 @@ class ForwardGradient(NoisyActivity):
         outcomes = self._gathered(mine, self.samples, ("the loss", "the slope of the loss"))
         losses = outcomes[0, 0]
         per_sample = self._per_sample(records, losses)
-        signals = self._signals(records, outcomes[:, 1], per_sample, (max(mine), noise), width=1.0)
+        signals = self._signals(records, outcomes[:, 1], per_sample, {max(mine): noise}, width=1.0)
         probe.agree(self.process_group)
         return losses, self._products(records, signals), self._next_state()
 
