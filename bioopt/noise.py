@@ -46,8 +46,14 @@ def fill_normal_(tensor: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def fill_rademacher_(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """Fill a tensor with -1 and 1, as likely as each other, in the order of its memory."""
-    _in_memory_order(tensor).random_(0, 2, generator=generator).mul_(2).sub_(1)
+    """Fill a tensor with -1 and 1, as likely as each other, in the order of its memory.
+
+    Eight of them come from one random number, which makes them several times as fast as normal ones.
+    """
+    numbers = torch.empty(tensor.numel() // 8 + 1, dtype=torch.int64, device=tensor.device)
+    signs = numbers.random_(-(2**63), None, generator=generator).view(torch.int8)[: tensor.numel()]
+    ordered = _in_memory_order(tensor)
+    ordered.copy_(signs.bitwise_and_(2).sub_(1).view(ordered.shape))
     return tensor
 
 

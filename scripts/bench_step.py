@@ -24,8 +24,7 @@ from hydra import compose, initialize_config_dir
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import bioopt
-from experiments.models import cnn, mlp
+from experiments.models import cnn
 from experiments.training import build_optimizer
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -100,22 +99,6 @@ def take_turns(step: dict[str, Callable[[], object]], device: torch.device, seco
             synchronize(device)
             taken[name].append(1000 * (time.perf_counter() - begin))
     return {name: statistics.median(values) for name, values in taken.items()}
-
-
-def directions(device: torch.device, population: int, seconds: float) -> dict[str, float]:
-    """Pairs of directions a second on an MLP, a batch of as many samples as there are directions in a step."""
-    torch.manual_seed(0)
-    x, y = torch.randn(population, *SHAPE, device=device), torch.randint(10, (population,), device=device)
-    step: dict[str, Callable[[], object]] = {}
-    for rule in (bioopt.WeightPerturbation, bioopt.RankOnePerturbation):
-        model = mlp(SHAPE, 10, hidden=(128, 128)).to(device)
-        count = {"population": population} if rule is bioopt.WeightPerturbation else {}
-        optimizer = rule(model, 1e-4, sigma=1e-2, **count)  # type: ignore[arg-type]
-        step[rule.__name__] = lambda optimizer=optimizer, model=model: optimizer.step(
-            lambda: F.cross_entropy(model(x), y, reduction="none")
-        )
-    taken = take_turns(step, device, seconds)
-    return {name: 1000 * population / milliseconds for name, milliseconds in taken.items()}
 
 
 def synchronize(device: torch.device) -> None:
@@ -202,10 +185,6 @@ def main() -> None:
             f"| {name} | {value:.1f} | {row['to_sgd']:.2f} | {row['to_forward']:.2f} | {memory[name] / 2**20:.2f} "
             f"| {row['peak_to_forward']:.2f} |"
         )
-    a_second = directions(device, 64, options.seconds / 4)
-    full, rank_one = a_second.values()
-    print("\nMLP 784-128-128-10, 64 antithetic pairs a step, batch 64:")
-    print("; ".join(f"{name} {value:,.0f} pairs/s" for name, value in a_second.items()) + f": {rank_one / full:.1f}×")
     if options.json:
         record = {
             "device": where,
@@ -213,7 +192,6 @@ def main() -> None:
             "batch": options.batch,
             "weights_bytes": weights,
             "rows": rows,
-            "pairs_per_second": a_second,
         }
         options.json.write_text(json.dumps(record, indent=2) + "\n")
 

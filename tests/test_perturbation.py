@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bioopt
-from bioopt.noise import NoiseSource, fill_normal_
+from bioopt.noise import NoiseSource, fill_normal_, fill_rademacher_
 
 from .rules import SEVERAL_PASSES, make, mlp, options_of, ordinary, per_sample, same, weights
 
@@ -70,7 +70,7 @@ def test_shaped_weight_perturbation_equals_its_twin(distribution: str, shaping: 
         if distribution == "normal":
             z = [torch.randn(p.shape, generator=stream, dtype=p.dtype) for p in params]
         else:
-            z = [2.0 * torch.randint(2, p.shape, generator=stream).to(p.dtype) - 1 for p in params]
+            z = [fill_rademacher_(torch.empty_like(p.detach()), stream) for p in params]
         directions.append(z)
         for sign in (1, -1) if antithetic else (1,):
             shifted = {n: p + sign * sigma * d for n, p, d in zip(names, params, z, strict=True)}
@@ -133,10 +133,12 @@ def test_weight_perturbation_equals_its_twin(population: int, antithetic: bool) 
 
 @pytest.mark.parametrize("samples", [1, 3])
 @pytest.mark.parametrize("credit", ["sample", "global"])
-def test_node_perturbation_equals_its_twin(samples: int, credit: str) -> None:
+@pytest.mark.parametrize("distribution", ["normal", "rademacher"])
+def test_node_perturbation_equals_its_twin(samples: int, credit: str, distribution: str) -> None:
     """One sample, one synapse, one noisy pass at a time."""
     model, sigma = mlp(), 0.1
-    optimizer = bioopt.NodePerturbation(model, 0.1, sigma=sigma, samples=samples, credit=credit, seed=2)
+    options = {"sigma": sigma, "samples": samples, "credit": credit, "distribution": distribution}
+    optimizer = bioopt.NodePerturbation(model, 0.1, seed=2, **options)
     first, second = model[0], model[2]
     wanted = [torch.zeros_like(p) for p in model.parameters()]
     with torch.no_grad():
@@ -144,7 +146,8 @@ def test_node_perturbation_equals_its_twin(samples: int, credit: str) -> None:
         clean = F.cross_entropy(second(hidden), Y, reduction="none")
         for sample in range(samples):
             stream = NoiseSource().stream(torch.device("cpu"), 2, 0, sample)
-            xi = [torch.randn(8, n, generator=stream, dtype=torch.float64) for n in (5, 4)]
+            fill = fill_normal_ if distribution == "normal" else fill_rademacher_
+            xi = [fill(torch.empty(8, n, dtype=torch.float64), stream) for n in (5, 4)]
             noisy = F.cross_entropy(second(torch.tanh(first(X) + sigma * xi[0])) + sigma * xi[1], Y, reduction="none")
             for b in range(8):
                 change = noisy[b] - clean[b] if credit == "sample" else (noisy - clean).mean() * 8
@@ -579,6 +582,7 @@ def few_losses(model: nn.Module) -> Tensor:
         (lambda m: bioopt.RankOnePerturbation(m, 0.1, sigma=1e-4), few_losses),
         (lambda m: bioopt.RankOnePerturbation(m, 0.1, sigma=1e-4, distribution="rademacher"), few_losses),
         (lambda m: bioopt.ForwardGradient(m, 0.1), few_losses),
+        (lambda m: bioopt.ForwardGradient(m, 0.1, distribution="rademacher"), few_losses),
         (lambda m: bioopt.ForwardGradient(m, 0.1, space="activities"), few_losses),
     ],
     ids=[
@@ -590,6 +594,7 @@ def few_losses(model: nn.Module) -> Tensor:
         "rank one",
         "rank one, rademacher",
         "forward",
+        "forward, rademacher",
         "forward, activities",
     ],
 )
@@ -751,7 +756,18 @@ def test_the_seed_is_part_of_the_state() -> None:
         assert torch.equal(a, b)
 
 
-def test_noise_fills_any_memory_format_alike() -> None:
+def test_rademacher_noise_is_fair_and_unrelated() -> None:
+    source, cpu = NoiseSource(), torch.device("cpu")
+    signs = torch.stack([fill_rademacher_(torch.empty(8000), source.stream(cpu, 0, i)) for i in range(3)])
+    assert signs.unique().tolist() == [-1, 1]
+    assert signs.mean(1).abs().max() < 4 / math.sqrt(8000)
+    assert (torch.corrcoef(signs) - torch.eye(3)).abs().max() < 0.05
+    for lag in range(1, 17):  # eight come from one number
+        assert abs((signs[0, lag:] * signs[0, :-lag]).mean()) < 4 / math.sqrt(8000 - lag)
+
+
+@pytest.mark.parametrize("fill", [fill_normal_, fill_rademacher_])
+def test_noise_fills_any_memory_format_alike(fill) -> None:
     source, cpu = NoiseSource(), torch.device("cpu")
     for tensor in (
         torch.empty(3, 5, 4, 6),
@@ -762,8 +778,8 @@ def test_noise_fills_any_memory_format_alike() -> None:
         torch.empty(()),
     ):
         tensor.fill_(math.nan)
-        fill_normal_(tensor, source.stream(cpu, 1))
+        fill(tensor, source.stream(cpu, 1))
         assert tensor.isfinite().all()
-    flat = fill_normal_(torch.empty(360), source.stream(cpu, 1))
-    last = fill_normal_(torch.empty(3, 5, 4, 6).to(memory_format=torch.channels_last), source.stream(cpu, 1))
+    flat = fill(torch.empty(360), source.stream(cpu, 1))
+    last = fill(torch.empty(3, 5, 4, 6).to(memory_format=torch.channels_last), source.stream(cpu, 1))
     assert torch.equal(last.permute(0, 2, 3, 1).flatten(), flat)

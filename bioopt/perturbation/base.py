@@ -156,14 +156,27 @@ class Perturbation(LearningRule):
 class NoisyActivity(Perturbation):
     """What rules share that put noise on postsynaptic activity: their synapses, and the noise of each noisy pass."""
 
-    def __init__(self, params: Params, defaults: dict[str, Any], credit: str, **options: Any) -> None:
+    def __init__(
+        self, params: Params, defaults: dict[str, Any], credit: str, distribution: str = "normal", **options: Any
+    ) -> None:
         if credit not in ("sample", "global"):
             raise ValueError(f"{type(self).__name__}: credit={credit!r} must be 'sample' or 'global'")
         super().__init__(params, defaults, **options)
         if not self._trained():
             raise ValueError(no_plastic_layer(type(self).__name__))
+        self._check_value("distribution", distribution, DISTRIBUTION)
         self.credit = credit
+        self.distribution = distribution
         self._recorder.anchored = True
+
+    def _draws(self, sample: int) -> Callable[[Tensor], Tensor]:
+        """Fills one tensor after another with the noise of one pass."""
+        return self._noise_of(sample, FILL[self.distribution])
+
+    def _drawn_again(self, sample: int, records: list[tuple[Synapse, Tensor]]) -> list[Tensor]:
+        """The noise of one pass on each firing."""
+        draw = self._draws(sample)
+        return [draw(torch.empty_like(u.detach())) for _, u in records]
 
     def _select_synapses(self, group: dict[str, Any]) -> tuple[list[Any], list[Synapse]]:
         synapses = synapses_of(type(self).__name__, group["params"])
@@ -184,7 +197,7 @@ class NoisyActivity(Perturbation):
             records: takes the firings in, with the activity that the noise is put on.
             width: of the noise; by default the ``sigma`` of each group.
         """
-        draw = self._noise_of(sample)
+        draw = self._draws(sample)
 
         def inject(synapse: Synapse, u: Tensor) -> Tensor:
             noise.append(draw(torch.empty_like(u.detach())))
@@ -194,35 +207,29 @@ class NoisyActivity(Perturbation):
 
         return inject
 
-    def _signals(
+    def _credit(
         self,
+        signals: list[Tensor],
         records: list[tuple[Synapse, Tensor]],
-        slopes: Tensor,
-        per_sample: bool,
-        kept: dict[int, list[Tensor]],
+        noise: list[Tensor],
+        credit: Tensor,
         width: float | None = None,
-    ) -> list[Tensor]:
-        """The teaching signal of each firing: the noise of every pass, credited with the pass's slope.
+    ) -> None:
+        """Add to the teaching signal of each firing what one pass tells it: its noise times the credit of the pass.
 
         Args:
+            signals: empty before the first pass.
             records: the firings.
-            slopes: the change of the losses in each pass.
-            per_sample: whether each sample is credited by itself.
-            kept: the noise of the passes, by their number, whose noise is still there; it is used up.
-            width: of the noise, by which the change is divided; by default the ``sigma`` of each group.
+            noise: on each of them in this pass; used up.
+            credit: each sample's, or one for all.
+            width: of the noise, by which the credit is divided; by default the ``sigma`` of each group.
         """
-        signals: list[Tensor] = []
-        for sample, slope in enumerate(slopes):
-            draw = self._noise_of(sample)
-            noise = kept.get(sample) or [draw(torch.empty_like(u.detach())) for _, u in records]
-            credit = credit_of(slope, per_sample)
-            for i, (n, (synapse, _)) in enumerate(zip(noise, records, strict=True)):
-                told = credited(n, credit / (len(slopes) * (self._width(synapse) if width is None else width)))
-                if sample == 0:
-                    signals.append(told)
-                else:
-                    signals[i] += told
-        return signals
+        for i, (n, (synapse, _)) in enumerate(zip(noise, records, strict=True)):
+            told = credited(n, credit / (self._width(synapse) if width is None else width))
+            if i == len(signals):
+                signals.append(told)
+            else:
+                signals[i] += told
 
     def _width(self, synapse: Synapse) -> float:
         return float(self.param_groups[synapse.group]["sigma"])

@@ -20,7 +20,7 @@ from ..optimizer import (
     mean_loss,
 )
 from ..recorder import Synapse
-from .base import NoisyActivity
+from .base import FILL, NoisyActivity, credit_of
 
 SPACES = ("weights", "activities")
 
@@ -29,8 +29,8 @@ class ForwardGradient(NoisyActivity):
     r"""Forward gradient: the exact slope of the loss along random directions, without a backward pass.
 
     .. math::
-        \hat g = \frac{1}{S} \sum_{i=1}^{S} (\nabla L \cdot z_i)\; z_i, \qquad z_i \sim \mathcal N(0, I),
-        \qquad \Delta w = -\hat g
+        \hat g = \frac{1}{S} \sum_{i=1}^{S} (\nabla L \cdot z_i)\; z_i, \qquad
+        \langle z_i z_i^\top \rangle = I, \qquad \Delta w = -\hat g
 
     with :math:`S` = ``samples`` directions; the directional derivative :math:`\nabla L \cdot z` of the mean loss is
     carried along by the forward pass itself (forward-mode automatic differentiation). The mean of :math:`\hat g` is
@@ -52,6 +52,8 @@ class ForwardGradient(NoisyActivity):
         samples: :math:`S`, the number of directions a step.
         space: ``"weights"`` or ``"activities"``.
         credit: of activities: ``"sample"`` (each sample its own slope) or ``"global"``. A scalar loss is global.
+        distribution: of the directions' entries: ``"normal"``, or ``"rademacher"``, -1 and 1, drawn in a third of the
+            time.
         difference: the step to each side of the central differences, in units of the weights or activities.
         options: the keywords that follow.
         seed: of the directions; with the step and the sample it fixes each.
@@ -75,13 +77,14 @@ class ForwardGradient(NoisyActivity):
         samples: int = 1,  # S
         space: str = "weights",
         credit: str = "sample",
+        distribution: str = "normal",
         difference: float = 1e-3,
         **options: Any,
     ) -> None:
         if space not in SPACES:
             raise ValueError(f"ForwardGradient: space={space!r} must be one of {', '.join(SPACES)}")
         self.space = space
-        super().__init__(params, {"lr": lr}, credit, **options)
+        super().__init__(params, {"lr": lr}, credit, distribution, **options)
         self._check_value("samples", samples, POSITIVE_INT)
         self._check_value("difference", difference, POSITIVE)
         self.samples = samples
@@ -100,10 +103,10 @@ class ForwardGradient(NoisyActivity):
         return self._along_weights(probe) if self.space == "weights" else self._along_activities(probe)
 
     def _along_weights(self, probe: Probe) -> Estimate:
-        params = [p for p, _ in self._plastic()]
+        params, fill = [p for p, _ in self._plastic()], FILL[self.distribution]
 
         def exact(sample: int) -> tuple[Tensor, Tensor | None]:
-            for p, z in zip(params, self._directions(sample, params), strict=True):
+            for p, z in zip(params, self._directions(sample, params, fill=fill), strict=True):
                 # In place, so that any model and closure can be given; adding -0 changes no bit.
                 p.add_(forward_ad.make_dual(torch.full_like(p, -0.0), z))
             return probe.along_tangents()
@@ -112,7 +115,7 @@ class ForwardGradient(NoisyActivity):
             sides = []
             with self._restored(params) as saved:
                 for width in (self.difference, -self.difference):
-                    for p, w, z in zip(params, saved, self._directions(sample, params), strict=True):
+                    for p, w, z in zip(params, saved, self._directions(sample, params, fill=fill), strict=True):
                         p.copy_(torch.add(w, z, alpha=width))
                     sides.append(probe())
             return (sides[0] + sides[1]) / 2, (sides[0] - sides[1]) / (2 * self.difference)
@@ -121,7 +124,7 @@ class ForwardGradient(NoisyActivity):
         outcomes = self._gathered(mine, self.samples, ("the loss", "the slope of the loss"))
         grads = [torch.zeros_like(p) for p in params]
         for sample, slope in enumerate((mean_loss(outcomes[:, 1]) / self.samples).tolist()):
-            for g, z in zip(grads, self._directions(sample, params), strict=True):
+            for g, z in zip(grads, self._directions(sample, params, fill=fill), strict=True):
                 g.add_(z, alpha=slope)
         probe.agree(self.process_group)
         return outcomes[:, 0].mean(0), dict(zip(params, grads, strict=True)), self._next_state()
@@ -133,7 +136,7 @@ class ForwardGradient(NoisyActivity):
         def exact(sample: int) -> tuple[Tensor, Tensor | None]:
             records.clear()
             noise.clear()
-            draw = self._noise_of(sample)
+            draw = self._draws(sample)
 
             def tilt(synapse: Synapse, u: Tensor) -> Tensor:
                 primal, tangent = forward_ad.unpack_dual(u)
@@ -162,7 +165,10 @@ class ForwardGradient(NoisyActivity):
         outcomes = self._gathered(mine, self.samples, ("the loss", "the slope of the loss"))
         losses = outcomes[0, 0]
         per_sample = self._per_sample(records, losses)
-        signals = self._signals(records, outcomes[:, 1], per_sample, {max(mine): noise}, width=1.0)
+        signals: list[Tensor] = []
+        for sample, slope in enumerate(outcomes[:, 1]):
+            drawn = noise if sample == max(mine) else self._drawn_again(sample, records)
+            self._credit(signals, records, drawn, credit_of(slope, per_sample) / self.samples, width=1.0)
         probe.agree(self.process_group)
         return losses, self._products(records, signals), self._next_state()
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..optimizer import POSITIVE, POSITIVE_INT, Constraint, Estimate, Params, Probe, require_finite
 from ..recorder import Synapse
-from .base import DISTRIBUTION, FILL, NoisyActivity, credit_of
+from .base import NoisyActivity, credit_of
 
 _CONVOLVE: dict[type, Callable[..., Tensor]] = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 
@@ -87,11 +87,9 @@ class RankOnePerturbation(NoisyActivity):
         distribution: str = "normal",
         **options: Any,
     ) -> None:
-        super().__init__(params, {"lr": lr, "sigma": sigma}, credit, **options)
+        super().__init__(params, {"lr": lr, "sigma": sigma}, credit, distribution, **options)
         self._check_value("samples", samples, POSITIVE_INT)
-        self._check_value("distribution", distribution, DISTRIBUTION)
         self.samples = samples
-        self.distribution = distribution
 
     def _select(self, group: dict[str, Any]) -> tuple[list[Any], list[Synapse]]:
         named, synapses = self._select_synapses(group)
@@ -126,7 +124,7 @@ class RankOnePerturbation(NoisyActivity):
         for sample, change in enumerate(changes):
             members = kept[1]
             if sample != kept[0]:
-                draw = self._noise_of(sample, FILL[self.distribution])
+                draw = self._draws(sample)
                 members = {synapse: self._drawn(synapse, size, draw) for synapse, size in sizes.items()}
             slope = credit_of(change, per_sample) / (2 * self.samples)
             for synapse, told in members.items():
@@ -141,7 +139,7 @@ class RankOnePerturbation(NoisyActivity):
         self, sample: int, sign: int, members: dict[Synapse, _Members], records: list[tuple[Synapse, Tensor]] | None
     ) -> Callable[[Synapse, Tensor], Tensor]:
         """What hands on the activity of disturbed weights; draws ``members`` and takes records in where they lack."""
-        draw = self._noise_of(sample, FILL[self.distribution])
+        draw = self._draws(sample)
 
         def disturb(synapse: Synapse, u: Tensor) -> Tensor:
             if u.ndim <= -synapse.channel_dim:
