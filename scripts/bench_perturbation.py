@@ -1,0 +1,173 @@
+"""What many perturbations a step cost, in forward passes; memory of a population; other people's SPSA.
+
+    python scripts/bench_perturbation.py                  # the tables
+    python scripts/bench_perturbation.py --json out.json  # and a record of them
+
+The floor of K antithetic pairs is 2K forward passes, that of K noisy copies K + 1. All take turns within one run, and
+the medians of their times are compared. Where torchzero is installed (``pip install torchzero``), its SPSA makes the
+same K pairs for the same model and closure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import bioopt
+from experiments.models import cnn, mlp
+from scripts.bench_step import allocated, take_turns
+
+SHAPE = (3, 32, 32)
+FORWARD = "forward pass"
+Step = Callable[[], object]
+
+
+def network(kind: str) -> nn.Module:
+    """A CNN of 145,578 weights or an MLP of 410,880."""
+    torch.manual_seed(0)
+    if kind == "cnn":
+        return cnn(SHAPE, 10, width=32, kernel=5).to(memory_format=torch.channels_last)
+    return mlp(SHAPE, 10, hidden=(128, 128))
+
+
+def steps(kind: str, batch: int, count: int, device: torch.device) -> dict[str, tuple[Step, int]]:
+    """One step of each rule, and the forward passes that it takes at least."""
+    x = torch.randn(batch, *SHAPE, device=device).to(memory_format=torch.channels_last)
+    y = torch.randint(10, (batch,), device=device)
+
+    def forward(model: nn.Module) -> torch.Tensor:
+        return F.cross_entropy(model(x), y, reduction="none")
+
+    def step_of(make: Callable[[nn.Module], torch.optim.Optimizer]) -> Step:
+        model = network(kind).to(device)
+        optimizer: Any = make(model)
+        return lambda: optimizer.step(lambda: forward(model))
+
+    model = network(kind).to(device)
+
+    def product() -> object:
+        """A forward pass and the local products of all layers, which is what SoftHebb's signals take at least."""
+        return hebbian.step(lambda: forward(watched))
+
+    def inference() -> object:
+        with torch.no_grad():
+            return forward(model)
+
+    watched = network(kind).to(device)
+    hebbian = bioopt.Oja(watched, 1e-6, readout=None)
+    options: dict[str, Any] = {"sigma": 1e-2}
+    found: dict[str, tuple[Step, int]] = {
+        FORWARD: (inference, 1),
+        "forward pass and local products (Oja)": (product, 1),
+        f"WeightPerturbation(population={count})": (
+            step_of(lambda m: bioopt.WeightPerturbation(m, 1e-6, population=count, **options)),
+            2 * count,
+        ),
+        f"RankOnePerturbation(samples={count})": (
+            step_of(lambda m: bioopt.RankOnePerturbation(m, 1e-6, samples=count, **options)),
+            2 * count,
+        ),
+        f"NodePerturbation(samples={count})": (
+            step_of(lambda m: bioopt.NodePerturbation(m, 1e-6, samples=count, **options)),
+            count + 1,
+        ),
+    }
+    if kind == "mlp":  # batch norm in training mode has no vmap
+        found[f"NodePerturbation(samples={count}, batched=True)"] = (
+            step_of(lambda m: bioopt.NodePerturbation(m, 1e-6, samples=count, batched=True, **options)),
+            count + 1,
+        )
+    try:
+        import torchzero as tz
+    except ImportError:
+        print("torchzero is not installed: no comparison with its SPSA\n")
+        return found
+    other = network(kind).to(device)
+    theirs = tz.Optimizer(other.parameters(), tz.m.SPSA(h=1e-2, n_samples=count), tz.m.LR(1e-6))
+
+    def closure(backward: bool = True) -> torch.Tensor:
+        return forward(other).mean()
+
+    found[f"torchzero's SPSA(n_samples={count})"] = (lambda: theirs.step(closure), 2 * count)
+    return found
+
+
+def pairs_per_second(device: torch.device, population: int, seconds: float) -> dict[str, float]:
+    """Of directions on an MLP, a batch of as many samples as there are directions in a step."""
+    torch.manual_seed(0)
+    shape = (1, 28, 28)
+    x, y = torch.randn(population, *shape, device=device), torch.randint(10, (population,), device=device)
+    step: dict[str, Step] = {}
+    for rule in (bioopt.WeightPerturbation, bioopt.RankOnePerturbation):
+        model = mlp(shape, 10, hidden=(128, 128)).to(device)
+        count = {"population": population} if rule is bioopt.WeightPerturbation else {}
+        optimizer = rule(model, 1e-4, sigma=1e-2, **count)  # type: ignore[arg-type]
+        step[rule.__name__] = lambda optimizer=optimizer, model=model: optimizer.step(
+            lambda: F.cross_entropy(model(x), y, reduction="none")
+        )
+    taken = take_turns(step, device, seconds)
+    return {name: 1000 * population / milliseconds for name, milliseconds in taken.items()}
+
+
+def memory(kind: str, batch: int, population: int) -> dict[str, int]:
+    """Bytes at the peak: of inference, and of a step of a whole population, its copy of the weights included."""
+    found = {}
+    every = steps(kind, batch, population, torch.device("cpu"))
+    for name in (FORWARD, f"WeightPerturbation(population={population})"):
+        step, _ = every[name]
+        step()
+        found[name] = allocated(step)
+    return found
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--count", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    record: dict[str, Any] = {"device": where, "torch": torch.__version__, "batch": options.batch, "steps": {}}
+    for kind in ("cnn", "mlp"):
+        every = steps(kind, options.batch, options.count, device)
+        taken = take_turns({name: step for name, (step, _) in every.items()}, device, options.seconds / 2)
+        weights = sum(p.numel() for p in network(kind).parameters())
+        print(f"{kind} of {weights:,} weights, batch {options.batch}, {where}\n")
+        print("| one step of | ms | × forward pass | of them needed | × needed |\n|---|---:|---:|---:|---:|")
+        for name, milliseconds in taken.items():
+            passes, needed = milliseconds / taken[FORWARD], every[name][1]
+            print(f"| {name} | {milliseconds:.1f} | {passes:.2f} | {needed} | {passes / needed:.2f} |")
+        print()
+        record["steps"][kind] = taken
+    record["pairs_per_second"] = pairs_per_second(device, 64, options.seconds / 4)
+    full, rank_one = record["pairs_per_second"].values()
+    print("MLP 784-128-128-10, 64 antithetic pairs a step, batch 64:")
+    print(f"WeightPerturbation {full:,.0f} pairs/s; RankOnePerturbation {rank_one:,.0f}: {rank_one / full:.1f}×\n")
+    if device.type == "cpu":
+        copy = sum(p.numel() * p.element_size() for p in network("cnn").parameters())
+        record["memory"] = memory("cnn", options.batch, 64)
+        inference, population = record["memory"].values()
+        print(
+            f"memory at the peak, cnn: inference {inference / 2**20:.1f} MiB; population 64: {population / 2**20:.1f} "
+            f"MiB, less one copy of the weights {(population - copy) / inference:.2f}×"
+        )
+    if options.json:
+        options.json.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
