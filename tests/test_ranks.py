@@ -109,7 +109,7 @@ def test_two_processes_equal_one(case: str, two: list[dict]) -> None:
         got = two[rank]["results"][case]
         assert got.keys() == one.keys()
         for name in one:
-            if exact:
+            if exact and name != "loss":  # whose mean is over the evaluations of all ranks
                 assert torch.equal(got[name], one[name]), name
             else:
                 torch.testing.assert_close(got[name], one[name], rtol=1e-10, atol=1e-12)

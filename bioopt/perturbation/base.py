@@ -18,6 +18,7 @@ from ..optimizer import (
     Params,
     Probe,
     ProcessGroup,
+    mean_loss,
     mean_over_samples,
     named_parameters_of,
     no_plastic_layer,
@@ -128,19 +129,25 @@ class Perturbation(LearningRule):
                 p.copy_(w)
 
     def _gathered(
-        self, losses: dict[int, Tensor], count: int, what: tuple[str, ...] = ("the loss",), like: Tensor | None = None
+        self,
+        found: dict[int, Tensor],
+        count: int,
+        what: tuple[str, ...] = ("the loss",),
+        total: Tensor | None = None,
     ) -> Tensor:
-        """The losses of all ``count`` evaluations, each made by one of the ranks, stacked in order.
+        """What all ``count`` evaluations have found, each made by one of the ranks, stacked in order.
 
         Args:
-            losses: those that this rank has made, by their number.
+            found: by the evaluations that this rank has made, by their number; numbers in double precision where it
+                has made none.
             count: of all of them.
-            what: they are, for an error; several names for the entries of their first dimension.
-            like: a tensor of their shape, for a rank that has made none.
+            what: it is, for an error; several names for the entries of its first dimension.
+            total: summed over the ranks in the same message.
         """
-        like = next(iter(losses.values())) if like is None else like
-        everything = torch.stack([losses.get(i, torch.zeros_like(like)) for i in range(count)])
-        self._sum_over_ranks([everything])
+        none = torch.zeros(3, dtype=torch.float64, device=None if total is None else total.device)
+        like = next(iter(found.values()), none)
+        everything = torch.stack([found.get(i, torch.zeros_like(like)) for i in range(count)])
+        self._sum_over_ranks([everything] if total is None else [everything, total])
         for i, name in enumerate(what):
             require_finite(self, name, [everything if len(what) == 1 else everything[:, i]])
         return everything
@@ -259,6 +266,14 @@ class NoisyActivity(Perturbation):
                     "not the sample. Use credit='global'"
                 )
         return True
+
+
+def compared(one: Tensor, other: Tensor) -> Tensor:
+    """Of the losses of two evaluations: the mean of each, and that of their difference, sample by sample.
+
+    In double precision, and the difference first: it is small, the losses are not.
+    """
+    return mean_loss(torch.stack([one, other, one - other]))
 
 
 def credit_of(change: Tensor, per_sample: bool) -> Tensor:

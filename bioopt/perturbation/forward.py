@@ -120,14 +120,20 @@ class ForwardGradient(NoisyActivity):
                     sides.append(probe())
             return (sides[0] + sides[1]) / 2, (sides[0] - sides[1]) / (2 * self.difference)
 
-        mine = {i: self._slope(probe, i, exact, differences) for i in self._share("samples", self.samples)}
-        outcomes = self._gathered(mine, self.samples, ("the loss", "the slope of the loss"))
+        found: dict[int, Tensor] = {}
+        total: Tensor | None = None
+        for sample in self._share("samples", self.samples):
+            outcome = self._slope(probe, sample, exact, differences)
+            found[sample] = mean_loss(outcome)
+            total = outcome[0] if total is None else total + outcome[0]
+        assert total is not None  # no rank is without a sample
+        slopes = self._gathered(found, self.samples, ("the loss", "the slope of the loss"), total)[:, 1]
         grads = [torch.zeros_like(p) for p in params]
-        for sample, slope in enumerate((mean_loss(outcomes[:, 1]) / self.samples).tolist()):
+        for sample, slope in enumerate((slopes / self.samples).tolist()):
             for g, z in zip(grads, self._directions(sample, params, fill=fill), strict=True):
                 g.add_(z, alpha=slope)
         probe.agree(self.process_group)
-        return outcomes[:, 0].mean(0), dict(zip(params, grads, strict=True)), self._next_state()
+        return total / self.samples, dict(zip(params, grads, strict=True)), self._next_state()
 
     def _along_activities(self, probe: Probe) -> Estimate:
         records: list[tuple[Synapse, Tensor]] = []

@@ -18,10 +18,8 @@ from ..optimizer import (
     Params,
     Probe,
     ProcessGroup,
-    mean_loss,
-    require_finite,
 )
-from .base import DISTRIBUTION, FILL, Perturbation
+from .base import DISTRIBUTION, FILL, Perturbation, compared
 
 
 def _zscore(losses: Tensor) -> Tensor:
@@ -126,7 +124,8 @@ class WeightPerturbation(Perturbation):
         self._begin(probe)
         mine, fill = self._share("population", self.population), FILL[self.distribution]
         clean = None if self.antithetic else probe()
-        losses: dict[int, Tensor] = {}
+        found: dict[int, Tensor] = {}
+        total: Tensor | None = None
         with self._restored(params) as saved:
             for member in mine:
                 tried = self._directions(member, params, params, fill)
@@ -136,18 +135,19 @@ class WeightPerturbation(Perturbation):
                     self._require_change(plastic, saved)
                 plus = probe()
                 if clean is not None:
-                    losses[member] = torch.stack([plus, clean])
+                    found[member] = compared(plus, clean)
                     continue
                 for p, w in zip(params, saved, strict=True):
                     p.neg_().add_(w, alpha=2)  # w - σz: the mirror image, without drawing again
-                losses[member] = torch.stack([plus, probe()])
-        outcomes = self._gathered(losses, self.population)
+                minus = probe()
+                found[member] = compared(plus, minus)
+                total = plus + minus if total is None else total.add_(plus).add_(minus)
+        outcomes = self._gathered(found, self.population, total=total)
         if self.shaping == "none":
-            # Each sample's difference first: they are small, the losses are not.
-            change = mean_loss(outcomes[:, 0] - outcomes[:, 1])
+            change = outcomes[:, 2]
         else:
-            sides = outcomes if clean is None else outcomes[:, :1]  # the clean loss is the same for all
-            shaped = SHAPE[self.shaping](mean_loss(sides.flatten(0, 1))).view(sides.shape[:2])
+            sides = outcomes[:, : 2 if clean is None else 1]  # the clean loss is the same for all
+            shaped = SHAPE[self.shaping](sides.flatten()).view(sides.shape)
             change = shaped[:, 0] - shaped[:, 1] if clean is None else shaped[:, 0]
         factors = (change / (self.population * (1 if clean is not None else 2))).tolist()
         grads = saved  # no longer needed
@@ -160,7 +160,8 @@ class WeightPerturbation(Perturbation):
                 else:
                     g.add_(z, alpha=factor / group["sigma"])
         probe.agree(self.process_group)
-        loss = clean if clean is not None else outcomes.mean((0, 1))
+        loss = clean if total is None else total / (2 * self.population)
+        assert loss is not None
         return loss, dict(zip(params, grads, strict=True)), self._next_state()
 
     def _require_change(self, plastic: list[tuple[Tensor, dict[str, Any]]], saved: list[Tensor]) -> None:
@@ -244,13 +245,14 @@ class SerialPerturbation(Perturbation):
         ends = list(accumulate(p.numel() for p, _ in plastic))
         order, position = self._visits(ends[-1]), self._own_state["position"]
         visited = order[position : position + self.coordinates]
-        losses: dict[int, Tensor] = {}
+        found: dict[int, Tensor] = {}
         places = []
         for visit in visited:
             which = bisect_right(ends, visit)
             p, group = plastic[which]
             places.append((p, _unravel(visit - ends[which] + p.numel(), p.shape), group["sigma"]))
         clean = None if self.central else probe()
+        total: Tensor | None = None
         for i in self._share("coordinates", self.coordinates):
             if i >= len(places):  # the last step of a sweep is short
                 break
@@ -262,12 +264,14 @@ class SerialPerturbation(Perturbation):
                 plus = probe()
                 if clean is None:
                     p[at] = down
-                losses[i] = torch.stack([plus, probe() if clean is None else clean])
+                    minus = probe()
+                    total = plus + minus if total is None else total.add_(plus).add_(minus)
+                found[i] = compared(plus, minus if clean is None else clean)
             finally:
                 p[at] = value
-        like = None if losses else torch.stack(2 * [probe()])
-        outcomes = self._gathered(losses, len(places), like=like)
-        changes = mean_loss(outcomes[:, 0] - outcomes[:, 1]).tolist()
+        if total is None:  # one-sided, or a rank with nothing to do in the short step
+            total = torch.zeros_like(probe() if clean is None else clean)
+        changes = self._gathered(found, len(places), total=total)[:, 2].tolist()
         grads = {p: torch.zeros_like(p) for p, _ in plastic}
         for (p, at, sigma), change in zip(places, changes, strict=True):
             # The width that the weight's precision really allowed.
@@ -280,7 +284,7 @@ class SerialPerturbation(Perturbation):
         done = position + len(visited)
         state["sweep"] += done == ends[-1]
         state["position"] = done % ends[-1]
-        return outcomes.mean((0, 1)) if clean is None else clean, grads, state
+        return total / (2 * len(places)) if clean is None else clean, grads, state
 
 
 class HillClimbing(Perturbation):
@@ -335,15 +339,13 @@ class HillClimbing(Perturbation):
         self._begin(probe)
         mine = self._share("tries", self.tries)
         clean = probe()
-        losses: dict[int, Tensor] = {}
+        found: dict[int, Tensor] = {}
         with self._restored(params) as saved:
             for i in mine:
                 for z, w, (_, group) in zip(self._directions(i, params, params), saved, plastic, strict=True):
                     z.mul_(group["lr"]).add_(w)
-                losses[i] = torch.stack([probe(), clean])  # the ranks must decide alike
-        outcomes = self._gathered(losses, self.tries)
-        changes = mean_loss(outcomes[:, 0] - outcomes[:, 1])
-        require_finite(self, "the loss", [changes])
+                found[i] = compared(probe(), clean)
+        changes = self._gathered(found, self.tries)[:, 2]
         best = int(changes.argmin())
         grads = saved  # no longer needed
         if changes[best] < 0:
