@@ -56,7 +56,7 @@ def steps(kind: str, batch: int, count: int, device: torch.device) -> dict[str, 
     model = network(kind).to(device)
 
     def product() -> object:
-        """A forward pass and the local products of all layers, which is what SoftHebb's signals take at least."""
+        """A forward pass and the local products of all layers, nearly nothing else."""
         return hebbian.step(lambda: forward(watched))
 
     def inference() -> object:
@@ -82,6 +82,10 @@ def steps(kind: str, batch: int, count: int, device: torch.device) -> dict[str, 
             count + 1,
         ),
     }
+    found[f"NodePerturbation(samples={count}, distribution='rademacher')"] = (
+        step_of(lambda m: bioopt.NodePerturbation(m, 1e-6, samples=count, distribution="rademacher", **options)),
+        count + 1,
+    )
     if kind == "mlp":  # batch norm in training mode has no vmap
         found[f"NodePerturbation(samples={count}, batched=True)"] = (
             step_of(lambda m: bioopt.NodePerturbation(m, 1e-6, samples=count, batched=True, **options)),
