@@ -160,6 +160,135 @@ def test_node_perturbation_equals_its_twin(samples: int, credit: str, distributi
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+def decorrelating_twin(patches: Tensor, told: Tensor, matrix: Tensor, rate: float) -> tuple[Tensor, Tensor]:
+    """Of one pool: the change of W and the next R, event by event. ``patches`` E×D, ``told`` E×K, one a sample."""
+    seen = torch.stack([matrix @ x for x in patches])
+    # V sees R x; its step, carried over to W = V R.
+    change = sum(torch.outer(s, x) for s, x in zip(told, seen, strict=True)) @ matrix
+    moment = sum(torch.outer(x, x) for x in seen) / len(seen)
+    return change, matrix - rate * (moment - moment.diag().diag()) @ matrix
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)),
+        lambda: nn.Sequential(
+            nn.Unflatten(1, (2, 3)), nn.Conv1d(2, 4, 2, groups=2, padding=1, padding_mode="circular"), nn.Tanh(),
+            nn.Flatten(), nn.Linear(16, 4, bias=False)),
+        lambda: nn.Sequential(
+            nn.Unflatten(1, (1, 2, 3)), nn.Conv2d(1, 3, 2, stride=(1, 2), padding=1), nn.Tanh(), nn.Flatten(),
+            nn.Linear(18, 4)),
+    ],
+    ids=["linear", "grouped", "strided"],
+)  # fmt: skip
+def test_decorrelation_equals_its_twin(build) -> None:
+    """Against the plain rule's own signals, over two steps, the second with matrices that are not the identity."""
+    torch.manual_seed(0)
+    model, rate = build().double(), 0.05
+    optimizer = bioopt.NodePerturbation(model, 0.0, sigma=0.1, samples=2, decorrelation=rate)
+    plain = bioopt.NodePerturbation(model, 0.0, sigma=0.1, samples=2)
+    synapses = [m for m in model if hasattr(m, "weight")]
+    matrices: dict[tuple[int, int], Tensor] = {}
+    for _ in range(2):
+        for rule in (plain, optimizer):  # lr is 0: both see the same model, and the same noise
+            rule.step(lambda: losses_of(model))
+            if rule is plain:
+                told = [layer.weight.grad.clone() for layer in synapses]
+        x = X
+        for module in model:
+            if module in synapses:
+                i = synapses.index(module)
+                pools, size = getattr(module, "groups", 1), module.weight[0].numel()
+                identity = torch.eye(size, dtype=x.dtype).view(size, *module.weight.shape[1:])
+                for pool in range(pools):
+                    rows = slice(pool * len(module.weight) // pools, (pool + 1) * len(module.weight) // pools)
+                    if isinstance(module, nn.Linear):
+                        patches = x
+                    else:
+                        alone = type(module)(
+                            module.weight.shape[1], size, module.kernel_size, module.stride, module.padding,
+                            bias=False, padding_mode=module.padding_mode).double()  # fmt: skip
+                        alone.weight.data = identity
+                        part = x[:, pool * module.weight.shape[1] : (pool + 1) * module.weight.shape[1]]
+                        patches = alone(part).detach().flatten(2).transpose(1, 2).reshape(-1, size)
+                    matrix = matrices.get((i, pool), torch.eye(size, dtype=x.dtype))
+                    # <s x> R' R, with the plain rule's <s x>
+                    wanted = told[i].reshape(len(module.weight), size)[rows] @ matrix.T @ matrix
+                    got = module.weight.grad.reshape(len(module.weight), size)[rows]
+                    torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-12)
+                    _, matrices[i, pool] = decorrelating_twin(
+                        patches, torch.zeros(len(patches), 1).double(), matrix, rate
+                    )
+            x = module(x).detach()
+    kept = optimizer.state_dict()["state"]["rule"]["decorrelation"]
+    for (i, pool), matrix in matrices.items():
+        torch.testing.assert_close(kept[i][pool], matrix, rtol=1e-9, atol=1e-12)
+        assert not torch.equal(matrix, torch.eye(len(matrix), dtype=matrix.dtype))
+
+
+def test_decorrelated_plasticity_is_that_of_weights_behind_the_matrix() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, told = torch.randn(9, 4, generator=generator), torch.randn(9, 3, generator=generator)
+    matrix = torch.randn(4, 4, generator=generator)
+    change, _ = decorrelating_twin(x, told, matrix, 0.0)
+    torch.testing.assert_close(change, (told.T @ x) @ matrix.T @ matrix)
+
+
+def test_decorrelation_decorrelates() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(5, 2)
+    mixing = torch.eye(5) + 0.4
+    optimizer = bioopt.NodePerturbation(model, 0.0, sigma=0.1, decorrelation=0.05)
+    for _ in range(400):
+        x = torch.randn(50, 5) @ mixing
+        optimizer.step(lambda x=x: model(x).square().sum(1))
+    matrix = optimizer.state_dict()["state"]["rule"]["decorrelation"][0][0]
+
+    def correlation(data: Tensor) -> float:
+        return (torch.corrcoef(data.T) - torch.eye(5)).abs().max().item()
+
+    x = torch.randn(5000, 5) @ mixing
+    assert correlation(x) > 0.5
+    assert correlation(x @ matrix.T) < 0.1
+
+
+def test_decorrelation_goes_on_from_a_checkpoint_and_differs_between_groups() -> None:
+    def made() -> tuple[nn.Module, bioopt.LearningRule]:
+        model = mlp()
+        groups = [{"params": [model[0]]}, {"params": [model[2]], "decorrelation": 0.0}]
+        return model, bioopt.NodePerturbation(groups, 0.1, sigma=0.1, decorrelation=0.05)
+
+    model, optimizer = made()
+    for _ in range(2):
+        optimizer.step(lambda: losses_of(model))
+    twin, other = made()
+    twin.load_state_dict(model.state_dict())
+    other.load_state_dict(optimizer.state_dict())
+    assert list(other.state_dict()["state"]["rule"]["decorrelation"]) == [0]
+    optimizer.step(lambda: losses_of(model))
+    other.step(lambda: losses_of(twin))
+    assert same(weights(model), weights(twin))
+
+
+def test_decorrelation_that_diverges_or_has_no_layer_is_explained() -> None:
+    model = mlp()
+    optimizer = bioopt.NodePerturbation(model, 0.1, sigma=0.1, decorrelation=1e90)
+    optimizer.step(lambda: losses_of(model))
+    before, state = weights(model), str(optimizer.state_dict())
+    with pytest.raises(RuntimeError, match=r"decorrelation=1e\+90 has diverged at layer '0'; nothing was changed. Try"):
+        optimizer.step(lambda: losses_of(model))
+    assert same(before, weights(model))
+    assert state == str(optimizer.state_dict())
+
+    class Own(nn.Linear):
+        pass
+
+    bioopt.register_synapse(Own, channel_dim=-1)
+    with pytest.raises(ValueError, match="not the Own '0': give it a group with decorrelation=0"):
+        bioopt.NodePerturbation(nn.Sequential(Own(2, 3)), 0.1, sigma=0.1, decorrelation=0.1)
+
+
 def convolutions() -> nn.Sequential:
     torch.manual_seed(0)
     layers = (nn.Conv2d(2, 4, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Dropout(0.3), nn.Linear(36, 4))

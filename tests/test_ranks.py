@@ -43,6 +43,9 @@ CASES = {
     "NodePerturbation, batched": (
         plain, False, lambda m, g: bioopt.NodePerturbation(
             m, 0.1, sigma=0.1, samples=3, batched=True, process_group=g)),
+    "NodePerturbation, decorrelated": (
+        network, False, lambda m, g: bioopt.NodePerturbation(
+            m, 0.1, sigma=0.1, samples=3, decorrelation=0.01, process_group=g)),
     "RankOnePerturbation": (
         network, False, lambda m, g: bioopt.RankOnePerturbation(m, 0.1, sigma=0.1, samples=3, process_group=g)),
     "WeightPerturbation, shaped": (
