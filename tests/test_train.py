@@ -15,9 +15,10 @@ import torch
 import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
+from torch import nn
 
 from experiments import data
-from experiments.training import run
+from experiments.training import build_optimizer, run
 
 ROOT = Path(__file__).parent.parent
 OPTIMIZERS = sorted(p.stem for p in (ROOT / "conf/optimizer").glob("*.yaml"))
@@ -351,16 +352,34 @@ def test_options_of_parts_reach_their_groups() -> None:
 
 @pytest.mark.parametrize("optimizer", ["weight_perturbation", "hebbian"])
 def test_torchrun_spreads_a_run_over_processes(optimizer: str, tmp_path: Path) -> None:
-    own = ["optimizer.population=3"] if optimizer == "weight_perturbation" else ["optimizer.lr=0.01"]
-    common = [f"optimizer={optimizer}", *own, "model=mlp", "epochs=2", "batch_size=256", "threads=1"]
-    common.append("logger.mode=disabled")
+    """A run that goes on after an interruption among them."""
+    interrupted = optimizer == "weight_perturbation"
+    own = ["optimizer.population=3", "epochs=40"] if interrupted else ["optimizer.lr=0.01", "epochs=2"]
+    common = [f"optimizer={optimizer}", *own, "model=mlp", "batch_size=256", "threads=1", "logger.mode=disabled"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*torchrun, str(ROOT / "train.py"), *common, "run_dir=two"], cwd=tmp_path, capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("test accuracy") == 3  # two epochs and the end: the first rank alone speaks
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def spread(*options: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [*torchrun, str(ROOT / "train.py"), *options], cwd=tmp_path, env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    process = spread(*common, "run_dir=two")
+    if interrupted:
+        checkpoint, deadline = tmp_path / "two" / "checkpoint.pt", time.monotonic() + 120
+        while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        process.terminate()
+        process.communicate()
+        assert not (tmp_path / "two" / "summary.json").exists(), "the run was too fast to be interrupted"
+        process = spread("resume=two")
+    said, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert ("going on after epoch" in said) == interrupted
+    before = torch.load(tmp_path / "two" / "checkpoint.pt", weights_only=True)["epoch"]
+    assert said.count("epoch ") <= before + 1
+    assert said.count("test accuracy ") <= before + 1  # the first rank alone speaks
     assert sorted(p.name for p in tmp_path.iterdir()) == ["two"]
     run(config(*common, f"run_dir={tmp_path / 'one'}"))
     two, one = (torch.load(tmp_path / n / "checkpoint.pt", weights_only=True)["model"] for n in ("two", "one"))
@@ -369,10 +388,9 @@ def test_torchrun_spreads_a_run_over_processes(optimizer: str, tmp_path: Path) -
             torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-5)
         else:
             assert torch.equal(two[name], one[name]), name
-    if optimizer == "hebbian":
-        failed = subprocess.run(
-            [*torchrun, str(ROOT / "train.py"), "optimizer=sgd", "run_dir=sgd", "logger.mode=disabled"], cwd=tmp_path,
-            capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
-        assert failed.returncode != 0
-        assert "error: optimizer=sgd: it does not speak to other ranks; run it without torchrun" in failed.stderr
+
+
+def test_an_optimizer_that_cannot_be_spread_says_so() -> None:
+    chosen = config("optimizer=sgd")
+    with pytest.raises(ValueError, match="optimizer=sgd: it does not speak to other ranks; run it without torchrun"):
+        build_optimizer(chosen, nn.Linear(2, 2), group=object())  # type: ignore[arg-type]
