@@ -626,6 +626,69 @@ def test_serial_perturbation_visits_each_weight_once_a_sweep() -> None:
     assert optimizer.state_dict()["state"]["rule"] == {"seed": 1, "step": 30, "sweep": 2, "position": 0}
 
 
+class Twice(nn.Module):
+    """A layer that fires twice, inputs with a dimension more, dropout, a layer without bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.again, self.out, self.dropout = nn.Linear(3, 3), nn.Linear(3, 4, bias=False), nn.Dropout(0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.dropout(self.again(torch.tanh(self.again(x.view(-1, 2, 3)))))).sum(1)
+
+
+@pytest.mark.parametrize("central", [True, False])
+@pytest.mark.parametrize("build", [mlp, Twice])
+def test_changes_at_once_equal_those_one_by_one(build, central: bool) -> None:
+    results = []
+    for batched in (False, True):
+        torch.manual_seed(0)
+        model, calls = build().double(), 0
+        optimizer = bioopt.SerialPerturbation(
+            model, 1.0, sigma=0.1, coordinates=7, central=central, batched=batched, seed=1
+        )
+
+        def closure(model=model) -> Tensor:
+            nonlocal calls
+            calls += 1
+            return losses_of(model)
+
+        for _ in range(9):  # more than a sweep of 59 or 24 weights, the last step of which is short
+            losses = optimizer.step(closure)
+            if optimizer.state_dict()["state"]["rule"]["step"] == 2:
+                assert optimizer.forward_passes == (14 if central else 8)
+        assert optimizer.batched == batched
+        assert calls <= 2 + 9 * 2 if batched else calls > 9 * 6
+        results.append([losses, *weights(model)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+def test_serial_changes_that_cannot_be_made_at_once() -> None:
+    conv = nn.Sequential(nn.Unflatten(1, (2, 3)), nn.Conv1d(2, 4, 2), nn.Flatten(), nn.Linear(8, 4)).double()
+    with pytest.raises(ValueError, match=r"weights and biases of Linear layers, not '1.weight': use batched=False"):
+        bioopt.SerialPerturbation(conv, 0.1, sigma=0.1, batched=True)
+    with pytest.raises(TypeError, match=r"SerialPerturbation\(batched=True\) watches the activity of layers"):
+        bioopt.SerialPerturbation(conv.parameters(), 0.1, sigma=0.1, batched=True)
+    model = mlp()
+    optimizer = bioopt.SerialPerturbation(model, 0.1, sigma=0.1, batched=True)
+    model.eval()
+    with pytest.raises(RuntimeError, match=r"no layer has fired; run the model in training mode"):
+        optimizer.step(lambda: losses_of(model))
+    for form in (per_sample, ordinary):
+        found = []
+        for batched in (False, True):
+            model = mlp()
+            optimizer = bioopt.SerialPerturbation(model, 0.1, sigma=0.1, coordinates=5, batched=batched)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                optimizer.step(form(optimizer, model, X, Y))
+                optimizer.step(lambda model=model: losses_of(model).mean().item())
+            found.append(weights(model))
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
 @pytest.mark.parametrize("credit", ["sample", "global"])
 def test_reward_hebbian_equals_its_twin(credit: str) -> None:
     """Two moments an episode, three steps: traces, reward, and what was expected of it, one synapse at a time."""

@@ -38,6 +38,9 @@ CASES = {
         network, False, lambda m, g: bioopt.WeightPerturbation(m, 0.1, sigma=0.1, population=3, process_group=g)),
     "SerialPerturbation": (
         network, False, lambda m, g: bioopt.SerialPerturbation(m, 0.1, sigma=0.1, coordinates=5, process_group=g)),
+    "SerialPerturbation, batched": (
+        plain, False, lambda m, g: bioopt.SerialPerturbation(
+            m, 0.1, sigma=0.1, coordinates=29, batched=True, process_group=g)),
     "NodePerturbation": (
         network, False, lambda m, g: bioopt.NodePerturbation(m, 0.1, sigma=0.1, samples=3, process_group=g)),
     "NodePerturbation, batched": (

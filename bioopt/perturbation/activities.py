@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +16,6 @@ from ..optimizer import (
     Estimate,
     Params,
     Probe,
-    _outside,
     require_finite,
 )
 from ..recorder import Synapse
@@ -204,19 +202,8 @@ class NodePerturbation(NoisyActivity):
                 raise RuntimeError(OTHER_LAYERS)
             return losses
 
-        try:
-            losses = torch.func.vmap(noisy, randomness="same")(
-                [torch.stack(passes) for passes in zip(*kept.values(), strict=True)]
-            )
-        except RuntimeError as error:
-            self.batched = False
-            warnings.warn(
-                "NodePerturbation(batched=True): torch.func.vmap cannot run this closure "
-                f"({str(error).splitlines()[0]}); the noisy passes are made one by one",
-                stacklevel=_outside(),
-            )
-            return {}, {}
-        return dict(zip(mine, losses, strict=True)), kept
+        losses = self._mapped(noisy, [torch.stack(passes) for passes in zip(*kept.values(), strict=True)])
+        return ({}, {}) if losses is None else (dict(zip(mine, losses, strict=True)), kept)
 
 
 def _projected(synapse: Synapse, x: Tensor, matrix: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,7 @@ from ..optimizer import (
     Params,
     Probe,
     ProcessGroup,
+    _outside,
     mean_loss,
     mean_over_samples,
     named_parameters_of,
@@ -151,6 +153,23 @@ class Perturbation(LearningRule):
         for i, name in enumerate(what):
             require_finite(self, name, [everything if len(what) == 1 else everything[:, i]])
         return everything
+
+    def _mapped(self, evaluate: Callable[..., Tensor], *inputs: Any) -> Tensor | None:
+        """The losses for all slices of the inputs in one evaluation, by `torch.func.vmap`; nothing where it fails.
+
+        That is said once, and ``batched`` is then false.
+        """
+        try:
+            losses: Tensor = torch.func.vmap(evaluate, randomness="same")(*inputs)
+        except RuntimeError as error:
+            self.batched = False
+            warnings.warn(
+                f"{type(self).__name__}(batched=True): torch.func.vmap cannot run this closure "
+                f"({str(error).splitlines()[0]}); its evaluations are made one by one",
+                stacklevel=_outside(),
+            )
+            return None
+        return losses
 
     def _share(self, what: str, count: int) -> range:
         """Which of ``count`` pieces of work fall to this rank."""
