@@ -14,9 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import bioopt
 from experiments.models import softhebb
+from scripts.bench_step import described, take_turns
 
 SHAPE = (3, 32, 32)
 LR, TEMPERATURE, STRONGEST = 0.01, 0.5, 6
@@ -119,19 +118,7 @@ def measure(batch: int, width: float, device: torch.device, seconds: float) -> d
     """Median seconds of each step, all taking turns."""
     x = torch.randn(batch, *SHAPE, device=device).to(memory_format=torch.channels_last)
     step = {name: make(trunk(width, device), x) for name, make in STEPS.items()}
-    taken: dict[str, list[float]] = {name: [] for name in step}
-    end = time.perf_counter() + seconds
-    rounds = 0
-    while time.perf_counter() < end or rounds < 6:
-        for name, function in step.items():
-            begin = time.perf_counter()
-            function()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if rounds:  # the first only warms up
-                taken[name].append(time.perf_counter() - begin)
-        rounds += 1
-    return {name: statistics.median(values) for name, values in taken.items()}
+    return {name: milliseconds / 1000 for name, milliseconds in take_turns(step, device, seconds).items()}
 
 
 def main() -> None:
@@ -144,7 +131,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     device = torch.device(options.device)
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    where = described(device)
     memory = "large blocks kept by malloc" if "MALLOC_MMAP_THRESHOLD_" in os.environ else "malloc as it is"
     print(f"SoftHebb's trunk, width {options.width:g}, {where}, {memory}")
     print(f"the two ways of computing it differ by {agree(options.width, device):.1e} of a step\n")

@@ -107,6 +107,13 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def described(device: torch.device) -> str:
+    """The device in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
 def peak(name: str, device: torch.device, batch: int, width: int) -> int:
     """Bytes a step needs at its peak, above what stays allocated between steps."""
     function = build(name, device, batch, width, lean=True)
@@ -166,7 +173,7 @@ def main() -> None:
         done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=True)
         memory[name] = int(done.stdout.split()[-1])
     weights = sum(p.numel() * p.element_size() for p in cnn(SHAPE, 10, width=options.width, kernel=5).parameters())
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    where = described(device)
     print(f"CNN of {weights / 4:,.0f} weights ({weights / 2**20:.2f} MiB), batch {options.batch}, {where}\n")
     print("| one step of | ms | × SGD step | × forward pass | peak memory, MiB | × forward pass |")
     print("|---|---:|---:|---:|---:|---:|")

@@ -110,12 +110,7 @@ class NodePerturbation(NoisyActivity):
     def _select(self, group: dict[str, Any]) -> tuple[list[Any], list[Synapse]]:
         named, synapses = self._select_synapses(group)
         if group.get("decorrelation", self.defaults["decorrelation"]):
-            for synapse in synapses:
-                if type(synapse.layer) not in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d):
-                    raise ValueError(
-                        "NodePerturbation: decorrelation knows Linear, Conv1d, Conv2d and Conv3d, not the "
-                        f"{type(synapse.layer).__name__} '{synapse.name}': give it a group with decorrelation=0"
-                    )
+            self._require_plain("NodePerturbation: decorrelation", synapses, "give it a group with decorrelation=0")
         return named, synapses
 
     def _estimate(self, probe: Probe) -> Estimate:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from ..noise import NoiseSource, fill_normal_, fill_rademacher_
@@ -31,6 +31,7 @@ from ..recorder import Synapse
 from ..synaptic import synapses_of
 
 FILL = {"normal": fill_normal_, "rademacher": fill_rademacher_}
+PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 DISTRIBUTION: Constraint = (lambda v: v in FILL, f"one of {', '.join(FILL)}")
 
 
@@ -203,6 +204,15 @@ class NoisyActivity(Perturbation):
         """The noise of one pass on each firing."""
         draw = self._draws(sample)
         return [draw(torch.empty_like(u.detach())) for _, u in records]
+
+    def _require_plain(self, what: str, synapses: list[Synapse], way_out: str) -> None:
+        """Raise for a synapse of another type than torch's own Linear and convolutions."""
+        for synapse in synapses:
+            if (kind := type(synapse.layer)) not in PLAIN:
+                raise ValueError(
+                    f"{what} knows {', '.join(t.__name__ for t in PLAIN[:-1])} and {PLAIN[-1].__name__}, not the "
+                    f"{kind.__name__} '{synapse.name}': {way_out}"
+                )
 
     def _select_synapses(self, group: dict[str, Any]) -> tuple[list[Any], list[Synapse]]:
         synapses = synapses_of(type(self).__name__, group["params"])

@@ -93,13 +93,8 @@ class RankOnePerturbation(NoisyActivity):
 
     def _select(self, group: dict[str, Any]) -> tuple[list[Any], list[Synapse]]:
         named, synapses = self._select_synapses(group)
-        for synapse in synapses:
-            kind = type(synapse.layer)
-            if kind not in (nn.Linear, *_CONVOLVE):
-                raise ValueError(
-                    f"RankOnePerturbation knows Linear, Conv1d, Conv2d and Conv3d, not the {kind.__name__} "
-                    f"'{synapse.name}': train it by another rule through bioopt.Mixed, or freeze it"
-                )
+        way_out = "train it by another rule through bioopt.Mixed, or freeze it"
+        self._require_plain("RankOnePerturbation", synapses, way_out)
         return named, synapses
 
     def _estimate(self, probe: Probe) -> Estimate:

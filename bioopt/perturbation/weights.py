@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable
-from itertools import accumulate, product
+from itertools import accumulate
 from typing import Any, ClassVar
 
 import torch
@@ -327,26 +327,29 @@ class SerialPerturbation(Perturbation):
     ) -> tuple[dict[int, Tensor], Tensor | None] | None:
         """The same from one evaluation: a changed weight adds its presynaptic activity to one neuron's activity."""
         signs = (1, -1) if clean is None else (1,)
-        count = len(signs) * len(places)
+        changes = [(p, at, sign * sigma) for sign in signs for p, at, sigma in places.values()]
+        count = len(changes)
         changed: dict[Synapse, tuple[Tensor, Tensor, Tensor]] = {}  # which input; of it, and without it, to whom
         for synapse in self._recorder.synapses.values():
             weight = synapse.weight
-            source = torch.zeros(count, 1, dtype=torch.int64)
-            of_input, alone = torch.zeros(2, count, len(weight), dtype=weight.dtype)
-            for k, (sign, (p, at, sigma)) in enumerate(product(signs, places.values())):
-                if p is weight:
-                    source[k], of_input[k, at[0]] = at[1], sign * sigma
-                elif p is synapse.bias:
-                    alone[k, at[0]] = sign * sigma
-            changed[synapse] = (source.to(weight.device), of_input.to(weight.device), alone.to(weight.device))
+            source = torch.zeros(count, 1, dtype=torch.int64, device=weight.device)
+            of_input, alone = weight.new_zeros(2, count, len(weight))
+            for param, widths in ((weight, of_input), (synapse.bias, alone)):
+                mine = [(k, at, width) for k, (p, at, width) in enumerate(changes) if p is param]
+                which = torch.tensor([k for k, _, _ in mine], dtype=torch.int64, device=weight.device)
+                neuron = torch.tensor([at[0] for _, at, _ in mine], dtype=torch.int64, device=weight.device)
+                widths[which, neuron] = weight.new_tensor([width for _, _, width in mine])
+                if param is weight:
+                    source[which, 0] = source.new_tensor([at[1] for _, at, _ in mine])
+            changed[synapse] = (source, of_input, alone)
         fired: set[Synapse] = set()
 
         def evaluate(parts: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-            mine = dict(zip(changed, parts, strict=True))
+            of_synapse = dict(zip(changed, parts, strict=True))
 
             def change(synapse: Synapse, u: Tensor) -> Tensor:
                 fired.add(synapse)
-                source, of_input, alone = mine[synapse]
+                source, of_input, alone = of_synapse[synapse]
                 x = self._recorder.presynaptic
                 assert x is not None
                 return u.detach() + (x.detach().index_select(-1, source) * of_input + alone).to(u.dtype)
