@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import resource
@@ -15,7 +16,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from . import sweeps
 from .ranks import Ranks
+
+CONTROLS = ("sgd", "adam", "random_trunk")
 
 
 class RunLog:
@@ -92,6 +96,9 @@ class RunLog:
             self._wandb.summary.update(summary)
             self._wandb.log({f"pictures/{p.stem}": wandb.Image(str(p)) for p in pictures})
             offline, run_dir = self._wandb.settings._offline, Path(self._wandb.dir).parent
+            if not offline:
+                checkpoint = str(self.folder / "checkpoint.pt")
+                self._wandb.log_artifact(checkpoint, name=f"{self._wandb.id}-checkpoint", type="model")
             self._wandb.finish()
             if offline:
                 folder = os.path.relpath(run_dir)
@@ -127,18 +134,31 @@ def _start_wandb(config: dict[str, Any], folder: Path, run_id: str | None) -> An
             entity=logger["entity"],
             dir=logger["dir"],
             name=folder.name,
-            group=f"{config['optimizer']['name']}-{config['model']['name']}-{config['data']['name']}",
+            group=group(config),
+            job_type="control" if config["optimizer"]["name"] in CONTROLS else "rule",
+            tags=[config[part]["name"] for part in ("optimizer", "model", "data")],
             config=config,
             mode=mode,
             id=run_id,
             resume="allow",
             settings=wandb.Settings(silent=True, console="off"),
         )
-    run.define_metric("train/loss", step_metric="step")
-    for metric in ("train/epoch_loss", "test/*", "images_per_second", "weight_norm/*"):
+    for axis in ("step", "epoch", "forward_passes", "seconds"):  # any panel may be drawn against any of them
+        run.define_metric(axis)
+    for metric in ("train/loss", "diagnostics/*"):
+        run.define_metric(metric, step_metric="step")
+    for metric in ("train/epoch_loss", "images_per_second", "weight_norm/*"):
         run.define_metric(metric, step_metric="epoch")
-    run.define_metric("test/accuracy", summary="max", step_metric="epoch")
+    run.define_metric("test/accuracy", summary="max,last", step_metric="epoch")
+    run.define_metric("test/loss", summary="min,last", step_metric="epoch")
     return run
+
+
+def group(config: dict[str, Any]) -> str:
+    """W&B's group: runs that differ in nothing but their seed; the last part tells apart what has the same names."""
+    names = [config[part]["name"] for part in ("optimizer", "model", "data")]
+    options = json.dumps(sweeps.cell(config), sort_keys=True)
+    return "-".join([*names, hashlib.sha1(options.encode()).hexdigest()[:6]])
 
 
 def _logged_in() -> bool:

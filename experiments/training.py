@@ -170,7 +170,8 @@ def _train(
                 steps=steps,
                 wandb_id=log.wandb_id,
             ).save(folder)
-        summary = _summary(config, log.history, seconds, passes, trained_images, device, commit)
+        trained = sum(p.numel() for name, p in model.named_parameters() if covered[name] != "frozen")
+        summary = _summary(config, log.history, seconds, passes, trained_images, trained, device, commit)
         title = f"{config.optimizer.name}, {config.model.name}, {config.data.name}, seed {config.seed}"
         made = [pictures.curves(log.history, title, folder / "curves.png")] if log.history else []
         fields = pictures.receptive_fields(
@@ -457,6 +458,7 @@ def _summary(
     seconds: float,
     passes: int,
     images: int,
+    trained: int,
     device: torch.device,
     commit: str | None,
 ) -> dict[str, Any]:
@@ -473,6 +475,7 @@ def _summary(
         "seconds": seconds,
         "forward_passes": passes,
         "images_per_second": images / seconds if seconds else None,
+        "trained_parameters": trained,
         "peak_memory_bytes": logs.peak_memory(device),
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shlex
 import shutil
 import statistics
@@ -19,29 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from scipy.stats import t as student
+
+from experiments import sweeps
+from experiments.report import interval
 
 ROOT = Path(__file__).parent.parent
 RECORDS = ROOT / "experiments" / "records"
-ASIDE = {"device", "logger", "run_dir", "resume", "seed", "threads"}  # what a result does not depend on
-
-
-def interval(values: list[float]) -> float | None:
-    """Half the 95 % confidence interval of the mean; none for a single value."""
-    if len(values) < 2:
-        return None
-    return float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def record(name: str, runs: list[Path]) -> None:
     """Write one record from finished runs that differ in nothing but their seed."""
     summaries = [json.loads((run / "summary.json").read_text()) for run in runs]
-    configs = [yaml.safe_load((run / "config.yaml").read_text()) for run in runs]
-    for config in configs:
-        for key in ASIDE:
-            config.pop(key, None)
-        config["data"].pop("root")
-        config["optimizer"].pop("seed", None)
+    configs = [sweeps.cell(yaml.safe_load((run / "config.yaml").read_text())) for run in runs]
     if any(config != configs[0] for config in configs):
         raise SystemExit(f"error: the runs of record {name} differ in more than their seed")
     runs = [run for _, run in sorted(zip((s["seed"] for s in summaries), runs, strict=True))]
@@ -73,17 +61,21 @@ def record(name: str, runs: list[Path]) -> None:
             shutil.copy(runs[0] / picture, folder / picture)
 
 
-def changes(config: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
-    """The choices of a run, and all that differs from their defaults."""
+def changes(options: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    """The choices of a run, and all that differs from their defaults, with Hydra's ``+`` where those have none."""
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
-    choices = [f"{group}={config[group]['name']}" for group in ("optimizer", "model", "data")]
+    choices = [f"{group}={options[f'{group}.name']}" for group in ("optimizer", "model", "data")]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        plain = OmegaConf.to_container(compose("config", choices), resolve=True)
-    for one in (config, plain):
-        one["optimizer"].pop("per_data", None)  # what came of it is in epochs and the like
-    return choices, dict(sorted(differences(config, plain).items()))
+        plain = sweeps.cell(OmegaConf.to_container(compose("config", choices), resolve=True))
+    changed = {
+        key if key in plain else f"+{key}": value
+        for key, value in options.items()
+        if not key.startswith("optimizer.per_data.")  # what came of it is in epochs and the like
+        and (key not in plain or plain[key] != value)
+    }
+    return choices, dict(sorted(changed.items()))
 
 
 def command(choices: list[str], changed: dict[str, Any], seeds: list[int]) -> str:
@@ -92,19 +84,6 @@ def command(choices: list[str], changed: dict[str, Any], seeds: list[int]) -> st
     many = len(seeds) > 1
     seed = "seed=" + ",".join(map(str, seeds))
     return shlex.join(["python", "train.py", *(["-m"] if many else []), *choices, *options, seed])
-
-
-def differences(config: dict[str, Any], plain: Any, prefix: str = "") -> dict[str, Any]:
-    """The leaves of a configuration that are not as in another one, with Hydra's ``+`` where that has none."""
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            found |= differences(value, plain.get(key) or {}, f"{prefix}{key}.")
-        elif key not in plain:
-            found[f"+{prefix}{key}"] = value
-        elif plain[key] != value:
-            found[prefix + key] = value
-    return found
 
 
 def percent(mean: float, half: float | None) -> str:

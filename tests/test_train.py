@@ -155,7 +155,7 @@ def test_phases_of_other_optimizers(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "Hebbian readout (delta)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("experiment", sorted(p.stem for p in (ROOT / "conf/experiment").glob("*.yaml")))
+@pytest.mark.parametrize("experiment", sorted(p.stem for p in (ROOT / "conf/experiment").glob("*hebb*.yaml")))
 @pytest.mark.parametrize("optimizer", [None, "random_trunk", "sgd"])
 def test_every_experiment_composes_with_its_controls(experiment: str, optimizer: str | None) -> None:
     from omegaconf import OmegaConf
@@ -299,13 +299,6 @@ def test_runs_of_one_second_do_not_share_a_folder(tmp_path: Path) -> None:
     for _ in range(2):
         run(config(*TINY, f"run_dir={tmp_path / 'run'}"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "run-2"]
-
-
-def test_multirun(tmp_path: Path) -> None:
-    done = train("-m", "optimizer=sgd,random_trunk", "seed=0,1", *TINY, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    names = sorted(p.name.split("-", 5)[5] for p in (tmp_path / "runs").iterdir())
-    assert names == [f"{o}-cnn-digits-seed{s}" for o in ("random_trunk", "sgd") for s in (0, 1)]
 
 
 def test_amp(tmp_path: Path) -> None:

@@ -1,0 +1,379 @@
+"""Finished runs as one comparison: a table, a few pictures, and a page that holds them all. Runs are never changed."""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import json
+import math
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import yaml
+from scipy.stats import t as student
+
+from . import sweeps
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+CONTROLS = ("sgd", "random_trunk")
+
+
+class NothingToReport(ValueError):
+    """No finished runs, or runs that cannot be compared."""
+
+
+@dataclass
+class Run:
+    """What a run's folder says."""
+
+    folder: Path
+    options: dict[str, Any]  # all but the seed
+    summary: dict[str, Any]
+    history: list[dict[str, Any]]
+
+    @classmethod
+    def read(cls, folder: Path) -> Run:
+        """A finished run.
+
+        Raises:
+            ValueError: the run has not finished, or its files are damaged.
+        """
+        if (folder / "error.txt").exists():
+            raise ValueError(f"it failed: {(folder / 'error.txt').read_text().strip().splitlines()[-1]}")
+        try:
+            options = sweeps.cell(yaml.safe_load((folder / "config.yaml").read_text()))
+            summary = json.loads((folder / "summary.json").read_text())
+            lines = (folder / "metrics.jsonl").read_text()
+            if not lines.endswith("\n"):
+                raise ValueError("metrics.jsonl is cut off in a line")
+            history = [json.loads(line) for line in lines.splitlines()]
+        except FileNotFoundError as error:
+            raise ValueError(f"it has no {Path(error.filename).name} (yet)") from None
+        except (ValueError, AttributeError, yaml.YAMLError) as error:
+            raise ValueError(f"it is damaged: {' '.join(str(error).split())}") from None
+        if not history or summary.get("test_accuracy") is None:
+            raise ValueError("it trained for no epoch")
+        return cls(folder, options, summary, history)
+
+
+@dataclass
+class Cell:
+    """Runs that differ in nothing but their seed."""
+
+    runs: list[Run]
+    label: str = ""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What its runs have in common."""
+        return self.runs[0].options
+
+    def each(self, key: str) -> list[float]:
+        """A number of the summaries, one a seed; empty where a run lacks it."""
+        found = [run.summary.get(key) for run in self.runs]
+        return [] if None in found else [float(value) for value in found]  # type: ignore[arg-type]
+
+    def seconds_to(self, accuracy: float) -> list[float]:
+        """The seconds that each run that reached this accuracy took to."""
+        found = (
+            next((line["seconds"] for line in run.history if line["test_accuracy"] >= accuracy), None)
+            for run in self.runs
+        )
+        return [seconds for seconds in found if seconds is not None]
+
+    def gap(self, other: Cell) -> list[float]:
+        """By how much its accuracy exceeds another's, for each seed that both have."""
+        theirs = {run.summary["seed"]: run.summary["test_accuracy"] for run in other.runs}
+        return [
+            run.summary["test_accuracy"] - theirs[run.summary["seed"]]
+            for run in self.runs
+            if run.summary["seed"] in theirs
+        ]
+
+
+def report(paths: Iterable[Path], out: Path, accuracy: float | None = None) -> str:
+    """Compare all finished runs in these folders: writes ``report.html``, ``.md`` and ``.csv``, and PNG pictures.
+
+    Args:
+        paths: folders of runs, or folders that hold such folders.
+        out: the folder to write to.
+        accuracy: of the column "time to"; by default the random trunk's final one, or else the lowest.
+
+    Returns:
+        The table for a terminal, and what was left out.
+
+    Raises:
+        NothingToReport: no finished run, or runs on different data.
+    """
+    runs, skipped = find(paths)
+    cells = group(runs)
+    target = accuracy if accuracy is not None else _first_target(cells)
+    header, rows = table(cells, target)
+    out.mkdir(parents=True, exist_ok=True)
+    validation = " (held-out training images)" if cells[0].options["data.validation"] else ""
+    title = f"{cells[0].options['data.name']}{validation}: {len(runs)} runs of {len(cells)} kinds"
+    figures = {"curves": curves(cells), "accuracy": bars(cells)}
+    for name, figure in figures.items():
+        figure.savefig(out / f"{name}.png", dpi=120)
+    notes = _notes(cells, target)
+    (out / "report.md").write_text(f"# {title}\n\n{markdown(header, rows)}\n\n{notes}\n")
+    with (out / "report.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(numbers(cells, target))
+    (out / "report.html").write_text(page(title, header, rows, notes, figures, skipped))
+    for figure in figures.values():
+        plt.close(figure)
+    left_out = "".join(f"\nleft out: {line}" for line in skipped)
+    return f"\n{title}\n{aligned(header, rows)}{left_out}\nreport: {out / 'report.html'}"
+
+
+def find(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
+    """All finished runs at or beneath these folders, and why others were skipped."""
+    paths = list(paths)
+    for path in paths:
+        if not path.is_dir():
+            raise NothingToReport(f"{path} is not a folder")
+    folders = dict.fromkeys(config.parent for path in paths for config in sorted(path.rglob("config.yaml")))
+    runs, skipped = [], []
+    for folder in folders:
+        try:
+            runs.append(Run.read(folder))
+        except ValueError as error:
+            skipped.append(f"{folder}: {error}")
+    if not runs:
+        why = f" ({'; '.join(skipped)})" if skipped else ""
+        raise NothingToReport(f"no finished run in {', '.join(map(str, paths))}{why}")
+    return runs, skipped
+
+
+def group(runs: list[Run]) -> list[Cell]:
+    """Runs by all but their seed, the most accurate first, each labelled by what tells it from the others."""
+    data = sorted({f"{run.options['data.name']}, {run.summary['evaluated_on']}" for run in runs})
+    if len(data) > 1:
+        raise NothingToReport(
+            f"these runs were tested on different images ({'; '.join(data)}): report on one at a time"
+        )
+    by_options: dict[str, dict[int, Run]] = {}
+    for run in runs:  # of a run that was made twice, the last
+        by_options.setdefault(json.dumps(run.options, sort_keys=True), {})[run.summary["seed"]] = run
+    cells = [Cell([found[seed] for seed in sorted(found)]) for found in by_options.values()]
+    cells.sort(key=lambda cell: -statistics.fmean(cell.each("test_accuracy")))
+    models = {cell.options["model.name"] for cell in cells}
+    for each in cells:
+        namesakes = [c.options for c in cells if c.options["optimizer.name"] == each.options["optimizer.name"]]
+        told = [k for k, v in each.options.items() if any(o.get(k) != v for o in namesakes)]
+        told = [k for k in told if not k.endswith(".name") and not k.startswith("optimizer.per_")]
+        model = [each.options["model.name"]] if len(models) > 1 else []
+        options = [f"{k.removeprefix('optimizer.')}={each.options[k]}" for k in told]
+        each.label = ", ".join([each.options["optimizer.name"], *model, *options])
+    return cells
+
+
+def control(cell: Cell, cells: list[Cell], name: str) -> Cell | None:
+    """The control on the same network; of several, one of the same epochs."""
+    model = {k: v for k, v in cell.options.items() if k.startswith("model.")}
+    found = [
+        other
+        for other in cells
+        if other.options["optimizer.name"] == name and model.items() <= other.options.items() and other is not cell
+    ]
+    return min(found, key=lambda other: other.options["epochs"] != cell.options["epochs"], default=None)
+
+
+def interval(values: list[float]) -> float | None:
+    """Half the 95 % confidence interval of the mean; none for a single value."""
+    if len(values) < 2:
+        return None
+    return float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def percent(values: list[float], sign: str = "") -> str:
+    """The mean of fractions in percent, with its interval."""
+    if not values:
+        return ""
+    half = interval(values)
+    return f"{100 * statistics.fmean(values):{sign}.2f}" + ("" if half is None else f" ± {100 * half:.2f}")
+
+
+def _mean(values: list[float], form: str) -> str:
+    return format(statistics.fmean(values), form) if values else ""
+
+
+def _first_target(cells: list[Cell]) -> float:
+    """What the random trunk reaches in the end, or the worst: a mark that any rule that learns will pass."""
+    random = [cell for cell in cells if cell.options["optimizer.name"] == "random_trunk"]
+    return statistics.fmean((random or cells)[-1].each("test_accuracy"))
+
+
+def table(cells: list[Cell], target: float) -> tuple[list[str], list[list[str]]]:
+    """A row for each cell; the columns of controls only where they are among the cells."""
+    present = [n for n in CONTROLS if any(cell.options["optimizer.name"] == n for cell in cells)]
+    header = ["optimizer", "test accuracy %", "seeds", *[f"− {name}" for name in present], "epochs", "seconds"]
+    header += ["images/s", "forward passes", f"s to {100 * target:.1f} %", "peak MB", "trained weights"]
+    rows = []
+    for cell in cells:
+        controls = [control(cell, cells, name) for name in present]
+        reached = cell.seconds_to(target)
+        to = f"{statistics.fmean(reached):.1f}" if len(reached) == len(cell.runs) else "never"
+        if 0 < len(reached) < len(cell.runs):
+            to = f"{len(reached)} of {len(cell.runs)}"
+        rows.append(
+            [cell.label, percent(cell.each("test_accuracy")), str(len(cell.runs))]
+            + ["" if other is None else percent(cell.gap(other), "+") for other in controls]
+            + [str(cell.options["epochs"]), _mean(cell.each("seconds"), ".1f")]
+            + [_mean(cell.each("images_per_second"), ",.0f"), _mean(cell.each("forward_passes"), ",.0f"), to]
+            + [_mean([v / 2**20 for v in cell.each("peak_memory_bytes")], ",.0f")]
+            + [_mean(cell.each("trained_parameters"), ",.0f")]
+        )
+    return header, rows
+
+
+def numbers(cells: list[Cell], target: float) -> list[list[Any]]:
+    """The table for machines: fractions, seconds and bytes, a row for each run."""
+    keys = ["test_accuracy", "best_test_accuracy", "epochs", "seconds", "images_per_second", "forward_passes"]
+    keys += ["peak_memory_bytes", "trained_parameters", "device", "commit"]
+    header = ["label", "optimizer", "model", "data", "seed", *keys, f"seconds_to_{target:.4f}", "folder"]
+    rows: list[list[Any]] = [list(header)]
+    for cell in cells:
+        for run in cell.runs:
+            to = Cell([run]).seconds_to(target)
+            named = [run.summary[key] for key in ("optimizer", "model", "data", "seed")]
+            values = [run.summary.get(key) for key in keys]
+            rows.append([cell.label, *named, *values, to[0] if to else None, str(run.folder)])
+    return rows
+
+
+def _notes(cells: list[Cell], target: float) -> str:
+    devices = sorted({str(run.summary["device"]) for cell in cells for run in cell.runs})
+    commits = sorted({str(run.summary["commit"]) for cell in cells for run in cell.runs})
+    return (
+        "Test accuracy after the last epoch: mean ± 95 % confidence interval over seeds (Student's t). Differences are "
+        "paired by seed, in points; the random trunk is the same network with everything but its readout frozen at the "
+        f"start. Seconds are of training alone. Time to {100 * target:.1f} % is seen once an epoch. Bands span the "
+        f"seeds. On {'; '.join(devices)}, commit {', '.join(commits)}."
+    )
+
+
+def aligned(header: list[str], rows: list[list[str]]) -> str:
+    """For a terminal."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [
+        "  ".join(f"{c:<{w}}" if not i else f"{c:>{w}}" for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        for line in [header, *rows]
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """For a README."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def curves(cells: list[Cell]) -> Figure:
+    """Test accuracy against epochs, seconds and forward passes: means over the seeds, and bands from least to most."""
+    figure, grid = plt.subplots(1, 3, figsize=(12, 4.2), layout="constrained", sharey=True)
+    axes_of: list[tuple[str, str]] = [("epoch", "epoch"), ("seconds", "seconds of training")]
+    axes_of += [("forward_passes", "forward passes")]
+    for axes, (key, label) in zip(grid, axes_of, strict=True):
+        for colour, cell in zip(_colours(cells), cells, strict=True):
+            epochs = list(zip(*(run.history for run in cell.runs), strict=False))  # as many as all have
+            along = [statistics.fmean(line[key] for line in lines) for lines in epochs]
+            seen = [[100 * line["test_accuracy"] for line in lines] for lines in epochs]
+            mean = [statistics.fmean(values) for values in seen]
+            axes.plot(along, mean, color=colour, label=cell.label, marker="." if len(along) < 30 else None)
+            axes.fill_between(along, list(map(min, seen)), list(map(max, seen)), color=colour, alpha=0.2, linewidth=0)
+        axes.set(xlabel=label, xscale="linear" if key == "epoch" else "log")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    grid[0].set_ylabel("test accuracy (%)")
+    grid[0].xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def bars(cells: list[Cell]) -> Figure:
+    """Final test accuracy: mean, 95 % confidence interval, and each seed as a point."""
+    figure, axes = plt.subplots(figsize=(8, 0.9 + 0.42 * len(cells)), layout="constrained")
+    lowest = 100.0
+    for row, (colour, cell) in enumerate(zip(_colours(cells), cells, strict=True)):
+        points = [100 * value for value in cell.each("test_accuracy")]
+        mean, half = statistics.fmean(points), interval(points)
+        lowest = min(lowest, mean - (half or 0), *points)
+        axes.barh(row, mean, color=colour, alpha=0.5, xerr=half, error_kw={"capsize": 3, "elinewidth": 1})
+        axes.plot(points, [row] * len(points), "o", color=colour, markersize=4, markeredgecolor="black")
+        axes.annotate(f"{mean:.2f}", (100, row), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9)
+    axes.set_yticks(range(len(cells)), [cell.label for cell in cells])
+    axes.invert_yaxis()
+    axes.set(xlabel="test accuracy (%)", xlim=(max(0, lowest - 0.15 * (100 - lowest) - 1), 100))
+    axes.grid(axis="x", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _colours(cells: list[Cell]) -> list[Any]:
+    """Controls in greys, rules in colours."""
+    greys = {"sgd": "black", "random_trunk": "grey", "adam": "dimgrey"}
+    bright = cycle(plt.get_cmap("tab10")(i) for i in (0, 1, 2, 3, 4, 5, 6, 8, 9))
+    return [greys[name] if (name := cell.options["optimizer.name"]) in greys else next(bright) for cell in cells]
+
+
+STYLE = """
+:root { color-scheme: light; }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #222; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem .6rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
+th { border-bottom: 2px solid #222; }
+svg { width: 100%; height: auto; } .wide svg { min-width: 44rem; } .small { max-width: 44rem; }
+p.notes, ul { font-size: .875rem; color: #555; max-width: 60rem; }
+@media print { body { margin: 0; font-size: 11px; } .wide { overflow: visible; } .wide svg { min-width: 0; }
+  table { font-size: 8px; } th, td { padding: .15rem .3rem; } svg, tr { break-inside: avoid; } }
+"""
+
+
+def page(
+    title: str,
+    header: list[str],
+    rows: list[list[str]],
+    notes: str,
+    figures: dict[str, Figure],
+    skipped: list[str],
+) -> str:
+    """One page of HTML that needs nothing else."""
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
+    body = "\n".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
+    left_out = "".join(f"<li>{html.escape(line)}</li>" for line in skipped)
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>
+<h1>{html.escape(title)}</h1>
+<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>
+{body}
+</tbody></table></div>
+<p class="notes">{html.escape(notes)}</p>
+<h2>Accuracy against epochs, seconds and forward passes</h2><div class="wide">{_svg(figures["curves"])}</div>
+<h2>Final accuracy</h2><div class="small">{_svg(figures["accuracy"])}</div>
+{f"<h2>Left out</h2><ul>{left_out}</ul>" if skipped else ""}
+</body></html>
+"""
+
+
+def _svg(figure: Figure) -> str:
+    """The figure as an element of the page."""
+    text = io.StringIO()
+    # Fixed ids: the same runs give the same page.
+    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "bioopt"}):
+        figure.savefig(text, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    return text.getvalue()[text.getvalue().index("<svg") :]

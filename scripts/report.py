@@ -1,0 +1,33 @@
+"""Compare finished runs: a table here, and `report.html`, `report.md`, `report.csv` and pictures in a folder.
+
+python scripts/report.py runs/compare_mnist
+python scripts/report.py runs/a runs/b --accuracy 97 --out somewhere
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from experiments.report import NothingToReport, report
+
+
+def main() -> None:
+    """Read the runs, write the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, or folders that hold such folders")
+    parser.add_argument("--accuracy", type=float, help="in %%, of the column 'time to'")
+    parser.add_argument("--out", type=Path, help="where to write; by default the folder that holds all of RUNS")
+    options = parser.parse_args()
+    out = options.out or Path(os.path.commonpath([path.resolve() for path in options.runs]))
+    if options.out is None and (out / "config.yaml").exists():
+        out = out.parent  # a run's own folder is never changed
+    try:
+        print(report(options.runs, out, None if options.accuracy is None else options.accuracy / 100))
+    except NothingToReport as error:
+        parser.exit(1, f"error: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

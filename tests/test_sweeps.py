@@ -1,0 +1,199 @@
+"""`python train.py -m` and the report: many runs from one command, and what comes of them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hydra import compose, initialize_config_dir
+
+from experiments.report import NothingToReport, report
+from experiments.sweeps import cell, name_of
+
+from .test_train import ROOT, TINY, config, train
+
+
+def finished(folder: Path, name: str, seed: int, accuracies: list[float], **options: Any) -> Path:
+    """A run's folder as `train.py` leaves it."""
+    folder.mkdir(parents=True)
+    settings: dict[str, Any] = {
+        "optimizer": {"name": name, "lr": 0.1}, "model": {"name": "mlp"}, "seed": seed, "threads": 1,
+        "data": {"name": "digits", "root": str(folder), "validation": 0}, "epochs": len(accuracies),
+    }  # fmt: skip
+    for key, value in options.items():
+        settings[key] = {**settings[key], **value} if isinstance(value, dict) else value
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    lines = [
+        {"epoch": i + 1, "test_accuracy": a, "seconds": 2.0 * (i + 1), "forward_passes": 10 * (i + 1)}
+        for i, a in enumerate(accuracies)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    summary = {
+        "optimizer": name, "model": "mlp", "data": settings["data"]["name"], "seed": seed, "device": "cpu",
+        "evaluated_on": "test set", "test_accuracy": accuracies[-1], "best_test_accuracy": max(accuracies),
+        "epochs": len(accuracies), "seconds": 2.0 * len(accuracies), "forward_passes": 10 * len(accuracies),
+        "images_per_second": 100.0, "peak_memory_bytes": 2**20, "trained_parameters": 1000, "commit": "abc",
+    }  # fmt: skip
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    runs = tmp_path / "runs"
+    for seed, (sgd, rule, trunk) in enumerate([(0.9, 0.8, 0.7), (0.92, 0.84, 0.7), (0.94, 0.82, 0.7)]):
+        finished(runs / f"a{seed}", "sgd", seed, [0.5, sgd])
+        finished(runs / f"b{seed}", "hebbian", seed, [0.5, 0.75, rule])
+        finished(runs / f"c{seed}", "random_trunk", seed, [0.4, trunk])
+    return runs
+
+
+def test_the_report_compares_cells_and_pairs_controls_by_seed(sweep: Path, tmp_path: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in sweep.rglob("*")}
+    shown = report([sweep], tmp_path / "out")
+    assert {path: path.stat().st_mtime_ns for path in sweep.rglob("*")} == before  # runs are never changed
+    lines = [line.split() for line in shown.splitlines()]
+    (rule,) = [line for line in lines if line and line[0] == "hebbian"]
+    # mean 82, deviation 2 over three seeds: 2 / sqrt(3) times Student's 4.303
+    assert rule[1:4] == ["82.00", "±", "4.97"]
+    assert rule[5:11] == ["-10.00", "±", "4.97", "+12.00", "±", "4.97"]
+    assert rule[11:] == ["3", "6.0", "100", "30", "4.0", "1", "1,000"]  # past the random trunk's 70 % in epoch 2
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "accuracy.png", "curves.png", "report.csv", "report.html", "report.md",
+    ]  # fmt: skip
+    table = list(csv.DictReader((tmp_path / "out" / "report.csv").read_text().splitlines()))
+    assert len(table) == 9
+    assert {row["seed"] for row in table} == {"0", "1", "2"}
+    assert float(next(r for r in table if r["label"] == "hebbian" and r["seed"] == "1")["test_accuracy"]) == 0.84
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("<svg") == 2
+    assert "82.00 ± 4.97" in page
+    assert not re.findall(r"(?:src|href)=\"(?!#)", page)  # nothing to fetch
+    assert "| hebbian | 82.00 ± 4.97 | 3 |" in (tmp_path / "out" / "report.md").read_text()
+    report([sweep], tmp_path / "out")
+    assert (tmp_path / "out" / "report.html").read_text() == page  # made again, the same
+
+
+def test_cells_are_told_apart_by_what_differs(sweep: Path, tmp_path: Path) -> None:
+    finished(sweep / "d", "hebbian", 0, [0.9], optimizer={"lr": 0.5})
+    finished(sweep / "e", "sgd", 0, [0.9], model={"name": "cnn"})
+    shown = report([sweep], tmp_path / "out", accuracy=0.85)
+    assert "hebbian, mlp, epochs=1, lr=0.5" in shown
+    assert "hebbian, mlp, epochs=3, lr=0.1" in shown
+    assert "sgd, cnn, epochs=1" in shown
+    (slow,) = [line for line in shown.splitlines() if line.startswith("hebbian, mlp, epochs=3")]
+    assert "never" in slow
+    assert "s to 85.0 %" in shown
+
+
+def test_the_report_skips_what_it_cannot_read_and_refuses_what_it_cannot_compare(sweep: Path, tmp_path: Path) -> None:
+    (sweep / "empty").mkdir()
+    with pytest.raises(NothingToReport, match="no finished run in"):
+        report([sweep / "empty"], tmp_path / "out")
+    with pytest.raises(NothingToReport, match="nowhere is not a folder"):
+        report([Path("nowhere")], tmp_path / "out")
+    (sweep / "a0" / "summary.json").unlink()
+    metrics = sweep / "b0" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text()[:-10])
+    (sweep / "c0" / "error.txt").write_text("Traceback\nValueError: no good\n")
+    shown = report([sweep], tmp_path / "out")
+    assert f"left out: {sweep / 'a0'}: it has no summary.json" in shown
+    assert f"left out: {sweep / 'b0'}: it is damaged: metrics.jsonl is cut off" in shown
+    assert f"left out: {sweep / 'c0'}: it failed: ValueError: no good" in shown
+    finished(sweep / "f", "sgd", 0, [0.5], data={"name": "mnist"})
+    with pytest.raises(NothingToReport, match="tested on different images"):
+        report([sweep], tmp_path / "out")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts/report.py"), str(sweep)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: these runs were tested on different images")
+
+
+def test_a_sweep_skips_what_is_finished_and_names_what_failed(tmp_path: Path) -> None:
+    command = ["-m", "optimizer=sgd,oja", "optimizer.lr=0.1,-1", "seed=0", *TINY]
+    done = train(*command, cwd=tmp_path)
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name == name_of(["optimizer=sgd,oja", "optimizer.lr=0.1,-1", *(o for o in TINY if "logger" not in o)])
+    assert done.returncode == 1
+    assert done.stdout.count("\nfailed: ValueError: optimizer=") == 2
+    assert done.stdout.count("it failed: ValueError: optimizer=") == 2
+    assert "oja             " in done.stdout
+    assert f"error: 2 of the runs in runs/{folder.name} failed" in done.stderr
+    assert "Traceback" not in done.stderr
+    kept = {path: path.stat().st_mtime_ns for path in folder.glob("*/summary.json")}
+    assert len(kept) == 2
+
+    more = train(*[o.replace("seed=0", "seed=0,1") for o in command], cwd=tmp_path)  # the seeds name no sweep
+    assert more.stdout.count("finished before") == 2
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert len(list(folder.glob("*/summary.json"))) == 4
+
+
+def test_an_interrupted_sweep_goes_on_to_the_same_end(tmp_path: Path) -> None:
+    command = ["-m", "optimizer=oja", "seed=0", *TINY, "epochs=12", "sweep=whole"]
+    assert train(*command, cwd=tmp_path).returncode == 0
+    command[-1] = "sweep=stopped"
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *command],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("runs/stopped/*/checkpoint.pt")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not list(tmp_path.glob("runs/stopped/*/summary.json")), "the run was too fast to be killed"
+    done = train(*command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "going on after epoch" in done.stdout
+    one, other = (
+        torch.load(next(tmp_path.glob(f"runs/{name}/*/checkpoint.pt")), weights_only=True)
+        for name in ("whole", "stopped")
+    )
+    assert all(torch.equal(one["model"][key], other["model"][key]) for key in one["model"])
+
+
+def test_a_folder_of_a_run_with_other_options_is_refused(tmp_path: Path) -> None:
+    command = ["-m", "optimizer=sgd", "seed=0", *TINY, "sweep=one"]
+    assert train(*command, cwd=tmp_path).returncode == 0
+    (saved,) = tmp_path.glob("runs/one/*/config.yaml")
+    saved.write_text(saved.read_text().replace("momentum: 0.9", "momentum: 0.8"))  # the default was another one
+    done = train(*command, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "holds a run with optimizer.momentum=0.8, which is 0.9 now; name a new sweep by sweep=NAME" in done.stdout
+
+
+@pytest.mark.parametrize("experiment", sorted(p.stem for p in (ROOT / "conf/experiment").glob("compare_*.yaml")))
+def test_every_comparison_has_its_controls_and_seeds(experiment: str) -> None:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        composed = compose("config", [f"experiment={experiment}"], return_hydra_config=True)
+    assert composed.sweep == experiment
+    assert composed.hydra.mode.name == "MULTIRUN"
+    swept = composed.hydra.sweeper.params
+    assert {"sgd", "random_trunk"} < set(swept.optimizer.split(","))
+    assert swept.seed == "0,1,2"
+    for optimizer in swept.optimizer.split(","):
+        assert config(f"experiment={experiment}", f"optimizer={optimizer}").optimizer.name == optimizer
+
+
+def test_a_cell_is_all_but_the_seed() -> None:
+    from omegaconf import OmegaConf
+
+    def of(*overrides: str) -> Any:
+        return cell(OmegaConf.to_container(config(*overrides), resolve=True))
+
+    plain = of("optimizer=node_perturbation")
+    assert plain == of("optimizer=node_perturbation", "seed=3", "threads=2", "data.root=elsewhere", "device=cpu")
+    assert plain != of("optimizer=node_perturbation", "optimizer.lr=3")
