@@ -61,15 +61,17 @@ def dashboard(entity: str, project: str, data: str | None = None, model: str | N
     accuracy = "test/accuracy"
     sections = {
         "Accuracy of the optimizers, ± standard error": [
-            *(line(f"against {AXES[x]}", x, accuracy, by=OPTIMIZER, band="stderr") for x in AXES),
-            bars("at the end", "test_accuracy"),
-            bars("best", "best_test_accuracy"),
+            *(line(f"test accuracy against {AXES[x]}", x, accuracy, by=OPTIMIZER, band="stderr") for x in AXES),
+            bars("test accuracy at the end", "test_accuracy"),
+            bars("best test accuracy", "best_test_accuracy"),
         ],
-        "Accuracy of each group, least and most of its seeds": [line(f"against {AXES[x]}", x, accuracy) for x in AXES],
+        "Accuracy of each group, least and most of its seeds": [
+            line(f"test accuracy against {AXES[x]}", x, accuracy) for x in AXES
+        ],
         "Loss": [
-            line("training, steps", "step", "train/loss", log_y=True),
-            line("training, epochs", "epoch", "train/epoch_loss", log_y=True),
-            line("test", "epoch", "test/loss", log_y=True),
+            line("training loss, steps", "step", "train/loss", log_y=True),
+            line("training loss, epochs", "epoch", "train/epoch_loss", log_y=True),
+            line("test loss", "epoch", "test/loss", log_y=True),
         ],
         "Cost": [
             line("images per second", "epoch", "images_per_second"),
@@ -125,8 +127,7 @@ def save(view: ws.Workspace) -> None:
         _ = wandb.Api().project(view.project, view.entity).id  # else W&B would refuse the view, in words of its own
     except ValueError:
         sys.exit(f"error: W&B shows this account no project {view.entity}/{view.project}: has a run been uploaded?")
-    view.save()
-    print(view.url)
+    view.save()  # says its address
 
 
 def main() -> None:
