@@ -54,10 +54,15 @@ class RunLog:
         watched = sys.stderr.isatty() and Ranks().first
         return iter(tqdm(batches, label, total, leave=False, unit="batch", disable=not watched))
 
-    def step(self, step: int, loss: Tensor) -> None:
-        """Log a training loss to W&B now and then."""
-        if self._wandb is not None and step % self._every == 0:
+    def step(self, step: int, loss: Tensor, diagnostics: list[dict[str, Any]]) -> None:
+        """Log a training loss to W&B now and then, and what was measured inside the network in this step."""
+        if self._wandb is None:
+            return
+        if step % self._every == 0:
             self._wandb.log({"step": step, "train/loss": loss.item()})
+        if diagnostics and diagnostics[-1]["step"] == step:
+            line = {f"diagnostics/{name}": value for name, value in diagnostics[-1].items() if name != "step"}
+            self._wandb.log({"step": step, **line})
 
     def epoch(self, metrics: dict[str, Any]) -> None:
         """Log one epoch."""

@@ -106,6 +106,110 @@ def neurons(history: list[dict[str, Any]], wins: dict[str, Tensor], title: str, 
     return path
 
 
+def course(lines: list[dict[str, Any]], title: str, path: Path) -> Path | None:
+    """What `diagnostics.Diagnostics` measured against steps: a panel for each quantity, a line for each layer.
+
+    Args:
+        lines: ``{"step": step, "<quantity>/<layer>": value, ...}`` each.
+        title: above the picture.
+        path: where to write it.
+    """
+    names = dict.fromkeys(name for line in lines for name in line if name != "step")
+    quantities = list(dict.fromkeys(name.split("/")[0] for name in names))
+    if not quantities:
+        return None
+    columns = min(3, len(quantities))
+    rows = math.ceil(len(quantities) / columns)
+    figure, grid = plt.subplots(rows, columns, figsize=(4 * columns, 3 * rows), layout="constrained", squeeze=False)
+    figure.suptitle(title)
+    for axes, quantity in zip(grid.flat, quantities, strict=False):
+        for name in (name for name in names if name.startswith(f"{quantity}/")):
+            points = [(line["step"], line[name]) for line in lines if name in line]
+            axes.plot(*zip(*points, strict=True), marker=".", markersize=3, linewidth=1, label=name.split("/", 1)[1])
+        axes.set(xlabel="step", title=quantity.replace("_", " "))
+        positive = any(y > 0 for line in axes.lines for y in line.get_ydata())
+        if positive and quantity in ("signal_to_noise", "update_ratio"):
+            axes.set_yscale("log", nonpositive="mask")
+        elif quantity != "cosine":
+            axes.set_ylim(bottom=0)
+        axes.legend(frameon=False, fontsize=7)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in grid.flat[len(quantities) :]:
+        axes.axis("off")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
+def confusion(counts: Tensor, title: str, path: Path) -> Path:
+    """How often each class (a row) was taken for each other (a column); the colours leave the diagonal out."""
+    classes = len(counts)
+    wrong = counts.clone().fill_diagonal_(0)
+    figure, axes = plt.subplots(figsize=(0.5 * classes + 1.2, 0.5 * classes + 1.2), layout="constrained")
+    axes.imshow(wrong.numpy(), cmap="Reds")
+    for row in range(classes):
+        for column in range(classes):
+            if counts[row, column]:
+                bright = wrong[row, column] > 0.6 * wrong.max()
+                axes.text(
+                    column, row, str(counts[row, column].item()), ha="center", va="center",
+                    fontsize=7, color="white" if bright else "black",
+                )  # fmt: skip
+    axes.set(xlabel="predicted class", ylabel="class", xticks=range(classes), yticks=range(classes))
+    axes.set_title(f"{title}\n{int(wrong.sum()):,} of {int(counts.sum()):,} wrong", fontsize=9)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
+def misclassified(images: Tensor, labels: Tensor, predicted: Tensor, title: str, path: Path) -> Path | None:
+    """Images N×C×H×W of the wrong answers, each with its class and what it was taken for."""
+    if not len(images):
+        return None
+    columns = min(8, len(images))
+    rows = math.ceil(len(images) / columns)
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(1.1 * columns + 0.4, 1.25 * rows + 0.5), layout="constrained", squeeze=False
+    )
+    figure.suptitle(f"{title}: class → predicted", fontsize=9)
+    for axes in grid.flat:
+        axes.axis("off")
+    for axes, image, label, guess in zip(grid.flat, images, labels.tolist(), predicted.tolist(), strict=False):
+        axes.imshow(image.permute(1, 2, 0).squeeze(2).numpy(), cmap="Greys")
+        axes.set_title(f"{label} → {guess}", fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
+def fields_over_time(
+    snapshots: list[Tensor], shape: tuple[int, int, int], title: str, path: Path, most: int = 12
+) -> Path | None:
+    """The weights of some neurons of the first layer at the start and after each epoch, a row for each neuron."""
+    if not snapshots or snapshots[0][0].numel() % shape[0]:
+        return None
+    epochs = sorted({round(i * (len(snapshots) - 1) / max(1, most - 1)) for i in range(most)})
+    shown = [snapshots[epoch] for epoch in epochs]
+    if shown[0].ndim == 2 and shown[0].shape[1] == math.prod(shape):
+        shown = [fields.view(-1, *shape) for fields in shown]
+    if shown[0].ndim != 4 or shown[0].shape[1] != shape[0]:
+        return None
+    rows = len(shown[0])
+    figure, grid = plt.subplots(
+        rows, len(shown), figsize=(0.7 * len(shown) + 0.6, 0.7 * rows + 0.7), layout="constrained", squeeze=False
+    )
+    figure.suptitle(title, fontsize=9)
+    for column, (epoch, fields) in enumerate(zip(epochs, shown, strict=True)):
+        grid[0][column].set_title(f"epoch {epoch}" if epoch else "start", fontsize=7)
+        for row, field in enumerate(fields):
+            grid[row][column].imshow(_image(field), cmap="RdBu_r", vmin=-1, vmax=1)
+            grid[row][column].axis("off")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
 def _image(field: Tensor) -> Any:
     """Grey level (or colour) 0 in the middle of the scale."""
     field = field / field.abs().max().clamp(min=1e-12)

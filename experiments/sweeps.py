@@ -24,7 +24,18 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 # What a result does not depend on.
-ASIDE = {"data.root", "device", "logger", "optimizer.seed", "resume", "run_dir", "seed", "sweep", "threads"}
+ASIDE = {
+    "data.root",
+    "device",
+    "diagnostics",
+    "logger",
+    "optimizer.seed",
+    "resume",
+    "run_dir",
+    "seed",
+    "sweep",
+    "threads",
+}
 
 
 class Sweep(Callback):

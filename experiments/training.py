@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import subprocess
 import time
@@ -21,6 +22,7 @@ import bioopt
 from bioopt.recorder import find_synapses
 
 from . import data, logs, pictures
+from .diagnostics import Diagnostics
 from .ranks import Ranks
 
 
@@ -76,6 +78,11 @@ def _train(
         if device.type == "cuda":
             torch.cuda.set_rng_state(started.random["cuda"], device)
 
+    if ranks.count > 1 and config.diagnostics.every is not None:
+        raise ValueError(
+            f"diagnostics.every={config.diagnostics.every} does not work under torchrun; leave it out there"
+        )
+    inside = Diagnostics(plain["diagnostics"], model, layers, optimizer, images, started.diagnostics, started.fields)
     log = logs.RunLog(folder, plain, started.wandb_id, started.history)
     print(
         f"{config.optimizer.name} on {config.data.name} with {config.model.name} "
@@ -100,7 +107,7 @@ def _train(
 
     try:
         for epoch in range(started.epoch + 1, config.epochs + 1):
-            begin = time.perf_counter()
+            begin, inside.seconds = time.perf_counter(), 0.0
             if epoch > plastic and phase.module is model:
                 close(optimizer)
                 if not ranks.first:
@@ -122,8 +129,11 @@ def _train(
                     inputs, labels = ranks.share(inputs), ranks.share(labels)
                 if isinstance(phase.optimizer, bioopt.SynapticRule):
                     phase.optimizer.target = labels  # of readout=teacher
+                closure = closure_of(inputs, labels)
+                measured = inside.around(steps, closure) if phase.module is model else contextlib.nullcontext()
                 try:
-                    loss: Tensor = phase.optimizer.step(closure_of(inputs, labels)).mean()  # type: ignore[arg-type, attr-defined]
+                    with measured:
+                        loss: Tensor = phase.optimizer.step(closure).mean()  # type: ignore[arg-type, attr-defined]
                 except RuntimeError as error:
                     raise RuntimeError(f"{error} (epoch {epoch}, optimizer.lr={config.optimizer.lr})") from error
                 if phase.scheduler is not None:
@@ -132,17 +142,18 @@ def _train(
                     ours = isinstance(optimizer, bioopt.LearningRule | bioopt.Mixed)
                     passes += optimizer.forward_passes if ours else 1  # type: ignore[attr-defined]
                 losses += loss
-                log.step(steps, loss)
+                log.step(steps, loss, inside.lines)
                 steps += 1
             passes += 0 if phase.source is images or features.kept else count
             train_loss = losses.item() / count  # also waits for the device
-            seconds += time.perf_counter() - begin
+            seconds += (spent := time.perf_counter() - begin - inside.seconds)
             trained_images += count * phase.batch_size
             if not math.isfinite(train_loss):
                 raise RuntimeError(
                     f"optimizer={config.optimizer.name}: the loss is {train_loss} in epoch {epoch} with "
                     f"optimizer.lr={config.optimizer.lr}; lower it"
                 )
+            inside.epoch(folder)
             test_loss, test_accuracy = evaluate(phase.module, phase.source, config.amp)
             log.epoch(
                 {
@@ -150,7 +161,7 @@ def _train(
                     "train_loss": train_loss,
                     "test_loss": test_loss,
                     "test_accuracy": test_accuracy,
-                    "images_per_second": count * phase.batch_size / (time.perf_counter() - begin),
+                    "images_per_second": count * phase.batch_size / spent,
                     "seconds": seconds,
                     "forward_passes": passes,
                     "weight_norms": weight_norms(layers),
@@ -164,6 +175,8 @@ def _train(
                 random={"cpu": torch.get_rng_state()}
                 | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}),
                 history=log.history,
+                diagnostics=inside.lines,
+                fields=inside.fields,
                 forward_passes=passes,
                 seconds=seconds,
                 images=trained_images,
@@ -179,6 +192,7 @@ def _train(
         )
         of_neurons = pictures.neurons(log.history, wins(model, layers, images), title, folder / "neurons.png")
         made += [picture for picture in (fields, of_neurons) if picture is not None]
+        made += inside.pictures(model, title, folder)
         log.finish(summary, covered, made)
     finally:
         log.close()
@@ -508,6 +522,8 @@ class _Progress:
     scheduler: dict[str, Any] = field(default_factory=dict)
     random: dict[str, Tensor] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
+    diagnostics: list[dict[str, Any]] = field(default_factory=list)
+    fields: list[Tensor] = field(default_factory=list)
     forward_passes: int = 0
     seconds: float = 0.0
     images: int = 0

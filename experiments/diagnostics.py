@@ -1,0 +1,179 @@
+"""What a rule does inside a network while it learns, measured now and then without changing the run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import bioopt
+
+from . import pictures
+from .data import Images
+from .logs import write_whole
+from .models import Triangle
+
+
+class Diagnostics:
+    """Measures, every so many steps, for each layer or parameter by its name, what a rule does.
+
+    - ``cosine``, ``signal_to_noise``: of the rule's updates against the gradient (`bioopt.diagnose`);
+    - ``update_ratio``: length of the step's change over length of the weights;
+    - ``sparsity``: of activity, 0 where all neurons are active alike, 1 where a single one is, mean over events
+      (Vinje & Gallant, 2000);
+    - ``dead_units``: the share of neurons that are silent for all images;
+    - ``dimensionality``: participation ratio of the activities' covariance, ``(Σ λ)² / Σ λ²``: in how many directions
+      activity varies.
+
+    Activities are those after the nonlinearity that follows a layer, in evaluation mode, for the first test images.
+
+    Args:
+        options: ``every`` so many steps (or never, where null), ``samples`` updates compared with the gradient, and
+            ``images`` whose activities are looked at.
+        model: the network.
+        layers: whose activity is looked at.
+        optimizer: what trains it.
+        images: the data.
+        lines: what an interrupted run has measured so far.
+        fields: the first layer's weights at the start and after each epoch so far.
+    """
+
+    def __init__(
+        self,
+        options: dict[str, Any],
+        model: nn.Module,
+        layers: list[bioopt.Synapse],
+        optimizer: torch.optim.Optimizer,
+        images: Images,
+        lines: list[dict[str, Any]],
+        fields: list[Tensor],
+    ) -> None:
+        every, samples, of = options["every"], options["samples"], options["images"]
+        for name, value, least in (("every", every, 1), ("samples", samples, 2), ("images", of, 1)):
+            if (value is not None or name != "every") and (not isinstance(value, int) or value < least):
+                null = ", or null" if name == "every" else ""
+                raise ValueError(f"diagnostics.{name}={value} must be an integer >= {least}{null}")
+        self.every: int | None = every
+        self.samples, self.model, self.optimizer, self.images = samples, model, optimizer, images
+        self.layers = {synapse.layer: synapse for synapse in layers}
+        self.lines, self.fields = lines, fields
+        self.seconds = 0.0  # spent here
+        if every is not None and not fields:
+            self._keep_fields()
+        self._inputs = images.prepare(images.test_images[:of])
+
+    @contextlib.contextmanager
+    def around(self, step: int, closure: Callable[[], Tensor]) -> Iterator[None]:
+        """Measure before and after what happens inside, where it is time to."""
+        if self.every is None or step % self.every:
+            yield
+            return
+        begin = time.perf_counter()
+        found: dict[str, dict[str, float]] = {}
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        if isinstance(self.optimizer, bioopt.LearningRule):
+            for name, values in bioopt.diagnose(self.optimizer, closure, self.samples).items():
+                for what in ("cosine", "signal_to_noise"):
+                    found.setdefault(what, {})[name] = values[what]
+        for buffer, kept in buffers:  # whose owners may learn from whatever they see, as `models.Whiten` does
+            buffer.copy_(kept)
+        found |= self._activity()
+        before = {n: p.detach().clone() for n, p in self.model.named_parameters()}
+        self.seconds += time.perf_counter() - begin
+        yield
+        begin = time.perf_counter()
+        found["update_ratio"] = {
+            name: ((p.detach() - before[name]).norm() / before[name].norm().clamp(min=1e-12)).item()
+            for name, p in self.model.named_parameters()
+            if p.requires_grad
+        }
+        line: dict[str, Any] = {"step": step}
+        for what, values in found.items():
+            line |= {f"{what}/{name}": value for name, value in values.items() if math.isfinite(value)}
+        self.lines.append(line)
+        self.seconds += time.perf_counter() - begin
+
+    def epoch(self, folder: Path) -> None:
+        """Write ``diagnostics.jsonl``, and keep how the first layer looks now."""
+        if self.every is None:
+            return
+        write_whole(folder / "diagnostics.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines))
+        self._keep_fields()
+
+    def _keep_fields(self) -> None:
+        weight = next((p for p in self.model.parameters() if p.ndim > 1), None)
+        if weight is not None:
+            self.fields.append(weight[:10].detach().float().cpu().clone())
+
+    @torch.no_grad()
+    def _activity(self) -> dict[str, dict[str, float]]:
+        found: dict[str, dict[str, float]] = {}
+        last: list[bioopt.Synapse] = []  # the layer whose nonlinearity has not come yet
+
+        def look(module: nn.Module, args: Any, output: Tensor) -> None:
+            if module in self.layers:
+                last[:] = [self.layers[module]]
+            elif last and (isinstance(module, Triangle) or type(module).__module__ == "torch.nn.modules.activation"):
+                synapse = last.pop()
+                events = output.detach().movedim(synapse.channel_dim, -1).flatten(0, -2).float()
+                for what, value in activity(events).items():
+                    found.setdefault(what, {})[synapse.name] = value
+
+        handles = [module.register_forward_hook(look) for module in self.model.modules() if not [*module.children()]]
+        modes = {module: module.training for module in self.model.modules()}
+        try:
+            self.model.eval()
+            self.model(self._inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module, mode in modes.items():
+                module.training = mode
+        return found
+
+    @torch.no_grad()
+    def pictures(self, model: nn.Module, title: str, folder: Path) -> list[Path]:
+        """What a finished run shows: its course, its errors, and how its receptive fields came about."""
+        if self.every is None:
+            return []
+        model.eval()
+        predicted = torch.cat([model(inputs).argmax(1) for inputs, _ in self.images.test_batches()]).cpu()
+        labels = self.images.test_labels.cpu()
+        confusion = torch.zeros(self.images.classes, self.images.classes, dtype=torch.int64)
+        confusion.index_put_((labels, predicted), torch.ones_like(labels), accumulate=True)
+        wrong = (labels != predicted).nonzero().flatten()[:40]
+        made = [
+            pictures.confusion(confusion, title, folder / "confusion.png"),
+            pictures.misclassified(
+                self.images.test_images[wrong.to(self.images.test_images.device)].cpu(),
+                labels[wrong], predicted[wrong], title, folder / "misclassified.png",
+            ),
+            pictures.course(self.lines, title, folder / "diagnostics.png"),
+            pictures.fields_over_time(self.fields, self.images.shape, title, folder / "receptive_fields_over_time.png"),
+        ]  # fmt: skip
+        return [picture for picture in made if picture is not None]
+
+
+def activity(events: Tensor) -> dict[str, float]:
+    """Sparsity, dead units and dimensionality of activities, events × neurons."""
+    neurons = events.shape[1]
+    if neurons < 2:
+        return {}
+    power = events.square().mean(1)
+    dense = events.abs().mean(1).square() / power
+    sparsity = ((1 - dense) / (1 - 1 / neurons))[power > 0]
+    centred = events - events.mean(0)
+    covariance = centred.T @ centred
+    squares = covariance.square().sum()
+    return {
+        "sparsity": sparsity.mean().item() if len(sparsity) else math.nan,
+        "dead_units": (events == 0).all(0).float().mean().item(),
+        "dimensionality": (covariance.trace().square() / squares).item() if squares else 0.0,
+    }

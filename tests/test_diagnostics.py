@@ -1,0 +1,99 @@
+"""`diagnostics.every`: what is measured inside a network is right, and measuring changes nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from experiments.diagnostics import activity
+from experiments.training import run
+
+from .test_train import SOFTHEBB, config, tiny
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other)
+
+
+@pytest.mark.parametrize("optimizer", ["hebbian", "softhebb", "node_perturbation", "reward_hebbian", "random_trunk"])
+def test_a_run_is_the_same_bit_for_bit_with_and_without(optimizer: str, tmp_path: Path) -> None:
+    common = [*tiny(optimizer), "epochs=2"]
+    if optimizer == "softhebb":  # with a filter that learns from what it sees, and a second phase
+        common = ["optimizer=softhebb", *SOFTHEBB, "model.whitened=8", "plastic_epochs=1", "epochs=2"]
+    for name, more in (("without", []), ("with", ["diagnostics.every=2"])):
+        run(config(*common, f"run_dir={tmp_path / name}", *more))
+    without, measured = (torch.load(tmp_path / n / "checkpoint.pt", weights_only=True) for n in ("without", "with"))
+    for key in ("model", "optimizer", "scheduler", "random", "forward_passes", "steps"):
+        assert same(without[key], measured[key]), key
+    for picture in ("diagnostics", "confusion", "misclassified", "receptive_fields_over_time"):
+        assert (tmp_path / "with" / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
+        assert not (tmp_path / "without" / f"{picture}.png").exists()
+    lines = [json.loads(line) for line in (tmp_path / "with" / "diagnostics.jsonl").read_text().splitlines()]
+    assert lines == measured["diagnostics"]
+    assert [line["step"] for line in lines] == list(range(0, 10, 2))[: len(lines)]
+    assert len(lines) >= 3
+    quantities = {name.split("/")[0] for name in lines[0]} - {"step", "signal_to_noise"}
+    of_rules = set() if optimizer == "random_trunk" else {"cosine"}
+    assert quantities == {"sparsity", "dead_units", "dimensionality", "update_ratio"} | of_rules
+    for line in lines:
+        for name, value in line.items():
+            if name.startswith(("sparsity", "dead_units")):
+                assert 0 <= value <= 1 + 1e-6
+            if name.startswith("cosine"):
+                assert abs(value) <= 1 + 1e-6
+    if optimizer == "hebbian":  # whose readout follows the gradient exactly
+        assert all(line["cosine/9.weight"] == pytest.approx(1) for line in lines)
+        assert all(abs(line["cosine/0.weight"]) < 0.9 for line in lines)
+
+
+def test_activity_against_its_definitions() -> None:
+    generator = torch.Generator().manual_seed(0)
+    events = torch.rand(200, 5, generator=generator)
+    events[:, 4] = 0
+    found = activity(events)
+    assert found["dead_units"] == pytest.approx(0.2)
+    values = torch.linalg.eigvalsh(torch.cov(events.T))
+    assert found["dimensionality"] == pytest.approx((values.sum() ** 2 / values.square().sum()).item(), rel=1e-4)
+    one_active = torch.eye(5).repeat(3, 1)
+    assert activity(one_active)["sparsity"] == pytest.approx(1)
+    assert activity(torch.ones(4, 5))["sparsity"] == pytest.approx(0)
+    assert activity(torch.ones(4, 5))["dimensionality"] == 0
+    assert activity(torch.ones(4, 1)) == {}
+
+
+def test_the_course_survives_an_interruption(tmp_path: Path) -> None:
+    common = [*tiny("hebbian"), "epochs=3", "diagnostics.every=3"]
+    run(config(*common, f"run_dir={tmp_path / 'whole'}"))
+    whole = (tmp_path / "whole" / "diagnostics.jsonl").read_text()
+    run(config(*common, "epochs=2", "schedule=constant", f"run_dir={tmp_path / 'stopped'}"))
+    saved = tmp_path / "stopped" / "config.yaml"
+    (tmp_path / "stopped" / "summary.json").unlink()
+    saved.write_text(saved.read_text().replace("epochs: 2", "epochs: 3"))
+    run(config(f"resume={tmp_path / 'stopped'}"))
+    steps = [json.loads(line)["step"] for line in (tmp_path / "stopped" / "diagnostics.jsonl").read_text().splitlines()]
+    assert steps == [json.loads(line)["step"] for line in whole.splitlines()]
+    assert len(torch.load(tmp_path / "stopped" / "checkpoint.pt", weights_only=True)["fields"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("diagnostics.every=0", "diagnostics.every=0 must be an integer >= 1, or null"),
+        ("diagnostics.samples=1", "diagnostics.samples=1 must be an integer >= 2"),
+        ("diagnostics.images=many", "diagnostics.images=many must be an integer >= 1"),
+    ],
+)
+def test_mistakes(override: str, says: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=says):
+        run(config(*tiny("hebbian"), override, f"run_dir={tmp_path / 'run'}"))
