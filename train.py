@@ -8,23 +8,25 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-
-from experiments import sweeps
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(config: DictConfig) -> None:
     """One run; what goes wrong in a known way is told in a sentence."""
+    # Not before they are needed: --help is to come at once.
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        sweeps.run_one(config)
+        from experiments.sweeps import run_one
+
+        run_one(config)
         return
-    from experiments.training import run  # torch: not before it is needed
+    from experiments.training import run
 
     try:
         run(config)
@@ -33,6 +35,19 @@ def main(config: DictConfig) -> None:
             raise
         sys.exit(f"error: {error}\n(HYDRA_FULL_ERROR=1 shows where)")
 
+
+def optimizers() -> str:
+    """For ``--help``: each optimizer in a line, by family, as the first line of its file has it."""
+    lines: dict[str, list[str]] = {}
+    for path in sorted((Path(__file__).parent / "conf" / "optimizer").glob("*.yaml")):
+        with path.open(encoding="utf-8") as file:
+            family, _, text = file.readline().removeprefix("# ").strip().partition(": ")
+        lines.setdefault(family, []).append(f"  {path.stem:<22} {text}")
+    order = sorted(lines, key=lambda family: (family == "Control", family))
+    return "\n".join("\n".join([family, *lines[family]]) for family in order)
+
+
+OmegaConf.register_new_resolver("optimizers", optimizers, replace=True)
 
 if __name__ == "__main__":
     main()

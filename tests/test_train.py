@@ -384,3 +384,23 @@ def test_torchrun_spreads_a_run_over_processes(optimizer: str, tmp_path: Path) -
         _, errors = failed.communicate()
         assert failed.returncode != 0
         assert "error: optimizer=sgd: it does not speak to other ranks; run it without torchrun" in errors
+
+
+def test_help_lists_every_optimizer_by_family_and_needs_no_torch(tmp_path: Path) -> None:
+    code = (
+        "import atexit, runpy, sys; atexit.register(lambda: print('torch' in sys.modules)); sys.argv = ['t', '--help']"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    *lines, torch_was_needed = done.stdout.splitlines()
+    assert torch_was_needed == "False"
+    shown = lines[lines.index("Hebbian") : lines.index("== All choices ==")]
+    assert [line for line in shown if line and not line.startswith(" ")] == ["Hebbian", "Perturbation", "Control"]
+    rows = {line.split()[0]: line for line in shown if line.startswith("  ")}
+    assert sorted(rows) == OPTIMIZERS
+    controls = lines.index("Control")
+    for name, row in rows.items():  # a rule names its paper
+        assert lines.index(row) > controls or row.endswith(")"), name
