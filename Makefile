@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 UV := $(shell command -v uv 2>/dev/null)
 
-.PHONY: run test slow lint clean
+.PHONY: run test slow lint docs clean
 
 run: .venv/installed
 	$(BIN)/python train.py optimizer=hebbian
@@ -19,6 +19,9 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: .venv/docs
+	$(BIN)/python -m sphinx --quiet --fresh-env --fail-on-warning --keep-going docs docs/_build/html
+
 .venv/installed: pyproject.toml
 ifdef UV
 	uv venv --allow-existing .venv
@@ -29,5 +32,13 @@ else
 endif
 	touch $@
 
+.venv/docs: .venv/installed
+ifdef UV
+	uv pip install --python $(BIN)/python -e '.[docs]'
+else
+	$(BIN)/python -m pip install --quiet -e '.[docs]'
+endif
+	touch $@
+
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build docs/_build *.egg-info

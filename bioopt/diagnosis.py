@@ -30,7 +30,7 @@ def diagnose(optimizer: LearningRule, closure: Closure, samples: int = 4) -> dic
         samples: how many updates, at least 2.
 
     Returns:
-        For each parameter by its name, and for all of them together as ``"all"``:
+        Numbers of each parameter by its name, and of all of them together as ``"all"``.
 
         - ``"cosine"``: of the angle between ``.grad`` and the gradient, mean over the updates;
         - ``"signal_to_noise"``: squared length of the updates' mean over their variance, corrected for their number;

@@ -63,8 +63,8 @@ class Few(NamedTuple):
     Events are samples and positions, in the order of activity with its neurons moved to the last dimension.
     """
 
-    neurons: Tensor  # events × few: which are told something, each once
-    told: Tensor  # events × few: what
+    neurons: Tensor  #: which are told something, each once, events × few
+    told: Tensor  #: what, events × few
 
     def spread(self, u: Tensor, channel: int) -> Tensor:
         """The same signal of ``u``'s shape."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections import OrderedDict
 
 import torch
@@ -32,12 +33,18 @@ def test_the_loops_of_the_readme() -> None:
         names["optimizer"].close()
 
 
-def test_the_commands_of_the_readme_compose() -> None:
-    commands = re.findall(r"^python train\.py ([^#\n]*)", README, re.MULTILINE)
-    assert len(commands) >= 4
+def composed(text: str) -> list[str]:
+    """The commands of a page, each of which names what exists; of a sweep, its first run."""
+    commands = [command.strip() for command in re.findall(r"^(python train\.py [^#\n]*)", text, re.MULTILINE)]
     for command in commands:
-        overrides = [word.split(",")[0] for word in command.split() if not word.startswith(("-m", "resume="))]
-        config(*overrides)
+        words = shlex.split(command)[2:]
+        sweep = "-m" in words
+        config(*[w.split(",")[0] if sweep else w for w in words if not w.startswith(("-m", "resume="))])
+    return commands
+
+
+def test_the_commands_of_the_readme_compose() -> None:
+    assert len(composed(README)) >= 4
 
 
 def test_the_tables_name_every_choice() -> None:

@@ -215,7 +215,7 @@ class SoftHebb(SynapticRule):
     .. math::
         y_k = \pm \frac{\exp(t\,u_k)}{\sum_j \exp(t\,u_j)}, \qquad
         D_k = \sum_{\text{events}} y_k\,(x - u_k\,w_k), \qquad
-        \Delta w_k = \frac{D_k}{\max |D|}\; \sqrt{\big|\,\lVert w_k\rVert - 1\,\big|}
+        \Delta w_k = \frac{D_k}{\max |D|}\; \sqrt{\left|\lVert w_k\rVert - 1\right|}
 
     with presynaptic activity :math:`x`, postsynaptic activity :math:`u = Wx + b`, inverse temperature :math:`t`, the
     sum over events (samples, and positions of a convolution) and the largest absolute entry of the whole layer's

@@ -1,0 +1,72 @@
+"""How Sphinx builds these pages: `make docs`. Nothing here, nor on the pages, needs the network."""
+
+from __future__ import annotations
+
+import re
+from html import escape
+from importlib.resources import files
+from typing import Any
+
+from docutils import nodes
+from docutils.utils.math import MathError
+from docutils.utils.math.latex2mathml import tex2mathml
+from sphinx.application import Sphinx
+from sphinx.util import logging
+
+import bioopt
+
+project = "bioopt"
+version = release = bioopt.__version__
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build"]
+
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3
+
+default_role = "py:obj"  # `SynapticRule` in a docstring is a link
+autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
+autodoc_typehints_format = "short"
+autodoc_type_aliases = {"Params": "Params"}
+napoleon_custom_sections = [("Attributes", "params_style")]
+napoleon_use_rtype = False
+python_maximum_signature_line_length = 60
+
+html_theme = "furo"
+html_title = "bioopt"
+html_static_path = ["_static", str(files("ziamath") / "fonts" / "STIXTwoMath-Regular.ttf")]  # a font for equations
+html_css_files = ["pages.css"]
+html_copy_source = html_show_sphinx = html_show_copyright = False
+html_math_renderer = "mathml"
+
+
+def visit_math(self: Any, node: nodes.math) -> None:
+    """An equation within a line, in MathML, which browsers set by themselves."""
+    self.body.append(mathml(node, node.astext()))
+    raise nodes.SkipNode
+
+
+def visit_displaymath(self: Any, node: nodes.math_block) -> None:
+    r"""Equations on their own; those that \qquad parts may stand one above the other where the page is narrow."""
+    self.body.append('<div class="equations">')
+    self.body += [mathml(node, part, as_block=True) for part in node.astext().split(r"\qquad")]
+    self.body.append("</div>")
+    raise nodes.SkipNode
+
+
+def mathml(node: nodes.Element, tex: str, **options: bool) -> str:
+    """LaTeX as MathML; what cannot be converted is a warning and stays LaTeX."""
+    # What the converter would set as LaTeX does not: primes, and indices of letters with an accent.
+    plain = re.sub(r"(\\(?:hat|tilde|bar) ?\w)_", r"\1{}_", tex.strip().replace("'", r"^\prime "))
+    try:
+        made = tex2mathml(plain, **options)
+    except MathError as error:
+        logging.getLogger(__name__).warning("equation %r: %s", tex, error, location=node)
+        return f"<code>{escape(tex)}</code>"
+    # As in LaTeX, these grow after \left and \right alone.
+    return re.sub(r"<mo( class=\"\w+\")?>([‖⟨⟩])</mo>", r'<mo stretchy="false">\2</mo>', made)
+
+
+def setup(app: Sphinx) -> None:
+    """Register the MathML renderer."""
+    app.add_html_math_renderer("mathml", (visit_math, None), (visit_displaymath, None))

@@ -1,0 +1,64 @@
+"""The pages under docs/ say what is so: their Python runs, their commands compose, their numbers are the records'."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from experiments.training import run
+
+from .test_readme import composed
+from .test_train import ROOT, TINY, config
+
+PAGES = sorted((ROOT / "docs").glob("**/[!_]*.md"))
+RECORDS = {
+    result["command"]: f"{100 * result['mean']:.2f}"
+    for result in map(json.loads, (path.read_text() for path in (ROOT / "experiments/records").glob("*/result.json")))
+}
+
+
+def blocks(page: Path, languages: str) -> list[tuple[str, str]]:
+    """The code blocks of a page in these languages, each with its language."""
+    return re.findall(rf"```({languages})\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+def without_numbers(text: str) -> list[str]:
+    return re.sub(r"\d[\d.]*", "#", text).split()
+
+
+@pytest.mark.parametrize("name", ["getting_started", "rules/index", "rules/hebbian"])
+def test_the_python_of_a_page_prints_what_follows_it(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, object] = {}
+    printed = None
+    for language, block in blocks(ROOT / "docs" / f"{name}.md", "python|text"):
+        if language == "python":
+            exec(block, names)
+            printed = capsys.readouterr().out
+        elif printed is not None:
+            assert without_numbers(printed) == without_numbers(block)
+    assert printed
+
+
+def test_commands_compose_and_quote_their_records() -> None:
+    quoted = 0
+    for page in PAGES:
+        for command in composed(page.read_text().replace("optimizer=mine", "")):
+            if command in RECORDS:
+                assert RECORDS[command] in page.read_text(), (page.name, command)
+                quoted += 1
+    assert quoted >= 10
+
+
+def test_a_rule_of_your_own_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = ROOT / "docs/your_own_rule.md"
+    ((_, code), (_, options)) = blocks(page, "python|yaml")
+    (tmp_path / "mine.py").write_text(code)
+    (tmp_path / "optimizer").mkdir()
+    (tmp_path / "optimizer/mine.yaml").write_text(options)
+    monkeypatch.syspath_prepend(tmp_path)
+    summary = run(config(f"hydra.searchpath=[file://{tmp_path}]", "optimizer=mine", *TINY, f"run_dir={tmp_path}/run"))
+    assert summary["optimizer"] == yaml.safe_load(options)["name"]
