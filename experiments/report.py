@@ -297,7 +297,7 @@ def curves(cells: list[Cell]) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
     grid[0].set_ylabel("test accuracy (%)")
     grid[0].xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
     return figure
 
 
@@ -314,7 +314,8 @@ def bars(cells: list[Cell]) -> Figure:
         axes.annotate(f"{mean:.2f}", (100, row), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9)
     axes.set_yticks(range(len(cells)), [cell.label for cell in cells])
     axes.invert_yaxis()
-    axes.set(xlabel="test accuracy (%)", xlim=(max(0, lowest - 0.15 * (100 - lowest) - 1), 100))
+    start = max(0, math.floor(lowest - 0.15 * (100 - lowest) - 1))
+    axes.set(xlabel="test accuracy (%)" + (f"; the axis starts at {start}" if start else ""), xlim=(start, 100))
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
@@ -332,8 +333,8 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #222; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .6rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
+table { border-collapse: collapse; font-size: .8125rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem .45rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
 th { border-bottom: 2px solid #222; }
 svg { width: 100%; height: auto; } .wide svg { min-width: 44rem; } .small { max-width: 44rem; }

@@ -102,6 +102,7 @@ def isolated(config: Any) -> dict[str, Any]:
     """
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
+    multiprocessing.set_start_method(method, force=True)  # joblib's own workers have one that children do not know
     if method == "forkserver":
         context.set_forkserver_preload(["experiments.training"])
     receiver, sender = context.Pipe(duplex=False)

@@ -197,3 +197,51 @@ def test_a_cell_is_all_but_the_seed() -> None:
     plain = of("optimizer=node_perturbation")
     assert plain == of("optimizer=node_perturbation", "seed=3", "threads=2", "data.root=elsewhere", "device=cpu")
     assert plain != of("optimizer=node_perturbation", "optimizer.lr=3")
+
+
+def test_runs_of_a_sweep_side_by_side(tmp_path: Path) -> None:
+    side_by_side = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    done = train("-m", "optimizer=sgd,oja", "seed=0", *TINY, *side_by_side, "sweep=two", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.glob("runs/two/*/summary.json"))) == 2
+    assert "digits: 2 runs of 2 kinds" in done.stdout
+
+
+def test_a_search_for_options_is_kept_and_goes_on(tmp_path: Path) -> None:
+    import optuna
+
+    def tune(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, str(ROOT / "scripts/tune.py"), *arguments],
+            cwd=tmp_path, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+
+    command = ["optimizer=sgd", *TINY, "optimizer.lr=tag(log, interval(0.001, 0.1))", "model.width=1,2", "--name", "s"]
+    command.remove("model.width=2")
+    done = tune(*command, "--trials", "2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n[trial ") == 2
+    storage = f"sqlite:///{tmp_path / 'runs/s/study.db'}"
+    study = optuna.load_study(study_name="s", storage=storage)
+    interrupted = study.ask({"optimizer.lr": optuna.distributions.FloatDistribution(0.001, 0.1, log=True)})
+
+    more = tune(*command, "--trials", "3")
+    assert more.returncode == 0, more.stderr
+    assert more.stdout.count("\n[trial ") == 1
+    assert f"optimizer.lr={interrupted.params['optimizer.lr']}" in more.stdout  # once more
+    assert "python train.py optimizer=sgd" in more.stdout
+    tried = [trial for trial in optuna.load_study(study_name="s", storage=storage).trials if trial.value is not None]
+    assert [0.001 <= trial.params["optimizer.lr"] <= 0.1 for trial in tried] == [True] * 3
+    saved = yaml.safe_load((tmp_path / "runs/s/trial-0/config.yaml").read_text())
+    assert saved["data"]["validation"] == 300
+    assert saved["optimizer"]["lr"] == tried[0].params["optimizer.lr"]
+
+    for wrong, says in (
+        (["optimizer=sgd"], "error: nothing to search"),
+        (["optimizer=sgdd", "seed=1,2"], "Could not find 'optimizer/sgdd'"),
+        (["optimizer=sgd", "optimizer.lr=interval(0,1"], "error: "),
+    ):
+        failed = tune(*wrong)
+        assert failed.returncode == 1
+        assert says in failed.stderr
+        assert "Traceback" not in failed.stderr

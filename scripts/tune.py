@@ -1,0 +1,113 @@
+"""Search an optimizer's options with Optuna, on held-out training images; what was tried is kept, and can go on.
+
+python scripts/tune.py optimizer=hebbian data=mnist 'optimizer.lr=tag(log, interval(0.1, 10))' --trials 20
+python scripts/tune.py optimizer=hebbian model=cnn 'optimizer.decay=subspace,own' 'optimizer.k=range(1,4)' --name decay
+
+What is to be searched is written as in Hydra's sweeps: interval(a, b), of integers where both are; tag(log, ...);
+choice(...) or a,b,c; range(...). The study lies in runs/<name>/study.db, its runs beside it; the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from experiments.sweeps import isolated, name_of
+
+CONF = str(Path(__file__).parent.parent / "conf")
+
+
+def suggest(trial: Any, override: Override) -> str:
+    """One option as Optuna would have it next."""
+    key, sweep = override.key_or_group, override.value()
+    if isinstance(sweep, IntervalSweep):
+        whole = isinstance(sweep.start, int) and isinstance(sweep.end, int)
+        draw = trial.suggest_int if whole else trial.suggest_float
+        return f"{key}={draw(key, sweep.start, sweep.end, log='log' in sweep.tags)}"
+    return f"{key}={trial.suggest_categorical(key, list(override.sweep_string_iterator()))}"
+
+
+def composed(overrides: list[str]) -> dict[str, Any]:
+    """The configuration of a run, with images held out."""
+    with initialize_config_dir(CONF, version_base="1.3"):
+        config = compose("config", overrides)
+        if not config.data.validation:
+            config.data.validation = 300 if config.data.name == "digits" else 10_000
+    plain = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def main() -> None:
+    """Search, then say what was best."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("options", nargs="+", help="as of train.py; at least one of them with a range to search")
+    parser.add_argument("--trials", type=int, default=20, help="that finish, those of before included")
+    parser.add_argument("--name", help="of the study; by default made of the options")
+    chosen = parser.parse_args()
+    try:
+        import optuna
+    except ImportError:
+        parser.exit(1, "error: this needs Optuna: pip install -e '.[tune]'\n")
+    try:
+        overrides = OverridesParser.create().parse_overrides(chosen.options)
+    except HydraException as error:
+        parser.exit(1, f"error: {error}\n")
+    searched = [o for o in overrides if isinstance(o.value(), IntervalSweep | ChoiceSweep | RangeSweep)]
+    fixed = [str(o.input_line) for o in overrides if o not in searched]
+    if not searched:
+        parser.exit(1, "error: nothing to search: write an option as interval(a, b), say, or a,b,c\n")
+
+    folder = Path("runs") / (chosen.name or name_of(chosen.options))
+    folder.mkdir(parents=True, exist_ok=True)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(
+        storage=f"sqlite:///{folder / 'study.db'}", study_name=folder.name, load_if_exists=True,
+        direction="maximize",
+    )  # fmt: skip
+    # Another seed each time: a study that goes on does not draw its first points again.
+    study.sampler = optuna.samplers.TPESampler(seed=len(study.trials), n_startup_trials=5)
+    for trial in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):  # interrupted: once more
+        study.enqueue_trial(trial.params)
+        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+
+    def accuracy(trial: optuna.Trial) -> float:
+        options = [suggest(trial, override) for override in searched]
+        print(f"\n[trial {trial.number}] {' '.join(options)}", flush=True)
+        config = composed([*fixed, *options]) | {"run_dir": str(folder / f"trial-{trial.number}")}
+        found: float = isolated(config)["test_accuracy"]
+        return found
+
+    finished = optuna.trial.TrialState.COMPLETE
+    while len(study.get_trials(states=[finished])) < chosen.trials:
+        trial = study.ask()
+        try:
+            study.tell(trial, accuracy(trial))
+        except RuntimeError as error:  # it diverged, say: told to Optuna, and on
+            print(f"failed: {str(error).splitlines()[-1]}", flush=True)
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            if len(study.trials) >= 3 * chosen.trials:
+                break
+        except (HydraException, OmegaConfBaseException) as error:
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            parser.exit(1, f"error: {error}\n")
+    done = len(study.get_trials(states=[finished]))
+    if not done:
+        parser.exit(1, f"error: no trial finished; see above, and {folder}\n")
+    best = study.best_trial
+    options = [f"{key}={value}" for key, value in best.params.items()]
+    print(f"\nbest of {done}: {best.value:.2%} on held-out images (trial {best.number}); what was tried is in {folder}")
+    print(shlex.join(["python", "train.py", *fixed, *options]))
+
+
+if __name__ == "__main__":
+    main()
