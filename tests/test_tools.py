@@ -1,16 +1,21 @@
-"""Other people's tools: torch.amp, torch.compile, schedulers; what cannot work says why, and what to do."""
+"""Other people's tools (torch.amp, torch.compile, schedulers, Lightning): what cannot work says why, and what to do."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import bioopt
 
-from .rules import ONE_PASS, SEVERAL_PASSES, batch, cnn, make, per_sample, weights
+from .rules import ONE_PASS, SEVERAL_PASSES, batch, cnn, make, per_sample, same, weights
 
 NAMES = {"ids": lambda rule: rule.__name__}
 
@@ -133,3 +138,65 @@ def test_a_compiled_training_step(build) -> None:
         results.append(weights(model))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")  # Lightning's own
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+class TestLightning:
+    """What its Trainer does inside the closure would be lost, and is refused; a step of one's own makes use of it."""
+
+    @staticmethod
+    def fit(build: Callable[[nn.Module], Optimizer], own_step: bool, **options: Any) -> nn.Module:
+        import lightning
+
+        class Module(lightning.LightningModule):
+            def __init__(self) -> None:
+                super().__init__()
+                self.model = cnn(dropout=0.0)
+
+            def training_step(self, index: Tensor) -> Tensor:
+                x, y = batch(int(index))
+                return F.cross_entropy(self.model(x), y)
+
+            def configure_optimizers(self) -> Optimizer:
+                return build(self.model)
+
+            if own_step:
+
+                def optimizer_step(self, epoch: int, index: int, optimizer: Any, closure: Any) -> None:
+                    rule = optimizer.optimizer
+                    closure()
+                    rule.estimate()
+                    self.clip_gradients(rule)
+                    rule.descend()
+
+        quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+        trainer = lightning.Trainer(max_epochs=1, accelerator="cpu", **quiet, **options)
+        module = Module()
+        trainer.fit(module, torch.utils.data.DataLoader(torch.arange(4), batch_size=None))
+        return module.model
+
+    @pytest.mark.parametrize("option", [{"accumulate_grad_batches": 2}, {"gradient_clip_val": 0.5}])
+    @pytest.mark.parametrize(
+        "build",
+        [lambda m: bioopt.Hebbian(m, 0.01), lambda m: make(bioopt.WeightPerturbation, m), mixed],
+        ids=["Hebbian", "WeightPerturbation", "Mixed"],
+    )
+    def test_options_that_would_be_lost_are_refused(self, build, option: dict) -> None:
+        with pytest.raises(RuntimeError, match=rf"Trainer\({next(iter(option))}=.*Override optimizer_step"):
+            self.fit(build, own_step=False, **option)
+
+    @pytest.mark.parametrize("build", [lambda m: bioopt.Hebbian(m, 0.1), mixed], ids=["Hebbian", "Mixed"])
+    def test_a_step_of_ones_own_accumulates_and_clips(self, build) -> None:
+        by_lightning = self.fit(build, own_step=True, accumulate_grad_batches=2, gradient_clip_val=0.1)
+        model = cnn(dropout=0.0)
+        optimizer = build(model)
+        for step in range(2):
+            optimizer.zero_grad()
+            for i in (2 * step, 2 * step + 1):
+                x, y = batch(i)
+                (F.cross_entropy(model(x), y) / 2).backward()
+            optimizer.estimate()
+            clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 0.1)
+            optimizer.descend()
+        assert same(weights(by_lightning), weights(model))
