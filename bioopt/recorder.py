@@ -41,7 +41,7 @@ COMPILED = "a compiled model must not run before its optimizer is built (torch.c
 IN_DDP = (
     "a learning rule averages over ranks what it needs, and DistributedDataParallel would average gradients that it "
     "does not use, or wait for some that never come: run the model without it (model.module), and give the rule "
-    "process_group=torch.distributed.group.WORLD"
+    "process_group=torch.distributed.group.WORLD. (In Lightning: a DDPStrategy whose configure_ddp does nothing)"
 )
 
 

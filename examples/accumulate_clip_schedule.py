@@ -1,9 +1,10 @@
 """Gradient accumulation, clipping and a learning-rate schedule.
 
 Rules of one forward pass add up what they see from one step to the next, so micro-batches accumulate as they do with
-gradients. Rules that compare losses estimate each micro-batch by itself, and you add up `.grad`. Either way `.grad`
-is made by `estimate` and used by `descend`: what lies between may clip it. (Clipping after `loss.backward()` would
-reach the readout alone.)
+gradients. Rules that compare losses estimate each micro-batch by itself, and you add up `.grad`. (Those that give no
+credit to single samples, such as `WeightPerturbation`, may as well be given one closure that runs all of them.) Either
+way `.grad` is made by `estimate` and used by `descend`: what lies between may clip it. Clipping after
+`loss.backward()` would reach the readout alone.
 """
 
 import torch

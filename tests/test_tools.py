@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import bioopt
 
-from .rules import ONE_PASS, SEVERAL_PASSES, batch, cnn, make, per_sample, same, weights
+from .rules import ONE_PASS, RULES, SEVERAL_PASSES, batch, cnn, make, mlp, per_sample, same, weights
 
 NAMES = {"ids": lambda rule: rule.__name__}
 
@@ -135,6 +135,37 @@ def test_a_compiled_training_step(build) -> None:
         train = around(train)
         for i in range(2):
             train(*batch(i))
+        results.append(weights(model))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("rule", RULES, **NAMES)
+def test_a_closure_may_run_micro_batches(rule: type) -> None:
+    """They are one batch; a rule that credits each sample with its own loss says that it cannot tell them apart."""
+    results = []
+    for size in (8, 3):
+        model = mlp()
+        optimizer = make(rule, model, lr=0.1)
+        x, y = batch(n=8)
+        x = x.flatten(1)[:, :6].double()
+
+        def closure(model=model, optimizer=optimizer, x=x, y=y % 4, size=size) -> Tensor:
+            optimizer.zero_grad()
+            parts = zip(x.split(size), y.split(size), strict=True)
+            losses = torch.cat([F.cross_entropy(model(a), b, reduction="none") for a, b in parts])
+            if losses.requires_grad:
+                losses.mean().backward()
+            return losses
+
+        per_weight = getattr(optimizer, "space", "activities") == "weights"
+        if size == 3 and getattr(optimizer, "credit", "global") == "sample" and not per_weight:
+            with pytest.raises(
+                RuntimeError, match=r"several micro-batches, estimate each by itself, add up their \.grad"
+            ):
+                optimizer.step(closure)
+            return
+        optimizer.step(closure)
         results.append(weights(model))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
