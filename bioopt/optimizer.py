@@ -469,9 +469,9 @@ def refuse_scaler(optimizer: Optimizer) -> bool:
 
 def refuse_trainer_options(rule: str, closure: Closure) -> None:
     """Raise where Lightning would accumulate or clip inside the closure, in vain: the rule writes ``.grad`` later."""
-    # Lightning gives partial(..., module, optimizer, closure); recognised without importing it.
+    # Lightning gives partial(..., module, optimizer, closure): recognised without importing it.
     module = next((a for a in getattr(closure, "args", ()) if isinstance(a, nn.Module)), None)
-    trainer = getattr(module, "trainer", None)
+    trainer = getattr(module, "_trainer", None)  # `trainer` raises where there is none
     for option, off in (("accumulate_grad_batches", 1), ("gradient_clip_val", None)):
         value = getattr(trainer, option, off)
         if value not in (off, 0):
