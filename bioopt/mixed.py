@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .optimizer import Closure, LearningRule, Probe, backward_where_missing, require_finite, unhooked_step
+from .optimizer import (
+    Closure,
+    LearningRule,
+    Probe,
+    backward_where_missing,
+    refuse_scaler,
+    require_finite,
+    unhooked_step,
+)
+from .recorder import IN_PYTHON
 from .synaptic import SynapticRule
 
 __all__ = ["Mixed"]
@@ -83,6 +92,7 @@ class Mixed(Optimizer):
         self.descend()
         return loss
 
+    @torch.compiler.disable(reason=IN_PYTHON)  # type: ignore[untyped-decorator]
     def estimate(self, closure: Closure | None = None) -> Any:
         """Write ``p.grad = -Δw`` for every member's parameters, and change nothing else."""
         loss: Any = None
@@ -117,9 +127,11 @@ class Mixed(Optimizer):
                 rule._recorder.reset()
         return loss
 
+    @torch.compiler.disable(reason=IN_PYTHON)  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def descend(self) -> None:
         """Let every member descend along its parameters' ``.grad``."""
+        self._opt_called = True  # as of a rule
         for member in self.optimizers:
             if isinstance(member, LearningRule):
                 member.descend()
@@ -174,6 +186,10 @@ class Mixed(Optimizer):
         raise TypeError("Mixed cannot be copied or pickled: build a new one and load_state_dict(mixed.state_dict())")
 
     # -- one step -----------------------------------------------------------------------------------------------
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        return refuse_scaler(self)
 
     def _rules(self) -> list[LearningRule]:
         return [member for member in self.optimizers if isinstance(member, LearningRule)]

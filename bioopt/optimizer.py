@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
-from .recorder import Recorder, Synapse
+from .recorder import IN_DDP, IN_PYTHON, Recorder, Synapse
 
 __all__ = ["Closure", "LearningRule", "Params", "Probe"]
 
@@ -159,7 +159,8 @@ class LearningRule(Optimizer, ABC):
         """What to write into each ``.grad``, and the rule's own state after the step: the classic loop."""
         raise RuntimeError(
             f"{type(self).__name__} evaluates the loss several times a step, so step() needs a closure: "
-            "optimizer.step(closure), where closure() runs the model and returns the loss"
+            "optimizer.step(closure), where closure() runs the model and returns the loss. (torch.amp.GradScaler, "
+            "which Lightning's 16-mixed precision brings along, hands on none: use bfloat16 without it)"
         )
 
     # -- the contract -------------------------------------------------------------------------------------------
@@ -182,6 +183,7 @@ class LearningRule(Optimizer, ABC):
         self.descend()
         return loss
 
+    @torch.compiler.disable(reason=IN_PYTHON)  # type: ignore[untyped-decorator]
     def estimate(self, closure: Closure | None = None) -> Any:
         """The first half of `step`: write ``p.grad = -Δw`` for every parameter of the rule, and change nothing else."""
         loss: Any = None
@@ -204,9 +206,11 @@ class LearningRule(Optimizer, ABC):
             self._recorder.reset()
         return loss
 
+    @torch.compiler.disable(reason=IN_PYTHON)  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def descend(self) -> None:
         """The second half of `step`: ``descent``'s own step along ``.grad``."""
+        self._opt_called = True  # or schedulers, which look for `step`, would warn that none was made
         # Linked anew each time: load_state_dict replaces both. Unhooked: hooks on all optimizers must fire once.
         self._descent.param_groups, self._descent.state = self.param_groups, self.state
         unhooked_step(self._descent)
@@ -277,6 +281,11 @@ class LearningRule(Optimizer, ABC):
             ok = False
         if not ok:
             raise ValueError(f"{type(self).__name__}: {name}={value!r} must be {range_}")
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Asked by `torch.amp.GradScaler`, before it looks for gradients."""
+        return refuse_scaler(self)
 
     @property
     def _own_state(self) -> dict[str, Any]:
@@ -405,6 +414,7 @@ class Probe:
 
     def run(self, rule: str, estimate: Callable[[Probe], _T]) -> _T:
         """Let a rule evaluate; once more with a graph, where an ordinary closure turns out to need one."""
+        refuse_trainer_options(rule, self._closure)
         try:
             return estimate(self)
         except _NoGraph:
@@ -439,9 +449,40 @@ class Probe:
                 torch.get_device_module(device).set_rng_state(state, device)
 
     def _remember(self, module: nn.Module, args: Any) -> None:
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            raise RuntimeError(IN_DDP)
         if isinstance(module, _NormBase) and module.training and module not in self._before:
             self._before[module] = _statistics(module)
             self._norms[module] = None
+
+
+def refuse_scaler(optimizer: Optimizer) -> bool:
+    """Raise where a GradScaler, finding nothing to scale, would fail without a word on why."""
+    if all(p.grad is None for group in optimizer.param_groups for p in group["params"]):
+        raise RuntimeError(
+            f"{type(optimizer).__name__}: torch.amp.GradScaler rescues small gradients of a backward pass, and none "
+            "has reached a parameter here. Where nothing learns from a backward pass (readout=None or 'teacher', "
+            "perturbation), call optimizer.step itself, under autocast in bfloat16, which needs no scaler"
+        )
+    return False  # it does not unscale by itself
+
+
+def refuse_trainer_options(rule: str, closure: Closure) -> None:
+    """Raise where Lightning would accumulate or clip inside the closure, in vain: the rule writes ``.grad`` later."""
+    # Lightning gives partial(..., module, optimizer, closure): recognised without importing it.
+    module = next((a for a in getattr(closure, "args", ()) if isinstance(a, nn.Module)), None)
+    trainer = getattr(module, "_trainer", None)  # `trainer` raises where there is none
+    for option, off in (("accumulate_grad_batches", 1), ("gradient_clip_val", None)):
+        value = getattr(trainer, option, off)
+        if value not in (off, 0):
+            raise RuntimeError(
+                f"{rule}: Trainer({option}={value}) works on what backward leaves in .grad, but the rule makes .grad "
+                "after the closure, from this closure's batch alone. Override optimizer_step(self, epoch, batch, "
+                "optimizer, closure) of your LightningModule, with rule = optimizer.optimizer: for a rule of one "
+                "forward pass, closure(); rule.estimate(); self.clip_gradients(rule); rule.descend(), which also takes "
+                "in what has been accumulated; for a rule of several, rule.estimate(closure) and so on, with larger "
+                "batches in place of accumulation"
+            )
 
 
 def unhooked_step(optimizer: Optimizer) -> None:

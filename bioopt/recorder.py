@@ -36,6 +36,15 @@ _CHANNEL_DIM: dict[type[nn.Module], int] = {
 }
 
 
+IN_PYTHON = "learning rules run in Python, around the compiled layers: leave fullgraph=True out"
+COMPILED = "a compiled model must not run before its optimizer is built (torch.compiler.reset() forgets that it did)"
+IN_DDP = (
+    "a learning rule averages over ranks what it needs, and DistributedDataParallel would average gradients that it "
+    "does not use, or wait for some that never come: run the model without it (model.module), and give the rule "
+    "process_group=torch.distributed.group.WORLD. (In Lightning: a DDPStrategy whose configure_ddp does nothing)"
+)
+
+
 def register_synapse(layer_type: type[nn.Module], channel_dim: int) -> None:
     """Make every rule treat layers of exactly this type as synapses.
 
@@ -149,7 +158,7 @@ class _Hook:
         self._recorder = weakref.ref(recorder) if recorder is not None else None
         self._method = method
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # the layer itself stays compiled; its bookkeeping runs in Python
+    @torch.compiler.disable(reason=IN_PYTHON)  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any) -> Any:
         recorder = self._recorder() if self._recorder is not None else None
         return None if recorder is None else getattr(recorder, self._method)(*args)
@@ -257,6 +266,8 @@ class Recorder:
                 f"layer '{synapse.name}' ran in training mode under torch.inference_mode(), where no plasticity is "
                 "possible. Use torch.no_grad() to train, or model.eval() to evaluate."
             )
+        if nn.parallel.DistributedDataParallel._active_ddp_module is not None:
+            raise RuntimeError(IN_DDP)
         if self.trace:
             for value in (*args, *kwargs.values()):
                 if isinstance(value, Tensor):

@@ -27,7 +27,7 @@ from .optimizer import (
     require_finite,
     unique,
 )
-from .recorder import Synapse, find_synapses
+from .recorder import COMPILED, Synapse, find_synapses
 
 __all__ = ["Few", "SynapticRule", "synapses_of"]
 
@@ -354,7 +354,7 @@ class SynapticRule(LearningRule):
         if not fired:
             raise RuntimeError(
                 f"{name}: no synapse has fired since the last step. Run the model in training mode (model.train()) "
-                "before step(), or in the closure"
+                f"before step(), or in the closure; {COMPILED}"
             )
         readout = self._readout
         if readout is not None and readout.layer.training:
@@ -391,8 +391,10 @@ def local_product(synapse: Synapse, u: Tensor, s: Tensor | Few) -> Tensor:
     if pay:
         return _product_of_patches(synapse.weight, u, s)
     assert isinstance(s, Tensor)
-    (product,) = torch.autograd.grad(u, synapse.weight, s.to(u.dtype))
-    return product
+    # A sum over the events of a large batch is too much for float16, and the entries of a mean are too small.
+    scale = (u.numel() / len(synapse.weight)) ** -0.5 if u.dtype == torch.float16 else 1.0
+    (product,) = torch.autograd.grad(u, synapse.weight, (s if scale == 1.0 else s * scale).to(u.dtype))
+    return product if scale == 1.0 else product.div_(scale)
 
 
 def _patches_pay(synapse: Synapse, u: Tensor) -> bool:

@@ -79,13 +79,19 @@ def worker(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     group = dist.group.WORLD
     results = {case: train(case, group, rank, 2) for case in CASES}
-    model = plain()
+    model, other = plain(), plain()
+    wrapped, watching = DistributedDataParallel(other), bioopt.Hebbian(other, 0.1)
     errors = []
     for build in (
         lambda: bioopt.Hebbian(DistributedDataParallel(model), 0.1),
         lambda: bioopt.WeightPerturbation(model, 0.1, sigma=0.1, process_group=group).step(
             lambda: F.cross_entropy(model(X), Y)
         ),
+        # Not seen as the optimizer is built, but where the model runs.
+        lambda: bioopt.WeightPerturbation(wrapped.parameters(), 0.1, sigma=0.1).step(
+            lambda: F.cross_entropy(wrapped(X), Y)
+        ),
+        lambda: F.cross_entropy(wrapped(X), Y).backward() or watching.step(),
         # A loss that is not finite on one rank alone stops both.
         lambda: bioopt.Oja(model, 0.1, readout=None, process_group=group).step(
             lambda: model(X).sum() * (float("nan") if rank == 0 else 1.0)
@@ -123,7 +129,10 @@ def test_two_processes_equal_one(case: str, two: list[dict]) -> None:
 
 def test_mistakes_with_ranks_are_explained(two: list[dict]) -> None:
     for rank in range(2):
-        wrapped, too_few, not_finite = two[rank]["errors"]
+        wrapped, too_few, probed, watched, not_finite = two[rank]["errors"]
         assert "Hebbian(model.module, ..., process_group=" in wrapped
         assert "population=1 cannot be split over 2 ranks" in too_few
+        for error in (probed, watched):
+            assert "DistributedDataParallel" in error
+            assert "(model.module), and give the rule process_group=torch.distributed.group.WORLD" in error
         assert "the loss is nan" in not_finite

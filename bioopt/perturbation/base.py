@@ -27,10 +27,11 @@ from ..optimizer import (
     require_finite,
     unique,
 )
-from ..recorder import Synapse
+from ..recorder import COMPILED, Synapse
 from ..synaptic import synapses_of
 
 FILL = {"normal": fill_normal_, "rademacher": fill_rademacher_}
+MICRO_BATCHES = "if the closure runs several micro-batches, estimate each by itself, add up their .grad, and descend"
 PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 DISTRIBUTION: Constraint = (lambda v: v in FILL, f"one of {', '.join(FILL)}")
 
@@ -283,7 +284,7 @@ class NoisyActivity(Perturbation):
         """Whether each sample is credited by itself; a scalar loss credits all together."""
         if not records:
             raise RuntimeError(
-                f"{type(self).__name__}: no layer has fired; run the model in training mode (model.train())"
+                f"{type(self).__name__}: no layer has fired; run the model in training mode (model.train()); {COMPILED}"
             )
         if self.credit == "global" or losses.ndim == 0:
             return False
@@ -292,7 +293,7 @@ class NoisyActivity(Perturbation):
                 raise RuntimeError(
                     f"{type(self).__name__}(credit='sample'): layer '{synapse.name}' gave an output of shape "
                     f"{tuple(u.shape)} where there are {len(losses)} losses, one a sample, so its first dimension is "
-                    "not the sample. Use credit='global'"
+                    f"not the sample. Use credit='global'; or, {MICRO_BATCHES}"
                 )
         return True
 

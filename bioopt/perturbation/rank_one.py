@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..optimizer import POSITIVE, POSITIVE_INT, Constraint, Estimate, Params, Probe, require_finite
 from ..recorder import Synapse
-from .base import NoisyActivity, credit_of
+from .base import MICRO_BATCHES, NoisyActivity, credit_of
 
 _CONVOLVE: dict[type, Callable[..., Tensor]] = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 
@@ -146,6 +146,11 @@ class RankOnePerturbation(NoisyActivity):
                 records.append((synapse, torch.empty_like(u, device="meta")))  # for its shape
             if synapse not in members:
                 members[synapse] = self._drawn(synapse, len(u), draw)
+            elif (size := len(members[synapse].a)) != len(u):
+                raise RuntimeError(
+                    f"RankOnePerturbation: layer '{synapse.name}' ran on {size} samples and then on {len(u)}, but each "
+                    f"sample has a direction of its own; {MICRO_BATCHES}"
+                )
             x = self._recorder.presynaptic
             assert x is not None
             said = _said(synapse, x.detach(), members[synapse])

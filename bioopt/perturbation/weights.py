@@ -20,7 +20,7 @@ from ..optimizer import (
     ProcessGroup,
     mean_loss,
 )
-from ..recorder import Synapse
+from ..recorder import COMPILED, Synapse
 from ..synaptic import synapses_of
 from .base import DISTRIBUTION, FILL, Perturbation, compared
 
@@ -362,7 +362,8 @@ class SerialPerturbation(Perturbation):
             return None
         if not fired:
             raise RuntimeError(
-                "SerialPerturbation(batched=True): no layer has fired; run the model in training mode (model.train())"
+                "SerialPerturbation(batched=True): no layer has fired; run the model in training mode (model.train()); "
+                f"{COMPILED}"
             )
         plus = losses[: len(places)]
         other = losses[len(places) :] if clean is None else clean.expand_as(plus)

@@ -1,0 +1,54 @@
+"""Gradient accumulation, clipping and a learning-rate schedule.
+
+Rules of one forward pass add up what they see from one step to the next, so micro-batches accumulate as they do with
+gradients. Rules that compare losses estimate each micro-batch by itself, and you add up `.grad`. (Those that give no
+credit to single samples, such as `WeightPerturbation`, may as well be given one closure that runs all of them.) Either
+way `.grad` is made by `estimate` and used by `descend`: what lies between may clip it. Clipping after
+`loss.backward()` would reach the readout alone.
+"""
+
+import torch
+import torch.nn.functional as F
+from digits import accuracy, batches, images, labels, network
+from torch.nn.utils import clip_grad_norm_
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+import bioopt
+
+EPOCHS, MICRO = 10, 16
+
+# Rules of one forward pass: Hebbian and its family
+model = network()
+optimizer = bioopt.Hebbian(model, lr=1.0, readout_lr=0.05, readout_options={"momentum": 0.9})
+scheduler = CosineAnnealingLR(optimizer, EPOCHS)
+for _ in range(EPOCHS):
+    for batch in batches():
+        optimizer.zero_grad()
+        for micro in batch.split(MICRO):
+            loss = F.cross_entropy(model(images[micro]), labels[micro], reduction="sum") / len(batch)
+            loss.backward()  # the readout's share; the trunk has taken down its own in the forward pass
+        optimizer.estimate()  # of all forward passes since the last step
+        clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.descend()
+    scheduler.step()
+print(f"Hebbian: {accuracy(model):.1f} % of the unseen digits, the rate now {optimizer.param_groups[0]['lr']:g}")
+
+# All other rules
+model = network()
+params = list(model.parameters())
+rule = bioopt.NodePerturbation(model, lr=0.02, sigma=0.01, samples=4, momentum=0.9)
+scheduler = CosineAnnealingLR(rule, EPOCHS)
+longest = 0.0
+for _ in range(EPOCHS):
+    for batch in batches():
+        total = [torch.zeros_like(p) for p in params]
+        for micro in batch.split(MICRO):
+            rule.estimate(lambda micro=micro: F.cross_entropy(model(images[micro]), labels[micro], reduction="none"))
+            for sum_, p in zip(total, params, strict=True):
+                sum_ += p.grad * len(micro) / len(batch)
+        for sum_, p in zip(total, params, strict=True):
+            p.grad = sum_
+        longest = max(longest, clip_grad_norm_(params, 2.0).item())
+        rule.descend()
+    scheduler.step()
+print(f"node perturbation: {accuracy(model):.1f} %, the longest estimate, {longest:.1f}, cut to 2")

@@ -1,0 +1,80 @@
+"""Lightning, with its automatic optimisation: the optimizer goes into `configure_optimizers`, and that is all.
+
+Schedulers, checkpoints, manual optimisation and precision "bf16-mixed" work as well (not "16-mixed", whose scaler takes
+the step into its own hands). `Trainer(gradient_clip_val=...)` and `Trainer(accumulate_grad_batches=...)` act on what
+backward leaves in `.grad`, before a rule has made its own: they are refused with an error, unless you make the step
+yourself, as `OwnStep` does. To set an attribute of a rule, such as `modulator`, write
+`self.optimizers(use_pl_optimizer=False).modulator = ...`: Lightning's wrapper would keep it to itself.
+"""
+
+import logging
+from typing import Any
+
+import lightning
+import torch.nn.functional as F
+from digits import accuracy, images, labels, network, train
+from torch import Tensor
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.utils.data import DataLoader, TensorDataset
+
+import bioopt
+
+
+class Digits(lightning.LightningModule):
+    """A Hebbian network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = network()
+
+    def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+        """The loss, whose backward pass reaches the readout alone."""
+        x, y = batch
+        return F.cross_entropy(self.model(x), y)
+
+    def configure_optimizers(self) -> Any:
+        """A rule in the place of torch's optimizer."""
+        rule = bioopt.Hebbian(self.model, lr=1.0, readout_lr=0.05, readout_options={"momentum": 0.9})
+        return {"optimizer": rule, "lr_scheduler": CosineAnnealingLR(rule, self.trainer.max_epochs)}
+
+
+class OwnStep(Digits):
+    """The same, with accumulation and clipping by the Trainer's own options."""
+
+    def optimizer_step(self, epoch: int, index: int, optimizer: Any, closure: Any) -> None:
+        """The last micro-batch, then a step from all of them."""
+        rule = optimizer.optimizer  # out of Lightning's wrapper
+        closure()
+        rule.estimate()
+        self.clip_gradients(rule)
+        rule.descend()
+
+
+class Perturbed(Digits):
+    """Node perturbation: each sample's own loss, and no backward pass."""
+
+    def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+        """Each sample's own loss: as many experiments as there are samples."""
+        x, y = batch
+        return F.cross_entropy(self.model(x), y, reduction="none")
+
+    def backward(self, loss: Tensor) -> None:
+        """Nothing to be done."""
+
+    def configure_optimizers(self) -> Any:
+        """A rule that evaluates `training_step` several times a step."""
+        return bioopt.NodePerturbation(self.model, lr=0.01, sigma=0.01, samples=4, momentum=0.9)
+
+
+def fit(module: Digits, **options: Any) -> float:
+    """Ten epochs."""
+    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+    trainer = lightning.Trainer(max_epochs=10, accelerator="cpu", **quiet, **options)
+    trainer.fit(module, DataLoader(TensorDataset(images[train], labels[train]), batch_size=32, shuffle=True))
+    return accuracy(module.model)
+
+
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+print(f"Hebbian, in bfloat16: {fit(Digits(), precision='bf16-mixed'):.1f} % of the unseen digits")
+print(f"Hebbian, accumulated and clipped: {fit(OwnStep(), accumulate_grad_batches=2, gradient_clip_val=1.0):.1f} %")
+print(f"node perturbation: {fit(Perturbed()):.1f} %")

@@ -1,0 +1,59 @@
+"""A loop of your own: two rules, and the controls that say whether they have learned anything.
+
+The optimizer is the only line that differs from gradient descent. Rules of one forward pass take the loop as you know
+it, `loss.backward(); optimizer.step()`; rules that compare losses take a closure, as do all others if you like.
+"""
+
+import torch
+import torch.nn.functional as F
+from digits import accuracy, batches, images, labels, network
+from torch import nn
+
+import bioopt
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, epochs: int = 10) -> float:
+    """The loop as you know it."""
+    for _ in range(epochs):
+        for batch in batches():
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(images[batch]), labels[batch])
+            loss.backward()  # of a Hebbian rule: reaches the readout alone
+            optimizer.step()
+    return accuracy(model)
+
+
+def train_by_closure(model: nn.Module, optimizer: torch.optim.Optimizer, epochs: int = 10) -> float:
+    """For every rule: the closure returns each sample's own loss, and goes backward only where that is of use."""
+    for _ in range(epochs):
+        for batch in batches():
+
+            def closure(batch: torch.Tensor = batch) -> torch.Tensor:
+                optimizer.zero_grad()
+                losses = F.cross_entropy(model(images[batch]), labels[batch], reduction="none")
+                if losses.requires_grad:
+                    losses.mean().backward()
+                return losses
+
+            optimizer.step(closure)
+    return accuracy(model)
+
+
+model = network()
+print(f"before training: {accuracy(model):.1f} % of the unseen digits")
+
+model = network()
+hebbian = train(model, bioopt.Hebbian(model, lr=1.0, readout_lr=0.05, readout_options={"momentum": 0.9}))
+print(f"Hebbian trunk, readout by its local error: {hebbian:.1f} %")
+
+model = network()
+random = train(model, torch.optim.SGD(model[-1].parameters(), lr=0.05, momentum=0.9))
+print(f"random trunk, the same readout: {random:.1f} %")
+
+model = network()
+perturbed = train_by_closure(model, bioopt.NodePerturbation(model, lr=0.01, sigma=0.01, samples=4, momentum=0.9))
+print(f"node perturbation, without a backward pass: {perturbed:.1f} %")
+
+model = network()
+descended = train(model, torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9))
+print(f"backpropagation: {descended:.1f} %")

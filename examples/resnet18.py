@@ -1,0 +1,34 @@
+"""One rule per part: torchvision's ResNet-18, its first convolution by Hebbian plasticity, the rest by gradients.
+
+Hebbian layers let no gradient pass, so what learns by gradients must lie above them (or beside them, on a residual
+path): `Mixed` says so at the first step if it does not. Here that costs nothing, since only the image lies below.
+"""
+
+import torch
+import torch.nn.functional as F
+from digits import accuracy, batches, images, labels
+from torchvision.models import resnet18
+
+import bioopt
+
+x = F.interpolate(images.view(-1, 1, 8, 8), 16, mode="bilinear").expand(-1, 3, -1, -1)
+
+torch.manual_seed(0)
+model = resnet18(num_classes=10)
+rest = [p for name, p in model.named_parameters() if name != "conv1.weight"]
+optimizer = bioopt.Mixed(
+    bioopt.Hebbian(model.conv1, lr=1.0, readout=None),  # no readout: the last layer is not its own
+    torch.optim.Adam(rest, lr=1e-3, fused=True),
+)
+trained_by = optimizer.coverage(model)
+before, filters = accuracy(model, x), model.conv1.weight.detach().clone()
+
+for batch in batches():
+    optimizer.zero_grad()
+    F.cross_entropy(model(x[batch]), labels[batch]).backward()
+    optimizer.step()
+
+moved = (model.conv1.weight - filters).norm() / filters.norm()
+print(f"conv1 by {trained_by['conv1.weight']}, the rest by {trained_by['fc.weight']}")
+print(f"before: {before:.1f} % of the unseen digits, after one epoch: {accuracy(model, x):.1f} %")
+print(f"without a gradient, conv1 has moved by {moved:.2f} of its length")

@@ -1,0 +1,70 @@
+"""The examples run as they stand, and what they print shows learning."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from .test_train import ROOT
+
+EXAMPLES = ROOT / "examples"
+Run = Callable[..., list[float]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs an example as `python examples/NAME.py` does, and gives the numbers that it prints before a "%"."""
+
+    def run(name: str, *arguments: str) -> list[float]:
+        path = str(EXAMPLES / name)
+        monkeypatch.setattr(sys, "argv", [path, *arguments])
+        monkeypatch.syspath_prepend(str(EXAMPLES))
+        monkeypatch.delitem(sys.modules, "digits", raising=False)
+        with torch.random.fork_rng():
+            runpy.run_path(path, run_name="__main__")
+        return [float(number) for number in re.findall(r"([\d.]+) %", capsys.readouterr().out)]
+
+    yield run
+    sys.modules.pop("digits", None)
+
+
+def test_every_example_is_run_here() -> None:
+    tested = re.findall(r'run\("(\w+\.py)"', (ROOT / "tests" / "test_examples.py").read_text())
+    assert sorted([*tested, "digits.py"]) == sorted(path.name for path in EXAMPLES.glob("*.py"))
+
+
+def test_plain_loop(run: Run) -> None:
+    before, hebbian, random, perturbed, descended = run("plain_loop.py")
+    assert before < 25
+    assert hebbian > random + 5
+    assert min(perturbed, descended) > 80
+
+
+def test_accumulation_clipping_and_a_schedule(run: Run) -> None:
+    assert min(run("accumulate_clip_schedule.py")) > 70
+
+
+def test_compilation_and_autocast(run: Run) -> None:
+    torch.compiler.reset()
+    plain, compiled, autocast = run("compile_autocast.py", "aot_eager")  # inductor takes a minute to start
+    assert compiled == pytest.approx(plain, abs=1)
+    assert autocast == pytest.approx(plain, abs=5)
+    assert plain > 70
+
+
+# Lightning's own, of torch's pytrees.
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_lightning(run: Run) -> None:
+    assert min(run("lightning_fit.py")) > 65
+
+
+def test_a_resnet(run: Run) -> None:
+    before, after = run("resnet18.py")
+    assert before < 25
+    assert after > 50

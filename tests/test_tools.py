@@ -1,0 +1,233 @@
+"""Other people's tools (torch.amp, torch.compile, schedulers, Lightning): what cannot work says why, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+import bioopt
+
+from .rules import ONE_PASS, RULES, SEVERAL_PASSES, batch, cnn, make, mlp, per_sample, same, weights
+
+NAMES = {"ids": lambda rule: rule.__name__}
+
+
+def mixed(model: nn.Sequential) -> bioopt.Mixed:
+    return bioopt.Mixed(bioopt.Hebbian(model[:5], 0.01, readout=None), torch.optim.SGD(model[5:].parameters(), 0.01))
+
+
+def backward(model: nn.Module, scaler: torch.amp.GradScaler | None) -> None:
+    loss = F.cross_entropy(model(batch()[0]), batch()[1])
+    (loss if scaler is None else scaler.scale(loss)).backward()
+
+
+@pytest.mark.parametrize(
+    "build", [*(lambda m, rule=rule: make(rule, m) for rule in ONE_PASS), mixed], ids=[*map(str, ONE_PASS), "Mixed"]
+)
+def test_a_scaled_loss_changes_nothing_for_rules_of_one_pass(build) -> None:
+    results = []
+    for scaler in (None, torch.amp.GradScaler("cpu")):
+        model = cnn(dropout=0.0)
+        optimizer = build(model)
+        for _ in range(2):
+            optimizer.zero_grad()
+            backward(model, scaler)
+            if scaler is None:
+                optimizer.step()
+            else:
+                scaler.step(optimizer)
+                scaler.update()
+        results.append(weights(model))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("rule", SEVERAL_PASSES, **NAMES)
+def test_a_scaler_is_refused_where_a_closure_is_needed(rule: type) -> None:
+    model, scaler = cnn(), torch.amp.GradScaler("cpu")
+    optimizer = make(rule, model)
+    backward(model, scaler)
+    with pytest.raises(RuntimeError, match=rf"{rule.__name__}.*step\(closure\).*GradScaler.*bfloat16"):
+        scaler.step(optimizer)
+
+
+@pytest.mark.parametrize("build", [lambda m: make(bioopt.Hebbian, m, readout=None),
+                                   lambda m: bioopt.Mixed(bioopt.Oja(m, 0.1, readout=None))])  # fmt: skip
+def test_a_scaler_is_refused_where_nothing_learns_from_a_gradient(build) -> None:
+    model, scaler = cnn(), torch.amp.GradScaler("cpu")
+    optimizer = build(model)
+    backward(model, scaler)
+    with pytest.raises(RuntimeError, match=r"GradScaler.*none has reached.*call optimizer\.step itself.*bfloat16"):
+        scaler.step(optimizer)
+
+
+def test_the_product_of_many_events_in_half_precision() -> None:
+    """230,400 events: their sum is beyond float16."""
+    grads = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        model = nn.Conv2d(1, 8, 3)
+        optimizer = bioopt.Hebbian(model, 0.1, readout=None)
+        with torch.autocast("cpu", torch.float16, enabled=enabled):
+            model(3 * torch.rand(256, 1, 32, 32))
+        optimizer.estimate()
+        grads.append(model.weight.grad)
+    torch.testing.assert_close(*grads, rtol=0.02, atol=0.01)
+
+
+@pytest.mark.parametrize("build", [lambda m: bioopt.Hebbian(m, 0.01), mixed], ids=["Hebbian", "Mixed"])
+def test_schedulers_count_a_descent_as_a_step(build) -> None:
+    model = cnn()
+    optimizer = build(model)
+    scheduler = CosineAnnealingLR(optimizer, 4)
+    optimizer.estimate(per_sample(optimizer, model, *batch()))
+    optimizer.descend()
+    scheduler.step()  # without a warning
+
+
+def test_a_model_compiled_too_early_is_explained() -> None:
+    torch.compiler.reset()
+    model = cnn(dropout=0.0)
+    model.compile(backend="aot_eager")
+    backward(model, None)
+    optimizer = make(bioopt.Hebbian, model)
+    optimizer.zero_grad()
+    backward(model, None)
+    with pytest.raises(RuntimeError, match="compiled model must not run before its optimizer is built"):
+        optimizer.step()
+    torch.compiler.reset()
+    backward(model, None)
+    optimizer.step()
+
+
+def test_fullgraph_is_explained() -> None:
+    torch.compiler.reset()
+    model = cnn(dropout=0.0)
+    optimizer = make(bioopt.Hebbian, model)
+    model.compile(backend="aot_eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="leave fullgraph=True out"):
+        optimizer.step(per_sample(optimizer, model, *batch()))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [lambda m: make(bioopt.NodePerturbation, m), lambda m: make(bioopt.HillClimbing, m), mixed],
+    ids=["NodePerturbation", "HillClimbing", "Mixed"],
+)
+def test_a_compiled_training_step(build) -> None:
+    torch.compiler.reset()
+    results = []
+    for around in (lambda train: train, torch.compile(backend="aot_eager")):
+        model = cnn(dropout=0.0)
+        optimizer = build(model)
+
+        def train(x: Tensor, y: Tensor, model=model, optimizer=optimizer) -> Tensor:
+            return optimizer.step(lambda: F.cross_entropy(model(x), y, reduction="none"))
+
+        train = around(train)
+        for i in range(2):
+            train(*batch(i))
+        results.append(weights(model))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("rule", RULES, **NAMES)
+def test_a_closure_may_run_micro_batches(rule: type) -> None:
+    """They are one batch; a rule that credits each sample with its own loss says that it cannot tell them apart."""
+    results = []
+    for size in (8, 3):
+        model = mlp()
+        optimizer = make(rule, model, lr=0.1)
+        x, y = batch(n=8)
+        x = x.flatten(1)[:, :6].double()
+
+        def closure(model=model, optimizer=optimizer, x=x, y=y % 4, size=size) -> Tensor:
+            optimizer.zero_grad()
+            parts = zip(x.split(size), y.split(size), strict=True)
+            losses = torch.cat([F.cross_entropy(model(a), b, reduction="none") for a, b in parts])
+            if losses.requires_grad:
+                losses.mean().backward()
+            return losses
+
+        per_weight = getattr(optimizer, "space", "activities") == "weights"
+        if size == 3 and getattr(optimizer, "credit", "global") == "sample" and not per_weight:
+            with pytest.raises(
+                RuntimeError, match=r"several micro-batches, estimate each by itself, add up their \.grad"
+            ):
+                optimizer.step(closure)
+            return
+        optimizer.step(closure)
+        results.append(weights(model))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")  # Lightning's own
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+class TestLightning:
+    """What its Trainer does inside the closure would be lost, and is refused; a step of one's own makes use of it."""
+
+    @staticmethod
+    def fit(build: Callable[[nn.Module], Optimizer], own_step: bool, **options: Any) -> nn.Module:
+        import lightning
+
+        class Module(lightning.LightningModule):
+            def __init__(self) -> None:
+                super().__init__()
+                self.model = cnn(dropout=0.0)
+
+            def training_step(self, index: Tensor) -> Tensor:
+                x, y = batch(int(index))
+                return F.cross_entropy(self.model(x), y)
+
+            def configure_optimizers(self) -> Optimizer:
+                return build(self.model)
+
+            if own_step:
+
+                def optimizer_step(self, epoch: int, index: int, optimizer: Any, closure: Any) -> None:
+                    rule = optimizer.optimizer
+                    closure()
+                    rule.estimate()
+                    self.clip_gradients(rule)
+                    rule.descend()
+
+        quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+        trainer = lightning.Trainer(max_epochs=1, accelerator="cpu", **quiet, **options)
+        module = Module()
+        trainer.fit(module, torch.utils.data.DataLoader(torch.arange(4), batch_size=None))
+        return module.model
+
+    @pytest.mark.parametrize("option", [{"accumulate_grad_batches": 2}, {"gradient_clip_val": 0.5}])
+    @pytest.mark.parametrize(
+        "build",
+        [lambda m: bioopt.Hebbian(m, 0.01), lambda m: make(bioopt.WeightPerturbation, m), mixed],
+        ids=["Hebbian", "WeightPerturbation", "Mixed"],
+    )
+    def test_options_that_would_be_lost_are_refused(self, build, option: dict) -> None:
+        with pytest.raises(RuntimeError, match=rf"Trainer\({next(iter(option))}=.*Override optimizer_step"):
+            self.fit(build, own_step=False, **option)
+
+    @pytest.mark.parametrize("build", [lambda m: bioopt.Hebbian(m, 0.1), mixed], ids=["Hebbian", "Mixed"])
+    def test_a_step_of_ones_own_accumulates_and_clips(self, build) -> None:
+        by_lightning = self.fit(build, own_step=True, accumulate_grad_batches=2, gradient_clip_val=0.1)
+        model = cnn(dropout=0.0)
+        optimizer = build(model)
+        for step in range(2):
+            optimizer.zero_grad()
+            for i in (2 * step, 2 * step + 1):
+                x, y = batch(i)
+                (F.cross_entropy(model(x), y) / 2).backward()
+            optimizer.estimate()
+            clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 0.1)
+            optimizer.descend()
+        assert same(weights(by_lightning), weights(model))
