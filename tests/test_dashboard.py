@@ -20,7 +20,7 @@ from .test_train import ROOT, TINY, config, train
 SCRIPT = str(ROOT / "scripts" / "wandb_dashboard.py")
 AXES = {"epoch", "forward_passes", "seconds", "step"}
 # Of a run that is asked for more than TINY is.
-ON_DEMAND = {"diagnostics", "pictures/confusion", "pictures/misclassified", "trained_parameters"}
+ON_DEMAND = {"diagnostics", "pictures/confusion", "pictures/misclassified"}
 
 
 def call(*arguments: str, cwd: Path, command: tuple[str, ...] = (SCRIPT,)) -> subprocess.CompletedProcess[str]:

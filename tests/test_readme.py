@@ -39,7 +39,7 @@ def composed(text: str) -> list[str]:
     for command in commands:
         words = shlex.split(command)[2:]
         sweep = "-m" in words
-        config(*[w.split(",")[0] if sweep else w for w in words if not w.startswith(("-m", "resume="))])
+        config(*[w.split(",")[0] if sweep else w for w in words if not w.startswith(("-m", "resume=", "hydra"))])
     return commands
 
 
