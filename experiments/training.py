@@ -338,13 +338,13 @@ def parameters(given: Any) -> list[dict[str, Any]]:
 
 
 def _flat(parts: Any, prefix: str = "") -> dict[str, dict[str, Any]]:
-    """``{"trunk": {"block1": {"lr": 1}}}`` as ``{"trunk.block1": {"lr": 1}}``."""
+    """``{"trunk": {"block1": {"lr": 1}}}`` as ``{"trunk.block1": {"lr": 1}}``; what is no part's is left out."""
     found: dict[str, dict[str, Any]] = {}
     for name, value in (parts or {}).items():
-        inside = {key: part for key, part in value.items() if isinstance(part, dict)}
-        found |= _flat(inside, f"{prefix}{name}.")
-        if len(inside) < len(value):
-            found[prefix + name] = {key: option for key, option in value.items() if key not in inside}
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{name}.")
+            if own := {key: option for key, option in value.items() if not isinstance(option, dict)}:
+                found[prefix + name] = own
     return found
 
 
