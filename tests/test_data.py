@@ -158,7 +158,7 @@ def test_predictions_are_averaged_over_views_of_a_test_image() -> None:
     assert not torch.equal(inputs[:83], inputs[83:166])
     assert torch.equal(inputs, next(digits.test_batches(augment))[0])  # the same ones every time
     assert data.Features(digits, trunk, data.Augment()).kept
-    with pytest.raises(ValueError, match=r"data\.augment\.views=3 needs another augmentation"):
+    with pytest.raises(ValueError, match=r"data\.augment\.views=3, but without another augmentation all views"):
         data.Augment(views=3)
     with pytest.raises(ValueError, match=r"data\.augment\.views=0 must be >= 1"):
         data.Augment(views=0)
