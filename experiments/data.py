@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -92,11 +93,13 @@ class Images:
         """Training batches an epoch."""
         return len(self.train_labels) // batch_size
 
-    def test_batches(self, batch_size: int = EVALUATED) -> Iterator[tuple[Tensor, Tensor]]:
-        """The test set in order."""
-        for images, labels in zip(
-            *(torch.split(t, batch_size) for t in (self.test_images, self.test_labels)), strict=True
-        ):
+    def test_batches(self, augment: Augment, batch_size: int = EVALUATED) -> Iterator[tuple[Tensor, Tensor]]:
+        """The test set in order, all views of a batch one after another: a multiple of the labels."""
+        generator = torch.Generator().manual_seed(0)  # the same views every time
+        parts = (torch.split(t, max(batch_size // augment.views, 1)) for t in (self.test_images, self.test_labels))
+        for images, labels in zip(*parts, strict=True):
+            if augment.views > 1:
+                images = torch.cat([augment(images, generator) for _ in range(augment.views)])
             yield self.prepare(images), labels
 
 
@@ -113,7 +116,9 @@ class Features:
         self.images = images
         self.trunk = trunk
         self.test_labels = images.test_labels
-        self._test = [trunk(inputs) for inputs, _ in images.test_batches()]
+        self._test = [  # the readout is affine: the mean of what it says of the views is what it says of their mean
+            trunk(inputs).unflatten(0, (-1, len(labels))).mean(0) for inputs, labels in images.test_batches(augment)
+        ]
         self._train: Tensor | None = None  # kept
         bytes_each = self._test[0][0].numel() * self._test[0].element_size()
         if augment == Augment() and bytes_each * len(images.train_labels) <= self.KEPT_BYTES:
@@ -142,21 +147,39 @@ class Features:
         """Training batches an epoch."""
         return self.images.batches(batch_size)
 
-    def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The test set in order."""
+    def test_batches(self, augment: Augment) -> Iterator[tuple[Tensor, Tensor]]:
+        """The test set in order, each image's features the mean of its views'."""
         return zip(self._test, torch.split(self.test_labels, len(self._test[0])), strict=True)
 
 
 @dataclass
 class Augment:
-    """Batched augmentation: shift each image by up to ``crop`` pixels (padded with zeros), ``flip`` half of them."""
+    """Batched augmentation, drawn anew for each image.
+
+    Args:
+        crop: shift by up to so many pixels each way (padded with zeros).
+        flip: mirror half of the images.
+        rotate: turn by up to so many degrees either way.
+        scale: stretch each axis by a factor of up to ``1 + scale``, or shrink it by as much.
+        views: of a test image, so many are drawn as those of a training image, and predictions averaged over them;
+            1: the test image as it is. Turned and stretched images are interpolated, and so a little blurred: a
+            network that has learned from them wants to be tested on such.
+    """
 
     crop: int = 0
     flip: bool = False
+    rotate: float = 0
+    scale: float = 0
+    views: int = 1
 
     def __post_init__(self) -> None:
-        if self.crop < 0:
-            raise ValueError(f"data.augment.crop={self.crop} must be >= 0")
+        for name, least in {"crop": 0, "rotate": 0, "scale": 0, "views": 1}.items():
+            if not getattr(self, name) >= least:
+                raise ValueError(f"data.augment.{name}={getattr(self, name)} must be >= {least}")
+        if self.views > 1 and not (self.crop or self.flip or self.rotate or self.scale):
+            raise ValueError(
+                f"data.augment.views={self.views}, but without another augmentation all views are the same"
+            )
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Augment a batch with numbers drawn on the CPU, so that all devices see the same."""
@@ -165,6 +188,8 @@ class Augment:
         if self.flip:
             flipped = torch.rand(n, generator=generator).to(device) < 0.5
             images = torch.where(flipped.view(-1, 1, 1, 1), images.flip(3), images)
+        if self.rotate or self.scale:
+            images = self._affine(images, generator)
         if self.crop:
             dy, dx = torch.randint(0, 2 * self.crop + 1, (2, n), generator=generator).to(device)
             rows = (dy[:, None] + torch.arange(height, device=device))[:, None, :, None]
@@ -174,6 +199,15 @@ class Augment:
             channel = torch.arange(images.shape[1], device=device).view(1, -1, 1, 1)
             images = padded[sample, channel, rows, columns]
         return images
+
+    def _affine(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Turn and stretch about the centre."""
+        draws = (2 * torch.rand(3, len(images), generator=generator) - 1).to(images.device)
+        angle, stretch = draws[0] * math.radians(self.rotate), (1 + self.scale) ** draws[1:]
+        turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(-1, 2, 2)
+        matrix = F.pad(turn * stretch.T[:, None, :], (0, 1))
+        grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
+        return F.grid_sample(images.float(), grid, align_corners=False).round().to(torch.uint8)
 
 
 def load(name: str, root: str | Path, device: torch.device | str = "cpu") -> Images:

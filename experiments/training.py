@@ -98,7 +98,8 @@ def _train(
         def closure() -> Tensor:
             phase.optimizer.zero_grad()
             with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
-                losses = F.cross_entropy(phase.module(inputs), labels, reduction="none")
+                outputs = phase.module(inputs)
+                losses = F.cross_entropy(outputs, labels, reduction="none", label_smoothing=config.label_smoothing)
             if losses.requires_grad:
                 torch.autograd.backward(losses.mean())
             return losses
@@ -154,7 +155,7 @@ def _train(
                     f"optimizer.lr={config.optimizer.lr}; lower it"
                 )
             inside.epoch(folder)
-            test_loss, test_accuracy = evaluate(phase.module, phase.source, config.amp)
+            test_loss, test_accuracy = evaluate(phase.module, phase.source, augment, config.amp)
             log.epoch(
                 {
                     "epoch": epoch,
@@ -371,15 +372,18 @@ def coverage(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, st
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, images: data.Images | data.Features, amp: bool) -> tuple[float, float]:
-    """Mean loss and accuracy (a fraction) on the test set."""
+def evaluate(
+    model: nn.Module, images: data.Images | data.Features, augment: data.Augment, amp: bool
+) -> tuple[float, float]:
+    """Mean loss and accuracy (a fraction) on the test set, outputs averaged over the views of an image."""
     model.eval()
     device = images.test_labels.device
     loss, right = torch.zeros((), device=device), torch.zeros((), device=device)
-    for inputs, labels in images.test_batches():
+    for inputs, labels in images.test_batches(augment):
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             outputs = model(inputs)
-        loss += F.cross_entropy(outputs.float(), labels, reduction="sum")
+        outputs = outputs.float().unflatten(0, (-1, len(labels))).mean(0)
+        loss += F.cross_entropy(outputs, labels, reduction="sum")
         right += (outputs.argmax(1) == labels).sum()
     count = len(images.test_labels)
     return loss.item() / count, right.item() / count
@@ -404,7 +408,7 @@ def wins(model: nn.Module, layers: list[bioopt.Synapse], images: data.Images, ba
 
         handles.append(synapse.layer.register_forward_hook(count))
     model.eval()
-    inputs, _ = next(images.test_batches(batch))
+    inputs, _ = next(images.test_batches(data.Augment(), batch))
     model(inputs)
     for handle in handles:
         handle.remove()

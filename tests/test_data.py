@@ -84,7 +84,7 @@ def test_features_stand_in_for_images() -> None:
     ):
         assert torch.equal(seen, x.flatten(1)[:, ::7] * 2)
         assert torch.equal(y, labels)
-    assert sum(len(y) for _, y in features.test_batches()) == 360
+    assert sum(len(y) for _, y in features.test_batches(data.Augment())) == 360
     assert sum(calls) == made  # computed once
     augmented = data.Features(digits, trunk, data.Augment(crop=1))
     assert not augmented.kept
@@ -111,8 +111,57 @@ def test_augmentation_against_a_loop() -> None:
         padded[:, 2:10, 2:10] = image
         assert torch.equal(got[i], padded[:, dy[i] : dy[i] + 8, dx[i] : dx[i] + 8])
     assert torch.equal(data.Augment()(images, generator), images)
-    with pytest.raises(ValueError, match=r"data\.augment\.crop=-1"):
-        data.Augment(crop=-1)
+    for name in ("crop", "rotate", "scale"):
+        with pytest.raises(ValueError, match=rf"data\.augment\.{name}=-1 must be >= 0"):
+            data.Augment(**{name: -1})
+
+
+def test_images_are_turned_and_stretched_about_their_centre() -> None:
+    generator = torch.Generator().manual_seed(0)
+    line = torch.zeros(400, 1, 29, 29, dtype=torch.uint8)
+    line[:, :, 14, 4:25] = 200
+    rows, columns = torch.meshgrid(torch.arange(29) - 14.0, torch.arange(29) - 14.0, indexing="ij")
+
+    def moment(images: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
+        weights = images[:, 0].double()
+        return (weights * of).sum((1, 2)) / weights.sum((1, 2))
+
+    turned = data.Augment(rotate=30)(line, generator)
+    assert turned.dtype == torch.uint8
+    slope = moment(turned, rows * columns) / (moment(turned, columns**2) - moment(turned, rows**2))
+    degrees = torch.rad2deg(torch.atan(2 * slope) / 2)
+    assert 27 < degrees.max() < 31
+    assert -31 < degrees.min() < -27
+    assert degrees.abs().mean() == pytest.approx(15, abs=2)
+    stretched = data.Augment(scale=0.25)(line, generator)
+    lengths = (moment(stretched, columns**2) / moment(line, columns**2)).sqrt()
+    assert 1.2 < lengths.max() < 1.28
+    assert 0.78 < lengths.min() < 0.84
+    for images in (turned, stretched):
+        assert moment(images, columns).abs().max() < 0.2
+        assert moment(images, rows).abs().max() < 0.2
+
+
+def test_predictions_are_averaged_over_views_of_a_test_image() -> None:
+    digits = data.load("digits", "nowhere")
+    augment = data.Augment(crop=1, rotate=5, views=3)
+
+    def trunk(x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(1)
+
+    features = data.Features(digits, trunk, augment)
+    whole = torch.cat([inputs for inputs, _ in features.test_batches(augment)])
+    assert torch.equal(torch.cat([labels for _, labels in features.test_batches(augment)]), digits.test_labels)
+    inputs, labels = next(digits.test_batches(augment))
+    assert (len(inputs), len(labels)) == (249, 83)  # as many images at a time as without views
+    torch.testing.assert_close(whole[:83], trunk(inputs).view(3, 83, -1).mean(0))
+    assert not torch.equal(inputs[:83], inputs[83:166])
+    assert torch.equal(inputs, next(digits.test_batches(augment))[0])  # the same ones every time
+    assert data.Features(digits, trunk, data.Augment()).kept
+    with pytest.raises(ValueError, match=r"data\.augment\.views=3, but without another augmentation all views"):
+        data.Augment(views=3)
+    with pytest.raises(ValueError, match=r"data\.augment\.views=0 must be >= 1"):
+        data.Augment(views=0)
 
 
 def fake(monkeypatch: pytest.MonkeyPatch, name: str, shape: tuple[int, ...]) -> list[bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -173,6 +174,16 @@ def test_a_validation_split_takes_the_place_of_the_test_set(tmp_path: Path) -> N
     assert summary["evaluated_on"] == "the last 300 training images"
     with pytest.raises(ValueError, match=r"data.validation=2000 must be >= 0 and below the 1437 training images"):
         run(config(*TINY, "data.validation=2000", f"run_dir={tmp_path / 'run'}"))
+
+
+def test_smoothed_labels_ask_for_uncertainty(tmp_path: Path) -> None:
+    common = ["optimizer=sgd", *TINY, "epochs=4"]
+    sure = run(config(*common, f"run_dir={tmp_path / 'sure'}"))
+    unsure = run(config(*common, "label_smoothing=1", f"run_dir={tmp_path / 'unsure'}"))  # all classes alike
+    lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1] for name in ("sure", "unsure")]
+    sure_loss, unsure_loss = (json.loads(line)["train_loss"] for line in lines)
+    assert sure_loss < math.log(10) < unsure_loss < math.log(10) + 0.05
+    assert unsure["test_accuracy"] < sure["test_accuracy"]
 
 
 @pytest.mark.parametrize("optimizer", ["hebbian", "serial_perturbation", "softhebb"])
