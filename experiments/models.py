@@ -52,8 +52,10 @@ def mlp(shape: Shape, classes: int, *, hidden: Sequence[int]) -> nn.Module:
 
 
 def _perceptron(sizes: Sequence[int]) -> list[nn.Module]:
-    layers = [(nn.Linear(size, following), nn.ReLU(inplace=True)) for size, following in pairwise(sizes)]
-    return [module for layer in layers for module in layer][:-1]
+    layers: list[nn.Module] = []
+    for size, following in pairwise(sizes):
+        layers += [nn.Linear(size, following), nn.ReLU(inplace=True)]
+    return layers[:-1]
 
 
 def lenet5(shape: Shape, classes: int) -> nn.Module:

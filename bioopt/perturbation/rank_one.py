@@ -168,7 +168,7 @@ def _said(synapse: Synapse, x: Tensor, members: _Members) -> Tensor:
     if isinstance(layer, nn.Linear):
         shape = [size, *[1] * (x.ndim - 2), -1]
         sums = torch.linalg.vecdot(x, b.to(x.dtype).view(shape)).unsqueeze(-1)  # a quarter of einsum's time
-        said = sums * a.view(shape)
+        said: Tensor = sums * a.view(shape)
         return said if c is None else said.add_(c.view(shape))
     padding: Any = layer.padding
     if layer.padding_mode != "zeros":
