@@ -38,10 +38,7 @@ def record(name: str, runs: list[Path]) -> None:
     summaries = [json.loads((run / "summary.json").read_text()) for run in runs]
     configs = [yaml.safe_load((run / "config.yaml").read_text()) for run in runs]
     for config in configs:
-        for key in ASIDE:
-            config.pop(key, None)
-        config["data"].pop("root")
-        config["optimizer"].pop("seed", None)
+        set_aside(config)
     if any(config != configs[0] for config in configs):
         raise SystemExit(f"error: the runs of record {name} differ in more than their seed")
     runs = [run for _, run in sorted(zip((s["seed"] for s in summaries), runs, strict=True))]
@@ -73,6 +70,14 @@ def record(name: str, runs: list[Path]) -> None:
             shutil.copy(runs[0] / picture, folder / picture)
 
 
+def set_aside(config: dict[str, Any]) -> None:
+    """Take out of a configuration what a result does not depend on."""
+    for key in ASIDE:
+        config.pop(key, None)
+    config["data"].pop("root")
+    config["optimizer"].pop("seed", None)
+
+
 def changes(config: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
     """The choices of a run, and all that differs from their defaults."""
     from hydra import compose, initialize_config_dir
@@ -80,7 +85,8 @@ def changes(config: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
 
     choices = [f"{group}={config[group]['name']}" for group in ("optimizer", "model", "data")]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        plain = OmegaConf.to_container(compose("config", choices), resolve=True)
+        plain: Any = OmegaConf.to_container(compose("config", choices), resolve=True)
+    set_aside(plain)
     for one in (config, plain):
         one["optimizer"].pop("per_data", None)  # what came of it is in epochs and the like
     return choices, dict(sorted(differences(config, plain).items()))
@@ -88,15 +94,22 @@ def changes(config: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
 
 def command(choices: list[str], changed: dict[str, Any], seeds: list[int]) -> str:
     """What to type for the same runs."""
-    options = [f"{key}={'null' if value is None else value}".replace(" ", "") for key, value in changed.items()]
+    options = [
+        key if key.startswith("~") else f"{key}={'null' if value is None else value}".replace(" ", "")
+        for key, value in changed.items()
+    ]
     many = len(seeds) > 1
     seed = "seed=" + ",".join(map(str, seeds))
     return shlex.join(["python", "train.py", *(["-m"] if many else []), *choices, *options, seed])
 
 
 def differences(config: dict[str, Any], plain: Any, prefix: str = "") -> dict[str, Any]:
-    """The leaves of a configuration that are not as in another one, with Hydra's ``+`` where that has none."""
-    found: dict[str, Any] = {}
+    """The leaves of a configuration that are not as in another one.
+
+    With Hydra's ``+`` where that has none, and ``~`` for an optimizer's option that was taken out.
+    """
+    gone = [key for key in plain if key not in config] if prefix == "optimizer." else []
+    found: dict[str, Any] = {f"~{prefix}{key}": None for key in gone}
     for key, value in config.items():
         if isinstance(value, dict):
             found |= differences(value, plain.get(key) or {}, f"{prefix}{key}.")
