@@ -37,6 +37,7 @@ def test_quick_dropout_leaves_other_shares_to_torch() -> None:
         assert torch.equal(models.QuickDropout(p)(x), expected)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:FutureWarning")  # torch's own, at its first dual tensor
 def test_a_power_after_a_maximum_is_the_power_before_it() -> None:
     x, pool = torch.rand(2, 3, 8, 8), nn.MaxPool2d(4, 2, 1)
     assert torch.equal(models.Power(0.7)(pool(x)), pool(x**0.7))
