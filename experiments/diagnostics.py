@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import bioopt
 
 from . import pictures
-from .data import Images
+from .data import Augment, Images
 from .logs import write_whole
 from .models import Triangle
 
@@ -144,7 +144,7 @@ class Diagnostics:
         if self.every is None:
             return []
         model.eval()
-        predicted = torch.cat([model(inputs).argmax(1) for inputs, _ in self.images.test_batches()]).cpu()
+        predicted = torch.cat([model(inputs).argmax(1) for inputs, _ in self.images.test_batches(Augment())]).cpu()
         labels = self.images.test_labels.cpu()
         confusion = torch.zeros(self.images.classes, self.images.classes, dtype=torch.int64)
         confusion.index_put_((labels, predicted), torch.ones_like(labels), accumulate=True)

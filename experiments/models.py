@@ -19,8 +19,16 @@ from bioopt.recorder import find_synapses
 Shape = tuple[int, int, int]
 
 
-def cnn(shape: Shape, classes: int, *, width: int, kernel: int) -> nn.Module:
-    """Two convolutions and a linear readout; what enters a layer is normalised, so that any rule finds its scale."""
+def cnn(shape: Shape, classes: int, *, width: int, kernel: int, hidden: Sequence[int] = ()) -> nn.Module:
+    """Two convolutions and a linear readout; what enters a layer is normalised, so that any rule finds its scale.
+
+    Args:
+        shape: channels, height and width of an image.
+        classes: outputs.
+        width: neurons of the first convolution; the second has twice as many.
+        kernel: the convolutions' size.
+        hidden: neurons of linear layers with ReLU between the convolutions and the readout.
+    """
     channels, height, wide = shape
     if height < 4 or wide < 4:
         raise ValueError(f"model=cnn pools twice, so it needs images of at least 4×4 pixels, not {height}×{wide}")
@@ -34,17 +42,20 @@ def cnn(shape: Shape, classes: int, *, width: int, kernel: int) -> nn.Module:
         nn.ReLU(inplace=True),
         nn.BatchNorm2d(2 * width, affine=False),
         nn.Flatten(),
-        nn.Linear(2 * width * (height // 4) * (wide // 4), classes),
+        *_perceptron([2 * width * (height // 4) * (wide // 4), *hidden, classes]),
     )
 
 
 def mlp(shape: Shape, classes: int, *, hidden: Sequence[int]) -> nn.Module:
     """A multilayer perceptron with ReLU."""
-    sizes = [shape[0] * shape[1] * shape[2], *hidden]
-    layers: list[nn.Module] = [nn.Flatten()]
+    return nn.Sequential(nn.Flatten(), *_perceptron([math.prod(shape), *hidden, classes]))
+
+
+def _perceptron(sizes: Sequence[int]) -> list[nn.Module]:
+    layers: list[nn.Module] = []
     for size, following in pairwise(sizes):
         layers += [nn.Linear(size, following), nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers, nn.Linear(sizes[-1], classes))
+    return layers[:-1]
 
 
 def lenet5(shape: Shape, classes: int) -> nn.Module:

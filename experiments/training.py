@@ -6,7 +6,7 @@ import contextlib
 import math
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,8 @@ def _train(
         )
 
     model = build_model(config, images).to(device)
-    layers = find_synapses(model)[:-1]  # now, before an optimizer freezes any; the readout is no matter
+    layers = find_synapses(model)[:-1]  # now, before any is frozen; the readout is no matter
+    freeze(model, config.frozen)
     optimizer = build_optimizer(config, model, ranks.group)
     splits = isinstance(optimizer, bioopt.SynapticRule | bioopt.RewardHebbian)  # the others need all of a batch
     if splits and config.batch_size % ranks.count:
@@ -287,6 +288,16 @@ def build_model(config: DictConfig, images: data.Images) -> nn.Module:
     options = {k: v for k, v in config.model.items() if k != "name"}
     model: nn.Module = instantiate(options, shape=images.shape, classes=images.classes, _convert_="all")
     return model.to(memory_format=torch.channels_last)  # half the time
+
+
+def freeze(model: nn.Module, parts: Sequence[str | int]) -> None:
+    """Keep these parts of the model, by their names, at their random start."""
+    for part in map(str, parts):
+        try:
+            model.get_submodule(part).requires_grad_(False)
+        except AttributeError:
+            names = ", ".join(name for name, _ in model.named_children())
+            raise ValueError(f"frozen={part} is not a part of the model; it has {names}") from None
 
 
 def build_optimizer(

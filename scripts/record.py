@@ -62,7 +62,10 @@ def record(name: str, runs: list[Path]) -> None:
 
 
 def changes(options: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
-    """The choices of a run, and all that differs from their defaults, with Hydra's ``+`` where those have none."""
+    """The choices of a run, and all that differs from their defaults.
+
+    With Hydra's ``+`` where those have none, and ``~`` for an optimizer's option that was taken out.
+    """
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
@@ -75,12 +78,18 @@ def changes(options: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
         if not key.startswith("optimizer.per_data.")  # what came of it is in epochs and the like
         and (key not in plain or plain[key] != value)
     }
+    inside = {".".join(key.split(".")[:2]) for key in options}
+    gone = {".".join(key.split(".")[:2]) for key in plain if key.startswith("optimizer.")} - inside
+    changed |= dict.fromkeys((f"~{key}" for key in gone if key != "optimizer.per_data"), None)
     return choices, dict(sorted(changed.items()))
 
 
 def command(choices: list[str], changed: dict[str, Any], seeds: list[int]) -> str:
     """What to type for the same runs."""
-    options = [f"{key}={'null' if value is None else value}".replace(" ", "") for key, value in changed.items()]
+    options = [
+        key if key.startswith("~") else f"{key}={'null' if value is None else value}".replace(" ", "")
+        for key, value in changed.items()
+    ]
     many = len(seeds) > 1
     seed = "seed=" + ",".join(map(str, seeds))
     return shlex.join(["python", "train.py", *(["-m"] if many else []), *choices, *options, seed])

@@ -96,3 +96,12 @@ def test_what_the_readout_hears() -> None:
     assert conv.stride == (2, 2)
     with pytest.raises(ValueError, match="readout_sees=first must be last or all"):
         models.softhebb((3, 32, 32), 10, readout_sees="first")
+
+
+def test_hidden_layers_of_the_cnn() -> None:
+    plain, deeper = (models.cnn((3, 32, 32), 10, width=2, kernel=3, hidden=hidden) for hidden in ([], [7, 5]))
+    sizes = [tuple(layer.weight.shape) for layer in deeper if isinstance(layer, nn.Linear)]
+    assert sizes == [(7, 4 * 8 * 8), (5, 7), (10, 5)]
+    assert [type(layer) for layer in deeper[-5:]] == [nn.Linear, nn.ReLU, nn.Linear, nn.ReLU, nn.Linear]
+    assert deeper(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    assert [type(layer) for layer in plain] == [type(layer) for layer in [*deeper[:9], deeper[-1]]]

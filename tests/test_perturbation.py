@@ -295,8 +295,16 @@ def convolutions() -> nn.Sequential:
     return nn.Sequential(nn.Unflatten(1, (2, 5, 5)), *layers).double()
 
 
+def frozen_beneath() -> nn.Sequential:
+    """A frozen layer with batch norm in training mode, beneath all noise."""
+    model = convolutions()
+    model.insert(2, nn.BatchNorm2d(4, affine=False).double())
+    model[1].requires_grad_(False)
+    return model
+
+
 @pytest.mark.parametrize("credit", ["sample", "global"])
-@pytest.mark.parametrize("build", [lambda: mlp(sizes=(50, 5, 4)), convolutions])
+@pytest.mark.parametrize("build", [lambda: mlp(sizes=(50, 5, 4)), convolutions, frozen_beneath])
 def test_noisy_passes_at_once_equal_those_one_by_one(build, credit: str) -> None:
     x = torch.randn(8, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     found = []
@@ -315,7 +323,7 @@ def test_noisy_passes_at_once_equal_those_one_by_one(build, credit: str) -> None
         losses = optimizer.step(closure)
         assert (calls, optimizer.forward_passes) == ((6 if batched else 10), 4)
         assert optimizer.batched == batched
-        found.append([losses, torch.get_rng_state().double(), *weights(model)])
+        found.append([losses, torch.get_rng_state().double(), *weights(model), *model.buffers()])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 

@@ -114,6 +114,20 @@ def test_a_frozen_hebbian_trunk_is_the_random_trunk(tmp_path: Path) -> None:
     assert all(torch.equal(same[0][key], same[1][key]) for key in same[0])
 
 
+def test_frozen_parts_stay_at_their_random_start(tmp_path: Path) -> None:
+    from experiments.training import build_model
+
+    chosen = config(*tiny("node_perturbation"), "frozen=[0]", f"run_dir={tmp_path / 'run'}")
+    torch.manual_seed(chosen.seed)
+    start = build_model(chosen, data.load("digits", "nowhere")).state_dict()
+    run(chosen)
+    end = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["model"]
+    same = {name for name in start if name.endswith("weight") and torch.equal(start[name], end[name])}
+    assert same == {"0.weight"}
+    with pytest.raises(ValueError, match=r"frozen=conv is not a part of the model; it has 0, 1, 2"):
+        run(config(*tiny("sgd"), "frozen=[conv]", f"run_dir={tmp_path / 'lacking'}"))
+
+
 SOFTHEBB = ["model=softhebb", "model.width=0.03", "batch_size=256", "readout.batch_size=64", "logger.mode=disabled"]
 
 

@@ -68,8 +68,9 @@ class NodePerturbation(NoisyActivity):
         decorrelation: :math:`\epsilon`, of each group; of Linear, Conv1d, Conv2d and Conv3d. 0: none.
         batched: make all noisy passes of a process in one (`torch.func.vmap` over the closure), with the activities of
             all in memory. Small layers gain by it: linear ones of 128 neurons ran 1.7 to 2 times as fast on a CPU,
-            convolutions slower. A closure that it cannot run (batch norm in training mode, ``loss.item()``,
-            ``loss.backward()``) is run pass by pass, which is said once.
+            convolutions slower. Frozen layers beneath all noise are run once for all passes. A closure that it cannot
+            run (batch norm in training mode above noise, ``loss.item()``, ``loss.backward()``) is run pass by pass,
+            which is said once.
         options: the keywords that follow.
         seed: of the noise; with the step and the pass it fixes all noise.
         descent: the `torch.optim` class that makes the step; its options as further keywords.
