@@ -218,7 +218,7 @@ def table(cells: list[Cell], target: float) -> tuple[list[str], list[list[str]]]
     """A row for each cell; the columns of controls only where they are among the cells."""
     present = [n for n in CONTROLS if any(cell.options["optimizer.name"] == n for cell in cells)]
     header = ["optimizer", "test accuracy %", "seeds", *[f"− {name}" for name in present], "epochs", "seconds"]
-    header += ["images/s", "forward passes", f"s to {100 * target:.1f} %", "peak MB", "trained weights"]
+    header += ["images/s", "forward passes", f"s to {100 * target:.1f} %", "peak MiB", "trained weights"]
     rows = []
     for cell in cells:
         controls = [control(cell, cells, name) for name in present]

@@ -508,7 +508,7 @@ def _summary(
         "peak_memory_bytes": logs.peak_memory(device),
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
-        else f"cpu, {torch.get_num_threads()} threads",
+        else f"cpu, {(threads := torch.get_num_threads())} thread{'s' * (threads > 1)}",
         "torch": torch.__version__,
         "commit": commit,
     }
