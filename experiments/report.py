@@ -169,7 +169,8 @@ def group(runs: list[Run]) -> list[Cell]:
     cells.sort(key=lambda cell: -statistics.fmean(cell.each("test_accuracy")))
     models = {cell.options["model.name"] for cell in cells}
     for each in cells:
-        namesakes = [c.options for c in cells if c.options["optimizer.name"] == each.options["optimizer.name"]]
+        names = ("optimizer.name", "model.name")
+        namesakes = [c.options for c in cells if all(c.options[name] == each.options[name] for name in names)]
         told = [k for k, v in each.options.items() if any(o.get(k) != v for o in namesakes)]
         told = [k for k in told if not k.endswith(".name") and not k.startswith("optimizer.per_")]
         model = [each.options["model.name"]] if len(models) > 1 else []
