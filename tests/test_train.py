@@ -429,3 +429,36 @@ def test_help_lists_every_optimizer_by_family_and_needs_no_torch(tmp_path: Path)
     controls = lines.index("Control")
     for name, row in rows.items():  # a rule names its paper
         assert lines.index(row) > controls or row.endswith(")"), name
+
+
+def test_online_runs_are_grouped_and_leave_their_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import types
+
+    import wandb
+
+    started: list[types.SimpleNamespace] = []
+
+    def init(**options: object) -> types.SimpleNamespace:  # an account is not to be had in a test
+        online = types.SimpleNamespace(
+            options=options, id=f"run{len(started)}", dir=str(tmp_path / "files"), summary={}, axes={}, rows=[],
+            kept=[], settings=types.SimpleNamespace(_offline=False), finish=lambda: None,
+        )  # fmt: skip
+        online.define_metric = lambda name, **how: online.axes.update({name: how})
+        online.log = online.rows.append
+        online.log_artifact = lambda path, name, type: online.kept.append((path, name, type))
+        started.append(online)
+        return online
+
+    monkeypatch.setattr(wandb, "init", init)
+    for name, more in {"a": ["seed=0"], "b": ["seed=1"], "c": ["optimizer.lr=0.5"], "d": ["optimizer=sgd"]}.items():
+        run(config(*TINY, *more, "logger.mode=online", f"run_dir={tmp_path / name}"))
+    first, second, other, control = started
+    assert first.options["group"] == second.options["group"] != other.options["group"]
+    assert first.options["group"].startswith("hebbian-cnn-digits-")
+    assert [r.options["job_type"] for r in started] == ["rule", "rule", "rule", "control"]
+    assert control.options["tags"] == ["sgd", "cnn", "digits"]
+    assert first.kept == [(str(tmp_path / "a" / "checkpoint.pt"), "run0-checkpoint", "model")]
+    assert first.summary["best_test_accuracy"] is not None
+    assert first.axes["test/accuracy"] == {"summary": "max,last", "step_metric": "epoch"}
+    assert {"step", "epoch", "forward_passes", "seconds"} < first.axes.keys()
+    assert any("forward_passes" in row and "seconds" in row and "test/accuracy" in row for row in first.rows)
