@@ -101,8 +101,8 @@ def test_the_report_skips_what_it_cannot_read_and_refuses_what_it_cannot_compare
     (sweep / "empty").mkdir()
     with pytest.raises(NothingToReport, match="no finished run in"):
         report([sweep / "empty"], tmp_path / "out")
-    with pytest.raises(NothingToReport, match="nowhere is not a folder"):
-        report([Path("nowhere")], tmp_path / "out")
+    with pytest.raises(NothingToReport, match="absent is not a folder"):
+        report([tmp_path / "absent"], tmp_path / "out")
     (sweep / "a0" / "summary.json").unlink()
     metrics = sweep / "b0" / "metrics.jsonl"
     metrics.write_text(metrics.read_text()[:-10])

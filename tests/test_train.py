@@ -284,7 +284,10 @@ def test_a_run_with_wandb_offline(tmp_path: Path) -> None:
         (["optimizer=node_perturbation", "optimizer.lr=1e30"], "(epoch 1, optimizer.lr=1e+30)"),
     ],
 )  # fmt: skip
-def test_mistakes_are_told_in_a_sentence(overrides: list[str], says: str, tmp_path: Path) -> None:
+def test_mistakes_are_told_in_a_sentence(
+    overrides: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
     with pytest.raises((ValueError, RuntimeError, FileNotFoundError)) as error:
         run(config(*TINY, f"run_dir={tmp_path / 'run'}", *overrides))
