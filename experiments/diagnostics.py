@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ import bioopt
 
 from . import pictures
 from .data import Augment, Images
-from .logs import write_whole
+from .logs import write_lines
 from .models import Triangle
 
 
@@ -65,9 +64,10 @@ class Diagnostics:
         self.layers = {synapse.layer: synapse for synapse in layers}
         self.lines, self.fields = lines, fields
         self.seconds = 0.0  # spent here
-        if every is not None and not fields:
-            self._keep_fields()
-        self._inputs = images.prepare(images.test_images[:of])
+        if every is not None:
+            self._inputs = images.prepare(images.test_images[:of])
+            if not fields:
+                self._keep_fields()
 
     @contextlib.contextmanager
     def around(self, step: int, closure: Callable[[], Tensor]) -> Iterator[None]:
@@ -85,14 +85,14 @@ class Diagnostics:
         for buffer, kept in buffers:  # whose owners may learn from whatever they see, as `models.Whiten` does
             buffer.copy_(kept)
         found |= self._activity()
-        before = {n: p.detach().clone() for n, p in self.model.named_parameters()}
+        before = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
         self.seconds += time.perf_counter() - begin
         yield
         begin = time.perf_counter()
         found["update_ratio"] = {
             name: ((p.detach() - before[name]).norm() / before[name].norm().clamp(min=1e-12)).item()
             for name, p in self.model.named_parameters()
-            if p.requires_grad
+            if name in before
         }
         line: dict[str, Any] = {"step": step}
         for what, values in found.items():
@@ -104,13 +104,13 @@ class Diagnostics:
         """Write ``diagnostics.jsonl``, and keep how the first layer looks now."""
         if self.every is None:
             return
-        write_whole(folder / "diagnostics.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines))
+        write_lines(folder / "diagnostics.jsonl", self.lines)
         self._keep_fields()
 
     def _keep_fields(self) -> None:
-        weight = next((p for p in self.model.parameters() if p.ndim > 1), None)
-        if weight is not None:
-            self.fields.append(weight[:10].detach().float().cpu().clone())
+        weights = pictures.first_weights(self.model, 10)
+        if weights is not None:
+            self.fields.append(weights)
 
     @torch.no_grad()
     def _activity(self) -> dict[str, dict[str, float]]:

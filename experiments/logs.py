@@ -117,7 +117,7 @@ class RunLog:
             self._wandb = None
 
     def _write_metrics(self) -> None:
-        write_whole(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.history))
+        write_lines(self.folder / "metrics.jsonl", self.history)
 
 
 def _start_wandb(config: dict[str, Any], folder: Path, run_id: str | None) -> Any:
@@ -188,6 +188,11 @@ def peak_memory(device: torch.device) -> int:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file, whole or not at all."""
     write_whole(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
+    """Write a file of JSON lines, whole or not at all."""
+    write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 
@@ -37,24 +38,16 @@ def curves(history: list[dict[str, Any]], title: str, path: Path) -> Path:
         axes.grid(alpha=0.3)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return path
+    return _saved(figure, path)
 
 
 def receptive_fields(
     model: nn.Module, shape: tuple[int, int, int], title: str, path: Path, most: int = 64
 ) -> Path | None:
     """The weights of the first layer that sees the image, one tile a neuron, each on a scale of its own."""
-    weight = next((p for p in model.parameters() if p.ndim > 1), None)
-    if weight is None:
+    fields = _as_images(first_weights(model, most), shape)
+    if fields is None:
         return None
-    fields = weight.detach().float().cpu()
-    if fields.ndim == 2 and fields.shape[1] == math.prod(shape):
-        fields = fields.view(-1, *shape)
-    if fields.ndim != 4 or fields.shape[1] != shape[0]:
-        return None
-    fields = fields[:most]
     columns = math.ceil(math.sqrt(len(fields)))
     rows = math.ceil(len(fields) / columns)
     figure, grid = plt.subplots(rows, columns, figsize=(0.6 * columns, 0.6 * rows + 0.5), squeeze=False)
@@ -63,9 +56,7 @@ def receptive_fields(
         axes.axis("off")
     for axes, field in zip(grid.flat, fields, strict=False):
         axes.imshow(_image(field), cmap="RdBu_r", vmin=-1, vmax=1)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return path
+    return _saved(figure, path)
 
 
 def neurons(history: list[dict[str, Any]], wins: dict[str, Tensor], title: str, path: Path) -> Path | None:
@@ -101,9 +92,7 @@ def neurons(history: list[dict[str, Any]], wins: dict[str, Tensor], title: str, 
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.xaxis.label.set_size(8)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return path
+    return _saved(figure, path)
 
 
 def course(lines: list[dict[str, Any]], title: str, path: Path) -> Path | None:
@@ -137,9 +126,7 @@ def course(lines: list[dict[str, Any]], title: str, path: Path) -> Path | None:
         axes.spines[["top", "right"]].set_visible(False)
     for axes in grid.flat[len(quantities) :]:
         axes.axis("off")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return path
+    return _saved(figure, path)
 
 
 def confusion(counts: Tensor, title: str, path: Path) -> Path:
@@ -158,9 +145,7 @@ def confusion(counts: Tensor, title: str, path: Path) -> Path:
                 )  # fmt: skip
     axes.set(xlabel="predicted class", ylabel="class", xticks=range(classes), yticks=range(classes))
     axes.set_title(f"{title}\n{int(wrong.sum()):,} of {int(counts.sum()):,} wrong", fontsize=9)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return path
+    return _saved(figure, path)
 
 
 def misclassified(images: Tensor, labels: Tensor, predicted: Tensor, title: str, path: Path) -> Path | None:
@@ -178,22 +163,18 @@ def misclassified(images: Tensor, labels: Tensor, predicted: Tensor, title: str,
     for axes, image, label, guess in zip(grid.flat, images, labels.tolist(), predicted.tolist(), strict=False):
         axes.imshow(image.permute(1, 2, 0).squeeze(2).numpy(), cmap="Greys")
         axes.set_title(f"{label} → {guess}", fontsize=8)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return path
+    return _saved(figure, path)
 
 
 def fields_over_time(
     snapshots: list[Tensor], shape: tuple[int, int, int], title: str, path: Path, most: int = 12
 ) -> Path | None:
     """The weights of some neurons of the first layer at the start and after each epoch, a row for each neuron."""
-    if not snapshots or snapshots[0][0].numel() % shape[0]:
+    if not snapshots:
         return None
     epochs = sorted({round(i * (len(snapshots) - 1) / max(1, most - 1)) for i in range(most)})
-    shown = [snapshots[epoch] for epoch in epochs]
-    if shown[0].ndim == 2 and shown[0].shape[1] == math.prod(shape):
-        shown = [fields.view(-1, *shape) for fields in shown]
-    if shown[0].ndim != 4 or shown[0].shape[1] != shape[0]:
+    shown = [fields for epoch in epochs if (fields := _as_images(snapshots[epoch], shape)) is not None]
+    if not shown:
         return None
     rows = len(shown[0])
     figure, grid = plt.subplots(
@@ -205,6 +186,23 @@ def fields_over_time(
         for row, field in enumerate(fields):
             grid[row][column].imshow(_image(field), cmap="RdBu_r", vmin=-1, vmax=1)
             grid[row][column].axis("off")
+    return _saved(figure, path)
+
+
+def first_weights(model: nn.Module, most: int) -> Tensor | None:
+    """A copy of the weights of some neurons of the first layer, on the CPU."""
+    weight = next((p for p in model.parameters() if p.ndim > 1), None)
+    return None if weight is None else weight[:most].detach().float().cpu().clone()
+
+
+def _as_images(weights: Tensor | None, shape: tuple[int, int, int]) -> Tensor | None:
+    """Weights of a layer that sees the image, as N×C×H×W; none of another."""
+    if weights is not None and weights.ndim == 2 and weights.shape[1] == math.prod(shape):
+        return weights.view(-1, *shape)
+    return weights if weights is not None and weights.ndim == 4 and weights.shape[1] == shape[0] else None
+
+
+def _saved(figure: Figure, path: Path) -> Path:
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return path

@@ -45,8 +45,8 @@ class Sweep(Callback):
         """``runs/<options>``, where neither the command nor the experiment gave a name; seeds may be added later."""
         if "WORLD_SIZE" in os.environ:
             sys.exit("error: a sweep does not run under torchrun; start its runs one by one there, without -m")
-        overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
         if config.sweep is None:
+            overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
             config.sweep = name_of([str(o.input_line) for o in overrides if not aside(o.key_or_group)])
             config.hydra.overrides.task.append(f"sweep='{config.sweep}'")  # for each run to know
 
@@ -69,7 +69,7 @@ def run_one(config: DictConfig) -> None:
     job = HydraConfig.get().job
     name = name_of(job.override_dirname.split(","))
     folder = Path(HydraConfig.get().sweep.dir) / name
-    plain: Any = OmegaConf.to_container(OmegaConf.merge(config, {"run_dir": str(folder)}), resolve=True)
+    plain = resolved(config) | {"run_dir": str(folder)}
     print(f"\n[{job.num + 1}] {name}", flush=True)
     try:
         if config.resume is not None:
@@ -140,6 +140,13 @@ def _end_with_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
+
+
+def resolved(config: DictConfig) -> dict[str, Any]:
+    """A configuration as plain containers, without interpolations."""
+    plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
 
 
 def cell(config: Any) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from bioopt.recorder import find_synapses
 from . import data, logs, pictures
 from .diagnostics import Diagnostics
 from .ranks import Ranks
+from .sweeps import resolved
 
 
 def run(config: DictConfig) -> dict[str, Any]:
@@ -43,7 +44,7 @@ def run(config: DictConfig) -> dict[str, Any]:
 def _train(
     config: DictConfig, started: _Progress, folder: Path, device: torch.device, ranks: Ranks, commit: str | None
 ) -> dict[str, Any]:
-    plain = _resolved(config)
+    plain = resolved(config)
     if not ranks.first:
         plain["logger"]["mode"] = "disabled"
     if config.threads:
@@ -463,7 +464,7 @@ def _new_folder(config: DictConfig) -> Path:
             continue
         except OSError as error:
             raise ValueError(f"run_dir={config.run_dir} cannot be written: {error.strerror}") from None
-    OmegaConf.save(OmegaConf.create(_resolved(config)), folder / "config.yaml")
+    OmegaConf.save(OmegaConf.create(resolved(config)), folder / "config.yaml")
     return folder
 
 
@@ -473,12 +474,6 @@ def _check(config: DictConfig) -> None:
             raise ValueError(f"{name}={config[name]} must be an integer >= {least}")
     if config.threads is not None and (not isinstance(config.threads, int) or config.threads < 1):
         raise ValueError(f"threads={config.threads} must be an integer >= 1, or null")
-
-
-def _resolved(config: DictConfig) -> dict[str, Any]:
-    plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
 
 
 def _summary(

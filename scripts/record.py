@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from experiments import sweeps
-from experiments.report import interval
+from experiments.report import interval, percent
 
 ROOT = Path(__file__).parent.parent
 RECORDS = ROOT / "experiments" / "records"
@@ -95,11 +95,6 @@ def command(choices: list[str], changed: dict[str, Any], seeds: list[int]) -> st
     return shlex.join(["python", "train.py", *(["-m"] if many else []), *choices, *options, seed])
 
 
-def percent(mean: float, half: float | None) -> str:
-    """A fraction as percent, with its interval."""
-    return f"{100 * mean:.2f}" + ("" if half is None else f" ± {100 * half:.2f}")
-
-
 def tables() -> str:
     """One table a data set, the best first, with the difference to the random trunk on the same seeds."""
     results = [json.loads(path.read_text()) for path in sorted(RECORDS.glob("*/result.json"))]
@@ -116,7 +111,7 @@ def tables() -> str:
         text += ["|---|---|---:|---:|---:|---:|---:|---:|"]
         for result in sorted((r for r in results if r["data"] == data), key=lambda r: (r["model"], -r["mean"])):
             text += [
-                f"| {network(result)} | {result['optimizer']} | {percent(result['mean'], result['ci95'])} "
+                f"| {network(result)} | {result['optimizer']} | {percent(result['test_accuracy'])} "
                 f"| {len(result['seeds'])} | {to_random(result, results)} | {result['epochs']} "
                 f"| {result['forward_passes']:,} | {result['seconds']:.0f} |"
             ]
@@ -140,7 +135,7 @@ def to_random(result: dict[str, Any], results: list[dict[str, Any]]) -> str:
             pairs = zip(result["seeds"], result["test_accuracy"], strict=True)
             gaps = [accuracy - theirs[seed] for seed, accuracy in pairs if seed in theirs]
             if gaps:
-                return ("+" if statistics.fmean(gaps) >= 0 else "") + percent(statistics.fmean(gaps), interval(gaps))
+                return percent(gaps, "+")
     return ""
 
 

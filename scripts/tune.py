@@ -18,10 +18,9 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.sweeps import isolated, name_of
+from experiments.sweeps import isolated, name_of, resolved
 
 CONF = str(Path(__file__).parent.parent / "conf")
 
@@ -42,9 +41,7 @@ def composed(overrides: list[str]) -> dict[str, Any]:
         config = compose("config", overrides)
         if not config.data.validation:
             config.data.validation = 300 if config.data.name == "digits" else 10_000
-    plain = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+    return resolved(config)
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ import yaml
 from omegaconf import OmegaConf
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
-from .test_train import ROOT, TINY, config, train
+from .test_train import ROOT, TINY, config, inspected, train
 
 SCRIPT = str(ROOT / "scripts" / "wandb_dashboard.py")
 AXES = {"epoch", "forward_passes", "seconds", "step"}
@@ -60,13 +60,8 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[set[str]], se
     done = train(*TINY, "logger.mode=offline", "run_dir=run", cwd=folder, HOME=str(folder))
     assert done.returncode == 0, done.stderr
     (record,) = folder.rglob("*.wandb")
-    shown = subprocess.run(
-        [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", str(record)],
-        capture_output=True, text=True, timeout=120, cwd=folder, env={**os.environ, "HOME": str(folder)},
-    )  # fmt: skip
-    assert shown.returncode == 0, shown.stderr
     rows, summary = [], set()
-    for line in map(json.loads, shown.stdout.splitlines()):
+    for line in map(json.loads, inspected(record, folder).splitlines()):
         if line["type"] == "history":
             rows.append({re.sub(r"^(pictures/\w+)\..*", r"\1", name) for name in line["history"]["item"]})
         if line["type"] == "summary":

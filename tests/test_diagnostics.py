@@ -4,26 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from experiments.diagnostics import activity
 from experiments.training import run
 
+from .test_contract import equal_state
 from .test_train import SOFTHEBB, config, tiny
-
-
-def same(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return bool(one == other)
 
 
 @pytest.mark.parametrize("optimizer", ["hebbian", "softhebb", "node_perturbation", "reward_hebbian", "random_trunk"])
@@ -35,7 +24,7 @@ def test_a_run_is_the_same_bit_for_bit_with_and_without(optimizer: str, tmp_path
         run(config(*common, f"run_dir={tmp_path / name}", *more))
     without, measured = (torch.load(tmp_path / n / "checkpoint.pt", weights_only=True) for n in ("without", "with"))
     for key in ("model", "optimizer", "scheduler", "random", "forward_passes", "steps"):
-        assert same(without[key], measured[key]), key
+        assert equal_state(without[key], measured[key]), key
     for picture in ("diagnostics", "confusion", "misclassified", "receptive_fields_over_time"):
         assert (tmp_path / "with" / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
         assert not (tmp_path / "without" / f"{picture}.png").exists()

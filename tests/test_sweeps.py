@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,7 @@ from hydra import compose, initialize_config_dir
 from experiments.report import NothingToReport, report
 from experiments.sweeps import cell, name_of
 
-from .test_train import ROOT, TINY, config, train
+from .test_train import ROOT, TINY, config, script, started, train
 
 
 def finished(folder: Path, name: str, seed: int, accuracies: list[float], **options: Any) -> Path:
@@ -114,9 +111,7 @@ def test_the_report_skips_what_it_cannot_read_and_refuses_what_it_cannot_compare
     finished(sweep / "f", "sgd", 0, [0.5], data={"name": "mnist"})
     with pytest.raises(NothingToReport, match="tested on different images"):
         report([sweep], tmp_path / "out")
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts/report.py"), str(sweep)], capture_output=True, text=True, timeout=120
-    )
+    done = script("scripts/report.py", str(sweep), cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.startswith("error: these runs were tested on different images")
 
@@ -145,13 +140,7 @@ def test_an_interrupted_sweep_goes_on_to_the_same_end(tmp_path: Path) -> None:
     command = ["-m", "optimizer=oja", "seed=0", *TINY, "epochs=12", "sweep=whole"]
     assert train(*command, cwd=tmp_path).returncode == 0
     command[-1] = "sweep=stopped"
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *command],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("runs/stopped/*/checkpoint.pt")) and time.monotonic() < deadline:
-        time.sleep(0.005)
+    process = started(*command, cwd=tmp_path, until="runs/stopped/*/checkpoint.pt")
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not list(tmp_path.glob("runs/stopped/*/summary.json")), "the run was too fast to be killed"
@@ -211,10 +200,7 @@ def test_a_search_for_options_is_kept_and_goes_on(tmp_path: Path) -> None:
     import optuna
 
     def tune(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, str(ROOT / "scripts/tune.py"), *arguments],
-            cwd=tmp_path, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
+        return script("scripts/tune.py", *arguments, cwd=tmp_path)
 
     command = ["optimizer=sgd", *TINY, "optimizer.lr=tag(log, interval(0.001, 0.1))", "model.width=1,2", "--name", "s"]
     command.remove("model.width=2")

@@ -44,12 +44,38 @@ def config(*overrides: str) -> DictConfig:
         return compose("config", list(overrides))
 
 
-def train(*overrides: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def script(name: str, *arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *overrides],
+        [sys.executable, str(ROOT / name), *arguments],
         cwd=cwd, capture_output=True, text=True, timeout=300,
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
     )  # fmt: skip
+
+
+def train(*overrides: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return script("train.py", *overrides, cwd=cwd, **environment)
+
+
+def started(*overrides: str, cwd: Path, until: str) -> subprocess.Popen[bytes]:
+    """`train.py`, under way: a file of this pattern has appeared."""
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *overrides],
+        cwd=cwd, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not list(cwd.glob(until)) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    return process
+
+
+def inspected(record: Path, home: Path) -> str:
+    """What an offline W&B run holds, in lines of JSON."""
+    shown = subprocess.run(
+        [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", str(record)],
+        capture_output=True, text=True, timeout=120, cwd=home, env={**os.environ, "HOME": str(home)},
+    )  # fmt: skip
+    assert shown.returncode == 0, shown.stderr
+    return shown.stdout
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -206,14 +232,8 @@ def test_a_killed_run_goes_on_to_the_same_end(optimizer: str, tmp_path: Path) ->
     if optimizer == "softhebb":  # killed in the phase of the readout
         common = ["optimizer=softhebb", *SOFTHEBB, "plastic_epochs=1", "epochs=12", "threads=1"]
     run(config(*common, f"run_dir={tmp_path / 'whole'}"))
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *common, "run_dir=killed"],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+    process = started(*common, "run_dir=killed", cwd=tmp_path, until="killed/checkpoint.pt")
     checkpoint = tmp_path / "killed" / "checkpoint.pt"
-    deadline = time.monotonic() + 120
-    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
     if optimizer == "softhebb":
         while torch.load(checkpoint, weights_only=True)["epoch"] < 3 and process.poll() is None:
             time.sleep(0.005)
@@ -253,13 +273,9 @@ def test_a_run_with_wandb_offline(tmp_path: Path) -> None:
     (command,) = [line for line in lines if "wandb leet" in line]
     folder = tmp_path / command.split("`wandb leet ")[1].split("`")[0]
     (record,) = folder.glob("*.wandb")
-    shown = subprocess.run(
-        [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", str(record)],
-        capture_output=True, text=True, timeout=120, cwd=tmp_path, env={**os.environ, "HOME": str(tmp_path)},
-    )  # fmt: skip
-    assert shown.returncode == 0, shown.stderr
+    shown = inspected(record, tmp_path)
     for logged in ("test/accuracy", "train/loss", "pictures/curves", "best_test_accuracy", "inverse_temperature"):
-        assert logged in shown.stdout, logged
+        assert logged in shown, logged
     assert list(folder.rglob("*.png"))
 
 

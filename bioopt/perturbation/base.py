@@ -32,6 +32,7 @@ from ..synaptic import synapses_of
 
 FILL = {"normal": fill_normal_, "rademacher": fill_rademacher_}
 MICRO_BATCHES = "if the closure runs several micro-batches, estimate each by itself, add up their .grad, and descend"
+UNFIRED = f"no layer has fired; run the model in training mode (model.train()); {COMPILED}"
 PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 DISTRIBUTION: Constraint = (lambda v: v in FILL, f"one of {', '.join(FILL)}")
 
@@ -283,9 +284,7 @@ class NoisyActivity(Perturbation):
     def _per_sample(self, records: list[tuple[Synapse, Tensor]], losses: Tensor) -> bool:
         """Whether each sample is credited by itself; a scalar loss credits all together."""
         if not records:
-            raise RuntimeError(
-                f"{type(self).__name__}: no layer has fired; run the model in training mode (model.train()); {COMPILED}"
-            )
+            raise RuntimeError(f"{type(self).__name__}: {UNFIRED}")
         if self.credit == "global" or losses.ndim == 0:
             return False
         for synapse, u in records:

@@ -20,9 +20,9 @@ from ..optimizer import (
     ProcessGroup,
     mean_loss,
 )
-from ..recorder import COMPILED, Synapse
+from ..recorder import Synapse
 from ..synaptic import synapses_of
-from .base import DISTRIBUTION, FILL, Perturbation, compared
+from .base import DISTRIBUTION, FILL, UNFIRED, Perturbation, compared
 
 
 def _zscore(losses: Tensor) -> Tensor:
@@ -361,10 +361,7 @@ class SerialPerturbation(Perturbation):
         if losses is None:
             return None
         if not fired:
-            raise RuntimeError(
-                "SerialPerturbation(batched=True): no layer has fired; run the model in training mode (model.train()); "
-                f"{COMPILED}"
-            )
+            raise RuntimeError(f"SerialPerturbation(batched=True): {UNFIRED}")
         plus = losses[: len(places)]
         other = losses[len(places) :] if clean is None else clean.expand_as(plus)
         each = torch.stack([mean_loss(plus), mean_loss(other), mean_loss(plus - other)], 1)
