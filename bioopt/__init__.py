@@ -27,12 +27,14 @@ from .perturbation import (
     WeightPerturbation,
 )
 from .recorder import Recorder, Synapse, register_synapse
+from .spiking import STDP, RewardSTDP
 from .synaptic import SynapticRule
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BCM",
+    "STDP",
     "AntiHebbian",
     "ForwardGradient",
     "Hebbian",
@@ -45,6 +47,7 @@ __all__ = [
     "RankOnePerturbation",
     "Recorder",
     "RewardHebbian",
+    "RewardSTDP",
     "Sanger",
     "SerialPerturbation",
     "SoftHebb",
