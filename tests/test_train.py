@@ -37,14 +37,9 @@ def tiny(optimizer: str) -> list[str]:
         "serial_perturbation": "coordinates",
         "weight_perturbation": "population",
     }
-    spiking = [] if optimizer not in ("stdp", "reward_stdp") else SPIKING
-    if optimizer == "reward_stdp":
-        spiking = [*spiking, "model.readout=groups"]
-    return [
-        f"optimizer={optimizer}",
-        *(spiking or TINY),
-        *([f"optimizer.{few[optimizer]}=1"] if optimizer in few else []),
-    ]
+    of_spikes = {"stdp": SPIKING, "reward_stdp": [*SPIKING, "model.readout=groups"]}
+    limited = [f"optimizer.{few[optimizer]}=1"] if optimizer in few else []
+    return [f"optimizer={optimizer}", *of_spikes.get(optimizer, TINY), *limited]
 
 
 def config(*overrides: str) -> DictConfig:
@@ -452,12 +447,8 @@ def test_help_lists_every_optimizer_by_family_and_needs_no_torch(tmp_path: Path)
     *lines, torch_was_needed = done.stdout.splitlines()
     assert torch_was_needed == "False"
     shown = lines[lines.index("Hebbian") : lines.index("== All choices ==")]
-    assert [line for line in shown if line and not line.startswith(" ")] == [
-        "Hebbian",
-        "Perturbation",
-        "Spiking",
-        "Control",
-    ]
+    families = [line for line in shown if line and not line.startswith(" ")]
+    assert families == ["Hebbian", "Perturbation", "Spiking", "Control"]
     rows = {line.split()[0]: line for line in shown if line.startswith("  ")}
     assert sorted(rows) == OPTIMIZERS
     controls = lines.index("Control")
