@@ -118,7 +118,7 @@ class Groups(nn.Module):
     def forward(self, counts: Tensor) -> Tensor:
         """Counts N×neurons to logits N×classes."""
         shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
-        logits: Tensor = self.gain * shares.unflatten(1, (-1, self.classes)).sum(1)  # type: ignore[no-untyped-call]
+        logits: Tensor = self.gain * shares.unflatten(1, (-1, self.classes)).sum(1)
         return logits
 
 
