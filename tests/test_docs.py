@@ -30,8 +30,10 @@ def without_numbers(text: str) -> list[str]:
     return re.sub(r"\d[\d.]*", "#", text).split()
 
 
-@pytest.mark.parametrize("name", ["getting_started", "rules/index", "rules/hebbian"])
+@pytest.mark.parametrize("name", ["getting_started", "rules/index", "rules/hebbian", "rules/stdp"])
 def test_the_python_of_a_page_prints_what_follows_it(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if name == "rules/stdp":
+        pytest.importorskip("snntorch")
     names: dict[str, object] = {}
     printed = None
     for language, block in blocks(ROOT / "docs" / f"{name}.md", "python|text"):
