@@ -14,6 +14,8 @@ Each is a `torch.optim.Optimizer` that trains an unmodified `torch.nn.Module` by
     loss = optimizer.step(closure)
 """
 
+from . import nn
+from .contrastive import ContrastiveDivergence
 from .diagnosis import diagnose
 from .hebbian import BCM, AntiHebbian, Hebbian, KrotovHopfield, Oja, RewardHebbian, Sanger, SoftHebb
 from .mixed import Mixed
@@ -34,6 +36,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BCM",
     "AntiHebbian",
+    "ContrastiveDivergence",
     "ForwardGradient",
     "Hebbian",
     "HillClimbing",
@@ -52,5 +55,6 @@ __all__ = [
     "SynapticRule",
     "WeightPerturbation",
     "diagnose",
+    "nn",
     "register_synapse",
 ]
