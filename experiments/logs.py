@@ -64,6 +64,18 @@ class RunLog:
             line = {f"diagnostics/{name}": value for name, value in diagnostics[-1].items() if name != "step"}
             self._wandb.log({"step": step, **line})
 
+    def round(self, metrics: dict[str, Any], rounds: int) -> None:
+        """Log one round of a task, whatever it measured."""
+        self.history.append(metrics)
+        self._write_metrics()
+        numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+        told = [
+            f"{name.replace('_', ' ')} {number(v)}" for name, v in numbers.items() if name not in ("round", "seconds")
+        ]
+        print(f"round {metrics['round']:>{len(str(rounds))}}/{rounds}   " + "   ".join(told), flush=True)
+        if self._wandb is not None:
+            self._wandb.log(numbers)
+
     def epoch(self, metrics: dict[str, Any]) -> None:
         """Log one epoch."""
         self.history.append(metrics)
@@ -81,19 +93,10 @@ class RunLog:
                 {names.get(name, name): value for name, value in metrics.items() if name != "weight_norms"} | norms
             )
 
-    def finish(self, summary: dict[str, Any], coverage: dict[str, str], pictures: list[Path]) -> None:
-        """Write the summary, show it, and close W&B."""
+    def finish(self, summary: dict[str, Any], pictures: list[Path], told: list[str]) -> None:
+        """Write the summary, tell the terminal, and close W&B."""
         write_json(self.folder / "summary.json", summary)
-        by_rule: dict[str, list[str]] = {}
-        for parameter, rule in coverage.items():
-            by_rule.setdefault(rule, []).append(parameter)
-        print("\nwhat trains what")
-        for rule, parameters in by_rule.items():
-            print(f"  {rule:<28} {', '.join(parameters)}")
-        print(
-            f"\ntest accuracy {summary['test_accuracy']:.2%} (best {summary['best_test_accuracy']:.2%}) after "
-            f"{summary['epochs']} epochs, {summary['seconds']:.0f} s, {summary['forward_passes']:,} forward passes"
-        )
+        print("\n".join(told))
         print(f"everything is in {self.folder}")
         if self._wandb is not None:
             import wandb
@@ -140,14 +143,21 @@ def _start_wandb(config: dict[str, Any], folder: Path, run_id: str | None) -> An
             dir=logger["dir"],
             name=folder.name,
             group=group(config),
-            job_type="control" if config["optimizer"]["name"] in CONTROLS else "rule",
-            tags=[config[part]["name"] for part in ("optimizer", "model", "data")],
+            job_type="experiment"
+            if config["task"]
+            else "control"
+            if config["optimizer"]["name"] in CONTROLS
+            else "rule",
+            tags=_names(config),
             config=config,
             mode=mode,
             id=run_id,
             resume="allow",
             settings=wandb.Settings(silent=True, console="off"),
         )
+    if config["task"]:
+        run.define_metric("*", step_metric="round")
+        return run
     for axis in ("step", "epoch", "forward_passes", "seconds"):  # any panel may be drawn against any of them
         run.define_metric(axis)
     for metric in ("train/loss", "diagnostics/*"):
@@ -161,9 +171,17 @@ def _start_wandb(config: dict[str, Any], folder: Path, run_id: str | None) -> An
 
 def group(config: dict[str, Any]) -> str:
     """W&B's group: runs that differ in nothing but their seed; the last part tells apart what has the same names."""
-    names = [config[part]["name"] for part in ("optimizer", "model", "data")]
     options = json.dumps(sweeps.cell(config), sort_keys=True)
-    return "-".join([*names, hashlib.sha1(options.encode()).hexdigest()[:6]])
+    return "-".join([*_names(config), hashlib.sha1(options.encode()).hexdigest()[:6]])
+
+
+def _names(config: dict[str, Any]) -> list[str]:
+    return [config[part]["name"] for part in (["task"] if config["task"] else ["optimizer", "model", "data"])]
+
+
+def number(value: float) -> str:
+    """A number as one reads it."""
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
 
 
 def _logged_in() -> bool:

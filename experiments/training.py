@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +20,33 @@ from torch import Tensor, nn
 import bioopt
 from bioopt.recorder import find_synapses
 
-from . import data, logs, pictures
+from . import data, logs, pictures, tasks
 from .diagnostics import Diagnostics
 from .ranks import Ranks
+from .runs import Progress, choose_device, circumstances, code_version, new_folder, random_state, saved
 from .sweeps import resolved
 
 
 def run(config: DictConfig) -> dict[str, Any]:
     """Train as the configuration says, or go on with an interrupted run; returns the summary."""
-    commit = _commit()  # now: the files may change under a long run
+    commit = code_version()  # now: the files may change under a long run
     ranks = Ranks()
     resumed = None if config.resume is None else Path(config.resume)
     if resumed is not None:
-        config = _saved(resumed)
+        config = saved(resumed)
+    if config.task is not None and ranks.count > 1:
+        raise ValueError(f"experiment={config.task.name} runs in one process; start it without torchrun")
     with ranks.joined(choose_device(config.device).type) as device:
-        shared = resumed or ranks.from_first(_new_folder(config) if ranks.first else None)
-        started = _Progress.load(shared, device)
+        shared = resumed or ranks.from_first(new_folder(config) if ranks.first else None)
+        started = Progress.load(shared, device)
         with ranks.folder(shared) as folder:
+            if config.task is not None:
+                return tasks.perform(config, started, folder, device, commit)
             return _train(config, started, folder, device, ranks, commit)
 
 
 def _train(
-    config: DictConfig, started: _Progress, folder: Path, device: torch.device, ranks: Ranks, commit: str | None
+    config: DictConfig, started: Progress, folder: Path, device: torch.device, ranks: Ranks, commit: str | None
 ) -> dict[str, Any]:
     plain = resolved(config)
     if not ranks.first:
@@ -75,10 +79,8 @@ def _train(
     if started.epoch:
         model.load_state_dict(started.model)
         if started.epoch <= plastic:
-            started.restore(phase)
-        torch.set_rng_state(started.random["cpu"])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(started.random["cuda"], device)
+            phase.restore(started)
+        started.restore_random(device)
 
     if ranks.count > 1 and config.diagnostics.every is not None:
         raise ValueError(
@@ -120,7 +122,7 @@ def _train(
                 label = f"{type(phase.optimizer).__name__} on the frozen trunk"
                 covered |= {n: label for n, p in model.named_parameters() if p in set(phase.module.parameters())}
                 if started.epoch > plastic:
-                    started.restore(phase)
+                    phase.restore(started)
                 else:
                     passes += features.kept * images.batches(config.batch_size)
             losses = torch.zeros((), device=device)
@@ -170,13 +172,12 @@ def _train(
                     "weight_norms": weight_norms(layers),
                 }
             )
-            _Progress(
+            Progress(
                 epoch=epoch,
                 model=model.state_dict(),
                 optimizer=phase.optimizer.state_dict(),
                 scheduler=phase.scheduler.state_dict() if phase.scheduler is not None else {},
-                random={"cpu": torch.get_rng_state()}
-                | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}),
+                random=random_state(device),
                 history=log.history,
                 diagnostics=inside.lines,
                 fields=inside.fields,
@@ -196,7 +197,11 @@ def _train(
         of_neurons = pictures.neurons(log.history, wins(model, layers, images), title, folder / "neurons.png")
         made += [picture for picture in (fields, of_neurons) if picture is not None]
         made += inside.pictures(model, title, folder)
-        log.finish(summary, covered, made)
+        if config.afterwards is not None:
+            found, drawn = instantiate(config.afterwards)(model=model, images=images, title=title, folder=folder)
+            summary |= found
+            made += drawn
+        log.finish(summary, made, _told(summary, covered))
     finally:
         log.close()
         close(optimizer)
@@ -212,6 +217,12 @@ class Phase:
     scheduler: torch.optim.lr_scheduler.LRScheduler | None
     source: data.Images | data.Features
     batch_size: int
+
+    def restore(self, started: Progress) -> None:
+        """Put optimizer and schedule where they were."""
+        self.optimizer.load_state_dict(started.optimizer)
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(started.scheduler)
 
 
 def plastic_epochs(config: DictConfig, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -271,17 +282,6 @@ def _frozen(trunk: nn.Module, amp: bool) -> Callable[[Tensor], Tensor]:
         return seen.float()
 
     return features
-
-
-def choose_device(name: str) -> torch.device:
-    """The device by its option ``device=auto|cpu|cuda``."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device=cuda, but torch sees no CUDA GPU here; use device=cpu or device=auto")
-    if name not in ("cpu", "cuda"):
-        raise ValueError(f"device={name} must be auto, cpu or cuda")
-    return torch.device(name)
 
 
 def build_model(config: DictConfig, images: data.Images) -> nn.Module:
@@ -440,42 +440,6 @@ def warn_of_long_sweeps(optimizer: torch.optim.Optimizer, batches: int, epochs: 
             )
 
 
-def _saved(folder: Path) -> DictConfig:
-    """The configuration of the run that is to go on."""
-    if not (folder / "config.yaml").exists():
-        raise ValueError(f"resume={folder} is not a run's folder: it has no config.yaml")
-    if (folder / "summary.json").exists():
-        raise ValueError(f"resume={folder} has finished: see its summary.json")
-    saved = OmegaConf.load(folder / "config.yaml")
-    assert isinstance(saved, DictConfig)
-    return saved
-
-
-def _new_folder(config: DictConfig) -> Path:
-    """A folder for a new run, with its configuration in it."""
-    _check(config)
-    wanted = Path(config.run_dir)
-    for attempt in range(1, 1000):
-        folder = wanted if attempt == 1 else wanted.with_name(f"{wanted.name}-{attempt}")
-        try:
-            folder.mkdir(parents=True)
-            break
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise ValueError(f"run_dir={config.run_dir} cannot be written: {error.strerror}") from None
-    OmegaConf.save(OmegaConf.create(resolved(config)), folder / "config.yaml")
-    return folder
-
-
-def _check(config: DictConfig) -> None:
-    for name, least in {"epochs": 0, "batch_size": 1, "seed": 0}.items():
-        if not isinstance(config[name], int) or config[name] < least:
-            raise ValueError(f"{name}={config[name]} must be an integer >= {least}")
-    if config.threads is not None and (not isinstance(config.threads, int) or config.threads < 1):
-        raise ValueError(f"threads={config.threads} must be an integer >= 1, or null")
-
-
 def _summary(
     config: DictConfig,
     history: list[dict[str, Any]],
@@ -501,63 +465,17 @@ def _summary(
         "images_per_second": images / seconds if seconds else None,
         "trained_parameters": trained,
         "peak_memory_bytes": logs.peak_memory(device),
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"cpu, {(threads := torch.get_num_threads())} thread{'s' * (threads > 1)}",
-        "torch": torch.__version__,
-        "commit": commit,
-    }
+    } | circumstances(device, commit)
 
 
-def _commit() -> str | None:
-    """The commit of the code that runs, with a ``+`` where files differ from it; none outside a git checkout."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        done = [
-            subprocess.run([*git, *what], capture_output=True, text=True, check=True).stdout.strip()
-            for what in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-        ]
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done[0] + ("+" if done[1] else "")
-
-
-@dataclass
-class _Progress:
-    """What a run needs to go on after its last whole epoch, bit for bit."""
-
-    epoch: int = 0
-    model: Mapping[str, Any] = field(default_factory=dict)
-    optimizer: dict[str, Any] = field(default_factory=dict)
-    scheduler: dict[str, Any] = field(default_factory=dict)
-    random: dict[str, Tensor] = field(default_factory=dict)
-    history: list[dict[str, Any]] = field(default_factory=list)
-    diagnostics: list[dict[str, Any]] = field(default_factory=list)
-    fields: list[Tensor] = field(default_factory=list)
-    forward_passes: int = 0
-    seconds: float = 0.0
-    images: int = 0
-    steps: int = 0
-    wandb_id: str | None = None
-
-    def restore(self, phase: Phase) -> None:
-        """Put optimizer and schedule where they were."""
-        phase.optimizer.load_state_dict(self.optimizer)
-        if phase.scheduler is not None:
-            phase.scheduler.load_state_dict(self.scheduler)
-
-    def save(self, folder: Path) -> None:
-        """Write ``checkpoint.pt``, whole or not at all."""
-        part = folder / "checkpoint.pt.part"
-        torch.save(vars(self), part)
-        part.replace(folder / "checkpoint.pt")
-
-    @classmethod
-    def load(cls, folder: Path, device: torch.device) -> _Progress:
-        """Read ``checkpoint.pt``; the very start where there is none yet."""
-        path = folder / "checkpoint.pt"
-        if not path.exists():
-            return cls()
-        progress = cls(**torch.load(path, map_location=device, weights_only=True))
-        progress.random = {name: state.cpu() for name, state in progress.random.items()}
-        return progress
+def _told(summary: dict[str, Any], coverage: dict[str, str]) -> list[str]:
+    """What the terminal shows at the end."""
+    by_rule: dict[str, list[str]] = {}
+    for parameter, rule in coverage.items():
+        by_rule.setdefault(rule, []).append(parameter)
+    return [
+        "\nwhat trains what",
+        *[f"  {rule:<28} {', '.join(parameters)}" for rule, parameters in by_rule.items()],
+        f"\ntest accuracy {summary['test_accuracy']:.2%} (best {summary['best_test_accuracy']:.2%}) after "
+        f"{summary['epochs']} epochs, {summary['seconds']:.0f} s, {summary['forward_passes']:,} forward passes",
+    ]
