@@ -123,7 +123,7 @@ class ContrastiveDivergence(SynapticRule):
     def _select(self, group: dict[str, Any]) -> tuple[list[Any], list[Synapse]]:
         if group.get("readout"):
             return super()._select(group)
-        inside = {
+        inside: dict[nn.Module, RBM] = {
             machine.synapse: machine
             for _, module in named_modules_of(group["params"])
             for machine in module.modules()

@@ -263,7 +263,10 @@ class SynapticRule(LearningRule):
             product = local_product(synapse, u, s)
         total: Tensor | None = None
         if synapse.bias is not None:
-            total = s.total(u.shape[channel]) if isinstance(s, Few) else s.sum(others, dtype=product.dtype)
+            if isinstance(s, Few):
+                total = s.total(u.shape[channel])
+            else:  # of an unbatched event, sum([]) would be over its neurons
+                total = s.sum(others, dtype=product.dtype) if others else s.to(product.dtype)
         events = u.numel() // u.shape[channel]
         sums = self._sums.get(synapse)
         if sums is None:

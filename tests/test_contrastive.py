@@ -327,7 +327,7 @@ def test_what_it_cannot_train_is_refused() -> None:
         bioopt.ContrastiveDivergence(nn.Linear(4, 3), lr=0.1)
     with pytest.raises(TypeError, match="needs the model, not its parameters"):
         bioopt.ContrastiveDivergence(machine().parameters(), lr=0.1)
-    with pytest.raises(ValueError, match="'1.synapse', belongs to an RBM"):
+    with pytest.raises(ValueError, match=r"'1\.synapse', belongs to an RBM"):
         bioopt.ContrastiveDivergence(nn.Sequential(nn.Linear(4, 4), machine()), lr=0.1, readout="delta")
     for options in ({"persistent": 1}, {"chains": 0}, {"seed": -1}, {"steps": 0}):
         ((name, value),) = options.items()

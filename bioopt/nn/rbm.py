@@ -47,7 +47,7 @@ class RBM(nn.Module):
         nn.init.zeros_(self.synapse.bias)
 
     @property
-    def weight(self) -> nn.Parameter:
+    def weight(self) -> Tensor:
         """:math:`W`, hidden × visible."""
         return self.synapse.weight
 
