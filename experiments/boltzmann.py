@@ -335,8 +335,8 @@ def pair_overlaps(states: Tensor, centre: Tensor) -> Tensor:
 class Valleys(Task):
     """``experiment=spin_glass``: a glass whose couplings are random, and a machine whose couplings have learned.
 
-    In the first half of the rounds the glass comes to equilibrium, and the machine learns from handwritten digits, while
-    its samples follow; in the second half both are measured.
+    In the first half of the rounds the glass comes to equilibrium, and the machine learns from handwritten digits,
+    while its samples follow; in the second half both are measured.
 
     Args:
         config: of the run.
@@ -390,6 +390,10 @@ class Valleys(Task):
         grey = Grey()
         self.grey = grey(self.images.prepare(self.images.train_images)).flatten(1)
         self.rbm = RBM(self.grey.shape[1], hidden).to(device)
+        mean = (self.grey.sum(0) + 1) / (len(self.grey) + 2)
+        # As if alone, the visible units have the data's mean (Hinton, 2010). From 0, they owe it to the hidden units,
+        # and noise, where few of these are active, becomes a phase of its own that no persistent chain ever visits.
+        self.rbm.visible_bias.data.copy_(torch.logit(mean))
         self.optimizer = bioopt.ContrastiveDivergence(self.rbm, lr, persistent=True, seed=config.seed)
         warm = torch.logspace(math.log10(0.3), math.log10(hottest), temperatures, device=device)
         warm[(warm.log().abs()).argmin()] = 1.0
