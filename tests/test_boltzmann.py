@@ -146,8 +146,8 @@ def test_bad_options_are_named(option: str, match: str, tmp_path: Path) -> None:
 def test_a_trained_network_is_measured_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(boltzmann, "published_temperatures", lambda device: torch.linspace(0, 1, 50))
     overrides = [
-        "experiment=rbm_mnist", "data=digits", "model.hidden=[6]", "epochs=2", "plastic_epochs=1", "afterwards.chains=9",
-        "afterwards.dream=3", "logger.mode=disabled",
+        "experiment=rbm_mnist", "data=digits", "model.hidden=[6]", "epochs=2", "plastic_epochs=1",
+        "afterwards.chains=9", "afterwards.dream=3", "logger.mode=disabled",
     ]  # fmt: skip
     run(config(*overrides, f"run_dir={tmp_path / 'run'}"))
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
