@@ -23,7 +23,6 @@ from torch.optim.swa_utils import AveragedModel
 import bioopt
 
 from .rules import (
-    NETWORKS,
     ONE_EVALUATION,
     ONE_PASS,
     PLAIN,
@@ -61,15 +60,6 @@ every_optimizer = pytest.mark.parametrize(
     [*[pytest.param(partial(make, rule), id=rule.__name__) for rule in RULES],
      pytest.param(mixed, id="Mixed")],
 )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def network_of_the_rule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`cnn()` and `mlp()` make a network that the rule at hand can train."""
-    case = getattr(request.node, "callspec", None)
-    rule = case and (case.params.get("rule") or getattr(case.params.get("build"), "args", [None])[0])
-    for name, network in NETWORKS.get(rule, {}).items():
-        monkeypatch.setitem(globals(), name, network)
 
 
 @every_rule
