@@ -524,6 +524,8 @@ class Valleys(Task):
         axes.set(
             xlabel="overlap q of two samples", ylabel="P(q)", title="Boltzmann machine: valleys that mean something"
         )
+        for row in grid:
+            row[1].set_xticks([-1, -0.5, 0, 0.5, 1])
         for axes in grid.flat:
             axes.grid(alpha=0.3)
             axes.spines[["top", "right"]].set_visible(False)
