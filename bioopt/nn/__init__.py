@@ -1,0 +1,5 @@
+"""Layers with a state or a statistic of their own: ordinary modules, for networks that learn by rules of the brain."""
+
+from .short_term import FastWeights, ShortTermMemory
+
+__all__ = ["FastWeights", "ShortTermMemory"]
