@@ -127,7 +127,7 @@ class _Memory(nn.Module, ABC, Generic[State]):
         if held.shape[:-2] != pattern.shape[:-1] or held.shape[-1] != self.size:
             raise ValueError(
                 f"{self._name}: the state is of a batch {tuple(held.shape[:-2])} and size {held.shape[-1]}, the "
-                f"pattern of {tuple(pattern.shape[:-1])} and {self.size}: each batch of sequences begins with state=None"
+                f"pattern of {tuple(pattern.shape[:-1])} and {self.size}: a batch of sequences begins with state=None"
             )
 
 
