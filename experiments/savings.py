@@ -18,7 +18,7 @@ import bioopt
 
 from . import data, training
 from .pictures import saved
-from .report import interval
+from .report import interval, percent
 from .tasks import Task
 
 #: what is compared, as pictures call it, and its colour; B comes between, and the last two start where it ends
@@ -35,8 +35,10 @@ class Savings(Task):
     Each is the same data set in a disguise of its own, so that none is harder than another, and each is learned by a
     fresh optimizer until the test accuracy first reaches the criterion. Savings are ``1 - steps again / steps first``
     (Ebbinghaus, 1885, *Über das Gedächtnis*): what is left of A, whether or not it shows when A is tested. The control,
-    ``1 - steps for C / steps first``, is what comes of having learned anything at all. A round is one rule and one
-    repetition, for which initial weights, disguises and batches are the same for all rules.
+    ``1 - steps for C / steps first``, is what comes of having learned anything at all: features help, old answers are in
+    the way. Both start at the same weights, so that what tells them apart, ``1 - steps again / steps for C``, is memory
+    of A and nothing else. A round is one rule and one repetition, for which initial weights, disguises and batches are
+    the same for all rules.
 
     Args:
         config: of the run: ``model``, ``data``, and the rules, ``config.rules``, each as in ``conf/optimizer``.
@@ -92,6 +94,7 @@ class Savings(Task):
             found["retained"] = courses["again"][0]
             found["savings"] = 1 - steps["again"] / max(steps["first"], 1)
             found["control"] = 1 - steps["other"] / max(steps["first"], 1)
+            found["implicit"] = 1 - steps["again"] / max(steps["other"], 1)
         return found | {"courses": {phase: [round(a, 4) for a in course] for phase, course in courses.items()}}
 
     def learn(self, model: nn.Module, rule: str, task: Disguise, seed: int) -> list[float]:
@@ -126,9 +129,9 @@ class Savings(Task):
         return course
 
     def finish(self, history: list[dict[str, Any]], title: str, folder: Path) -> tuple[dict[str, float], list[Path]]:
-        """For each rule the means of savings, of the control, of what A's test still shows after B, and of steps."""
+        """For each rule the means of savings, control, memory of A alone, its accuracy after B, and first steps."""
         found: dict[str, float] = {}
-        for key in ("savings", "control", "retained", "steps_first"):
+        for key in ("savings", "control", "implicit", "retained", "steps_first"):
             for rule in self.rules:
                 if values := self.each(history, rule, key):
                     found[f"{rule}_{key}"] = statistics.fmean(values)
@@ -158,11 +161,13 @@ class Savings(Task):
                     )  # fmt: skip
                     points = [100 * value for value in values]
                     axes.plot(points, [row + shift] * len(points), "o", color=colour, markersize=3, alpha=0.6)
-            if not self.each(history, rule, "savings"):
-                axes.annotate(f"A not learned in {self.most} steps", (0, row), fontsize=8, va="center")
+            alone = self.each(history, rule, "implicit")
+            told = f"{percent(alone)} %" if alone else f"A not learned in {self.most} steps"
+            axes.annotate(told, (1.02, row), xycoords=("axes fraction", "data"), fontsize=9, va="center")
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set_yticks(range(len(self.rules)), [rule.replace("_", " ") for rule in self.rules])
         axes.invert_yaxis()
+        axes.annotate("fewer steps for A\nthan for C", (1.02, 1.01), xycoords="axes fraction", fontsize=9)
         axes.set_xlabel("steps saved, of those that A took the first time (%)")
         axes.grid(axis="x", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
