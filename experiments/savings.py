@@ -35,10 +35,10 @@ class Savings(Task):
     Each is the same data set in a disguise of its own, so that none is harder than another, and each is learned by a
     fresh optimizer until the test accuracy first reaches the criterion. Savings are ``1 - steps again / steps first``
     (Ebbinghaus, 1885, *Über das Gedächtnis*): what is left of A, whether or not it shows when A is tested. The control,
-    ``1 - steps for C / steps first``, is what comes of having learned anything at all: features help, old answers are in
-    the way. Both start at the same weights, so that what tells them apart, ``1 - steps again / steps for C``, is memory
-    of A and nothing else. A round is one rule and one repetition, for which initial weights, disguises and batches are
-    the same for all rules.
+    ``1 - steps for C / steps first``, is what comes of having learned anything at all: features help, old answers are
+    in the way. Both start at the same weights, so that what tells them apart, ``1 - steps again / steps for C``, is
+    memory of A and nothing else. A round is one rule and one repetition, for which initial weights, disguises and
+    batches are the same for all rules.
 
     Args:
         config: of the run: ``model``, ``data``, and the rules, ``config.rules``, each as in ``conf/optimizer``.
@@ -129,12 +129,15 @@ class Savings(Task):
         return course
 
     def finish(self, history: list[dict[str, Any]], title: str, folder: Path) -> tuple[dict[str, float], list[Path]]:
-        """For each rule the means of savings, control, memory of A alone, its accuracy after B, and first steps."""
+        """For each rule the means of savings, memory of A alone, the control, and A's accuracy after B."""
         found: dict[str, float] = {}
-        for key in ("savings", "control", "implicit", "retained", "steps_first"):
+        for key in ("savings", "implicit", "control", "retained"):
             for rule in self.rules:
                 if values := self.each(history, rule, key):
                     found[f"{rule}_{key}"] = statistics.fmean(values)
+                    half = interval(values)
+                    if half is not None and key in ("savings", "implicit"):
+                        found[f"{rule}_{key}_ci95"] = half
         return found, [
             self.bars(history, title, folder / "savings.png"),
             self.curves(history, title, folder / "courses.png"),
