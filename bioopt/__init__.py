@@ -14,6 +14,7 @@ Each is a `torch.optim.Optimizer` that trains an unmodified `torch.nn.Module` by
     loss = optimizer.step(closure)
 """
 
+from . import nn
 from .diagnosis import diagnose
 from .hebbian import BCM, AntiHebbian, Hebbian, KrotovHopfield, Oja, RewardHebbian, Sanger, SoftHebb
 from .mixed import Mixed
@@ -52,5 +53,6 @@ __all__ = [
     "SynapticRule",
     "WeightPerturbation",
     "diagnose",
+    "nn",
     "register_synapse",
 ]
