@@ -15,6 +15,7 @@ Each is a `torch.optim.Optimizer` that trains an unmodified `torch.nn.Module` by
 """
 
 from . import nn
+from .contrastive import ContrastiveDivergence
 from .diagnosis import diagnose
 from .hebbian import BCM, AntiHebbian, Hebbian, KrotovHopfield, Oja, RewardHebbian, Sanger, SoftHebb
 from .mixed import Mixed
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BCM",
     "AntiHebbian",
+    "ContrastiveDivergence",
     "ForwardGradient",
     "Hebbian",
     "HillClimbing",

@@ -62,6 +62,37 @@ def cnn(seed: int = 0, dropout: float = 0.2) -> nn.Sequential:
         )
 
 
+class Machine(bioopt.nn.RBM):
+    """An RBM that takes whatever comes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(1).sigmoid())
+
+
+def machines(seed: int = 0, dropout: float = 0.2, inputs: int = 128, outputs: int = 5) -> nn.Sequential:
+    """`cnn` in RBMs: layers, batch norm and dropout stand at the same places."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            Machine(inputs, 6),
+            nn.BatchNorm1d(6),
+            nn.Dropout(dropout),
+            nn.Sigmoid(),
+            bioopt.nn.RBM(6, 8),
+            bioopt.nn.RBM(8, 32),
+            nn.Linear(32, outputs),
+        )
+
+
+# Rules that train no convolution: what stands in the place of `cnn` and `mlp` in the contract tests.
+NETWORKS: dict[type, dict[str, Callable[..., nn.Sequential]]] = {
+    bioopt.ContrastiveDivergence: {
+        "cnn": machines,
+        "mlp": lambda dtype=torch.float64: machines(inputs=6, outputs=4).to(dtype),
+    }
+}
+
+
 def mlp(seed: int = 0, sizes: tuple[int, ...] = (6, 5, 4), dtype: torch.dtype = torch.float64) -> nn.Sequential:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -106,6 +137,10 @@ def steps(optimizer: Any, model: nn.Module, count: int, first: int = 0) -> Any:
     for i in range(first, first + count):
         loss = optimizer.step(per_sample(optimizer, model, *batch(i)))
     return loss
+
+
+def name_of(model: nn.Module, wanted: Tensor) -> str:
+    return next(name for name, p in model.named_parameters() if p is wanted)
 
 
 def weights(model: nn.Module) -> list[Tensor]:
