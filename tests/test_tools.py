@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -30,7 +31,7 @@ def backward(model: nn.Module, scaler: torch.amp.GradScaler | None) -> None:
 
 
 @pytest.mark.parametrize(
-    "build", [*(lambda m, rule=rule: make(rule, m) for rule in ONE_PASS), mixed], ids=[*map(str, ONE_PASS), "Mixed"]
+    "build", [*(partial(make, rule) for rule in ONE_PASS), mixed], ids=[*map(str, ONE_PASS), "Mixed"]
 )
 def test_a_scaled_loss_changes_nothing_for_rules_of_one_pass(build) -> None:
     results = []
@@ -153,7 +154,8 @@ def test_a_closure_may_run_micro_batches(rule: type) -> None:
         def closure(model=model, optimizer=optimizer, x=x, y=y % 4, size=size) -> Tensor:
             optimizer.zero_grad()
             parts = zip(x.split(size), y.split(size), strict=True)
-            losses = torch.cat([F.cross_entropy(model(a), b, reduction="none") for a, b in parts])
+            new = getattr(optimizer, "new_sequence", lambda: None)  # of rules that know time
+            losses = torch.cat([F.cross_entropy(model(a), b, reduction="none") for a, b in parts if new() is None])
             if losses.requires_grad:
                 losses.mean().backward()
             return losses
