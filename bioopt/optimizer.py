@@ -112,6 +112,8 @@ class LearningRule(Optimizer, ABC):
 
     #: range of each hyperparameter, checked for every param group
     constraints: ClassVar[dict[str, Constraint]] = {}
+    #: with a process group: whether each rank has a share of the batch, or all have all of it
+    splits_batch: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -124,6 +124,8 @@ class SynapticRule(LearningRule):
             besides the readout.
         TypeError: bare parameters; a model wrapped in DistributedDataParallel.
     """
+
+    splits_batch: ClassVar[bool] = True
 
     def __init__(
         self,

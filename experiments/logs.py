@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import sweeps
+from . import report, sweeps
 from .ranks import Ranks
 
 CONTROLS = ("sgd", "adam", "random_trunk")
@@ -70,7 +70,9 @@ class RunLog:
         self._write_metrics()
         numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
         told = [
-            f"{name.replace('_', ' ')} {number(v)}" for name, v in numbers.items() if name not in ("round", "seconds")
+            f"{name.replace('_', ' ')} {report.readable(v)}"
+            for name, v in numbers.items()
+            if name not in ("round", "seconds")
         ]
         print(f"round {metrics['round']:>{len(str(rounds))}}/{rounds}   " + "   ".join(told), flush=True)
         if self._wandb is not None:
@@ -177,11 +179,6 @@ def group(config: dict[str, Any]) -> str:
 
 def _names(config: dict[str, Any]) -> list[str]:
     return [config[part]["name"] for part in (["task"] if config["task"] else ["optimizer", "model", "data"])]
-
-
-def number(value: float) -> str:
-    """A number as one reads it."""
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
 
 
 def _logged_in() -> bool:

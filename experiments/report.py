@@ -61,7 +61,7 @@ class Run:
             raise ValueError(f"it has no {Path(error.filename).name} (yet)") from None
         except (ValueError, AttributeError, yaml.YAMLError) as error:
             raise ValueError(f"it is damaged: {' '.join(str(error).split())}") from None
-        if not history or summary.get("test_accuracy") is None:
+        if "task" not in summary and (not history or summary.get("test_accuracy") is None):
             raise ValueError("it trained for no epoch")
         return cls(folder, options, summary, history)
 
@@ -116,6 +116,9 @@ def report(paths: Iterable[Path], out: Path, accuracy: float | None = None) -> s
         NothingToReport: no finished run, or runs on different data.
     """
     runs, skipped = find(paths)
+    left_out = "".join(f"\nleft out: {line}" for line in skipped)
+    if any("task" in run.summary for run in runs):
+        return report_tasks(runs, out) + left_out
     cells = group(runs)
     target = accuracy if accuracy is not None else _first_target(cells)
     header, rows = table(cells, target)
@@ -132,7 +135,6 @@ def report(paths: Iterable[Path], out: Path, accuracy: float | None = None) -> s
     (out / "report.html").write_text(page(title, header, rows, notes, figures, skipped))
     for figure in figures.values():
         plt.close(figure)
-    left_out = "".join(f"\nleft out: {line}" for line in skipped)
     return f"\n{title}\n{aligned(header, rows)}{left_out}\nreport: {out / 'report.html'}"
 
 
@@ -162,10 +164,7 @@ def group(runs: list[Run]) -> list[Cell]:
         raise NothingToReport(
             f"these runs were tested on different images ({'; '.join(data)}): report on one at a time"
         )
-    by_options: dict[str, dict[int, Run]] = {}
-    for run in runs:  # of a run that was made twice, the last
-        by_options.setdefault(json.dumps(run.options, sort_keys=True), {})[run.summary["seed"]] = run
-    cells = [Cell([found[seed] for seed in sorted(found)]) for found in by_options.values()]
+    cells = _cells(runs)
     cells.sort(key=lambda cell: -statistics.fmean(cell.each("test_accuracy")))
     models = {cell.options["model.name"] for cell in cells}
     for each in cells:
@@ -177,6 +176,37 @@ def group(runs: list[Run]) -> list[Cell]:
         options = [f"{k.removeprefix('optimizer.')}={each.options[k]}" for k in told]
         each.label = ", ".join([each.options["optimizer.name"], *model, *options])
     return cells
+
+
+def _cells(runs: list[Run]) -> list[Cell]:
+    by_options: dict[str, dict[int, Run]] = {}
+    for run in runs:  # of a run that was made twice, the last
+        by_options.setdefault(json.dumps(run.options, sort_keys=True), {})[run.summary["seed"]] = run
+    return [Cell([found[seed] for seed in sorted(found)]) for found in by_options.values()]
+
+
+def report_tasks(runs: list[Run], out: Path) -> str:
+    """The numbers of an experiment of rounds, a column for each choice of options: ``report.md``, and for a terminal.
+
+    Raises:
+        NothingToReport: different experiments.
+    """
+    names = sorted({str(run.summary.get("task", "training runs")) for run in runs})
+    if len(names) > 1:
+        raise NothingToReport(f"these runs measure different things ({', '.join(names)}): report on one at a time")
+    cells = _cells(runs)
+    header = [names[0], *map(str, range(1, len(cells) + 1))]
+    told = [k for k in cells[0].options if any(c.options.get(k) != cells[0].options[k] for c in cells)]
+    rows = [[option, *[str(cell.options.get(option)) for cell in cells]] for option in told]
+    rows.append(["seeds", *[str(len(cell.runs)) for cell in cells]])
+    for name in dict.fromkeys(name for run in runs for name in run.summary["measured"]):
+        found = [[run.summary["measured"].get(name) for run in cell.runs] for cell in cells]
+        rows.append([name.replace("_", " "), *["" if None in each else plain(each) for each in found]])
+    rows.append(["seconds", *[_mean(cell.each("seconds"), ".1f") for cell in cells]])
+    out.mkdir(parents=True, exist_ok=True)
+    notes = "Means ± 95 % confidence intervals over seeds (Student's t)."
+    (out / "report.md").write_text(f"# {names[0]}\n\n{markdown(header, rows)}\n\n{notes}\n")
+    return f"\n{aligned(header, rows)}\nreport: {out / 'report.md'}"
 
 
 def control(cell: Cell, cells: list[Cell], name: str) -> Cell | None:
@@ -203,6 +233,17 @@ def percent(values: list[float], sign: str = "") -> str:
         return ""
     half = interval(values)
     return f"{100 * statistics.fmean(values):{sign}.2f}" + ("" if half is None else f" ± {100 * half:.2f}")
+
+
+def plain(values: list[float]) -> str:
+    """The mean of numbers, with its interval."""
+    half = interval(values)
+    return readable(statistics.fmean(values)) + ("" if half is None else f" ± {readable(half)}")
+
+
+def readable(value: float) -> str:
+    """A number as one reads it."""
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
 
 
 def _mean(values: list[float], form: str) -> str:

@@ -12,6 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from . import logs
+from .report import readable
 from .runs import Progress, circumstances, random_state
 from .sweeps import resolved
 
@@ -94,7 +95,7 @@ def perform(
             "seconds": seconds,
             "peak_memory_bytes": logs.peak_memory(device),
         } | circumstances(device, commit)
-        told = [f"{what.replace('_', ' '):<40} {logs.number(value)}" for what, value in found.items()]
+        told = [f"{what.replace('_', ' '):<40} {readable(value)}" for what, value in found.items()]
         log.finish(summary, made, ["", *told, "", f"{task.rounds} rounds, {seconds:.0f} s"])
     finally:
         log.close()

@@ -69,7 +69,7 @@ def _train(
     layers = find_synapses(model)[:-1]  # now, before any is frozen; the readout is no matter
     freeze(model, config.frozen)
     optimizer = build_optimizer(config, model, ranks.group)
-    splits = isinstance(optimizer, bioopt.SynapticRule | bioopt.RewardHebbian)  # the others need all of a batch
+    splits = isinstance(optimizer, bioopt.LearningRule) and optimizer.splits_batch
     if splits and config.batch_size % ranks.count:
         raise ValueError(f"batch_size={config.batch_size} cannot be shared by {ranks.count} ranks alike")
     plastic = plastic_epochs(config, model, optimizer)

@@ -20,10 +20,15 @@ from typing import Any
 import yaml
 
 from experiments import sweeps
-from experiments.report import interval, percent
+from experiments.report import interval, percent, plain
 
 ROOT = Path(__file__).parent.parent
 RECORDS = ROOT / "experiments" / "records"
+# What the summary of any training run has.
+USUAL = {
+    *("optimizer", "model", "data", "seed", "evaluated_on", "test_accuracy", "best_test_accuracy", "epochs", "seconds"),
+    *("forward_passes", "images_per_second", "trained_parameters", "peak_memory_bytes", "device", "torch", "commit"),
+}
 
 
 def record(name: str, runs: list[Path]) -> None:
@@ -35,43 +40,53 @@ def record(name: str, runs: list[Path]) -> None:
     runs = [run for _, run in sorted(zip((s["seed"] for s in summaries), runs, strict=True))]
     summaries.sort(key=lambda summary: summary["seed"])
     first = summaries[0]
-    choices, changed = changes(configs[0])
-    accuracies = [summary["test_accuracy"] for summary in summaries]
-    result = {
-        "data": first["data"],
-        "model": first["model"],
-        "model_options": {k: v for k, v in changed.items() if k.startswith("model.")},
-        "optimizer": first["optimizer"],
-        "seeds": [summary["seed"] for summary in summaries],
-        "test_accuracy": accuracies,
-        "mean": statistics.fmean(accuracies),
-        "ci95": interval(accuracies),
-        "epochs": first["epochs"],
+    result = {"task": first["task"]} if "task" in first else described(first, changes(configs[0])[1])
+    result["seeds"] = [summary["seed"] for summary in summaries]
+    if "task" in first:
+        result["measured"] = {key: [summary["measured"][key] for summary in summaries] for key in first["measured"]}
+    else:
+        accuracies = [summary["test_accuracy"] for summary in summaries]
+        result |= {"test_accuracy": accuracies, "mean": statistics.fmean(accuracies), "ci95": interval(accuracies)}
+        more = [key for key in first if key not in USUAL]  # of `afterwards`
+        result |= {"measured": {key: [summary[key] for summary in summaries] for key in more}} if more else {}
+        result |= {"epochs": first["epochs"], "forward_passes": first["forward_passes"]}
+    result |= {
         "device": first["device"],
         "seconds": statistics.fmean(summary["seconds"] for summary in summaries),
-        "forward_passes": first["forward_passes"],
         "commit": ", ".join(sorted({str(summary["commit"]) for summary in summaries})),
-        "command": command(choices, changed, [summary["seed"] for summary in summaries]),
+        "command": command(*changes(configs[0], experiment_of(configs[0])), result["seeds"]),
     }
     folder = RECORDS / name
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    for picture in ("curves.png", "receptive_fields.png"):
-        if (runs[0] / picture).exists() and (runs[0] / picture).stat().st_size < 300_000:
-            shutil.copy(runs[0] / picture, folder / picture)
+    for picture in runs[0].glob("*.png"):
+        if picture.name != "neurons.png" and picture.stat().st_size < 300_000:
+            shutil.copy(picture, folder / picture.name)
 
 
-def changes(options: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
-    """The choices of a run, and all that differs from their defaults.
+def described(summary: dict[str, Any], changed: dict[str, Any]) -> dict[str, Any]:
+    """What was trained, by what, on what."""
+    options = {key: value for key, value in changed.items() if key.startswith("model.")}
+    return {key: summary[key] for key in ("data", "model", "optimizer")} | {"model_options": options}
+
+
+def experiment_of(options: dict[str, Any]) -> str | None:
+    """The experiment that such a run must name: none but it has the run's task, or what it measures afterwards."""
+    marks = {key: options[key] for key in ("task._target_", "afterwards._target_") if key in options}
+    names = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml")) if marks else []
+    return next((name for name in names if marks.items() <= composed([f"experiment={name}"]).items()), None)
+
+
+def changes(options: dict[str, Any], experiment: str | None = None) -> tuple[list[str], dict[str, Any]]:
+    """The choices of a run, within an experiment or without, and all that differs from their defaults.
 
     With Hydra's ``+`` where those have none, and ``~`` for an optimizer's option that was taken out.
     """
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
-
-    choices = [f"{group}={options[f'{group}.name']}" for group in ("optimizer", "model", "data")]
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        plain = sweeps.cell(OmegaConf.to_container(compose("config", choices), resolve=True))
+    chosen = [] if experiment is None else [f"experiment={experiment}"]
+    own = composed(chosen)
+    names = {group: options[f"{group}.name"] for group in ("optimizer", "model", "data")}
+    chosen += [f"{g}={name}" for g, name in names.items() if experiment is None or own[f"{g}.name"] != name]
+    plain = composed(chosen)
     changed = {
         key if key in plain else f"+{key}": value
         for key, value in options.items()
@@ -79,9 +94,18 @@ def changes(options: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
         and (key not in plain or plain[key] != value)
     }
     inside = {".".join(key.split(".")[:2]) for key in options}
-    gone = {".".join(key.split(".")[:2]) for key in plain if key.startswith("optimizer.")} - inside
+    gone = {".".join(key.split(".")[:2]) for key in plain if key.startswith(("optimizer.", "task."))} - inside
     changed |= dict.fromkeys((f"~{key}" for key in gone if key != "optimizer.per_data"), None)
-    return choices, dict(sorted(changed.items()))
+    return chosen, dict(sorted(changed.items()))
+
+
+def composed(choices: list[str]) -> dict[str, Any]:
+    """What a run of these choices would be told."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return sweeps.cell(OmegaConf.to_container(compose("config", choices), resolve=True))
 
 
 def command(choices: list[str], changed: dict[str, Any], seeds: list[int]) -> str:
@@ -97,7 +121,8 @@ def command(choices: list[str], changed: dict[str, Any], seeds: list[int]) -> st
 
 def tables() -> str:
     """One table a data set, the best first, with the difference to the random trunk on the same seeds."""
-    results = [json.loads(path.read_text()) for path in sorted(RECORDS.glob("*/result.json"))]
+    kept = {path.parent.name: json.loads(path.read_text()) for path in sorted(RECORDS.glob("*/result.json"))}
+    results = [result for result in kept.values() if "task" not in result]
     text = [
         "# Measured results\n",
         "Made by `python scripts/record.py` from the `result.json` beside it. Test accuracy in %, mean ± 95 %",
@@ -116,7 +141,19 @@ def tables() -> str:
                 f"| {result['forward_passes']:,} | {result['seconds']:.0f} |"
             ]
         text += [""]
-    text += ["## Commands\n", "```bash", *[result["command"] for result in results], "```"]
+    measuring = {name: result["measured"] for name, result in kept.items() if "measured" in result}
+    if measuring:
+        text += ["## Experiments, and what was measured after training\n", "| record | | mean ± 95 % | seeds |"]
+        text += ["|---|---|---:|---:|"]
+    for name, measured in measuring.items():
+        text += [f"| {name} | {what.replace('_', ' ')} | {plain(v)} | {len(v)} |" for what, v in measured.items()]
+    text += [
+        *([""] if measuring else []),
+        "## Commands\n",
+        "```bash",
+        *[result["command"] for result in kept.values()],
+        "```",
+    ]
     return "\n".join(text) + "\n"
 
 

@@ -111,7 +111,7 @@ def test_augmentation_against_a_loop() -> None:
         padded[:, 2:10, 2:10] = image
         assert torch.equal(got[i], padded[:, dy[i] : dy[i] + 8, dx[i] : dx[i] + 8])
     assert torch.equal(data.Augment()(images, generator), images)
-    for name in ("crop", "rotate", "scale"):
+    for name in ("crop", "rotate", "scale", "elastic"):
         with pytest.raises(ValueError, match=rf"data\.augment\.{name}=-1 must be >= 0"):
             data.Augment(**{name: -1})
 
@@ -140,6 +140,22 @@ def test_images_are_turned_and_stretched_about_their_centre() -> None:
     for images in (turned, stretched):
         assert moment(images, columns).abs().max() < 0.2
         assert moment(images, rows).abs().max() < 0.2
+
+
+def test_images_are_bent_smoothly() -> None:
+    ramp = (8 * torch.arange(29, dtype=torch.uint8)).expand(500, 1, 29, 29).contiguous()
+    generator = torch.Generator().manual_seed(0)
+    shift = (data.Augment(elastic=1.0)(ramp, generator).float() - ramp)[:, 0] / 8  # columns that a pixel has moved
+    assert shift[:, 14, 14].std() == pytest.approx(1, abs=0.1)  # a knot
+
+    def alike(distance: int) -> float:
+        return torch.corrcoef(torch.stack([shift[:, 14, 14], shift[:, 14 + distance, 14]]))[0, 1].item()
+
+    assert alike(1) > 0.9
+    assert 0.3 < alike(4) < 0.8
+    assert abs(alike(14)) < 0.15
+    less = (data.Augment(elastic=0.5)(ramp, generator).float() - ramp)[:, 0] / 8
+    assert less[:, 14, 14].std() == pytest.approx(0.5, abs=0.05)
 
 
 def test_predictions_are_averaged_over_views_of_a_test_image() -> None:

@@ -60,6 +60,7 @@ class RewardHebbian(NoisyActivity):
     (2016), *Neuromodulated spike-timing-dependent plasticity, and theory of three-factor learning rules*.
     """
 
+    splits_batch: ClassVar[bool] = True
     constraints: ClassVar[dict[str, Constraint]] = {
         "sigma": POSITIVE,
         "trace_decay": (lambda v: 0 <= v <= 1, "a number in [0, 1]"),
