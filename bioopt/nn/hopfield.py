@@ -243,15 +243,17 @@ class Hopfield(_Binary):
         if every is not None:
             _check("Hopfield", every=(every, POSITIVE_INT))
         states = torch.stack(list(self._path(self._checked(cue, "cue"), every, None)))
-        settled = (self._turned(states[-1], F.linear(states[-1], self.weight)) == states[-1]).all(-1)
+        settled = (self._turned(states[-1]) == states[-1]).all(-1)
         return Recall(states, self.energy(states), settled)
 
-    def _turned(self, state: Tensor, field: Tensor) -> Tensor:
-        return torch.where(field.abs() <= self._rounding(), state, field.sign())
+    def _turned(self, state: Tensor) -> Tensor:
+        """All units at once."""
+        return torch.sign(F.linear(state, self.weight) + self._hold() * state)
 
-    def _rounding(self) -> Tensor:
-        """The field of each unit below which it may be rounding error."""
-        return torch.finfo(self.weight.dtype).eps * self.weight.abs().sum(1)
+    def _hold(self) -> Tensor:
+        """So much as may be rounding error of each unit's field speaks for the unit's own state."""
+        info = torch.finfo(self.weight.dtype)
+        return info.eps * self.weight.abs().sum(1) + info.tiny
 
     def _path(self, cue: Tensor, every: int | None, spikes: list[Tensor] | None) -> Iterator[Tensor]:
         if self.asynchronous:
@@ -260,7 +262,7 @@ class Hopfield(_Binary):
         before, state = None, cue
         yield state
         for _ in range(self.sweeps):
-            new = self._turned(state, F.linear(state, self.weight))
+            new = self._turned(state)
             yield new
             if torch.equal(new, state) or (before is not None and torch.equal(new, before)):  # and so for ever
                 return
@@ -272,13 +274,12 @@ class Hopfield(_Binary):
 
         generator = torch.Generator().manual_seed(self.seed)
         s = cue.reshape(-1, self.units).T.clone(memory_format=torch.contiguous_format)  # units × cues
-        rounding = self._rounding().tolist()
+        units, synapses, hold = s.unbind(), self.weight.unbind(), self._hold().tolist()
         yield state()
         for _ in range(self.sweeps):
             before = s.clone()
             for count, i in enumerate(torch.randperm(self.units, generator=generator).tolist(), 1):
-                field = self.weight[i] @ s
-                s[i] = torch.where(field.abs() <= rounding[i], s[i], field.sign())
+                torch.sign(torch.addmv(units[i], s.T, synapses[i], beta=hold[i]), out=units[i])
                 if every is not None and count % every == 0 and count < self.units:
                     yield state()
             yield state()
