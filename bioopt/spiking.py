@@ -75,7 +75,7 @@ class STDP(SynapticRule):
         P_0 = \Bigl\langle \sum_t s(t)\, \mathbf 1^\top \Bigr\rangle
 
     .. math::
-        \Delta W = f_+(W) \odot A_+ P_+ - f_-(W) \odot (A_- P_- + A_+ p_0 P_0)
+        \Delta W = f_+ \odot A_+ P_+ - f_- \odot (A_- P_- + A_+ p_0 P_0)
 
     with presynaptic spikes :math:`x(t)` (what enters the layer at time step :math:`t`), postsynaptic spikes
     :math:`s(t)` (what the neurons after the layer then emit) and their traces :math:`p, q`, all 0 or counts of spikes
@@ -87,9 +87,12 @@ class STDP(SynapticRule):
     :math:`p_0 > 0` (``x_target``) each postsynaptic spike also weakens all of its neuron's synapses: those whose
     inputs were silent fade, as in Diehl & Cook, without a presynaptic spike having to come first.
 
-    ``bounds="soft"``: :math:`f_+ = w_{max} - W,\ f_- = W - w_{min}`, so that weights slow down towards a bound (and
-    come back from beyond). ``"hard"``: :math:`f_\pm = 1`, and the step is cut so that :math:`W + \eta \Delta W` stays
-    in :math:`[w_{min}, w_{max}]` (with plain SGD, the default ``descent``). ``None``: :math:`f_\pm = 1`, no bounds.
+    ``bounds="soft"``: :math:`f_+ = w_{max} - W,\ f_- = W - w_{min}`, so that weights slow down towards a bound, and
+    come back from beyond. Within a step, of however many spikes, :math:`f_\pm` follow the weight as it goes: with
+    :math:`\rho` the sum of what :math:`f_\pm` multiply, :math:`\Delta W` is the above times
+    :math:`(1 - e^{-\eta\rho}) / \eta\rho`, so that no learning rate takes it beyond. ``"hard"``: :math:`f_\pm = 1`,
+    and the step is cut so that :math:`W + \eta \Delta W` stays in :math:`[w_{min}, w_{max}]`. Both are exact with plain
+    SGD, the default ``descent``. ``None``: :math:`f_\pm = 1`, no bounds.
 
     A *sequence* is what has fired since the last step: a network that unrolls time in its ``forward``, or a closure
     that calls a network once a time step. Traces are zero at its start, whatever the size of its batch, and products
@@ -113,6 +116,9 @@ class STDP(SynapticRule):
         bounds: ``"soft"``, ``"hard"`` or ``None``.
         w_min: :math:`w_{min}`.
         w_max: :math:`w_{max}`.
+        scaling: synaptic scaling: after a step (of plain SGD) all weights of a neuron are multiplied so that they have
+            the sum that they had, where it is positive; synapses compete for it. Hard bounds come last; soft ones may
+            be passed by it.
         carry: whether traces go on from one step to the next, as state that is saved. Batches are then of one size.
         neurons: for layers whose neurons are others than the default: ``{"fc": "lif"}``, by name, or as a module.
             Several layers may drive the same neurons.
@@ -148,6 +154,7 @@ class STDP(SynapticRule):
         bounds: str | None = "soft",
         w_min: float = 0.0,
         w_max: float = 1.0,
+        scaling: bool = False,
         carry: bool = False,
         neurons: Neurons | None = None,
         readout: str | None = "delta",
@@ -163,6 +170,7 @@ class STDP(SynapticRule):
             "a_plus": a_plus,
             "a_minus": a_minus,
             "x_target": x_target,
+            "scaling": scaling,
             "bounds": bounds,
             "w_min": w_min,
             "w_max": w_max,
@@ -196,7 +204,7 @@ class STDP(SynapticRule):
 
     def update(self, product: Tensor, signal: Tensor | None, synapse: Synapse, group: dict[str, Any]) -> Tensor:
         """Strengthening and weakening, each as far as the bounds let it."""
-        return _bounded(product[0], product[1], synapse.weight.detach(), group)
+        return _bounded(product[0], product[1], synapse.weight.detach(), group, group["scaling"])
 
     def _pair(self, synapse: Synapse, x: Tensor, s: Tensor) -> None:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
@@ -206,16 +214,12 @@ class STDP(SynapticRule):
             if traces is None and synapse.index in self._own_state.get("traces", {}):
                 traces = Traces(*(t.to(x.device) for t in self._own_state["traces"][synapse.index]))
             moment, self._trains[synapse] = _advance(type(self).__name__, synapse, x, s, traces, group, NEW)
-            up = _product(synapse, moment.s, moment.pre).mul_(group["a_plus"])
-            if group["a_minus"]:
-                down = _product(synapse, moment.post, moment.x).mul_(group["a_minus"])
-            else:
-                down = torch.zeros_like(up)
-            if group["x_target"]:
-                ones = torch.ones_like(moment.x)
-                down.add_(_product(synapse, moment.s, ones), alpha=group["a_plus"] * group["x_target"])
             events = s.numel() // len(synapse.weight) if first else 0
-            self._add(synapse, torch.stack([up, down]), None, None, events)
+            up, down = self._total(synapse, (2, *synapse.weight.shape), moment.x.dtype, events)
+            _add_product(up, synapse, moment.s, moment.pre, group["a_plus"])
+            _add_product(down, synapse, moment.post, moment.x, group["a_minus"])
+            if group["x_target"]:
+                _add_product(down, synapse, moment.s, torch.ones_like(moment.x), group["a_plus"] * group["x_target"])
 
 
 class RewardSTDP(LearningRule):
@@ -235,7 +239,7 @@ class RewardSTDP(LearningRule):
     With ``credit="sample"`` each sample has its own reward, so that a batch of :math:`N` samples is as many trials;
     :math:`\langle\cdot\rangle` is the mean over samples and positions. With ``credit="global"`` one reward credits
     all. Bounds act on the whole change: ``"soft"`` multiplies what strengthens by :math:`w_{max} - W` and what weakens
-    by :math:`W - w_{min}`; ``"hard"`` and ``None`` as in `STDP`.
+    by :math:`W - w_{min}`, ``"hard"`` and ``None`` as in `STDP`.
 
     Eligibilities of all samples would take a matrix each. Spikes and traces are kept in their place until the reward
     is known: memory grows with the length of a sequence. Every synapse follows the rule, the last too, so the network
@@ -272,6 +276,7 @@ class RewardSTDP(LearningRule):
     three-factor learning rules*.
     """
 
+    splits_batch = True
     constraints: ClassVar[dict[str, Constraint]] = {**WINDOW, "tau_e": (lambda v: v > 0, "a number > 0")}
 
     def __init__(
@@ -385,17 +390,12 @@ class RewardSTDP(LearningRule):
         fading = math.exp(-group["dt"] / group["tau_e"])
         told = surprise.to(moments[-1].pre.dtype) / (last.numel() // len(synapse.weight))
         told = told.view(-1, *[1] * (last.ndim - 1)) if told.ndim else told
-        change: Tensor | None = None
+        change = last.new_zeros(synapse.weight.shape)
         for age, moment in enumerate(reversed(moments)):
             gated = told * fading**age
-            for post, pre, size in (
-                (moment.s, moment.pre, group["a_plus"]),
-                (moment.post, moment.x, -group["a_minus"]),
-            ):
-                if size:
-                    product = _product(synapse, post * gated * size, pre)
-                    change = product if change is None else change.add_(product)
-        return last.new_zeros(synapse.weight.shape) if change is None else change
+            _add_product(change, synapse, moment.s * gated, moment.pre, group["a_plus"])
+            _add_product(change, synapse, moment.post * gated, moment.x, -group["a_minus"])
+        return change
 
 
 class _Finder:
@@ -485,26 +485,38 @@ def _advance(
     return Moment(x, s, pre, post), Traces(pre, post + s)
 
 
-def _product(synapse: Synapse, post: Tensor, pre: Tensor) -> Tensor:
-    """``Σ post preᵀ`` over samples and positions, of the weight's shape."""
-    if type(synapse.layer) is nn.Linear:
-        post, pre = post.reshape(-1, post.shape[-1]), pre.reshape(-1, pre.shape[-1])
-        event, neuron = post.nonzero(as_tuple=True)
-        if len(event) * 16 > post.numel():  # measured
-            return post.T @ pre
-        rows = pre[event].mul_(post[event, neuron].unsqueeze(1))
-        return pre.new_zeros(post.shape[1], pre.shape[1]).index_add_(0, neuron, rows)
-    with torch.enable_grad():
-        u = synapse.layer.forward(pre.to(synapse.weight.dtype))  # past the hooks
-    (product,) = torch.autograd.grad(u, synapse.weight, post.to(u.dtype))
-    return product.to(pre.dtype)
+def _add_product(total: Tensor, synapse: Synapse, post: Tensor, pre: Tensor, scale: float) -> None:
+    """Add ``scale Σ post preᵀ``, the sum over samples and positions, to ``total``, of the weight's shape."""
+    if not scale:
+        return
+    if type(synapse.layer) is not nn.Linear:
+        with torch.enable_grad():
+            u = synapse.layer.forward(pre.to(synapse.weight.dtype))  # past the hooks
+        (product,) = torch.autograd.grad(u, synapse.weight, post.to(u.dtype))
+        total.add_(product, alpha=scale)
+        return
+    post, pre = post.reshape(-1, post.shape[-1]), pre.reshape(-1, pre.shape[-1])
+    event, neuron = post.nonzero(as_tuple=True)
+    if len(event) * 16 > post.numel():
+        total.addmm_(post.T, pre, alpha=scale)
+    else:  # few have fired
+        total.index_add_(0, neuron, pre[event].mul_(post[event, neuron].unsqueeze(1)), alpha=scale)
 
 
-def _bounded(up: Tensor, down: Tensor, weight: Tensor, group: dict[str, Any]) -> Tensor:
+def _bounded(up: Tensor, down: Tensor, weight: Tensor, group: dict[str, Any], scaling: bool = False) -> Tensor:
     """What strengthens less what weakens (both >= 0), as far as the bounds let them, in the weight's type."""
     low, high, bounds, lr = group["w_min"], group["w_max"], group["bounds"], group["lr"]
     dtype, weight = weight.dtype, weight.to(up.dtype)
-    change = up * (high - weight) - down * (weight - low) if bounds == "soft" else up - down
+    change = up - down
+    if bounds == "soft":
+        rate = up + down
+        change = high * up + low * down - weight * rate
+        change *= torch.where(rate * lr > 0, -torch.expm1(-lr * rate) / (lr * rate), 1.0)
+    if scaling:
+        grown, total = change.flatten(1).sum(1), weight.flatten(1).sum(1)
+        share = torch.where((total > 0) & (total + lr * grown > 0), grown / total, 0.0)
+        share = share.view(-1, *[1] * (weight.ndim - 1))
+        change = (change - weight * share) / (1 + lr * share)
     if bounds == "hard" and lr > 0:
         change = change.clamp((low - weight) / lr, (high - weight) / lr)
     return change.to(dtype)

@@ -282,12 +282,7 @@ class SynapticRule(LearningRule):
                 total = s.total(u.shape[channel])
             else:  # of an unbatched event, sum([]) would be over its neurons
                 total = s.sum(others, dtype=product.dtype) if others else s.to(product.dtype)
-        self._add(synapse, product, total, statistic, u.numel() // u.shape[channel])
-
-    def _add(
-        self, synapse: Synapse, product: Tensor, total: Tensor | None, statistic: Tensor | None, events: int
-    ) -> None:
-        """Add what one firing has brought to what the synapse has gathered."""
+        events = u.numel() // u.shape[channel]
         sums = self._sums.get(synapse)
         if sums is None:
             self._sums[synapse] = _Sums(product, total, statistic, events)
@@ -298,6 +293,14 @@ class SynapticRule(LearningRule):
                 sums.signal += total
             if statistic is not None and sums.statistic is not None:
                 sums.statistic += statistic
+
+    def _total(self, synapse: Synapse, shape: tuple[int, ...], dtype: torch.dtype, events: int) -> Tensor:
+        """The sum of a synapse's products, for a rule that adds to it itself, after so many more events."""
+        if synapse not in self._sums:
+            empty = torch.zeros(shape, dtype=dtype, device=synapse.weight.device)
+            self._sums[synapse] = _Sums(empty, None, None, 0)
+        self._sums[synapse].events += events
+        return self._sums[synapse].product
 
     def _taught(self, u: Tensor, synapse: Synapse) -> Tensor:
         """The target in the place of the readout's activity."""

@@ -129,6 +129,21 @@ def course(lines: list[dict[str, Any]], title: str, path: Path) -> Path | None:
     return saved(figure, path)
 
 
+def window(delays: list[float], changes: list[float], title: str, path: Path) -> Path:
+    """What a pair of spikes does to a weight, by their delay in ms (postsynaptic less presynaptic)."""
+    figure, axes = plt.subplots(figsize=(5.4, 3.2), layout="constrained")
+    axes.set_title(title, fontsize=9)
+    for colour, part in (("tab:red", [p for p in zip(delays, changes, strict=True) if p[0] >= 0]),
+                         ("tab:blue", [p for p in zip(delays, changes, strict=True) if p[0] < 0])):  # fmt: skip
+        axes.plot(*zip(*part, strict=True), marker=".", markersize=3, linewidth=1, color=colour)
+    axes.axhline(0, color="grey", linewidth=0.8)
+    axes.axvline(0, color="grey", linewidth=0.8)
+    axes.set(xlabel="postsynaptic less presynaptic spike (ms)", ylabel="change of the weight / η")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    return _saved(figure, path)
+
+
 def confusion(counts: Tensor, title: str, path: Path) -> Path:
     """How often each class (a row) was taken for each other (a column); the colours leave the diagonal out."""
     classes = len(counts)

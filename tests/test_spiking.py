@@ -68,11 +68,19 @@ def bounded(up: Tensor, down: Tensor, w: Tensor, o: dict[str, Any], lr: float) -
     change = torch.zeros_like(w)
     for k in product(*map(range, w.shape)):
         if o["bounds"] == "soft":
-            change[k] = (o["w_max"] - w[k]) * up[k] - (w[k] - o["w_min"]) * down[k]
+            # Many small steps, each towards the bounds from where the weight has come to, in closed form.
+            rate = float(up[k] + down[k])
+            there = float(o["w_max"] * up[k] + o["w_min"] * down[k]) / rate if rate else float(w[k])
+            change[k] = (there - w[k]) * (1 - math.exp(-lr * rate)) / lr
         else:
             change[k] = up[k] - down[k]
-            if o["bounds"] == "hard":
-                change[k] = (min(max(w[k] + lr * change[k], o["w_min"]), o["w_max"]) - w[k]) / lr
+    if o.get("scaling"):
+        for j in range(len(w)):
+            grown = w[j] + lr * change[j]
+            change[j] = (grown * w[j].sum() / grown.sum() - w[j]) / lr
+    if o["bounds"] == "hard":
+        for k in product(*map(range, w.shape)):
+            change[k] = (min(max(w[k] + lr * change[k], o["w_min"]), o["w_max"]) - w[k]) / lr
     return change
 
 
@@ -81,8 +89,9 @@ WINDOW = {"tau_plus": 15.0, "tau_minus": 30.0, "dt": 2.0, "a_plus": 0.7, "a_minu
 
 @pytest.mark.parametrize("bounds", ["soft", "hard", None])
 @pytest.mark.parametrize("x_target", [0.0, 0.4])
-def test_linear_equals_a_twin_that_visits_every_pair(bounds: str | None, x_target: float) -> None:
-    o = {**WINDOW, "bounds": bounds, "x_target": x_target}
+@pytest.mark.parametrize("scaling", [False, True])
+def test_linear_equals_a_twin_that_visits_every_pair(bounds: str | None, x_target: float, scaling: bool) -> None:
+    o = {**WINDOW, "bounds": bounds, "x_target": x_target, "scaling": scaling}
     # Two sequences of one batch and, in the second step, a smaller last batch: each starts afresh.
     for rate in (0.4, 0.03):  # and few enough spikes for the sparse product
         x, s = random_spikes(7, 3, 6, rate=0.4), random_spikes(7, 3, 40, rate=rate, seed=1)
@@ -104,7 +113,7 @@ CONVS = [{"stride": 2}, {"padding": 1, "dilation": 2}, {"groups": 2}, {"padding"
 @pytest.mark.parametrize("bounds", ["soft", "hard"])
 def test_convolutions_equal_the_twin_of_each_position(options: dict[str, Any], bounds: str) -> None:
     """A position of a sample is a neuron of its own that shares its weights; the mean is over all of them."""
-    o = {**WINDOW, "bounds": bounds, "x_target": 0.4}
+    o = {**WINDOW, "bounds": bounds, "x_target": 0.4, "scaling": bounds == "soft"}
     layer = nn.Conv2d(2, 4, 2, **options).double()
     x = random_spikes(5, 2, 2, 4, 4)
     s = random_spikes(5, *layer(x[0]).shape, seed=1)
@@ -153,9 +162,24 @@ def test_the_window_measured_from_the_rule_is_the_classical_one() -> None:
         assert (model[0].weight.item() - before) / 0.5 == pytest.approx(expected, abs=1e-12)
 
 
+def test_soft_bounds_are_followed_within_a_step() -> None:
+    """One step of a rate is as many steps of a share of it, in which the weight hardly moves."""
+    x, s = random_spikes(6, 4, 5), random_spikes(6, 4, 3, seed=1)
+    results = []
+    for count in (1, 2000):
+        torch.manual_seed(0)
+        model = scripted(nn.Linear(5, 3), s)
+        optimizer = bioopt.STDP(model, 0.5 / count, bounds="soft", readout=None)
+        for _ in range(count):
+            play(model, x)
+            optimizer.step()
+        results.append(model[0].weight.detach())
+    torch.testing.assert_close(*results, rtol=0, atol=1e-6)
+
+
 def test_weights_keep_to_their_bounds() -> None:
     x, s = random_spikes(6, 4, 5), random_spikes(6, 4, 3, seed=1)
-    for bounds, lr in (("hard", 50.0), ("soft", 0.03)):
+    for bounds, lr in (("hard", 50.0), ("soft", 50.0)):
         for a_plus, a_minus in ((1.0, 0.1), (0.1, 1.0)):
             model = scripted(nn.Linear(5, 3), s)
             optimizer = bioopt.STDP(model, lr, a_plus=a_plus, a_minus=a_minus, bounds=bounds, readout=None)
@@ -176,6 +200,18 @@ def test_weights_keep_to_their_bounds() -> None:
         play(model, x)
         optimizer.step()
     assert model[0].weight.max() < 1
+
+
+def test_scaling_keeps_the_sum_of_each_neurons_weights() -> None:
+    x, s = random_spikes(6, 4, 5), random_spikes(6, 4, 3, seed=1)
+    model = scripted(nn.Linear(5, 3), s)
+    optimizer = bioopt.STDP(model, 2.0, scaling=True, readout=None)
+    before = model[0].weight.detach().clone()
+    for _ in range(50):
+        play(model, x)
+        optimizer.step()
+    torch.testing.assert_close(model[0].weight.sum(1), before.sum(1))
+    assert (model[0].weight - before).abs().max() > 0.05
 
 
 def test_traces_are_carried_on_explicitly() -> None:
