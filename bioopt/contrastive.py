@@ -93,6 +93,7 @@ class ContrastiveDivergence(SynapticRule):
         self._firings = 0  # since the last step
         super().__init__(params, lr, readout=readout, own={"steps": steps}, **options)
         if not self._rbms:
+            self.close()
             raise ValueError(
                 "ContrastiveDivergence: the model has no bioopt.nn.RBM that is not frozen, and nothing else learns by "
                 "this rule. Build one, bioopt.nn.RBM(visible, hidden), or choose another rule"

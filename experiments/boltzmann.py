@@ -463,7 +463,10 @@ class Valleys(Task):
             "ground_state_energy_of_theory": -0.763 + 0.70 * glass.units ** (-2 / 3),
             "coldest_mean_absolute_overlap": glass.mean("overlap")[0].item(),
             "hottest_mean_absolute_overlap": glass.mean("overlap")[-1].item(),
-            "largest_gap_of_energy_and_overlap": (energy + (1 - squared) / (2 * t)).abs().max().item(),
+            # In equilibrium, and averaged over couplings, e = -(1 - ⟨q²⟩) / 2T, for any N.
+            "coldest_mean_squared_overlap": squared[0].item(),
+            "coldest_mean_squared_overlap_by_energy": (1 + 2 * t * energy)[0].item(),
+            "largest_energy_gap_by_overlap_above_half": (energy + (1 - squared) / (2 * t))[t > 0.5].abs().max().item(),
             "machine_overlap_of_samples": self._mean_overlap(dreams.mean("histogram")[own]),
             "digits_overlap_within_a_class": same.mean().item(),
             "digits_overlap_between_classes": other.mean().item(),
@@ -500,7 +503,12 @@ class Valleys(Task):
         axes = grid[0][1]
         for i in _spread(len(t)):
             axes.plot(middles, glass.mean("histogram")[i] * density, label=f"T = {t[i]:.2f}")
-        axes.set(xlabel="overlap q of two replicas", ylabel="P(q)", title="Spin glass: many valleys, by chance")
+        axes.set(
+            xticks=[-1, -0.5, 0, 0.5, 1],
+            xlabel="overlap q of two replicas",
+            ylabel="P(q)",
+            title="Spin glass: many valleys, by chance",
+        )
         t, own = dreams.temperatures.cpu(), self._own
         axes = grid[1][0]
         axes.plot(t, dreams.mean("energy"), marker="o", markersize=4, color="tab:orange", label="measured")

@@ -75,19 +75,26 @@ class Machine(bioopt.nn.RBM):
         return super().forward(x.flatten(1).sigmoid())
 
 
-def machines(seed: int = 0, dropout: float = 0.2, inputs: int = 128, outputs: int = 5) -> nn.Sequential:
+def machines(seed: int = 0, dropout: float = 0.2) -> nn.Sequential:
     """`cnn` in RBMs: layers, batch norm and dropout stand at the same places."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return nn.Sequential(
-            Machine(inputs, 6),
+            Machine(128, 6),
             nn.BatchNorm1d(6),
             nn.Dropout(dropout),
             nn.Sigmoid(),
             bioopt.nn.RBM(6, 8),
             bioopt.nn.RBM(8, 32),
-            nn.Linear(32, outputs),
+            nn.Linear(32, 5),
         )
+
+
+def machine(dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    """`mlp` with an RBM."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(Machine(6, 5), nn.Linear(5, 4)).to(dtype)
 
 
 def mlp(seed: int = 0, sizes: tuple[int, ...] = (6, 5, 4), dtype: torch.dtype = torch.float64) -> nn.Sequential:
@@ -156,14 +163,13 @@ def spiking_mlp(seed: int = 0, sizes: tuple[int, ...] = (6, 5, 4), dtype: torch.
         return SpikingNet(*(m for a, b in pairwise(sizes) for m in (nn.Linear(a, b), Neurons()))).to(dtype)
 
 
-# What stands in the place of `cnn` and `mlp` for rules that train no network of convolutions and rates.
-NETWORKS: dict[Any, dict[str, Callable[..., nn.Sequential]]] = {
-    bioopt.ContrastiveDivergence: {
-        "cnn": machines,
-        "mlp": lambda dtype=torch.float64: machines(inputs=6, outputs=4).to(dtype),
-    },
-    **{rule: {"cnn": spiking_cnn, "mlp": spiking_mlp} for rule in SPIKING},
+# Rules for layers, or for signals, of their own: what stands in the place of `cnn` and `mlp` in their tests.
+NETWORKS: dict[type, dict[str, Callable[..., nn.Sequential]]] = {
+    bioopt.ContrastiveDivergence: {"cnn": machines, "mlp": machine},
+    bioopt.STDP: {"cnn": spiking_cnn, "mlp": spiking_mlp},
+    bioopt.RewardSTDP: {"cnn": spiking_cnn, "mlp": spiking_mlp},
 }
+ORDINARY = [rule for rule in RULES if rule not in NETWORKS]  # train whatever synapse there is
 
 
 def batch(seed: int = 0, n: int = 10) -> tuple[Tensor, Tensor]:

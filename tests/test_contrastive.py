@@ -322,6 +322,23 @@ def test_a_readout_learns_from_its_loss_beside_it() -> None:
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
 
 
+def test_locality() -> None:
+    """A machine learns alike whatever stands above it, whatever the labels and the loss."""
+    changes = []
+    for variant in range(3):
+        torch.manual_seed(0)
+        model = nn.Sequential(bioopt.nn.RBM(6, 5), bioopt.nn.RBM(5, 4), nn.Linear(4, 3))
+        if variant:
+            nn.init.normal_(model[1].weight)
+            nn.init.normal_(model[2].weight)
+        optimizer = bioopt.ContrastiveDivergence(model, 0.1, readout="delta")
+        x, y = torch.rand(8, 6, generator=torch.Generator().manual_seed(0)), torch.full((8,), variant)
+        optimizer.step(lambda model=model, x=x, y=y, variant=variant: (1 + variant) * F.cross_entropy(model(x), y))
+        changes.append([p.detach().clone() for p in model[0].parameters()])
+    for change in changes[1:]:
+        assert all(torch.equal(p, q) for p, q in zip(changes[0], change, strict=True))
+
+
 def test_what_it_cannot_train_is_refused() -> None:
     with pytest.raises(ValueError, match=r"no bioopt\.nn\.RBM"):
         bioopt.ContrastiveDivergence(nn.Linear(4, 3), lr=0.1)
