@@ -141,7 +141,7 @@ def window(delays: list[float], changes: list[float], title: str, path: Path) ->
     axes.set(xlabel="postsynaptic less presynaptic spike (ms)", ylabel="change of the weight / η")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    return _saved(figure, path)
+    return saved(figure, path)
 
 
 def confusion(counts: Tensor, title: str, path: Path) -> Path:

@@ -23,6 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 import bioopt
 
 from .rules import (
+    NETWORKS,
     ONE_EVALUATION,
     ONE_PASS,
     PLAIN,
