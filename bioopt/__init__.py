@@ -29,12 +29,14 @@ from .perturbation import (
     WeightPerturbation,
 )
 from .recorder import Recorder, Synapse, register_synapse
+from .spiking import STDP, RewardSTDP
 from .synaptic import SynapticRule
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BCM",
+    "STDP",
     "AntiHebbian",
     "ContrastiveDivergence",
     "ForwardGradient",
@@ -48,6 +50,7 @@ __all__ = [
     "RankOnePerturbation",
     "Recorder",
     "RewardHebbian",
+    "RewardSTDP",
     "Sanger",
     "SerialPerturbation",
     "SoftHebb",

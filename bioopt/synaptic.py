@@ -185,7 +185,6 @@ class SynapticRule(LearningRule):
 
     # -- what a rule implements ---------------------------------------------------------------------------------
 
-    @abstractmethod
     def signal(self, u: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor | Few:
         """The teaching signal ``s``, of ``u``'s shape or for `Few`: what this layer is told.
 
@@ -193,7 +192,10 @@ class SynapticRule(LearningRule):
             u: postsynaptic activity, neurons along ``synapse.channel_dim``.
             synapse: the layer that fires.
             group: its param group.
+
+        A rule that hears the neurons after its synapses (`Recorder.hear`) gathers its products itself instead.
         """
+        raise NotImplementedError
 
     @abstractmethod
     def update(self, product: Tensor, signal: Tensor | None, synapse: Synapse, group: dict[str, Any]) -> Tensor:
@@ -224,6 +226,16 @@ class SynapticRule(LearningRule):
         """What else of a layer learns, such as its bias, and its change by the means of `signal` and `statistic`."""
         return {}
 
+    def follow(self, synapses: list[Synapse], group: dict[str, Any]) -> None:
+        """Before the synapses of a group are watched: a last check, and which neurons are to be heard."""
+
+    def forget(self) -> None:
+        """Drop what the pass has left besides products: before an evaluation that counts, and after the step."""
+
+    def kept(self) -> dict[str, Any]:
+        """What else the pass leaves as the rule's state, after the step."""
+        return {}
+
     def running(self, synapse: Synapse) -> Tensor | None:
         """The running value of a synapse; ``None`` before its first step."""
         value: Tensor | None = self._own_state.get("running", {}).get(synapse.index)
@@ -247,6 +259,7 @@ class SynapticRule(LearningRule):
                     f"{type(self).__name__}: {reason} takes at least {least} neurons, but layer '{s.name}' "
                     f"has {size}" + (" in each group" if s.pools > 1 else "")
                 )
+        self.follow(synapses, group)
         return unique([(f"{s.name}.weight", s.weight) for s in synapses]), synapses
 
     def _gather(self, synapse: Synapse, u: Tensor) -> None:
@@ -281,6 +294,14 @@ class SynapticRule(LearningRule):
             if statistic is not None and sums.statistic is not None:
                 sums.statistic += statistic
 
+    def _total(self, synapse: Synapse, shape: tuple[int, ...], dtype: torch.dtype, events: int) -> Tensor:
+        """The sum of a synapse's products, for a rule that adds to it itself, after so many more events."""
+        if synapse not in self._sums:
+            empty = torch.zeros(shape, dtype=dtype, device=synapse.weight.device)
+            self._sums[synapse] = _Sums(empty, None, None, 0)
+        self._sums[synapse].events += events
+        return self._sums[synapse].product
+
     def _taught(self, u: Tensor, synapse: Synapse) -> Tensor:
         """The target in the place of the readout's activity."""
         name, target = type(self).__name__, self.target
@@ -311,6 +332,7 @@ class SynapticRule(LearningRule):
     def _begin(self) -> None:
         """Before an evaluation whose records alone count."""
         self._sums.clear()
+        self.forget()
         self._recorder.reset()
         for p in self._trained():
             p.grad = None
@@ -361,9 +383,10 @@ class SynapticRule(LearningRule):
                 if statistic is not None:
                     value = self.advance(self.running(synapse), statistic, group)
                     running |= {} if value is None else {synapse.index: value}
-            return grads, {"running": running} if running else {}
+            return grads, ({"running": running} if running else {}) | self.kept()
         finally:
             self._sums.clear()
+            self.forget()
             self.target = None  # an old one shall not teach a new batch
 
     def _check_fired(self) -> None:

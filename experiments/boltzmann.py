@@ -20,7 +20,7 @@ from bioopt.nn import RBM
 
 from . import data
 from .models import Grey
-from .pictures import _saved
+from .pictures import saved
 from .tasks import Task
 
 GROUND_STATE = -0.7632  # of the Sherrington-Kirkpatrick model, energy per spin (Parisi, 1979)
@@ -130,7 +130,7 @@ def likelihood(
         axes.imshow(mosaic(shown, images.shape, 10), cmap="Greys", vmin=0, vmax=1)
         axes.set_title(name, fontsize=9)
         axes.axis("off")
-    return numbers, [_saved(figure, folder / "samples.png")]
+    return numbers, [saved(figure, folder / "samples.png")]
 
 
 def _first_machine(model: nn.Module) -> tuple[nn.Sequential, RBM]:
@@ -531,7 +531,7 @@ class Valleys(Task):
             axes.spines[["top", "right"]].set_visible(False)
             axes.legend(frameon=False, fontsize=8)
             axes.title.set_size(10)
-        return _saved(figure, folder / "spin_glass.png")
+        return saved(figure, folder / "spin_glass.png")
 
     def _by_temperature(self, title: str, folder: Path) -> Path:
         """Visible states of the machine, a row for each of some temperatures."""
@@ -547,7 +547,7 @@ class Valleys(Task):
             axes.set_ylabel(f"T = {t[i]:.2f}", rotation=0, ha="right", va="center", fontsize=8)
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
-        return _saved(figure, folder / "machine_by_temperature.png")
+        return saved(figure, folder / "machine_by_temperature.png")
 
 
 def _spread(count: int) -> Sequence[int]:

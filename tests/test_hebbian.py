@@ -104,6 +104,8 @@ def hebbian_twin(
     flat = weight.flatten(1)
     if decay != "subspace":
         together = together.diag().diag() * (decay == "own")
+    if decay == "none":
+        return product
     change = product.flatten(1) - together @ flat
     if not losers and min(modulator or [1]) >= 0:
         change = torch.linalg.inv(torch.eye(len(flat), dtype=flat.dtype) + lr * together) @ change

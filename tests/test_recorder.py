@@ -167,7 +167,9 @@ def test_no_graph_and_no_activity_outlives_the_step() -> None:
         optimizer = make(rule, model)
         seen = []
         model[1].register_forward_hook(
-            lambda m, args, out, seen=seen: seen.append((weakref.ref(args[0]), weakref.ref(out)))
+            lambda m, args, out, seen=seen: seen.append(
+                (weakref.ref(args[0]), weakref.ref(out[0] if isinstance(out, tuple) else out))
+            )
         )
         x, y = torch.randn(8, 6, dtype=torch.float64), torch.randint(4, (8,))
         loss = optimizer.step(lambda model=model, x=x, y=y: F.cross_entropy(model(x), y, reduction="none"))

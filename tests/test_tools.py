@@ -156,7 +156,8 @@ def test_a_closure_may_run_micro_batches(rule: type) -> None:
         def closure(model=model, optimizer=optimizer, x=x, y=y % 4, size=size) -> Tensor:
             optimizer.zero_grad()
             parts = zip(x.split(size), y.split(size), strict=True)
-            losses = torch.cat([F.cross_entropy(model(a), b, reduction="none") for a, b in parts])
+            new = getattr(optimizer, "new_sequence", lambda: None)  # of rules that know time
+            losses = torch.cat([F.cross_entropy(model(a), b, reduction="none") for a, b in parts if new() is None])
             if losses.requires_grad:
                 losses.mean().backward()
             return losses
