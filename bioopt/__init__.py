@@ -14,6 +14,8 @@ Each is a `torch.optim.Optimizer` that trains an unmodified `torch.nn.Module` by
     loss = optimizer.step(closure)
 """
 
+from . import nn
+from .contrastive import ContrastiveDivergence
 from .diagnosis import diagnose
 from .hebbian import BCM, AntiHebbian, Hebbian, KrotovHopfield, Oja, RewardHebbian, Sanger, SoftHebb
 from .mixed import Mixed
@@ -36,6 +38,7 @@ __all__ = [
     "BCM",
     "STDP",
     "AntiHebbian",
+    "ContrastiveDivergence",
     "ForwardGradient",
     "Hebbian",
     "HillClimbing",
@@ -55,5 +58,6 @@ __all__ = [
     "SynapticRule",
     "WeightPerturbation",
     "diagnose",
+    "nn",
     "register_synapse",
 ]

@@ -96,7 +96,8 @@ class SynapticRule(LearningRule):
     Every synapse is cut: no error signal passes. A rule with a memory (a threshold, say) implements `statistic` and
     `advance` as well, and reads it by `running`.
 
-    Only weights learn; biases of the trunk and the affine parameters of normalisation layers stay frozen.
+    Only weights learn, and what a rule adds by `others`; biases of the trunk and the affine parameters of normalisation
+    layers stay frozen.
 
     Args:
         params: the model (or modules, or groups whose ``"params"`` are modules). Bare parameters are refused.
@@ -215,9 +216,15 @@ class SynapticRule(LearningRule):
         """What the rule's running value follows, summed over events: ``Σ u²`` of each neuron, say."""
         return None
 
-    def advance(self, before: Tensor | None, mean: Tensor, group: dict[str, Any]) -> Tensor:
+    def advance(self, before: Tensor | None, mean: Tensor, group: dict[str, Any]) -> Tensor | None:
         """The running value after a step, from its old one (``None`` at first) and the mean of `statistic`."""
-        raise NotImplementedError
+        return None
+
+    def others(
+        self, signal: Tensor | None, statistic: Tensor | None, synapse: Synapse, group: dict[str, Any]
+    ) -> dict[Tensor, Tensor]:
+        """What else of a layer learns, such as its bias, and its change by the means of `signal` and `statistic`."""
+        return {}
 
     def follow(self, synapses: list[Synapse], group: dict[str, Any]) -> None:
         """Before the synapses of a group are watched: a last check, and which neurons are to be heard."""
@@ -271,7 +278,10 @@ class SynapticRule(LearningRule):
             product = local_product(synapse, u, s)
         total: Tensor | None = None
         if synapse.bias is not None:
-            total = s.total(u.shape[channel]) if isinstance(s, Few) else s.sum(others, dtype=product.dtype)
+            if isinstance(s, Few):
+                total = s.total(u.shape[channel])
+            else:  # of an unbatched event, sum([]) would be over its neurons
+                total = s.sum(others, dtype=product.dtype) if others else s.to(product.dtype)
         events = u.numel() // u.shape[channel]
         sums = self._sums.get(synapse)
         if sums is None:
@@ -365,9 +375,14 @@ class SynapticRule(LearningRule):
                 fits = change.stride() == synapse.weight.stride()
                 grad = change.neg_() if fits else torch.neg(change, out=torch.empty_like(synapse.weight))
                 grads[synapse.weight] = grads[synapse.weight] + grad if synapse.weight in grads else grad
-                if statistic is not None and synapse is not self._readout:
-                    group = self.param_groups[synapse.group]
-                    running[synapse.index] = self.advance(self.running(synapse), statistic, group)
+                if synapse is self._readout:
+                    continue
+                group = self.param_groups[synapse.group]
+                for p, other in self.others(mean, statistic, synapse, group).items():
+                    grads[p] = grads[p] - other if p in grads else -other
+                if statistic is not None:
+                    value = self.advance(self.running(synapse), statistic, group)
+                    running |= {} if value is None else {synapse.index: value}
             return grads, ({"running": running} if running else {}) | self.kept()
         finally:
             self._sums.clear()

@@ -1,22 +1,16 @@
-from __future__ import annotations
-
-from functools import partial
-
 import pytest
 import torch
 
-from . import rules
+from .rules import NETWORKS
 
 # The networks here are tiny: a second thread costs more than it brings.
 torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def _spiking_networks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a test builds `cnn` or `mlp` for a rule of spikes, it gets the spiking network in its place."""
-    given = getattr(request.node, "callspec", None)
-    rule = None if given is None else given.params.get("rule", given.params.get("build"))
-    if (rule.args[0] if isinstance(rule, partial) and rule.args else rule) in rules.SPIKING:
-        for name in ("cnn", "mlp"):
-            if hasattr(request.module, name):
-                monkeypatch.setattr(request.module, name, getattr(rules, f"spiking_{name}"))
+def network_of_the_rule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a test of ``rule``, or of what ``build`` makes, `cnn()` and `mlp()` are networks that the rule can train."""
+    case = getattr(request.node, "callspec", None)
+    rule = case and (case.params.get("rule") or getattr(case.params.get("build"), "args", [None])[0])
+    for name, network in NETWORKS.get(rule, {}).items():
+        monkeypatch.setattr(request.module, name, network, raising=False)

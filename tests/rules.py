@@ -68,6 +68,35 @@ def cnn(seed: int = 0, dropout: float = 0.2) -> nn.Sequential:
         )
 
 
+class Machine(bioopt.nn.RBM):
+    """An RBM that takes whatever comes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(1).sigmoid())
+
+
+def machines(seed: int = 0, dropout: float = 0.2) -> nn.Sequential:
+    """`cnn` in RBMs: layers, batch norm and dropout stand at the same places."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            Machine(128, 6),
+            nn.BatchNorm1d(6),
+            nn.Dropout(dropout),
+            nn.Sigmoid(),
+            bioopt.nn.RBM(6, 8),
+            bioopt.nn.RBM(8, 32),
+            nn.Linear(32, 5),
+        )
+
+
+def machine(dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    """`mlp` with an RBM."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(Machine(6, 5), nn.Linear(5, 4)).to(dtype)
+
+
 def mlp(seed: int = 0, sizes: tuple[int, ...] = (6, 5, 4), dtype: torch.dtype = torch.float64) -> nn.Sequential:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -134,6 +163,15 @@ def spiking_mlp(seed: int = 0, sizes: tuple[int, ...] = (6, 5, 4), dtype: torch.
         return SpikingNet(*(m for a, b in pairwise(sizes) for m in (nn.Linear(a, b), Neurons()))).to(dtype)
 
 
+# Rules for layers, or for signals, of their own: what stands in the place of `cnn` and `mlp` in their tests.
+NETWORKS: dict[type, dict[str, Callable[..., nn.Sequential]]] = {
+    bioopt.ContrastiveDivergence: {"cnn": machines, "mlp": machine},
+    bioopt.STDP: {"cnn": spiking_cnn, "mlp": spiking_mlp},
+    bioopt.RewardSTDP: {"cnn": spiking_cnn, "mlp": spiking_mlp},
+}
+ORDINARY = [rule for rule in RULES if rule not in NETWORKS]  # train whatever synapse there is
+
+
 def batch(seed: int = 0, n: int = 10) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(n, 2, 8, 8, generator=generator), torch.randint(5, (n,), generator=generator)
@@ -169,6 +207,10 @@ def steps(optimizer: Any, model: nn.Module, count: int, first: int = 0) -> Any:
     for i in range(first, first + count):
         loss = optimizer.step(per_sample(optimizer, model, *batch(i)))
     return loss
+
+
+def name_of(model: nn.Module, wanted: Tensor) -> str:
+    return next(name for name, p in model.named_parameters() if p is wanted)
 
 
 def weights(model: nn.Module) -> list[Tensor]:

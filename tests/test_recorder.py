@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import bioopt
 from bioopt.recorder import find_synapses
 
-from .rules import RULES, SPIKING, hooks, make, mlp, same, spiking_mlp, weights
+from .rules import NETWORKS, ORDINARY, RULES, hooks, make, mlp, same, weights
 
 
 def test_backprop_reassembled_from_cut_layers_equals_autograd() -> None:
@@ -41,8 +41,7 @@ def test_backprop_reassembled_from_cut_layers_equals_autograd() -> None:
     assert hooks(model) == 0
 
 
-# Rules of spikes take no network of graded activity; test_spiking.py has their shared layers and memory used again.
-@pytest.mark.parametrize("rule", [r for r in RULES if r not in SPIKING], ids=lambda rule: rule.__name__)
+@pytest.mark.parametrize("rule", ORDINARY, ids=lambda rule: rule.__name__)
 def test_in_place_activations_change_nothing(rule: type) -> None:
     results = []
     for inplace in (False, True):
@@ -58,8 +57,7 @@ def test_in_place_activations_change_nothing(rule: type) -> None:
     assert same(*results)
 
 
-# Rules of spikes take no network of graded activity; test_spiking.py has their shared layers and memory used again.
-@pytest.mark.parametrize("rule", [r for r in RULES if r not in SPIKING], ids=lambda rule: rule.__name__)
+@pytest.mark.parametrize("rule", ORDINARY, ids=lambda rule: rule.__name__)
 def test_residual_and_shared_layers(rule: type) -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -165,7 +163,7 @@ def test_no_graph_and_no_activity_outlives_the_step() -> None:
     import weakref
 
     for rule in RULES:
-        model = (spiking_mlp if rule in SPIKING else mlp)(sizes=(6, 5, 4))
+        model = NETWORKS.get(rule, {"mlp": mlp})["mlp"]()
         optimizer = make(rule, model)
         seen = []
         model[1].register_forward_hook(

@@ -26,7 +26,7 @@ MODELS = sorted(p.stem for p in (ROOT / "conf/model").glob("*.yaml"))
 DATA = sorted(p.stem for p in (ROOT / "conf/data").glob("*.yaml"))
 # A network so small that every optimizer takes a step in no time.
 TINY = ["model=cnn", "model.width=2", "model.kernel=3", "logger.mode=disabled", "epochs=1", "batch_size=256"]
-SPIKING = ["model=spiking", "model.neurons=20", "model.steps=3", *TINY[3:]]
+SPIKING = ["model=spiking", "model.neurons=20", "model.steps=3"]
 
 
 def tiny(optimizer: str) -> list[str]:
@@ -37,9 +37,13 @@ def tiny(optimizer: str) -> list[str]:
         "serial_perturbation": "coordinates",
         "weight_perturbation": "population",
     }
-    of_spikes = {"stdp": SPIKING, "reward_stdp": [*SPIKING, "model.readout=groups"]}
-    limited = [f"optimizer.{few[optimizer]}=1"] if optimizer in few else []
-    return [f"optimizer={optimizer}", *of_spikes.get(optimizer, TINY), *limited]
+    own = {  # rules for networks of their own
+        "contrastive_divergence": ["model=rbm", "model.hidden=[8]"],
+        "reward_stdp": [*SPIKING, "model.readout=groups"],
+        "stdp": SPIKING,
+    }
+    common = [*own[optimizer], *(o for o in TINY if not o.startswith("model"))] if optimizer in own else TINY
+    return [f"optimizer={optimizer}", *common, *([f"optimizer.{few[optimizer]}=1"] if optimizer in few else [])]
 
 
 def config(*overrides: str) -> DictConfig:

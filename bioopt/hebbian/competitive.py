@@ -59,7 +59,7 @@ class Hebbian(SynapticRule):
     (its diagonal alone for ``"own"``), that is :math:`\Delta W = (I + \mathrm{lr}\,C)^{-1} (P - C W)`. With
     ``losers`` or a negative modulator, which could make that system singular, decay is taken at the old weights. A
     step that would be longer than the pool's weights (:math:`\mathrm{lr} \lVert\Delta W\rVert > \lVert W\rVert`,
-    Frobenius norms) is cut to their length.
+    Frobenius norms) is cut to their length; not so without decay, where the weights are the plain sum of what they saw.
 
     No error signal and no labels enter; only the readout sees a loss.
 
@@ -169,18 +169,18 @@ class Hebbian(SynapticRule):
         return s * m
 
     def update(self, product: Tensor, signal: Tensor | None, synapse: Synapse, group: dict[str, Any]) -> Tensor:
-        """``(I + lr C)⁻¹ (P - C W)`` in each pool, no step longer than ``‖W‖``."""
+        """``(I + lr C)⁻¹ (P - C W)`` in each pool, no step longer than ``‖W‖``; without decay ``P``."""
+        if group["decay"] == "none":
+            return product
         rows = in_pools(product, synapse)
         weight = in_pools(synapse.weight.detach(), synapse)
-        change = rows
-        if group["decay"] != "none":
-            said = together(rows, weight, signal, synapse)
-            if group["decay"] == "own":
-                said = torch.diag_embed(said.diagonal(dim1=-2, dim2=-1))
-            change = rows.baddbmm_(said, weight, alpha=-1)
-            if not group["losers"] and torch.as_tensor(self.modulator).min() >= 0:
-                system = torch.eye(said.shape[-1], dtype=rows.dtype, device=rows.device) + group["lr"] * said
-                change = torch.linalg.solve(system, change)
+        said = together(rows, weight, signal, synapse)
+        if group["decay"] == "own":
+            said = torch.diag_embed(said.diagonal(dim1=-2, dim2=-1))
+        change = rows.baddbmm_(said, weight, alpha=-1)
+        if not group["losers"] and torch.as_tensor(self.modulator).min() >= 0:
+            system = torch.eye(said.shape[-1], dtype=rows.dtype, device=rows.device) + group["lr"] * said
+            change = torch.linalg.solve(system, change)
         return weight_shaped(cut(change, weight, group["lr"]).to(product.dtype), synapse)
 
 
