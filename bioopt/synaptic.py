@@ -266,22 +266,18 @@ class SynapticRule(LearningRule):
         with torch.no_grad():
             group = self.param_groups[synapse.group]
             channel = u.ndim + synapse.channel_dim
-            others = [d for d in range(u.ndim) if d != channel]
             statistic: Tensor | None
             if synapse is self._readout:
                 taught = self._taught(u, synapse)
                 s: Tensor | Few = taught
-                statistic = (taught * taught).sum(others)
+                statistic = over_events(taught * taught, channel)
             else:
                 statistic = self.statistic(u.detach(), synapse, group)
                 s = self.signal(u.detach(), synapse, group)
             product = local_product(synapse, u, s)
         total: Tensor | None = None
         if synapse.bias is not None:
-            if isinstance(s, Few):
-                total = s.total(u.shape[channel])
-            else:  # of an unbatched event, sum([]) would be over its neurons
-                total = s.sum(others, dtype=product.dtype) if others else s.to(product.dtype)
+            total = s.total(u.shape[channel]) if isinstance(s, Few) else over_events(s, channel, product.dtype)
         events = u.numel() // u.shape[channel]
         sums = self._sums.get(synapse)
         if sums is None:
@@ -416,6 +412,12 @@ class SynapticRule(LearningRule):
             silent = [s.name for s in self._recorder.synapses.values() if s not in fired and s.layer.training]
             if silent:
                 warnings.warn(f"{name}: did not fire and learn nothing: {', '.join(silent)}", stacklevel=_outside())
+
+
+def over_events(values: Tensor, channel: int, dtype: torch.dtype | None = None) -> Tensor:
+    """The sum over samples and positions for each neuron."""
+    events = [d for d in range(values.ndim) if d != channel]
+    return values.sum(events, dtype=dtype) if events else values.to(dtype or values.dtype)  # sum([]) is over all
 
 
 def local_product(synapse: Synapse, u: Tensor, s: Tensor | Few) -> Tensor:

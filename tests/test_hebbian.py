@@ -541,6 +541,23 @@ def test_the_delta_readout_is_what_backward_leaves_there(rule: type) -> None:
         assert torch.equal(p, q)
 
 
+@pytest.mark.parametrize("rule", [rule for rule in ONE_PASS if rule in ORDINARY])
+def test_an_event_without_a_batch_is_a_batch_of_one(rule: type) -> None:
+    """With a bias, whose signal is summed over events, and a running value, where the rule has one."""
+    x = torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    results = []
+    for batched in (False, True):
+        model = mlp()
+        optimizer = rule(model, 0.1, readout="teacher")
+        for event in x:
+            optimizer.target = torch.tensor([1.0, 0, 0, 0]).view((1, 4) if batched else (4,))
+            model(event.unsqueeze(0) if batched else event)
+            optimizer.step()
+        results.append([p.detach() for p in model.parameters()])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
 def test_oja_finds_the_principal_component() -> None:
     torch.manual_seed(0)
     x = torch.randn(500, 6, dtype=torch.float64) @ torch.randn(6, 6, dtype=torch.float64)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..optimizer import Constraint, Params
 from ..recorder import Synapse
-from ..synaptic import SynapticRule
+from ..synaptic import SynapticRule, over_events
 from .pools import along_channels, rows_of, weight_shaped
 
 
@@ -54,8 +54,7 @@ class BCM(SynapticRule):
 
     def statistic(self, u: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor:
         """``Σ u²``."""
-        others = [d for d in range(u.ndim) if d != u.ndim + synapse.channel_dim]
-        return u.square().sum(others, dtype=synapse.weight.dtype)
+        return over_events(u.square(), u.ndim + synapse.channel_dim, synapse.weight.dtype)
 
     def advance(self, before: Tensor | None, mean: Tensor, group: dict[str, Any]) -> Tensor:
         """The threshold follows the mean squared activity."""
