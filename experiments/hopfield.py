@@ -255,7 +255,7 @@ class Recall(Task):
         right.axvspan(0, spiking.cue_duration, color="tab:blue", alpha=0.15, linewidth=0)
         active = int((self.images[0].cpu()[some] > 0).sum())
         right.axhline(active - 0.5, color="tab:red", linewidth=0.8)
-        right.invert_yaxis()
+        right.set_ylim(len(some), -1)
         right.set(xlabel="ms (blue: half of a digit as the cue)", ylabel="some units, those of the digit first")
         right.set_title("spikes")
         _plain(left, right)
