@@ -30,7 +30,7 @@ def without_numbers(text: str) -> list[str]:
     return re.sub(r"\d[\d.]*", "#", text).split()
 
 
-@pytest.mark.parametrize("name", ["getting_started", "rules/index", "rules/hebbian"])
+@pytest.mark.parametrize("name", ["getting_started", "rules/index", "rules/hebbian", "memories/hopfield"])
 def test_the_python_of_a_page_prints_what_follows_it(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, object] = {}
     printed = None
