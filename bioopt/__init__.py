@@ -15,6 +15,7 @@ Each is a `torch.optim.Optimizer` that trains an unmodified `torch.nn.Module` by
 """
 
 from . import nn
+from .contrastive import ContrastiveDivergence
 from .diagnosis import diagnose
 from .hebbian import BCM, AntiHebbian, Hebbian, KrotovHopfield, Oja, RewardHebbian, Sanger, SoftHebb
 from .mixed import Mixed
@@ -28,13 +29,16 @@ from .perturbation import (
     WeightPerturbation,
 )
 from .recorder import Recorder, Synapse, register_synapse
+from .spiking import STDP, RewardSTDP
 from .synaptic import SynapticRule
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BCM",
+    "STDP",
     "AntiHebbian",
+    "ContrastiveDivergence",
     "ForwardGradient",
     "Hebbian",
     "HillClimbing",
@@ -46,6 +50,7 @@ __all__ = [
     "RankOnePerturbation",
     "Recorder",
     "RewardHebbian",
+    "RewardSTDP",
     "Sanger",
     "SerialPerturbation",
     "SoftHebb",

@@ -81,6 +81,7 @@ class Synapse:
     group: int = -1  # index of its param group
     index: int = -1  # its place among the watched
     is_readout: bool = False
+    neurons: nn.Module | None = None  # what turns its output into spikes, for rules that hear them
 
     @property
     def weight(self) -> nn.Parameter:
@@ -179,6 +180,7 @@ def _in_backward() -> bool:
 
 
 Visit = Callable[[Synapse, Tensor], Tensor | None]
+Hear = Callable[[Synapse, Tensor, Tensor], None]
 
 
 @dataclass
@@ -198,6 +200,9 @@ class Recorder:
             as if nothing watched it. Held weakly where it is a bound method.
         anchored: whether the detached outputs handed on require grad, so that a loss made of nothing else can
             still be sent through ``backward()``.
+        hear: called with ``(synapse, x, s)`` as the ``neurons`` of an awake synapse have spoken: what entered it and
+            what they made of it (the first of their outputs), in place of ``visit``. Held weakly where it is a bound
+            method.
         presynaptic: what entered the synapse that is being visited.
         fired: the synapses that fired since `reset`, in order of first firing, with the last one to fire at the end.
         beneath: parameters trained by gradients, seen below a cut since `reset` (filled while ``trace`` is set).
@@ -211,6 +216,8 @@ class Recorder:
         self.fired: dict[Synapse, None] = {}
         self.beneath: set[Tensor] = set()
         self._visit: Callable[[], Visit | None] | None = None
+        self._hear: Callable[[], Hear | None] | None = None
+        self._awaited: dict[Synapse, tuple[Tensor, torch.Size]] = {}  # what entered, of those whose neurons are due
         self._firing: list[_Firing | None] = []
         self._anchor = torch.zeros((), requires_grad=True)
         self._handles: list[Any] = []
@@ -225,6 +232,9 @@ class Recorder:
         self._handles.append(layer.register_forward_pre_hook(_Hook(self, "_before"), with_kwargs=True))
         # always_call, so that a layer that raises leaves grad mode as it was.
         self._handles.append(layer.register_forward_hook(_Hook(self, "_after"), always_call=True))
+        others = [other for other in self.synapses.values() if other is not synapse]
+        if synapse.neurons is not None and all(other.neurons is not synapse.neurons for other in others):
+            self._handles.append(synapse.neurons.register_forward_hook(_Hook(self, "_spoken")))
 
     @property
     def visit(self) -> Visit | None:
@@ -233,12 +243,16 @@ class Recorder:
 
     @visit.setter
     def visit(self, visit: Visit | None) -> None:
-        if visit is None:
-            self._visit = None
-        elif hasattr(visit, "__self__"):
-            self._visit = weakref.WeakMethod(visit)
-        else:
-            self._visit = lambda: visit
+        self._visit = _weakly(visit)
+
+    @property
+    def hear(self) -> Hear | None:
+        """What happens as the neurons of a synapse have spoken."""
+        return None if self._hear is None else self._hear()
+
+    @hear.setter
+    def hear(self, hear: Hear | None) -> None:
+        self._hear = _weakly(hear)
 
     @contextmanager
     def visiting(self, visit: Visit | None) -> Iterator[None]:
@@ -255,6 +269,17 @@ class Recorder:
         self.fired.clear()
         self.beneath.clear()
         self._firing.clear()
+        self._awaited.clear()
+
+    def missing(self) -> str:
+        """The first synapse whose neurons have not spoken since it fired, and what to do; empty where all have."""
+        name = next((synapse.name for synapse in self._awaited), None)
+        if name is None:
+            return ""
+        return (
+            f"layer '{name}' has fired, but the neurons that were taken to follow it have said nothing; name those "
+            f"that do: neurons={{'{name}': ...}}"
+        )
 
     def _before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         synapse = self.synapses[layer]
@@ -304,6 +329,14 @@ class Recorder:
         self.fired[synapse] = None
         if synapse.is_readout:
             return None
+        if synapse.neurons is not None:
+            if synapse in self._awaited:
+                missing = self.missing()
+                self._awaited.clear()
+                raise RuntimeError(missing)
+            if firing.x is not None:
+                self._awaited[synapse] = firing.x, output.shape
+            return self._hand_on(output)
         visit = self.visit
         self.presynaptic = firing.x
         try:
@@ -311,6 +344,22 @@ class Recorder:
         finally:
             self.presynaptic = None
         return self._hand_on(output if other is None else other)
+
+    def _spoken(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        due = [synapse for synapse in self._awaited if synapse.neurons is module]
+        hear = self.hear
+        for synapse in due:
+            x, shape = self._awaited.pop(synapse)
+            spikes = output[0] if isinstance(output, tuple | list) and output else output
+            if not isinstance(spikes, Tensor) or spikes.shape != shape:
+                found = tuple(spikes.shape) if isinstance(spikes, Tensor) else type(spikes).__name__
+                raise RuntimeError(
+                    f"the {type(module).__name__} that follows layer '{synapse.name}' must return a spike for each of "
+                    f"its outputs, {tuple(shape)} (alone, or first in a tuple), not {found}; name other neurons: "
+                    f"neurons={{'{synapse.name}': ...}}"
+                )
+            if hear is not None:
+                hear(synapse, x, spikes.detach())
 
     def _hand_on(self, u: Tensor) -> Tensor:
         u = _detached(u)
@@ -325,6 +374,13 @@ def _detached(value: Any) -> Any:
         return value
     tangent = forward_ad.unpack_dual(value).tangent
     return value.detach() if tangent is None else forward_ad.make_dual(value.detach(), tangent.detach())
+
+
+def _weakly(call: Any) -> Any:
+    """A function that gives ``call``, which is held weakly where it is a bound method; ``None`` for ``None``."""
+    if call is None:
+        return None
+    return weakref.WeakMethod(call) if hasattr(call, "__self__") else lambda: call
 
 
 def _remove(handles: list[Any]) -> None:

@@ -96,7 +96,8 @@ class SynapticRule(LearningRule):
     Every synapse is cut: no error signal passes. A rule with a memory (a threshold, say) implements `statistic` and
     `advance` as well, and reads it by `running`.
 
-    Only weights learn; biases of the trunk and the affine parameters of normalisation layers stay frozen.
+    Only weights learn, and what a rule adds by `others`; biases of the trunk and the affine parameters of normalisation
+    layers stay frozen.
 
     Args:
         params: the model (or modules, or groups whose ``"params"`` are modules). Bare parameters are refused.
@@ -184,7 +185,6 @@ class SynapticRule(LearningRule):
 
     # -- what a rule implements ---------------------------------------------------------------------------------
 
-    @abstractmethod
     def signal(self, u: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor | Few:
         """The teaching signal ``s``, of ``u``'s shape or for `Few`: what this layer is told.
 
@@ -192,7 +192,10 @@ class SynapticRule(LearningRule):
             u: postsynaptic activity, neurons along ``synapse.channel_dim``.
             synapse: the layer that fires.
             group: its param group.
+
+        A rule that hears the neurons after its synapses (`Recorder.hear`) gathers its products itself instead.
         """
+        raise NotImplementedError
 
     @abstractmethod
     def update(self, product: Tensor, signal: Tensor | None, synapse: Synapse, group: dict[str, Any]) -> Tensor:
@@ -213,9 +216,25 @@ class SynapticRule(LearningRule):
         """What the rule's running value follows, summed over events: ``Σ u²`` of each neuron, say."""
         return None
 
-    def advance(self, before: Tensor | None, mean: Tensor, group: dict[str, Any]) -> Tensor:
+    def advance(self, before: Tensor | None, mean: Tensor, group: dict[str, Any]) -> Tensor | None:
         """The running value after a step, from its old one (``None`` at first) and the mean of `statistic`."""
-        raise NotImplementedError
+        return None
+
+    def others(
+        self, signal: Tensor | None, statistic: Tensor | None, synapse: Synapse, group: dict[str, Any]
+    ) -> dict[Tensor, Tensor]:
+        """What else of a layer learns, such as its bias, and its change by the means of `signal` and `statistic`."""
+        return {}
+
+    def follow(self, synapses: list[Synapse], group: dict[str, Any]) -> None:
+        """Before the synapses of a group are watched: a last check, and which neurons are to be heard."""
+
+    def forget(self) -> None:
+        """Drop what the pass has left besides products: before an evaluation that counts, and after the step."""
+
+    def kept(self) -> dict[str, Any]:
+        """What else the pass leaves as the rule's state, after the step."""
+        return {}
 
     def running(self, synapse: Synapse) -> Tensor | None:
         """The running value of a synapse; ``None`` before its first step."""
@@ -240,6 +259,7 @@ class SynapticRule(LearningRule):
                     f"{type(self).__name__}: {reason} takes at least {least} neurons, but layer '{s.name}' "
                     f"has {size}" + (" in each group" if s.pools > 1 else "")
                 )
+        self.follow(synapses, group)
         return unique([(f"{s.name}.weight", s.weight) for s in synapses]), synapses
 
     def _gather(self, synapse: Synapse, u: Tensor) -> None:
@@ -258,7 +278,10 @@ class SynapticRule(LearningRule):
             product = local_product(synapse, u, s)
         total: Tensor | None = None
         if synapse.bias is not None:
-            total = s.total(u.shape[channel]) if isinstance(s, Few) else s.sum(others, dtype=product.dtype)
+            if isinstance(s, Few):
+                total = s.total(u.shape[channel])
+            else:  # of an unbatched event, sum([]) would be over its neurons
+                total = s.sum(others, dtype=product.dtype) if others else s.to(product.dtype)
         events = u.numel() // u.shape[channel]
         sums = self._sums.get(synapse)
         if sums is None:
@@ -270,6 +293,14 @@ class SynapticRule(LearningRule):
                 sums.signal += total
             if statistic is not None and sums.statistic is not None:
                 sums.statistic += statistic
+
+    def _total(self, synapse: Synapse, shape: tuple[int, ...], dtype: torch.dtype, events: int) -> Tensor:
+        """The sum of a synapse's products, for a rule that adds to it itself, after so many more events."""
+        if synapse not in self._sums:
+            empty = torch.zeros(shape, dtype=dtype, device=synapse.weight.device)
+            self._sums[synapse] = _Sums(empty, None, None, 0)
+        self._sums[synapse].events += events
+        return self._sums[synapse].product
 
     def _taught(self, u: Tensor, synapse: Synapse) -> Tensor:
         """The target in the place of the readout's activity."""
@@ -301,6 +332,7 @@ class SynapticRule(LearningRule):
     def _begin(self) -> None:
         """Before an evaluation whose records alone count."""
         self._sums.clear()
+        self.forget()
         self._recorder.reset()
         for p in self._trained():
             p.grad = None
@@ -343,12 +375,18 @@ class SynapticRule(LearningRule):
                 fits = change.stride() == synapse.weight.stride()
                 grad = change.neg_() if fits else torch.neg(change, out=torch.empty_like(synapse.weight))
                 grads[synapse.weight] = grads[synapse.weight] + grad if synapse.weight in grads else grad
-                if statistic is not None and synapse is not self._readout:
-                    group = self.param_groups[synapse.group]
-                    running[synapse.index] = self.advance(self.running(synapse), statistic, group)
-            return grads, {"running": running} if running else {}
+                if synapse is self._readout:
+                    continue
+                group = self.param_groups[synapse.group]
+                for p, other in self.others(mean, statistic, synapse, group).items():
+                    grads[p] = grads[p] - other if p in grads else -other
+                if statistic is not None:
+                    value = self.advance(self.running(synapse), statistic, group)
+                    running |= {} if value is None else {synapse.index: value}
+            return grads, ({"running": running} if running else {}) | self.kept()
         finally:
             self._sums.clear()
+            self.forget()
             self.target = None  # an old one shall not teach a new batch
 
     def _check_fired(self) -> None:

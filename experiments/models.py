@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from bioopt.nn import RBM
 from bioopt.recorder import find_synapses
 
 Shape = tuple[int, int, int]
@@ -296,6 +297,46 @@ def _long(conv: nn.Conv2d) -> nn.Conv2d:
     """Weight vectors of length 25."""
     nn.init.normal_(conv.weight, std=25 / math.sqrt(conv.weight[0].numel()))
     return conv
+
+
+class Grey(nn.Module):
+    """Images back to grey levels from 0 to 1, by the least and the largest value seen in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.least: torch.Tensor
+        self.largest: torch.Tensor
+        self.register_buffer("least", torch.tensor(math.inf))
+        self.register_buffer("largest", torch.tensor(-math.inf))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Of ``x``'s shape."""
+        if self.training:
+            least, largest = torch.aminmax(x.detach())
+            self.least.copy_(torch.minimum(self.least, least))
+            self.largest.copy_(torch.maximum(self.largest, largest))
+        return ((x - self.least) / (self.largest - self.least).clamp(min=1e-12)).clamp(0, 1)
+
+
+class Tossed(nn.Module):
+    """In training, each pixel is 1 with its grey level as the probability, else 0, anew each time; then as it is."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Of ``x``'s shape."""
+        return torch.bernoulli(x) if self.training else x
+
+
+def rbm(shape: Shape, classes: int, *, hidden: Sequence[int]) -> nn.Module:
+    """Restricted Boltzmann machines, one above the other, on binary pixels, and a linear readout of the last.
+
+    Args:
+        shape: channels, height and width of an image.
+        classes: outputs.
+        hidden: the hidden units of each machine.
+    """
+    sizes = [math.prod(shape), *hidden]
+    machines = [RBM(visible, units) for visible, units in pairwise(sizes)]
+    return nn.Sequential(nn.Flatten(), Grey(), Tossed(), *machines, nn.Linear(sizes[-1], classes))
 
 
 def random_trunk(model: nn.Module, lr: float, **options: Any) -> torch.optim.Optimizer:

@@ -38,7 +38,7 @@ def curves(history: list[dict[str, Any]], title: str, path: Path) -> Path:
         axes.grid(alpha=0.3)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.spines[["top", "right"]].set_visible(False)
-    return _saved(figure, path)
+    return saved(figure, path)
 
 
 def receptive_fields(
@@ -56,7 +56,7 @@ def receptive_fields(
         axes.axis("off")
     for axes, field in zip(grid.flat, fields, strict=False):
         axes.imshow(_image(field), cmap="RdBu_r", vmin=-1, vmax=1)
-    return _saved(figure, path)
+    return saved(figure, path)
 
 
 def neurons(history: list[dict[str, Any]], wins: dict[str, Tensor], title: str, path: Path) -> Path | None:
@@ -92,7 +92,7 @@ def neurons(history: list[dict[str, Any]], wins: dict[str, Tensor], title: str, 
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.xaxis.label.set_size(8)
-    return _saved(figure, path)
+    return saved(figure, path)
 
 
 def course(lines: list[dict[str, Any]], title: str, path: Path) -> Path | None:
@@ -126,7 +126,22 @@ def course(lines: list[dict[str, Any]], title: str, path: Path) -> Path | None:
         axes.spines[["top", "right"]].set_visible(False)
     for axes in grid.flat[len(quantities) :]:
         axes.axis("off")
-    return _saved(figure, path)
+    return saved(figure, path)
+
+
+def window(delays: list[float], changes: list[float], title: str, path: Path) -> Path:
+    """What a pair of spikes does to a weight, by their delay in ms (postsynaptic less presynaptic)."""
+    figure, axes = plt.subplots(figsize=(5.4, 3.2), layout="constrained")
+    axes.set_title(title, fontsize=9)
+    for colour, part in (("tab:red", [p for p in zip(delays, changes, strict=True) if p[0] >= 0]),
+                         ("tab:blue", [p for p in zip(delays, changes, strict=True) if p[0] < 0])):  # fmt: skip
+        axes.plot(*zip(*part, strict=True), marker=".", markersize=3, linewidth=1, color=colour)
+    axes.axhline(0, color="grey", linewidth=0.8)
+    axes.axvline(0, color="grey", linewidth=0.8)
+    axes.set(xlabel="postsynaptic less presynaptic spike (ms)", ylabel="change of the weight / η")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    return saved(figure, path)
 
 
 def confusion(counts: Tensor, title: str, path: Path) -> Path:
@@ -145,7 +160,7 @@ def confusion(counts: Tensor, title: str, path: Path) -> Path:
                 )  # fmt: skip
     axes.set(xlabel="predicted class", ylabel="class", xticks=range(classes), yticks=range(classes))
     axes.set_title(f"{title}\n{int(wrong.sum()):,} of {int(counts.sum()):,} wrong", fontsize=9)
-    return _saved(figure, path)
+    return saved(figure, path)
 
 
 def misclassified(images: Tensor, labels: Tensor, predicted: Tensor, title: str, path: Path) -> Path | None:
@@ -163,7 +178,7 @@ def misclassified(images: Tensor, labels: Tensor, predicted: Tensor, title: str,
     for axes, image, label, guess in zip(grid.flat, images, labels.tolist(), predicted.tolist(), strict=False):
         axes.imshow(image.permute(1, 2, 0).squeeze(2).numpy(), cmap="Greys")
         axes.set_title(f"{label} → {guess}", fontsize=8)
-    return _saved(figure, path)
+    return saved(figure, path)
 
 
 def fields_over_time(
@@ -186,7 +201,7 @@ def fields_over_time(
         for row, field in enumerate(fields):
             grid[row][column].imshow(_image(field), cmap="RdBu_r", vmin=-1, vmax=1)
             grid[row][column].axis("off")
-    return _saved(figure, path)
+    return saved(figure, path)
 
 
 def first_weights(model: nn.Module, most: int) -> Tensor | None:
@@ -202,7 +217,8 @@ def _as_images(weights: Tensor | None, shape: tuple[int, int, int]) -> Tensor | 
     return weights if weights is not None and weights.ndim == 4 and weights.shape[1] == shape[0] else None
 
 
-def _saved(figure: Figure, path: Path) -> Path:
+def saved(figure: Figure, path: Path) -> Path:
+    """Write a figure as PNG, and close it."""
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return path

@@ -21,7 +21,13 @@ RULES = [
 ]
 ONE_PASS = [rule for rule in RULES if issubclass(rule, SynapticRule)]
 SEVERAL_PASSES = [rule for rule in RULES if rule not in ONE_PASS]
-ONE_EVALUATION = [*ONE_PASS, bioopt.RewardHebbian, bioopt.ForwardGradient]  # the last two need a closure, too
+ONE_EVALUATION = [
+    *ONE_PASS,
+    bioopt.RewardHebbian,
+    bioopt.RewardSTDP,
+    bioopt.ForwardGradient,
+]  # three of them with a closure
+SPIKING = [bioopt.STDP, bioopt.RewardSTDP]  # their networks spike: `spiking_cnn` and `spiking_mlp`
 PLAIN = [bioopt.HillClimbing]  # no optimizer makes its step
 # What a signature requires besides params and lr; a rule without a baseline of its own explores further.
 REQUIRED = {"sigma": 1e-2}
@@ -62,6 +68,35 @@ def cnn(seed: int = 0, dropout: float = 0.2) -> nn.Sequential:
         )
 
 
+class Machine(bioopt.nn.RBM):
+    """An RBM that takes whatever comes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(1).sigmoid())
+
+
+def machines(seed: int = 0, dropout: float = 0.2) -> nn.Sequential:
+    """`cnn` in RBMs: layers, batch norm and dropout stand at the same places."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            Machine(128, 6),
+            nn.BatchNorm1d(6),
+            nn.Dropout(dropout),
+            nn.Sigmoid(),
+            bioopt.nn.RBM(6, 8),
+            bioopt.nn.RBM(8, 32),
+            nn.Linear(32, 5),
+        )
+
+
+def machine(dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    """`mlp` with an RBM."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(Machine(6, 5), nn.Linear(5, 4)).to(dtype)
+
+
 def mlp(seed: int = 0, sizes: tuple[int, ...] = (6, 5, 4), dtype: torch.dtype = torch.float64) -> nn.Sequential:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -69,6 +104,72 @@ def mlp(seed: int = 0, sizes: tuple[int, ...] = (6, 5, 4), dtype: torch.dtype = 
         for a, b in pairwise(sizes):
             layers += [nn.Linear(a, b), nn.Tanh()]
         return nn.Sequential(*layers[:-1]).to(dtype)
+
+
+class Neurons(nn.Module):
+    """Leaky integrate-and-fire: what came in before counts half, and a spike takes 0.3 away; a slope for gradients."""
+
+    def forward(self, u: Tensor, v: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        v = u if v is None else 0.5 * v + u
+        slope = torch.sigmoid(v)
+        s = (v > 0.3).to(u.dtype) + (slope - slope.detach())
+        return s, v - 0.3 * s.detach()
+
+
+class SpikingNet(nn.Sequential):
+    """Unrolls three time steps; what is no part of time (normalisation, dropout) works on the image before them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for module in self:
+            if isinstance(module, nn.BatchNorm2d | nn.Dropout):
+                x = module(x)
+        said = torch.zeros(())
+        voltage: dict[nn.Module, Tensor | None] = {}
+        for step in range(3):
+            h = (x > 0.5 * step).to(x.dtype)  # the stronger, the more spikes
+            for module in self:
+                if isinstance(module, Neurons):
+                    h, voltage[module] = module(h, voltage.get(module))
+                elif not isinstance(module, nn.BatchNorm2d | nn.Dropout):
+                    h = module(h)
+                if type(module) is nn.Linear:
+                    u = h
+            said = said + u
+        return said
+
+
+def spiking_cnn(seed: int = 0, dropout: float = 0.2) -> nn.Sequential:
+    """`cnn` for rules of spikes: convolutions, batch norm, readout and bias stand in the same places."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return SpikingNet(
+            nn.Conv2d(2, 6, 3, padding=1),
+            nn.BatchNorm2d(2),
+            Neurons(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(6, 8, 3, bias=False),
+            Neurons(),
+            nn.Flatten(),
+            nn.Dropout(dropout),
+            nn.Linear(32, 5),
+            Neurons(),
+        )
+
+
+def spiking_mlp(seed: int = 0, sizes: tuple[int, ...] = (6, 5, 4), dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    """`mlp` for rules of spikes."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return SpikingNet(*(m for a, b in pairwise(sizes) for m in (nn.Linear(a, b), Neurons()))).to(dtype)
+
+
+# Rules for layers, or for signals, of their own: what stands in the place of `cnn` and `mlp` in their tests.
+NETWORKS: dict[type, dict[str, Callable[..., nn.Sequential]]] = {
+    bioopt.ContrastiveDivergence: {"cnn": machines, "mlp": machine},
+    bioopt.STDP: {"cnn": spiking_cnn, "mlp": spiking_mlp},
+    bioopt.RewardSTDP: {"cnn": spiking_cnn, "mlp": spiking_mlp},
+}
+ORDINARY = [rule for rule in RULES if rule not in NETWORKS]  # train whatever synapse there is
 
 
 def batch(seed: int = 0, n: int = 10) -> tuple[Tensor, Tensor]:
@@ -106,6 +207,10 @@ def steps(optimizer: Any, model: nn.Module, count: int, first: int = 0) -> Any:
     for i in range(first, first + count):
         loss = optimizer.step(per_sample(optimizer, model, *batch(i)))
     return loss
+
+
+def name_of(model: nn.Module, wanted: Tensor) -> str:
+    return next(name for name, p in model.named_parameters() if p is wanted)
 
 
 def weights(model: nn.Module) -> list[Tensor]:

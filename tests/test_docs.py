@@ -18,6 +18,7 @@ PAGES = sorted((ROOT / "docs").glob("**/[!_]*.md"))
 RECORDS = {
     result["command"]: f"{100 * result['mean']:.2f}"
     for result in map(json.loads, (path.read_text() for path in (ROOT / "experiments/records").glob("*/result.json")))
+    if "mean" in result  # not of what is no classification
 }
 
 

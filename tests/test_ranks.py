@@ -28,12 +28,20 @@ def plain() -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)).double()
 
 
+def machine() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Sigmoid(), bioopt.nn.RBM(6, 5), nn.Linear(5, 4)).double()
+
+
 # rule -> (network, does each rank see a share of the batch?)
 CASES = {
     "Hebbian": (plain, True, lambda m, g: bioopt.Hebbian(m, 0.1, readout_lr=0.5, process_group=g)),
     "SoftHebb": (plain, True, lambda m, g: bioopt.SoftHebb(m, 0.1, process_group=g)),
     "BCM": (plain, True, lambda m, g: bioopt.BCM(m, 0.1, process_group=g)),
     "Oja": (plain, True, lambda m, g: bioopt.Oja(m, 0.1, readout=None, process_group=g)),
+    "ContrastiveDivergence, persistent": (
+        machine, True, lambda m, g: bioopt.ContrastiveDivergence(
+            m, 0.1, persistent=True, readout="delta", process_group=g)),
     "WeightPerturbation": (
         network, False, lambda m, g: bioopt.WeightPerturbation(m, 0.1, sigma=0.1, population=3, process_group=g)),
     "SerialPerturbation": (

@@ -36,7 +36,9 @@ def tiny(optimizer: str) -> list[str]:
         "serial_perturbation": "coordinates",
         "weight_perturbation": "population",
     }
-    return [f"optimizer={optimizer}", *TINY, *([f"optimizer.{few[optimizer]}=1"] if optimizer in few else [])]
+    own = {"contrastive_divergence": ["model=rbm", "model.hidden=[8]"]}  # rules for networks of their own
+    common = [*own[optimizer], *(o for o in TINY if not o.startswith("model"))] if optimizer in own else TINY
+    return [f"optimizer={optimizer}", *common, *([f"optimizer.{few[optimizer]}=1"] if optimizer in few else [])]
 
 
 def config(*overrides: str) -> DictConfig:

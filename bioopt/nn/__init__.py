@@ -1,5 +1,19 @@
-"""Layers with a state or a statistic of their own: ordinary modules, for networks that learn by rules of the brain."""
+"""Parts of networks that `torch.nn` has not: memories, a Boltzmann machine, and images as spikes."""
 
+from .encoding import LatencyEncoding, PoissonEncoding, RateEncoding
 from .hopfield import Hopfield, ModernHopfield, Recall, SpikingHopfield
+from .rbm import RBM
+from .short_term import FastWeights, ShortTermMemory
 
-__all__ = ["Hopfield", "ModernHopfield", "Recall", "SpikingHopfield"]
+__all__ = [
+    "RBM",
+    "FastWeights",
+    "Hopfield",
+    "LatencyEncoding",
+    "ModernHopfield",
+    "PoissonEncoding",
+    "RateEncoding",
+    "Recall",
+    "ShortTermMemory",
+    "SpikingHopfield",
+]

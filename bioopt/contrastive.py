@@ -1,0 +1,215 @@
+"""Contrastive learning: what a network does with the data in front of it, less what it does when it dreams."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .nn.rbm import RBM, bernoulli
+from .noise import NoiseSource
+from .optimizer import POSITIVE_INT, SEED, Constraint, Params, named_modules_of, unique
+from .recorder import Synapse
+from .synaptic import SynapticRule, synapses_of
+
+__all__ = ["ContrastiveDivergence"]
+
+
+class ContrastiveDivergence(SynapticRule):
+    r"""Contrastive divergence: Hebbian learning from the data, anti-Hebbian learning from the machine's own samples.
+
+    .. math::
+        \Delta W = \langle h\,v^\top \rangle_\text{data} - \langle h\,v^\top \rangle_\text{model}, \qquad
+        \Delta b = \langle v \rangle_\text{data} - \langle v \rangle_\text{model}, \qquad
+        \Delta c = \langle h \rangle_\text{data} - \langle h \rangle_\text{model}
+
+    for every `bioopt.nn.RBM` in the model, with visible units :math:`v`, the probabilities :math:`h = p(h=1 \mid v)` of
+    its hidden units, weights :math:`W` (hidden × visible) and biases :math:`b`, :math:`c`. The first mean is over what
+    entered the machine since the last step; a synapse sees nothing but the two units it joins, twice. If the second
+    mean were over the machine's own distribution, this would be the gradient of the mean log-likelihood
+    :math:`\log p(v)`. It is over samples instead, which take ``steps`` Gibbs steps:
+
+    - from the data (CD-k): short chains forget the data only partly, so that the update is biased, with little noise;
+    - ``persistent``: from where the last step left ``chains`` chains of the machine's own (PCD), which never see the
+      data and, for a small ``lr``, keep up with the machine's distribution as it changes.
+
+    Samples of :math:`v` are binary, and probabilities of :math:`h` are taken for the means alone, which makes them
+    less noisy and leaves them unbiased: with chains long enough the update is the exact gradient. (Hinton's guide also
+    allows for probabilities in place of the last :math:`v`, which is not exact.) No loss is needed; machines one above
+    the other, a deep belief net, each learn from what the one below tells them.
+
+    Args:
+        params: the model (or modules, or groups whose ``"params"`` are modules), with at least one RBM inside. Bare
+            parameters are refused. Weights and both biases of each RBM learn; all else is frozen, the readout aside.
+        lr: learning rate, per mean sample.
+        steps: :math:`k`, the Gibbs steps of a chain in each step of learning.
+        persistent: whether chains go on from step to step.
+        chains: how many, if they are persistent. They start at coin tosses, and are state.
+        seed: of all sampling; the global random state is left alone.
+        readout: ``None``, ``"delta"`` or ``"teacher"``, as in `SynapticRule`: how the last layer learns, which is no
+            RBM then.
+        options: further options of the readout, ``descent``, its options (``momentum``, ``weight_decay``) and
+            ``process_group``, as in `SynapticRule`, whose errors are raised here as well. Each rank has its share of
+            the data and noise of its own for it; persistent chains are the same on all ranks.
+
+    Raises:
+        ValueError: a hyperparameter out of range; a model without an RBM.
+
+    Sources: G. E. Hinton (2002), *Training products of experts by minimizing contrastive divergence*; T. Tieleman
+    (2008), *Training restricted Boltzmann machines using approximations to the likelihood gradient*; G. Hinton (2010),
+    *A practical guide to training restricted Boltzmann machines*.
+
+    Example::
+
+        rbm = bioopt.nn.RBM(784, 500)
+        optimizer = bioopt.ContrastiveDivergence(rbm, lr=0.05)
+        for v in batches:  # N×784, in [0, 1]
+            rbm(v)
+            optimizer.step()
+    """
+
+    constraints: ClassVar[dict[str, Constraint]] = {"steps": POSITIVE_INT}
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float,  # ε
+        *,
+        steps: int = 1,  # k
+        persistent: bool = False,
+        chains: int = 100,
+        seed: int = 0,
+        readout: str | None = None,
+        **options: Any,
+    ) -> None:
+        if not isinstance(persistent, bool):
+            raise ValueError(f"ContrastiveDivergence: persistent={persistent!r} must be True or False")
+        self._check_value("chains", chains, POSITIVE_INT)
+        self._check_value("seed", seed, SEED)
+        self.persistent, self.chains = persistent, chains
+        self._rbms: dict[nn.Module, RBM] = {}
+        self._noise = NoiseSource()
+        self._firings = 0  # since the last step
+        super().__init__(params, lr, readout=readout, own={"steps": steps}, **options)
+        if not self._rbms:
+            self.close()
+            raise ValueError(
+                "ContrastiveDivergence: the model has no bioopt.nn.RBM that is not frozen, and nothing else learns by "
+                "this rule. Build one, bioopt.nn.RBM(visible, hidden), or choose another rule"
+            )
+        self._own_state = {"seed": seed, "step": 0, "chains": {}}
+
+    def signal(self, u: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor:
+        """``p(h = 1 | v)``."""
+        return torch.sigmoid(u)
+
+    def update(self, product: Tensor, signal: Tensor | None, synapse: Synapse, group: dict[str, Any]) -> Tensor:
+        """The contrast itself."""
+        return product
+
+    def statistic(self, u: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor:
+        """``Σ v``."""
+        return self._visible(synapse).sum(0)
+
+    def others(
+        self, signal: Tensor | None, statistic: Tensor | None, synapse: Synapse, group: dict[str, Any]
+    ) -> dict[Tensor, Tensor]:
+        """``Δb`` and ``Δc``."""
+        biases = {self._rbms[synapse.layer].visible_bias: statistic, synapse.bias: signal}
+        return {p: change for p, change in biases.items() if p is not None and change is not None and p.requires_grad}
+
+    # -- one pass -----------------------------------------------------------------------------------------------
+
+    def _select(self, group: dict[str, Any]) -> tuple[list[Any], list[Synapse]]:
+        if group.get("readout"):
+            return super()._select(group)
+        inside: dict[nn.Module, RBM] = {
+            machine.synapse: machine
+            for _, module in named_modules_of(group["params"])
+            for machine in module.modules()
+            if isinstance(machine, RBM)
+        }
+        synapses = [s for s in synapses_of(type(self).__name__, group["params"]) if s.layer in inside]
+        if self._readout is not None and any(s.layer is self._readout.layer for s in synapses):
+            raise ValueError(
+                f"ContrastiveDivergence: the last layer, '{self._readout.name}', belongs to an RBM, and would learn as "
+                f"a readout: write readout=None, or put a Linear after it"
+            )
+        named: list[tuple[str, Tensor]] = []
+        for synapse in synapses:
+            machine = inside[synapse.layer]
+            named += synapse.named_parameters()
+            if machine.visible_bias.requires_grad:
+                named.append((synapse.name.removesuffix("synapse") + "visible_bias", machine.visible_bias))
+            self._rbms[synapse.layer] = machine
+        return unique(named), synapses
+
+    def _begin(self) -> None:
+        super()._begin()
+        self._firings = 0
+
+    def _gather(self, synapse: Synapse, u: Tensor) -> None:
+        super()._gather(synapse, u)
+        if synapse is self._readout or self.persistent:
+            return
+        v = self._visible(synapse)
+        steps, state = self.param_groups[synapse.group]["steps"], self._own_state
+        generator = self._noise.stream(
+            v.device, state["seed"], state["step"], synapse.index, self._ranks[0], self._firings
+        )
+        self._firings += 1
+        h = bernoulli(torch.sigmoid(u.detach()).reshape(len(v), -1), generator)  # known from the data already
+        self._unlearn(synapse, self._dream(synapse, h, steps, generator), 1.0)
+
+    @torch.no_grad()
+    def _collect(self, losses: Tensor | None = None) -> tuple[dict[Tensor, Tensor], dict[str, Any]]:
+        state = self._own_state
+        chains: dict[int, Tensor] = dict(state["chains"])
+        if self.persistent:
+            for synapse, sums in self._sums.items():
+                if synapse is not self._readout:
+                    chains[synapse.index] = v = self._advanced(synapse, chains.get(synapse.index))
+                    self._unlearn(synapse, v, sums.events / len(v))
+        self._firings = 0
+        grads, _ = super()._collect(losses)
+        return grads, {"seed": state["seed"], "step": state["step"] + 1, "chains": chains}
+
+    def _advanced(self, synapse: Synapse, v: Tensor | None) -> Tensor:
+        """The persistent chains, so many steps later."""
+        machine, steps = self._rbms[synapse.layer], self.param_groups[synapse.group]["steps"]
+        bias, state = machine.visible_bias.detach(), self._own_state
+        generator = self._noise.stream(bias.device, state["seed"], state["step"], synapse.index)
+        if v is None:
+            v = bernoulli(torch.full((self.chains, len(bias)), 0.5, dtype=bias.dtype, device=bias.device), generator)
+        with torch.autocast(bias.device.type, enabled=False):
+            h = machine.sample_hidden(v.to(bias), generator)
+        return self._dream(synapse, h, steps, generator)
+
+    @torch.no_grad()
+    def _dream(self, synapse: Synapse, h: Tensor, steps: int, generator: torch.Generator) -> Tensor:
+        """Visible units after so many Gibbs steps, the first of which has got as far as ``h``."""
+        machine = self._rbms[synapse.layer]
+        with torch.autocast(h.device.type, enabled=False):
+            v = machine.sample_visible(h.to(machine.weight.dtype), generator)
+            for _ in range(steps - 1):
+                v = machine.sample_visible(machine.sample_hidden(v, generator), generator)
+        return v
+
+    @torch.no_grad()
+    def _unlearn(self, synapse: Synapse, v: Tensor, share: float) -> None:
+        """Take what a sample says, times ``share``, from what the data have said."""
+        sums = self._sums[synapse]
+        with torch.autocast(v.device.type, enabled=False):
+            h = self._rbms[synapse.layer].hidden_given(v)
+            sums.product.addmm_(h.T, v, alpha=-share)
+        if sums.signal is not None:
+            sums.signal.sub_(h.sum(0, dtype=sums.signal.dtype), alpha=share)
+        if sums.statistic is not None:
+            sums.statistic.sub_(v.sum(0, dtype=sums.statistic.dtype), alpha=share)
+
+    def _visible(self, synapse: Synapse) -> Tensor:
+        """What has just entered a machine, samples × visible units."""
+        v = self._recorder.presynaptic
+        assert v is not None
+        return v.detach().reshape(-1, v.shape[-1]).to(synapse.weight.dtype)

@@ -1,0 +1,219 @@
+"""Which value came with this key? Accuracy against delay and load, of short-term memories and of a GRU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from bioopt.nn import FastWeights, ShortTermMemory
+
+from .pictures import saved
+from .tasks import Task
+
+#: who recalls, as pictures call it, with colour and line; "gated": it stores what is asked about, and only that
+MODELS = {
+    "buffer": ("buffer", "tab:blue", "-"),
+    "fast_weights": ("fast weights", "tab:orange", "-"),
+    "gated_buffer": ("buffer, gated", "tab:blue", "--"),
+    "gated_fast_weights": ("fast weights, gated", "tab:orange", "--"),
+    "gru": ("GRU, backpropagation", "black", "-"),
+}
+
+
+@dataclass
+class Episodes:
+    """A batch of sequences of pairs, then distractors, then a cue."""
+
+    keys: Tensor  # steps × batch × size
+    values: Tensor  # steps × batch × values, one-hot
+    matters: Tensor  # steps: 1 for a pair that may be asked about, 0 for a distractor
+    cue: Tensor  # batch × size: the key of one of the pairs
+    answer: Tensor  # batch: the number of its value
+
+
+class Recurrent(nn.Module):
+    """The control: a GRU that sees all that the memories see, and a linear readout at the cue."""
+
+    def __init__(self, size: int, values: int, hidden: int) -> None:
+        super().__init__()
+        self.gru = nn.GRU(size + values + 1, hidden)
+        self.readout = nn.Linear(hidden, values)
+
+    def forward(self, episodes: Episodes) -> Tensor:
+        """Scores, batch × values."""
+        steps, batch, _ = episodes.keys.shape
+        seen = [episodes.keys, episodes.values, episodes.matters.view(-1, 1, 1).expand(steps, batch, 1)]
+        cue = F.pad(episodes.cue, (0, self.gru.input_size - episodes.cue.shape[1]))
+        outputs, _ = self.gru(torch.cat([torch.cat(seen, 2), cue.unsqueeze(0)]))
+        scores: Tensor = self.readout(outputs[-1])
+        return scores
+
+
+class DelayedRecall(Task):
+    """Pairs of a key and a value, then distractors (other pairs), then one of the keys: which was its value.
+
+    The memories need no training: what they bring back is the answer. The GRU learns from sequences of up to
+    ``gru.load`` pairs and ``gru.delay`` distractors, and is tested beyond. All see the same sequences. A memory that
+    is not gated stores distractors as it does pairs; a gated one, and the GRU if it learns to, uses the mark by which
+    they differ.
+
+    Args:
+        config: of the run.
+        device: where to compute.
+        symbols: how many keys there are, each a random vector of unit length.
+        size: of that vector.
+        values: how many there are, alike often; chance is one of so many.
+        load: pairs of a sequence where the delay changes.
+        delays: distractors between the pairs and the cue.
+        delay: distractors where the load changes.
+        loads: pairs of a sequence.
+        buffer: options of `bioopt.nn.ShortTermMemory`.
+        fast_weights: options of `bioopt.nn.FastWeights`.
+        gru: ``hidden`` neurons, ``lr`` of Adam, ``batch_size``, the largest ``load`` and ``delay`` of training.
+        steps: of training the GRU, in each round.
+        rounds: how many.
+        sequences: tested at each delay and load.
+    """
+
+    def __init__(
+        self,
+        config: DictConfig,
+        device: torch.device,
+        *,
+        symbols: int,
+        size: int,
+        values: int,
+        load: int,
+        delays: Sequence[int],
+        delay: int,
+        loads: Sequence[int],
+        buffer: dict[str, Any],
+        fast_weights: dict[str, Any],
+        gru: dict[str, Any],
+        steps: int,
+        rounds: int,
+        sequences: int,
+    ) -> None:
+        most = max([load, gru["load"], *loads])
+        if most >= symbols:
+            raise ValueError(
+                f"task.symbols={symbols} must be more than {most}, the largest load: the keys of a sequence differ, "
+                "and distractors have others"
+            )
+        if min([load, gru["load"], *loads]) < 1 or min([delay, gru["delay"], *delays]) < 0:
+            raise ValueError("a load must be >= 1 and a delay >= 0")
+        self.rounds, self.steps, self.sequences, self.trained = rounds, steps, sequences, gru
+        self.load, self.delays, self.delay, self.loads = load, list(delays), delay, list(loads)
+        self.symbols = F.normalize(torch.randn(symbols, size), dim=1).to(device)
+        self.values = values
+        self.buffer = ShortTermMemory(size, values, **buffer)
+        self.fast_weights = FastWeights(size, values, **fast_weights)
+        self.gru = Recurrent(size, values, gru["hidden"]).to(device)
+        self.optimizer = torch.optim.Adam(self.gru.parameters(), lr=gru["lr"])
+
+    def round(self, number: int) -> dict[str, Any]:
+        """Train the GRU for so many steps, and test everybody on the same fresh sequences."""
+        losses = []
+        for _ in range(self.steps):
+            load = int(torch.randint(1, self.trained["load"] + 1, ()))
+            delay = int(torch.randint(0, self.trained["delay"] + 1, ()))
+            episodes = self.episodes(load, delay, self.trained["batch_size"])
+            loss = F.cross_entropy(self.gru(episodes), episodes.answer)
+            self.optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.gru.parameters(), 1.0)
+            self.optimizer.step()
+            losses.append(loss.detach())
+        by_delay = [self.accuracies(self.load, delay) for delay in self.delays]
+        by_load = [self.accuracies(load, self.delay) for load in self.loads]
+        return {
+            "gru_loss": torch.stack(losses).mean().item(),
+            **{name: sum(cell[name] for cell in by_delay + by_load) / len(by_delay + by_load) for name in MODELS},
+            "against_delay": {name: [cell[name] for cell in by_delay] for name in MODELS},
+            "against_load": {name: [cell[name] for cell in by_load] for name in MODELS},
+        }
+
+    def episodes(self, load: int, delay: int, count: int) -> Episodes:
+        """So many sequences of ``load`` pairs with different keys, then ``delay`` distractors with other keys."""
+        device = self.symbols.device
+        order = torch.rand(count, len(self.symbols), device=device).argsort(1)
+        others = torch.randint(load, len(self.symbols), (count, delay), device=device)
+        keys = torch.cat([order[:, :load], order.gather(1, others)], 1).T
+        values = torch.randint(self.values, (load + delay, count), device=device)
+        asked = torch.randint(load, (1, count), device=device)
+        return Episodes(
+            keys=self.symbols[keys],
+            values=F.one_hot(values, self.values).to(self.symbols.dtype),
+            matters=(torch.arange(load + delay, device=device) < load).to(self.symbols.dtype),
+            cue=self.symbols[keys.gather(0, asked)[0]],
+            answer=values.gather(0, asked)[0],
+        )
+
+    @torch.no_grad()
+    def accuracies(self, load: int, delay: int) -> dict[str, float]:
+        """The share of right answers of each model, on the same sequences."""
+        episodes = self.episodes(load, delay, self.sequences)
+        scores = {
+            "buffer": recalled(self.buffer, episodes, gated=False),
+            "fast_weights": recalled(self.fast_weights, episodes, gated=False),
+            "gated_buffer": recalled(self.buffer, episodes, gated=True),
+            "gated_fast_weights": recalled(self.fast_weights, episodes, gated=True),
+            "gru": self.gru(episodes),
+        }
+        return {name: (s.argmax(1) == episodes.answer).double().mean().item() for name, s in scores.items()}
+
+    def finish(self, history: list[dict[str, Any]], title: str, folder: Path) -> tuple[dict[str, float], list[Path]]:
+        """Of the last round, for each model: accuracy within and beyond the GRU's training delays, and its span."""
+        last = history[-1]
+        beyond = [delay > self.trained["delay"] for delay in self.delays]
+        found: dict[str, float] = {}
+        for name in MODELS:
+            for where, wanted in (("trained", False), ("longer", True)):
+                cells = [a for a, far in zip(last["against_delay"][name], beyond, strict=True) if far == wanted]
+                if cells:
+                    found[f"{name}_at_{where}_delays"] = sum(cells) / len(cells)
+            found[f"{name}_at_load_{self.loads[-1]}"] = last["against_load"][name][-1]
+        return found, [self.picture(last, title, folder / "recall.png")]
+
+    def picture(self, last: dict[str, Any], title: str, path: Path) -> Path:
+        """Accuracy against delay and against load, with chance and with what the GRU has been trained on."""
+        figure, grid = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained", sharey=True)
+        figure.suptitle(title)
+        panels = [
+            ("against_delay", self.delays, f"distractors between {self.load} pairs and the cue", (0, "delay")),
+            ("against_load", self.loads, f"pairs to remember, {self.delay} distractors after them", (1, "load")),
+        ]
+        for axes, (key, along, label, (least, limit)) in zip(grid, panels, strict=True):
+            trained = axes.axvspan(least, self.trained[limit], color="grey", alpha=0.15, linewidth=0)
+            chance = axes.axhline(100 / self.values, color="grey", linewidth=0.8, linestyle=":")
+            lines = [
+                axes.plot(along, [100 * a for a in last[key][name]], line, color=colour, marker=".")[0]
+                for name, (_, colour, line) in MODELS.items()
+            ]
+            axes.set(xlabel=label, ylim=(0, 104))
+            axes.grid(alpha=0.3)
+            axes.spines[["top", "right"]].set_visible(False)
+        grid[0].set_ylabel("right answers (%)")
+        names = [label for label, _, _ in MODELS.values()]
+        figure.legend(
+            [*lines, chance, trained], [*names, "chance", "the GRU was trained on this"],
+            loc="outside lower center", ncols=4, frameon=False,
+        )  # fmt: skip
+        return saved(figure, path)
+
+
+def recalled(memory: Any, episodes: Episodes, gated: bool) -> Tensor:
+    """What a memory brings back at the cue, having stored each step, or (gated) only what matters."""
+    state = None
+    for key, value, matters in zip(episodes.keys, episodes.values, episodes.matters, strict=True):
+        state = memory.write(key, value, state, matters if gated else 1.0)
+    read: Tensor = memory.read(episodes.cue, state)
+    return read

@@ -1,0 +1,179 @@
+"""What is measured of Boltzmann machines and spin glasses, where all states can be written out."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from bioopt.nn import RBM
+from experiments import boltzmann, models
+from experiments.training import run
+
+from .test_contrastive import log_z, machine, states
+from .test_train import config
+
+TINY = [
+    "task.spins=8", "task.samples=2", "task.sweeps=10", "task.temperatures=4", "task.rounds=4", "task.hidden=5",
+    "task.epochs=1", "task.replicas=4", "logger.mode=disabled",
+]  # fmt: skip
+
+
+def ladder(*temperatures: float) -> Tensor:
+    return torch.tensor(temperatures)
+
+
+def spins(count: int) -> Tensor:
+    return torch.tensor(list(itertools.product([-1.0, 1.0], repeat=count)))
+
+
+def test_annealed_importance_sampling_finds_the_partition_function() -> None:
+    rbm = machine(3, 6, 5)
+    with torch.no_grad():
+        rbm.synapse.weight.mul_(2)
+    base = torch.full((6,), 0.4, dtype=torch.float64)
+    true = log_z(rbm).item()
+    off = []
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        found, error = boltzmann.log_partition(rbm, base, torch.linspace(0, 1, 200), 100, generator)
+        assert error < 0.1
+        off.append((found - true) / error)
+    assert abs(sum(off) / 20) < 4 / 20**0.5  # unbiased, as far as that can be told
+    assert 0.5 < (sum(x * x for x in off) / 20) ** 0.5 < 2  # and the error is what it is said to be
+
+
+def test_annealing_without_steps_between_is_importance_sampling() -> None:
+    """One step from the base-rate machine: a mean that can be written down."""
+    rbm, base = machine(1), torch.tensor([0.2, 0.5, 0.6, 0.9], dtype=torch.float64)
+    found, _ = boltzmann.log_partition(rbm, base, ladder(0.0, 1.0), 50_000, torch.Generator().manual_seed(0))
+    p = (base * states(4) + (1 - base) * (1 - states(4))).prod(1)
+    weights = (-rbm.free_energy(states(4))).exp() / p
+    deviation = ((p * weights.square()).sum() - (p * weights).sum() ** 2).sqrt() / (p * weights).sum()
+    assert abs(found - log_z(rbm).item()) < 4 * deviation.item() / 50_000**0.5
+
+
+def test_a_glass_has_the_energies_and_overlaps_of_all_its_states() -> None:
+    torch.manual_seed(0)
+    t = ladder(0.3, 0.6, 1.2)
+    glass = boltzmann.SpinGlass(8, 1, t)
+    glass.run(200, False)
+    glass.run(10_000, True)
+    coupling = glass.couplings[0]
+    assert torch.equal(coupling, coupling.T)
+    assert coupling.diagonal().abs().sum() == 0
+    s = spins(8)
+    energy = torch.stack([-sum(coupling[i, j] * one[i] * one[j] for i in range(8) for j in range(i)) for one in s])
+    p = (-energy / t.view(-1, 1)).softmax(1)
+    q = s @ s.T / 8
+    torch.testing.assert_close(glass.mean("energy").float(), (p @ energy) / 8, atol=0.01, rtol=0)
+    expected = torch.einsum("ta,tb,ab->t", p, p, q.abs())
+    torch.testing.assert_close(glass.mean("overlap").float(), expected, atol=0.02, rtol=0)
+    torch.testing.assert_close(glass.ground_states(), energy.min().view(1) / 8)
+    torch.testing.assert_close(glass.mean("histogram").sum(1), torch.ones(3, dtype=torch.float64))
+
+
+def test_couplings_have_the_variance_of_the_model() -> None:
+    torch.manual_seed(0)
+    upper = boltzmann.SpinGlass(100, 4, ladder(1.0, 2.0)).couplings[:, *torch.triu_indices(100, 100, 1)]
+    assert abs(upper.var().item() * 100 - 1) < 4 * (2 / upper.numel()) ** 0.5
+
+
+def test_quenched_states_are_stable() -> None:
+    torch.manual_seed(0)
+    glass = boltzmann.SpinGlass(60, 3, ladder(0.2, 0.4, 0.8, 1.6))
+    coldest = (glass.energy() / 60).flatten(1).amin(1)
+    assert (glass.ground_states() < coldest - 0.2).all()  # from random states, with no sweep at all
+    glass.run(300, False)
+    assert -0.85 < glass.ground_states().mean() < -0.60  # -0.717 expected of 60 spins
+
+
+def test_a_machine_at_other_temperatures_has_the_distribution_of_all_its_states() -> None:
+    torch.manual_seed(0)
+    rbm = machine(2).float()
+    t = ladder(0.5, 1.0, 2.0)
+    dreams = boltzmann.Dreams(rbm, torch.full((4,), 0.4), 20, t)
+    dreams.run(100, False)
+    dreams.run(3000, True)
+    v, h = states(4).float(), states(3).float()
+    with torch.no_grad():
+        energy = -(v @ rbm.weight.T @ h.T) - (v @ rbm.visible_bias).unsqueeze(1) - h @ rbm.synapse.bias
+    p = (-energy.flatten() / t.view(-1, 1)).softmax(1)
+    torch.testing.assert_close(dreams.mean("energy").float(), p @ energy.flatten() / 7, atol=0.01, rtol=0)
+    away = torch.nn.functional.normalize(v - 0.4, dim=1)
+    visible = p.view(3, 16, 8).sum(2)
+    expected = torch.einsum("ta,tb,ab->t", visible, visible, (away @ away.T).square())
+    torch.testing.assert_close(dreams.mean("squared").float(), expected, atol=0.02, rtol=0)
+
+
+def test_the_experiment_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run(config("experiment=spin_glass", *TINY, f"run_dir={tmp_path / 'whole'}"))
+    assert {p.name for p in (tmp_path / "whole").glob("*.png")} == {"spin_glass.png", "machine_by_temperature.png"}
+    assert next(iter(whole["measured"])) == "ground_state_energy"
+    assert -1.2 < whole["measured"]["ground_state_energy"] < -0.2
+    assert all(math.isfinite(value) for value in whole["measured"].values())
+    real, calls = boltzmann.Valleys.round, 0
+
+    def interrupted(self: boltzmann.Valleys, number: int) -> dict[str, object]:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        return real(self, number)
+
+    monkeypatch.setattr(boltzmann.Valleys, "round", interrupted)
+    folder = tmp_path / "part"
+    with pytest.raises(KeyboardInterrupt):
+        run(config("experiment=spin_glass", *TINY, f"run_dir={folder}"))
+    assert run(config(f"resume={folder}"))["measured"] == whole["measured"]
+
+
+@pytest.mark.parametrize(
+    ("option", "match"),
+    [("rounds=3", "task.rounds=3 must be even"), ("coldest=2", "task.coldest=2"), ("spins=1", "task.spins=1 must be"),
+     ("replicas=1.5", r"task.replicas=1\.5 must be")],
+)  # fmt: skip
+def test_bad_options_are_named(option: str, match: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=match):
+        run(config("experiment=spin_glass", *TINY, f"task.{option}", f"run_dir={tmp_path / 'run'}"))
+
+
+def test_a_trained_network_is_measured_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(boltzmann, "published_temperatures", lambda device: torch.linspace(0, 1, 50))
+    overrides = [
+        "experiment=rbm_mnist", "data=digits", "model.hidden=[6]", "epochs=2", "plastic_epochs=1",
+        "afterwards.chains=9", "afterwards.dream=3", "logger.mode=disabled",
+    ]  # fmt: skip
+    run(config(*overrides, f"run_dir={tmp_path / 'run'}"))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert -784 * math.log(2) < summary["log_likelihood"] < -100
+    assert 0 < summary["log_z_standard_error"] <= summary["log_likelihood_standard_error"]
+    assert (tmp_path / "run" / "samples.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="model=rbm"):
+        run(config(*overrides, "optimizer=hebbian", "model=mlp", f"run_dir={tmp_path / 'mlp'}"))
+
+
+def test_published_temperatures() -> None:
+    betas = boltzmann.published_temperatures(torch.device("cpu"))
+    assert len(betas) == 14_501
+    assert (betas[0], betas[500], betas[4500], betas[-1]) == (0, 0.5, 0.9, 1)
+    assert (betas.diff() > 0).all()
+
+
+def test_the_network_of_machines() -> None:
+    torch.manual_seed(0)
+    model = models.rbm((1, 4, 4), 3, hidden=[6, 5])
+    x = torch.randn(50, 1, 4, 4)
+    assert model(x).shape == (50, 3)
+    grey = model[:2].eval()(x)
+    torch.testing.assert_close(grey, (x.flatten(1) - x.min()) / (x.max() - x.min()))
+    tossed = torch.stack([model[2].train()(grey) for _ in range(400)])
+    assert set(tossed.unique().tolist()) == {0.0, 1.0}
+    assert ((tossed.mean(0) - grey).abs() < 5 * 0.5 / 400**0.5).all()
+    assert torch.equal(model[2].eval()(grey), grey)
+    assert [tuple(m.weight.shape) for m in model if isinstance(m, RBM)] == [(6, 16), (5, 6)]
