@@ -17,7 +17,7 @@ from torch import Tensor
 from bioopt.nn import Hopfield, ModernHopfield, SpikingHopfield
 
 from .data import load
-from .pictures import _saved
+from .pictures import saved
 from .tasks import Task
 
 THEORY = 0.138  # patterns a neuron, where their number goes to infinity: Amit, Gutfreund & Sompolinsky (1985)
@@ -222,7 +222,7 @@ class Recall(Task):
             axes.set(xticks=[], yticks=[])
         for axes in grid[:, 4]:
             axes.axis("off")
-        return _saved(figure, path)
+        return saved(figure, path)
 
     def _dynamics(self, count: int, title: str, path: Path) -> tuple[float, Path]:
         """Energy along asynchronous updates of random cues, and spikes from a digit's cue; the largest rise of any."""
@@ -259,7 +259,7 @@ class Recall(Task):
         right.set(xlabel="ms (blue: half of a digit as the cue)", ylabel="some units, those of the digit first")
         right.set_title("spikes")
         _plain(left, right)
-        return max(0.0, energies.diff(dim=0).max().item()), _saved(figure, path)
+        return max(0.0, energies.diff(dim=0).max().item()), saved(figure, path)
 
 
 def capacity(lines: dict[str, list[dict[str, Any]]], half: dict[int, float], line: Any, title: str, path: Path) -> Path:
@@ -291,7 +291,7 @@ def capacity(lines: dict[str, list[dict[str, Any]]], half: dict[int, float], lin
     for axes in grid.flat:
         axes.legend(frameon=False, fontsize=8)
     _plain(*grid.flat)
-    return _saved(figure, path)
+    return saved(figure, path)
 
 
 def _plain(*many: Axes) -> None:
