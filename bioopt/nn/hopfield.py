@@ -293,7 +293,7 @@ class SpikingHopfield(_Binary):
     .. math::
         \tau_m \dot v_i = -v_i + 1 + g \sum_j w_{ij} (2 r_j - 1) + c_i, \qquad
         v_i \ge 1: \text{ a spike, and } v_i \leftarrow 0, \qquad
-        \tau_s \dot r_j = -r_j + \textstyle\sum_f \delta(t - t_j^f) / \nu
+        \tau_s \dot r_j = -r_j + \frac{1}{\nu} \sum_f \delta(t - t_j^f)
 
     with membrane potentials :math:`v_i` in units of the threshold, the same weights as `Hopfield`, stored by the same
     rules, and synaptic traces :math:`r_j` in which a unit's spikes fade. The leak balances the constant current 1, so
