@@ -102,6 +102,9 @@ class DelayedRecall(Task):
         rounds: int,
         sequences: int,
     ) -> None:
+        for name, value in {"values": values, "steps": steps, "rounds": rounds, "sequences": sequences}.items():
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"task.{name}={value} must be an integer >= 1")
         most = max([load, gru["load"], *loads])
         if most >= symbols:
             raise ValueError(
@@ -109,7 +112,7 @@ class DelayedRecall(Task):
                 "and distractors have others"
             )
         if min([load, gru["load"], *loads]) < 1 or min([delay, gru["delay"], *delays]) < 0:
-            raise ValueError("a load must be >= 1 and a delay >= 0")
+            raise ValueError("task: each load must be >= 1, and each delay >= 0")
         self.rounds, self.steps, self.sequences, self.trained = rounds, steps, sequences, gru
         self.load, self.delays, self.delay, self.loads = load, list(delays), delay, list(loads)
         self.symbols = F.normalize(torch.randn(symbols, size), dim=1).to(device)
@@ -140,6 +143,15 @@ class DelayedRecall(Task):
             "against_delay": {name: [cell[name] for cell in by_delay] for name in MODELS},
             "against_load": {name: [cell[name] for cell in by_load] for name in MODELS},
         }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The GRU as it is, and its optimizer."""
+        return {"gru": self.gru.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Train the GRU on from there."""
+        self.gru.load_state_dict(state["gru"])
+        self.optimizer.load_state_dict(state["optimizer"])
 
     def episodes(self, load: int, delay: int, count: int) -> Episodes:
         """So many sequences of ``load`` pairs with different keys, then ``delay`` distractors with other keys."""

@@ -121,9 +121,11 @@ class Savings(Task):
                 return losses
 
             try:
-                optimizer.step(closure)  # type: ignore[arg-type]
+                losses: Tensor = optimizer.step(closure)  # type: ignore[arg-type, assignment]
             except RuntimeError as error:
                 raise RuntimeError(f"{error} (rules.{rule}.lr={run.optimizer.lr})") from error
+            if not bool(losses.isfinite().all()):
+                raise RuntimeError(f"{rule}: the loss is no number with rules.{rule}.lr={run.optimizer.lr}; lower it")
             course.append(task.accuracy(model))
         training.close(optimizer)
         return course
@@ -180,7 +182,7 @@ class Savings(Task):
         return saved(figure, path)
 
     def curves(self, history: list[dict[str, Any]], title: str, path: Path) -> Path:
-        """Test accuracy against steps, a panel for each rule: each repetition, and bold their mean."""
+        """Test accuracy against steps, a panel for each rule: means, and bands over the repetitions."""
         columns = min(3, len(self.rules))
         rows = math.ceil(len(self.rules) / columns)
         figure, grid = plt.subplots(
@@ -194,10 +196,10 @@ class Savings(Task):
                 ]
                 longest = max(map(len, courses), default=0)
                 held = [course + course[-1:] * (longest - len(course)) for course in courses]  # it ends when learned
-                for course in courses:
-                    axes.plot([100 * a for a in course], color=colour, alpha=0.2, linewidth=0.7)
-                mean = [100 * statistics.fmean(accuracies) for accuracies in zip(*held, strict=True)]
-                axes.plot(mean, color=colour, linewidth=1.8, label=label)
+                at_step = [[100 * a for a in accuracies] for accuracies in zip(*held, strict=True)]
+                least, most = list(map(min, at_step)), list(map(max, at_step))
+                axes.fill_between(range(longest), least, most, color=colour, alpha=0.15, linewidth=0)
+                axes.plot(list(map(statistics.fmean, at_step)), color=colour, linewidth=1.8, label=label)
             axes.axhline(100 * self.criterion, color="grey", linewidth=0.8, linestyle=":")
             axes.set_title(rule.replace("_", " "), fontsize=10)
             axes.grid(alpha=0.3)

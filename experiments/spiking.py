@@ -103,6 +103,25 @@ class SpikingLayer(nn.Module):
         return f"spikes={self.spikes:g}"
 
 
+class Groups(nn.Module):
+    """The readout of neurons that stand for classes from the start: how much of all spikes fall to each class's.
+
+    Args:
+        classes: of neuron ``k`` it is ``k`` modulo their number.
+        gain: the share that makes a logit of 1, inverted.
+    """
+
+    def __init__(self, classes: int, gain: float = 4.0) -> None:
+        super().__init__()
+        self.classes, self.gain = classes, gain
+
+    def forward(self, counts: Tensor) -> Tensor:
+        """Counts N×neurons to logits N×classes."""
+        shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
+        logits: Tensor = self.gain * shares.unflatten(1, (-1, self.classes)).sum(1)
+        return logits
+
+
 def spiking(
     shape: Shape,
     classes: int,
@@ -114,8 +133,9 @@ def spiking(
     beta: float,
     threshold: float,
     adaptation: float,
+    readout: str = "linear",
 ) -> nn.Module:
-    """A layer of spiking neurons, and a linear readout of how often each has fired.
+    """A layer of spiking neurons, and a readout of how often each has fired.
 
     Args:
         shape: channels, height and width of an image.
@@ -127,12 +147,18 @@ def spiking(
         beta: as of `Competition`.
         threshold: as of `Competition`.
         adaptation: as of `Competition`.
+        readout: ``"linear"``, or ``"groups"``: each neuron stands for a class, and nothing but the layer learns.
     """
+    if readout not in ("linear", "groups"):
+        raise ValueError(f"model.readout={readout} must be linear or groups")
+    if readout == "groups" and isinstance(neurons, int) and neurons % classes:
+        raise ValueError(f"model.neurons={neurons} must be a multiple of the {classes} classes with readout=groups")
     if isinstance(neurons, bool) or not isinstance(neurons, int) or neurons < 1:
         raise ValueError(f"model.neurons={neurons} must be an integer >= 1")
     competition = {"beta": beta, "threshold": threshold, "adaptation": adaptation}
+    said = nn.Linear(neurons, classes) if readout == "linear" else Groups(classes)
     layer = SpikingLayer(math.prod(shape), neurons, steps, spikes, encoding, competition)
-    return nn.Sequential(OrderedDict(layer=layer, readout=nn.Linear(neurons, classes)))
+    return nn.Sequential(OrderedDict(layer=layer, readout=said))
 
 
 @torch.no_grad()

@@ -1,0 +1,105 @@
+"""`experiment=delayed_recall`: its sequences are what they say, and each model fails where it must."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra.utils import instantiate
+
+from experiments.delayed_recall import MODELS, DelayedRecall
+from experiments.training import run
+
+from .test_train import config
+
+TINY = ["experiment=delayed_recall", "logger.mode=disabled", "task.rounds=2", "task.steps=2", "task.sequences=20"]
+TINY += ["task.gru.hidden=8", "task.gru.batch_size=8", "task.delays=[0,7]", "task.loads=[1,3]"]
+
+
+def task(*overrides: str) -> DelayedRecall:
+    torch.manual_seed(0)
+    chosen = config(*TINY, *overrides)
+    options = {key: value for key, value in chosen.task.items() if key != "name"}
+    made: DelayedRecall = instantiate(options, _partial_=True, _convert_="all")(chosen, torch.device("cpu"))
+    return made
+
+
+def test_a_sequence_has_one_answer() -> None:
+    recall = task()
+    episodes = recall.episodes(load=5, delay=4, count=50)
+    assert episodes.keys.shape == (9, 50, 16)
+    assert episodes.matters.tolist() == [1, 1, 1, 1, 1, 0, 0, 0, 0]
+    for n in range(50):
+        keys = [int((recall.symbols == key).all(1).nonzero()) for key in episodes.keys[:, n]]
+        assert len(set(keys[:5])) == 5
+        assert not set(keys[:5]) & set(keys[5:])
+        (asked,) = [i for i in range(5) if torch.equal(episodes.keys[i, n], episodes.cue[n])]
+        assert int(episodes.values[asked, n].argmax()) == int(episodes.answer[n])
+
+
+@pytest.mark.parametrize(("load", "delay"), [(3, 0), (3, 5), (3, 6), (3, 12), (10, 0), (10, 2)])
+def test_a_buffer_answers_what_it_holds(load: int, delay: int) -> None:
+    """Of clear keys it knows the pairs that later items have not displaced, and guesses the rest."""
+    recall = task("task.sequences=4000", "task.buffer.inverse_temperature=60")
+    recall.symbols = torch.eye(16)
+    found = recall.accuracies(load, delay)
+    for name, held in (("buffer", min(load, max(0, 7 - delay))), ("gated_buffer", min(load, 7))):
+        known = held / load
+        assert found[name] == pytest.approx(known + (1 - known) / recall.values, abs=0.03)
+    assert found["gated_fast_weights"] == 1  # nothing blurs keys at right angles
+    assert 0.15 < found["gru"] < 0.35  # it has learned nothing yet
+
+
+def test_fast_weights_blur_keys_that_are_alike() -> None:
+    few, many = task("task.sequences=2000"), task("task.sequences=2000", "task.size=64")
+    assert few.accuracies(12, 0)["fast_weights"] < many.accuracies(12, 0)["fast_weights"]
+    assert few.accuracies(3, 30)["fast_weights"] < few.accuracies(3, 5)["fast_weights"] - 0.2
+
+
+def test_the_gru_learns_what_it_is_trained_on() -> None:
+    recall = task("task.steps=250", "task.gru.hidden=32", "task.gru.batch_size=64", "task.gru.load=1")
+    before, line = recall.accuracies(1, 2)["gru"], recall.round(1)
+    assert before < 0.6
+    assert line["against_load"]["gru"][0] > 0.9
+
+
+def test_a_run_leaves_its_picture_and_its_numbers(tmp_path: Path) -> None:
+    summary = run(config(*TINY, f"run_dir={tmp_path / 'run'}"))
+    assert (tmp_path / "run" / "recall.png").read_bytes().startswith(b"\x89PNG")
+    assert {f"{name}_at_longer_delays" for name in MODELS} < set(summary["measured"])
+    assert all(0 <= value <= 1 for value in summary["measured"].values())
+
+
+def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run(config(*TINY, f"run_dir={tmp_path / 'whole'}"))
+    plain = DelayedRecall.round
+
+    def interrupted(self: DelayedRecall, number: int) -> dict[str, Any]:
+        if number == 2:
+            raise KeyboardInterrupt
+        return plain(self, number)
+
+    monkeypatch.setattr(DelayedRecall, "round", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(config(*TINY, f"run_dir={tmp_path / 'part'}"))
+    monkeypatch.setattr(DelayedRecall, "round", plain)
+    assert run(config(f"resume={tmp_path / 'part'}"))["measured"] == whole["measured"]
+    weights = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"] for name in ("whole", "part")]
+    assert all(torch.equal(weights[0]["gru"][key], weights[1]["gru"][key]) for key in weights[0]["gru"])
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("task.symbols=3", r"task\.symbols=3 must be more than 4, the largest load"),
+        ("task.steps=0", r"task\.steps=0 must be an integer >= 1"),
+        ("task.loads=[0,1]", "each load must be >= 1"),
+        ("task.delays=[-1]", "each delay >= 0"),
+        ("task.buffer.capacity=0", r"experiment=delayed_recall: ShortTermMemory: capacity=0 must be an integer >= 1"),
+    ],
+)
+def test_bad_options_are_told(override: str, told: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=told):
+        run(config(*TINY, override, f"run_dir={tmp_path / 'run'}"))
