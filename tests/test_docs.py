@@ -31,7 +31,10 @@ def without_numbers(text: str) -> list[str]:
     return re.sub(r"\d[\d.]*", "#", text).split()
 
 
-PAGES_WITH_PYTHON = ["getting_started", "rules/index", "rules/hebbian", "rules/stdp", "memories/short_term"]
+PAGES_WITH_PYTHON = [
+    *("getting_started", "rules/index", "rules/hebbian", "rules/stdp"),
+    *("memories/hopfield", "memories/short_term"),
+]
 
 
 @pytest.mark.parametrize("name", PAGES_WITH_PYTHON)

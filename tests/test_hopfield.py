@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,10 @@ from torch import Tensor, nn
 
 import bioopt
 from bioopt.nn import Hopfield, ModernHopfield, SpikingHopfield
+from experiments.hopfield import _crossing, _half
+from experiments.training import run
+
+from .test_train import config
 
 PLAIN = {"competition": "none", "decay": "none", "readout": None}
 
@@ -227,11 +233,11 @@ def test_spiking_units_equal_their_twin() -> None:
     cues = flipped(x, 0.2)
     cues[0, 2] = 0
     got = memory.recall(cues)
-    start = torch.rand(2, 10, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    start = torch.randint(3, (2, 10), generator=torch.Generator().manual_seed(3))
     rate = 1 / (2 + math.ceil(8 * math.log(4 / 3)))
     weight, spikes = memory.weight.detach(), torch.zeros(77, 2, 10, dtype=torch.bool)
     for c in range(2):
-        v, r, quiet = start[c].tolist(), [0.5] * 10, [0] * 10
+        v, r, quiet = [0.0] * 10, [0.5] * 10, start[c].tolist()
         for t in range(77):
             fields = [sum(weight[i, j].item() * (2 * r[j] - 1) for j in range(10)) for i in range(10)]
             for i in range(10):
@@ -416,3 +422,65 @@ def test_what_does_not_fit_the_modern_network_is_refused() -> None:
     with pytest.raises(ValueError, match="a cue must be finite"):
         memory(torch.full((1, 6), float("inf")))
     assert memory.stored == 2
+
+
+def experiment(folder: Path, *options: str) -> dict:
+    return run(config("experiment=hopfield_recall", "logger.mode=disabled", f"run_dir={folder}", *options))
+
+
+SMALL = (
+    *("task.neurons=[20,40]", "task.loads=[0.05,0.9]", "task.rules=40", "task.rule_loads=[0.05,0.9]"),
+    *("task.modern=[4,8]", "task.digits=[2]", "task.flips=0.05"),
+)
+
+
+def test_the_experiment_measures_what_its_memories_hold(tmp_path: Path) -> None:
+    summary = experiment(tmp_path / "run", *SMALL)
+    found = summary["measured"]
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 + 2 + 2 + 1
+    assert lines[0]["held_20"] == lines[0]["held_40"] == 1.0  # of one pattern and of two
+    assert lines[1]["held_40"] < 0.5
+    assert lines[2]["pseudo_inverse"] == 1.0
+    half = [found[f"half_held_at_load_{n}"] for n in (20, 40)]
+    slope = (half[0] - half[1]) / (20**-0.5 - 40**-0.5)
+    assert math.isclose(found["critical_load"], half[1] - slope * 40**-0.5)
+    assert math.isclose(found["critical_load_over_theory"], found["critical_load"] / 0.138)
+    assert found["digits_flipped_modern"] == found["digits_masked_pseudo_inverse"] == 2
+    assert 0 <= found["largest_rise_of_energy"] < 1e-12
+    for name in ("capacity", "recall", "dynamics"):
+        assert (tmp_path / "run" / f"{name}.png").stat().st_size < 300_000
+
+
+def test_where_half_are_lost() -> None:
+    assert _crossing([1, 2, 3, 4], [1.0, 0.8, 0.4, 0.6]) == 2.75
+    lines = [{"load": load, "held": share} for load, share in ((0.1, 1.0), (0.2, 0.5), (0.3, 0.25))]
+    assert _half(lines, "load", "held") == 0.2
+    assert _half(lines[:2], "load", "held") is None  # beyond what was tried
+    assert _half(lines[2:], "load", "held") is None
+
+
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ("task.neurons=[]", r"task\.neurons=\[\] must be integers >= 1"),
+        ("task.rules=0", r"task\.rules=0 must be integers >= 1"),
+        ("task.modern=[8,0]", r"task\.modern=\[8, 0\] must be integers >= 1"),
+        ("task.loads=[0.001]", r"task\.loads=\[0\.001\] must rise, each at least one pattern in 250 neurons"),
+        ("task.rule_loads=[0.2,0.1]", r"task\.rule_loads=\[0\.2, 0\.1\] must rise"),
+        ("task.samples=0", r"task\.samples=0 must be an integer >= 1"),
+        ("task.flips=0.5", r"task\.flips=0\.5 must be at least 0 and below 0\.5"),
+        ("task.digits=[100000]", r"task\.digits=\[100000\], but digits has 1437 images"),
+    ],
+)
+def test_options_of_the_experiment_that_make_no_sense_are_told(option: str, told: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"experiment=hopfield_recall: {told}"):
+        experiment(tmp_path / "run", option)
+
+
+@pytest.mark.slow
+def test_the_critical_load_of_hebbian_storage_is_that_of_theory(tmp_path: Path) -> None:
+    found = experiment(tmp_path / "run", "seed=5")["measured"]
+    assert 0.9 < found["critical_load_over_theory"] < 1.1
+    assert found["storkey_half_recalled_at_load"] > 1.5 * found["hebbian_half_recalled_at_load"]
+    assert found["digits_flipped_hebbian"] < 10 < found["digits_flipped_pseudo_inverse"]

@@ -293,7 +293,7 @@ class SpikingHopfield(_Binary):
     .. math::
         \tau_m \dot v_i = -v_i + 1 + g \sum_j w_{ij} (2 r_j - 1) + c_i, \qquad
         v_i \ge 1: \text{ a spike, and } v_i \leftarrow 0, \qquad
-        \tau_s \dot r_j = -r_j + \textstyle\sum_f \delta(t - t_j^f) / \nu
+        \tau_s \dot r_j = -r_j + \frac{1}{\nu} \sum_f \delta(t - t_j^f)
 
     with membrane potentials :math:`v_i` in units of the threshold, the same weights as `Hopfield`, stored by the same
     rules, and synaptic traces :math:`r_j` in which a unit's spikes fade. The leak balances the constant current 1, so
@@ -304,8 +304,9 @@ class SpikingHopfield(_Binary):
     what the units fire afterwards they hold up by themselves. The state, seen through a window of time, is 1 for those
     that fire at half the rate :math:`\nu` or more, and -1 for the others.
 
-    Potentials start at random, so that not all fire at once. Time goes in steps of 1 ms (the second part of
-    :math:`1 / \nu` is rounded up to whole ones); between them potentials and traces decay exactly.
+    Units start somewhere within their refractory time, at random, so that not all fire at once. Time goes in steps of
+    1 ms (the second part of :math:`1 / \nu` is rounded up to whole ones); between them potentials and traces decay
+    exactly.
 
     Args:
         units: :math:`N`.
@@ -316,7 +317,7 @@ class SpikingHopfield(_Binary):
         cue_duration: in ms.
         duration: of a recall, in ms: at least that of the cue, and two windows after it.
         window: in ms; a recall is settled if two of them, one after the other, see the same.
-        seed: of the first potentials.
+        seed: of where in their refractory time units start.
         device: of the weights.
         dtype: of the weights.
 
@@ -392,9 +393,10 @@ class SpikingHopfield(_Binary):
 
     def _path(self, cue: Tensor, every: int | None, spikes: list[Tensor] | None) -> Iterator[Tensor]:
         generator = torch.Generator().manual_seed(self.seed)
-        v = torch.rand(cue.shape, generator=generator, dtype=cue.dtype).to(cue.device)
+        v = torch.zeros_like(cue)
         r = torch.full_like(cue, 0.5)
-        rest = torch.zeros_like(cue)  # ms that are left of the refractory time
+        # ms that are left of the refractory time
+        rest = torch.randint(self.refractory + 1, cue.shape, generator=generator).to(cue)
         count = torch.zeros_like(cue)
         leak, fade = math.exp(-1 / self.tau_membrane), math.exp(-1 / self.tau_synapse)
         yield cue

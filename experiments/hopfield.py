@@ -1,0 +1,340 @@
+"""`Recall`: how many patterns content-addressable memories hold, and what they make of corrupted digits."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from omegaconf import DictConfig
+from torch import Tensor
+
+from bioopt.nn import Hopfield, ModernHopfield, SpikingHopfield
+
+from .data import load
+from .pictures import saved
+from .tasks import Task
+
+THEORY = 0.138  # patterns a neuron, where their number goes to infinity: Amit, Gutfreund & Sompolinsky (1985)
+CUES = 40  # at most so many patterns of a memory are recalled
+HELD = (
+    0.9  # overlap: a random pattern is held with more than 0.96, or lost, and what is recalled overlaps by about 0.35
+)
+RIGHT = 0.98  # overlap with a digit: two different ones may well overlap by 0.8
+MOST = 2**17  # patterns of a modern memory
+RULES = ("hebbian", "storkey", "pseudo_inverse")
+Memory = Hopfield | ModernHopfield | SpikingHopfield
+
+
+class Recall(Task):
+    """Recall of random patterns and of real digits by Hopfield's memory, a spiking and a modern one.
+
+    Four kinds of rounds, one after the other. *Loads*: Hebbian memories of several sizes, each filled with ``load``
+    times as many random patterns as it has neurons, start in the patterns themselves; the share held is the share of
+    them in which the overlap stays above 0.9. The load at which half are lost falls with the size N; a straight line
+    in ``1 / sqrt(N)``, the width of the fluctuations from memory to memory, leads to the critical load of an infinite
+    memory. *Rules*: all binary memories of one size from cues with errors. *Modern*: as many patterns as it takes to
+    lose half, by doubling. *Digits*: the first images of the training set in black and white, from cues with errors
+    and from their upper half; right is what overlaps by 0.98.
+
+    Args:
+        config: of the run; ``data`` has the digits.
+        device: where to compute.
+        neurons: sizes of the Hebbian memories.
+        loads: patterns a neuron in them.
+        samples: memories of the largest size, and of each other in inverse proportion.
+        rules: size of the memories with which rules are compared.
+        rule_loads: patterns a neuron in them.
+        flips: the share of a cue's units that are wrong.
+        modern: sizes of modern memories.
+        digits: numbers of digits stored.
+    """
+
+    def __init__(
+        self,
+        config: DictConfig,
+        device: torch.device,
+        *,
+        neurons: list[int],
+        loads: list[float],
+        samples: int,
+        rules: int,
+        rule_loads: list[float],
+        flips: float,
+        modern: list[int],
+        digits: list[int],
+    ) -> None:
+        for name, sizes in {"neurons": neurons, "rules": [rules], "modern": modern, "digits": digits}.items():
+            if not sizes or any(not isinstance(n, int) or n < 1 for n in sizes):
+                raise ValueError(f"task.{name}={sizes if name != 'rules' else rules} must be integers >= 1")
+        for name, shares in {"loads": loads, "rule_loads": rule_loads}.items():
+            least = min([*neurons, rules])
+            if not shares or any(share * least < 1 for share in shares) or list(shares) != sorted(set(shares)):
+                raise ValueError(f"task.{name}={shares} must rise, each at least one pattern in {least} neurons")
+        if not isinstance(samples, int) or samples < 1:
+            raise ValueError(f"task.samples={samples} must be an integer >= 1")
+        if not 0 <= flips < 0.5:
+            raise ValueError(f"task.flips={flips} must be at least 0 and below 0.5, from where a cue tells nothing")
+        images = load(config.data.name, config.data.root, device)
+        if images.shape[0] != 1:
+            raise ValueError(f"data={config.data.name} is in colour: choose digits, mnist or fashion_mnist")
+        if max(digits) > len(images.train_images):
+            raise ValueError(f"task.digits={digits}, but {config.data.name} has {len(images.train_images)} images")
+        self.shape = images.shape[1:]
+        self.images = torch.where(images.train_images[: max(digits)].flatten(1) > 127, 1.0, -1.0)
+        self.device, self.flips, self.rules = device, flips, rules
+        self.samples = {n: max(1, samples * max(neurons) // n) for n in neurons}
+        self.work: list[tuple[str, Any]] = [
+            *(("load", a) for a in loads),
+            *(("rule_load", a) for a in rule_loads),
+            *(("modern", n) for n in modern),
+            *(("digits", count) for count in digits),
+        ]
+        self.rounds = len(self.work)
+
+    def round(self, number: int) -> dict[str, Any]:
+        """One load, one size of a modern memory, or one number of digits."""
+        kind, size = self.work[number - 1]
+        measure = {"load": self._held, "rule_load": self._rules, "modern": self._modern, "digits": self._digits}[kind]
+        return {kind: size} | measure(size)
+
+    def _held(self, share: float) -> dict[str, float]:
+        found = {}
+        for n, samples in self.samples.items():
+            held = []
+            for sample in range(samples):
+                x = self._random(round(share * n), n)
+                memory = self._binary(Hopfield(n, sweeps=500, seed=sample, device=self.device), x, "hebbian")
+                held.append(_overlap(memory(x[:CUES]), x[:CUES]) > HELD)
+            found[f"held_{n}"] = torch.cat(held).double().mean().item()
+        return found
+
+    def _rules(self, share: float) -> dict[str, float]:
+        n = self.rules
+        x = self._random(round(share * n), n)
+        cues = self._flipped(x[:CUES])
+        memories = {rule: self._binary(Hopfield(n, device=self.device), x, rule) for rule in RULES}
+        memories["spiking"] = self._binary(SpikingHopfield(n, device=self.device), x, "hebbian")
+        return {name: _share(memory(cues), x, HELD) for name, memory in memories.items()}
+
+    def _modern(self, n: int) -> dict[str, float]:
+        shares, count = [1.0], 1
+        while shares[-1] >= 0.5 and count < MOST:
+            count *= 2
+            right = []
+            for _ in range(max(1, 256 // count)):
+                x = self._random(count, n)
+                memory = ModernHopfield(n, count, device=self.device)
+                memory.store(x)
+                right.append(_share(memory(self._flipped(x[:256])), x, 1 - 1 / n))  # no unit wrong
+            shares.append(sum(right) / len(right))
+        return {"patterns": 2 ** _crossing(range(len(shares)), shares)} if shares[-1] < 0.5 else {"more_than": count}
+
+    def _digits(self, count: int) -> dict[str, float]:
+        x = self.images[:count]
+        found = {}
+        for name, memory in self._memories(count).items():
+            for cue, cues in self._cues(x[:CUES]).items():
+                found[f"{name}_{cue}"] = _share(memory(cues), x, RIGHT)
+        return found
+
+    def finish(self, history: list[dict[str, Any]], title: str, folder: Path) -> tuple[dict[str, float], list[Path]]:
+        """The critical load and the others, and pictures: of capacities, and of cues, paths and results."""
+        lines = {kind: [line for line in history if kind in line] for kind in ("load", "rule_load", "modern", "digits")}
+        fallen = ((n, _half(lines["load"], "load", f"held_{n}")) for n in self.samples)
+        half = {n: share for n, share in fallen if share is not None}
+        found: dict[str, float] = {}
+        line = None
+        if len(half) > 1:
+            line = np.polyfit([n**-0.5 for n in half], list(half.values()), 1)
+            found["critical_load"] = float(line[1])
+            found["critical_load_over_theory"] = float(line[1]) / THEORY
+        found |= {f"half_held_at_load_{n}": share for n, share in half.items()}
+        for name in (*RULES, "spiking"):
+            share = _half(lines["rule_load"], "rule_load", name)
+            found |= {} if share is None else {f"{name}_half_recalled_at_load": share}
+        filled = {line["modern"]: line["patterns"] for line in lines["modern"] if "patterns" in line}
+        if len(filled) > 1:
+            doublings = np.polyfit(list(filled), [math.log2(count) for count in filled.values()], 1)[0]
+            found["units_a_doubling_of_modern_capacity"] = 1 / float(doublings)
+        for cue in ("flipped", "masked"):
+            for name in (*RULES, "spiking", "modern"):
+                held = [line["digits"] for line in lines["digits"] if line[f"{name}_{cue}"] >= 0.9]
+                found[f"digits_{cue}_{name}"] = max(held, default=0)
+        count = min(10, len(self.images))
+        rise, dynamics = self._dynamics(count, title, folder / "dynamics.png")
+        found["largest_rise_of_energy"] = rise
+        pictures = [
+            capacity(lines, half, line, title, folder / "capacity.png"),
+            self._recalled(count, title, folder / "recall.png"),
+            dynamics,
+        ]
+        return found, pictures
+
+    def _random(self, count: int, n: int) -> Tensor:
+        return (torch.randint(0, 2, (count, n)) * 2.0 - 1).to(self.device)
+
+    def _flipped(self, x: Tensor) -> Tensor:
+        return torch.where((torch.rand(x.shape) < self.flips).to(x.device), -x, x)
+
+    def _cues(self, x: Tensor) -> dict[str, Tensor]:
+        known = torch.arange(x.shape[1], device=x.device) < x.shape[1] // 2
+        return {"flipped": self._flipped(x), "masked": torch.where(known, x, 0)}
+
+    def _binary(self, memory: Any, x: Tensor, rule: str) -> Any:
+        memory.store(x, rule)
+        return memory
+
+    def _memories(self, count: int) -> dict[str, Memory]:
+        """With so many digits in them; the spiking one by the pseudo-inverse, since others do not hold them."""
+        x, n = self.images[:count], self.images.shape[1]
+        memories: dict[str, Memory] = {rule: self._binary(Hopfield(n, device=self.device), x, rule) for rule in RULES}
+        memories["spiking"] = self._binary(SpikingHopfield(n, device=self.device), x, "pseudo_inverse")
+        memories["modern"] = ModernHopfield(n, count, device=self.device)
+        memories["modern"].store(x)
+        return memories
+
+    def _recalled(self, count: int, title: str, path: Path) -> Path:
+        """Cue, path and result of one digit in each memory, for both kinds of cues."""
+        which = min(3, count - 1)
+        memories, columns = self._memories(count), ("cue", "→", "→", "result")
+        figure, grid = plt.subplots(len(memories), 9, figsize=(9.6, 1.15 * len(memories) + 0.9), layout="constrained")
+        figure.suptitle(f"{title}: one of {count} digits, from a cue with {self.flips:.0%} errors and from its half")
+        for first, (cue, cues) in zip((0, 5), self._cues(self.images[which : which + 1]).items(), strict=True):
+            for row, (name, memory) in enumerate(memories.items()):
+                steps = [state.cpu() for state in _steps(memory, cues)]
+                for column, (state, told) in enumerate(zip(steps, columns, strict=True)):
+                    axes = grid[row][first + column]
+                    axes.imshow(state.view(*self.shape).numpy(), cmap="Greys", vmin=-1, vmax=1)
+                    if row == 0:
+                        axes.set_title(told if column else f"{told}, {cue}", fontsize=8)
+                right = _overlap(steps[-1], self.images[which].cpu()).item() > RIGHT
+                grid[row][first + 3].set_xlabel(
+                    "right" if right else "wrong", fontsize=8, color="green" if right else "red"
+                )
+                grid[row][0].set_ylabel(name.replace("_", "-\n"), fontsize=8)
+        for axes in grid.flat:
+            axes.set(xticks=[], yticks=[])
+        for axes in grid[:, 4]:
+            axes.axis("off")
+        return saved(figure, path)
+
+    def _dynamics(self, count: int, title: str, path: Path) -> tuple[float, Path]:
+        """Energy along asynchronous updates of random cues, and spikes from a digit's cue; the largest rise of any."""
+        n = self.rules
+        x = self._random(max(1, n // 10), n).double()
+        memory = self._binary(Hopfield(n, device=self.device, dtype=torch.float64), x, "hebbian")
+        cues = torch.cat([self._flipped(x[:10]), self._random(10, n).double()])
+        energies = memory.recall(cues, every=1).energies.cpu()
+        spiking = self._memories(count)["spiking"]
+        assert isinstance(spiking, SpikingHopfield)
+        spikes = spiking.recall(self._cues(self.images[:1])["masked"]).spikes
+        assert spikes is not None
+        figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+        figure.suptitle(title)
+        updates = np.arange(len(energies)) / n
+        corrupted = min(10, len(x))
+        left.plot(updates, energies[:, :corrupted] / n, color="tab:blue", linewidth=0.9)
+        left.plot(updates, energies[:, corrupted:] / n, color="tab:orange", linewidth=0.9)
+        left.plot([], [], color="tab:blue", label="patterns with errors")
+        left.plot([], [], color="tab:orange", label="random states")
+        left.set(
+            xlabel="updates of each unit", ylabel="energy / units", title=f"Hopfield, {n} units, {len(x)} patterns"
+        )
+        left.set_xlim(0, min(8, updates[-1]))
+        left.legend(frameon=False)
+        order = self.images[0].cpu().sort(descending=True, stable=True).indices
+        some = order[:: max(1, len(order) // 150)]
+        time, unit = spikes[:, 0].cpu()[:, some].nonzero(as_tuple=True)
+        right.plot(time, unit, "|", markersize=2.5, color="black")
+        right.axvspan(0, spiking.cue_duration, color="tab:blue", alpha=0.15, linewidth=0)
+        active = int((self.images[0].cpu()[some] > 0).sum())
+        right.axhline(active - 0.5, color="tab:red", linewidth=0.8)
+        right.set_ylim(len(some), -1)
+        right.set(xlabel="ms (blue: half of a digit as the cue)", ylabel="some units, those of the digit first")
+        right.set_title("spikes")
+        _plain(left, right)
+        return max(0.0, energies.diff(dim=0).max().item()), saved(figure, path)
+
+
+def capacity(lines: dict[str, list[dict[str, Any]]], half: dict[int, float], line: Any, title: str, path: Path) -> Path:
+    """How many patterns memories hold: the Hebbian ones by size, all rules, and the modern one."""
+    figure, grid = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
+    figure.suptitle(title)
+    sizes, limit, rules, modern = grid.flat
+    loads = [line["load"] for line in lines["load"]]
+    for name in [key for key in lines["load"][0] if key.startswith("held_")]:
+        sizes.plot(loads, [line[name] for line in lines["load"]], marker=".", label=f"N = {name.removeprefix('held_')}")
+    sizes.axvline(THEORY, color="grey", linestyle=":", label=f"theory, {THEORY}")
+    sizes.set(xlabel="load, patterns / N", ylabel="share of patterns held", title="Hebbian, from the pattern itself")
+    if half:
+        limit.plot([n**-0.5 for n in half], list(half.values()), "o", label="half of the patterns held")
+    if line is not None:
+        ends = np.array([0, max(n**-0.5 for n in half)])
+        limit.plot(ends, line[0] * ends + line[1], color="tab:blue", label=f"critical load, {line[1]:.3f}, at N = ∞")
+    limit.plot(0, THEORY, "*", color="grey", markersize=10, label=f"theory, {THEORY}", clip_on=False)
+    limit.set(xlabel=r"$1 / \sqrt{N}$", ylabel="load", title="Hebbian, extrapolated", xlim=(0, None))
+    for name in (*RULES, "spiking"):
+        points = [(line["rule_load"], line[name]) for line in lines["rule_load"]]
+        label = "spiking, Hebbian" if name == "spiking" else name.replace("_", "-")
+        rules.plot(*zip(*points, strict=True), marker=".", label=label)
+    rules.set(xlabel="load, patterns / N", ylabel="share recalled", title="from cues with errors")
+    filled = {line["modern"]: line["patterns"] for line in lines["modern"] if "patterns" in line}
+    modern.plot(list(filled), list(filled.values()), "o-", label="modern, half recalled from cues with errors")
+    modern.plot(list(filled), [THEORY * n for n in filled], ":", color="grey", label=f"Hebbian, {THEORY} N")
+    modern.set(xlabel="units", ylabel="patterns", yscale="log", title="modern")
+    for axes in grid.flat:
+        axes.legend(frameon=False, fontsize=8)
+    _plain(*grid.flat)
+    return saved(figure, path)
+
+
+def _plain(*many: Axes) -> None:
+    for axes in many:
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+
+
+def _steps(memory: Memory, cue: Tensor) -> list[Tensor]:
+    """The cue, two states on the way, and the result; of spiking units, on the way, how often they fire."""
+    if isinstance(memory, Hopfield):
+        states = list(memory.recall(cue, every=memory.units // 3).states[:, 0])
+        return [states[0], states[1], states[2], states[-1]]
+    path = memory.recall(cue)
+    first, last = path.states[0, 0], path.states[-1, 0]
+    if path.spikes is None:
+        return [first, path.states[1, 0], path.states[min(2, len(path.states) - 1), 0], last]
+    assert isinstance(memory, SpikingHopfield)
+    early = [path.spikes[start : start + 20, 0].double().mean(0) for start in (0, memory.cue_duration)]
+    return [first, *((2 * rate / memory.rate - 1).to(first) for rate in early), last]
+
+
+def _overlap(state: Tensor, x: Tensor) -> Tensor:
+    """``m``, of the signs: 1 is the pattern itself."""
+    return (state.sign() * x).mean(-1)
+
+
+def _share(recalled: Tensor, x: Tensor, least: float) -> float:
+    """The share of cues, those of the first patterns, that brought back theirs."""
+    return (_overlap(recalled, x[: len(recalled)]) > least).double().mean().item()
+
+
+def _half(lines: list[dict[str, Any]], load: str, share: str) -> float | None:
+    """The load at which half are left; none where it is beyond the loads tried."""
+    shares = [line[share] for line in lines]
+    if shares[0] < 0.5 or min(shares) >= 0.5:
+        return None
+    return _crossing([line[load] for line in lines], shares)
+
+
+def _crossing(where: Any, shares: list[float]) -> float:
+    """Where the shares first fall through a half, by linear interpolation."""
+    for (a, p), (b, q) in itertools.pairwise(zip(where, shares, strict=True)):
+        if p >= 0.5 > q:
+            return float(a + (b - a) * (p - 0.5) / (p - q))
+    raise ValueError("the shares do not fall through a half")
