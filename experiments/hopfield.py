@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,12 @@ class Recall(Task):
 
     Four kinds of rounds, one after the other. *Loads*: Hebbian memories of several sizes, each filled with ``load``
     times as many random patterns as it has neurons, start in the patterns themselves; the share held is the share of
-    them in which the overlap stays above 0.9. The load at which half are lost falls with the size N; a straight line
-    in ``1 / sqrt(N)``, the width of the fluctuations from memory to memory, leads to the critical load of an infinite
-    memory. *Rules*: all binary memories of one size from cues with errors. *Modern*: as many patterns as it takes to
-    lose half, by doubling. *Digits*: the first images of the training set in black and white, from cues with errors
-    and from their upper half; right is what overlaps by 0.98.
+    them in which the overlap stays above 0.9. Below the critical load that share grows with the size N, above it falls:
+    so it is where the curve of the largest memory crosses those of the others, in the mean. (The load at which half are
+    lost falls with N as well. A straight line in ``1 / sqrt(N)`` leads to one for infinite N, but four sizes do not
+    tell it from other powers, which lead elsewhere.) *Rules*: all binary memories of one size from cues with errors.
+    *Modern*: as many patterns as it takes to lose half, by doubling. *Digits*: the first images of the training set in
+    black and white, from cues with errors and from their upper half; right is what overlaps by 0.98.
 
     Args:
         config: of the run; ``data`` has the digits.
@@ -149,11 +151,16 @@ class Recall(Task):
         fallen = ((n, _half(lines["load"], "load", f"held_{n}")) for n in self.samples)
         half = {n: share for n, share in fallen if share is not None}
         found: dict[str, float] = {}
+        largest = max(self.samples)
+        found_at = [_meeting(lines["load"], f"held_{n}", f"held_{largest}") for n in self.samples if n < largest]
+        crossings = [load for load in found_at if load is not None]
+        if crossings:
+            found["critical_load"] = statistics.fmean(crossings)
+            found["critical_load_over_theory"] = found["critical_load"] / THEORY
         line = None
         if len(half) > 1:
             line = np.polyfit([n**-0.5 for n in half], list(half.values()), 1)
-            found["critical_load"] = float(line[1])
-            found["critical_load_over_theory"] = float(line[1]) / THEORY
+            found["extrapolated_load"] = float(line[1])
         found |= {f"half_held_at_load_{n}": share for n, share in half.items()}
         for name in (*RULES, "spiking"):
             share = _half(lines["rule_load"], "rule_load", name)
@@ -276,9 +283,9 @@ def capacity(lines: dict[str, list[dict[str, Any]]], half: dict[int, float], lin
         limit.plot([n**-0.5 for n in half], list(half.values()), "o", label="half of the patterns held")
     if line is not None:
         ends = np.array([0, max(n**-0.5 for n in half)])
-        limit.plot(ends, line[0] * ends + line[1], color="tab:blue", label=f"critical load, {line[1]:.3f}, at N = ∞")
+        limit.plot(ends, line[0] * ends + line[1], color="tab:blue", label=f"{line[1]:.3f} at N = ∞")
     limit.plot(0, THEORY, "*", color="grey", markersize=10, label=f"theory, {THEORY}", clip_on=False)
-    limit.set(xlabel=r"$1 / \sqrt{N}$", ylabel="load", title="Hebbian, extrapolated", xlim=(0, None))
+    limit.set(xlabel=r"$1 / \sqrt{N}$", ylabel="load", title="Hebbian, where half are lost", xlim=(0, None))
     for name in (*RULES, "spiking"):
         points = [(line["rule_load"], line[name]) for line in lines["rule_load"]]
         label = "spiking, Hebbian" if name == "spiking" else name.replace("_", "-")
@@ -322,6 +329,16 @@ def _overlap(state: Tensor, x: Tensor) -> Tensor:
 def _share(recalled: Tensor, x: Tensor, least: float) -> float:
     """The share of cues, those of the first patterns, that brought back theirs."""
     return (_overlap(recalled, x[: len(recalled)]) > least).double().mean().item()
+
+
+def _meeting(lines: list[dict[str, Any]], small: str, large: str) -> float | None:
+    """The last load at which the larger memory's share falls below the smaller one's; none where it never does."""
+    met = None
+    for before, after in itertools.pairwise(lines):
+        p, q = before[large] - before[small], after[large] - after[small]
+        if p >= 0 > q:
+            met = before["load"] + (after["load"] - before["load"]) * p / (p - q)
+    return met
 
 
 def _half(lines: list[dict[str, Any]], load: str, share: str) -> float | None:

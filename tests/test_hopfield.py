@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import bioopt
 from bioopt.nn import Hopfield, ModernHopfield, SpikingHopfield
-from experiments.hopfield import _crossing, _half
+from experiments.hopfield import _crossing, _half, _meeting
 from experiments.training import run
 
 from .test_train import config
@@ -444,12 +444,20 @@ def test_the_experiment_measures_what_its_memories_hold(tmp_path: Path) -> None:
     assert lines[2]["pseudo_inverse"] == 1.0
     half = [found[f"half_held_at_load_{n}"] for n in (20, 40)]
     slope = (half[0] - half[1]) / (20**-0.5 - 40**-0.5)
-    assert math.isclose(found["critical_load"], half[1] - slope * 40**-0.5)
-    assert math.isclose(found["critical_load_over_theory"], found["critical_load"] / 0.138)
+    assert math.isclose(found["extrapolated_load"], half[1] - slope * 40**-0.5)
     assert found["digits_flipped_modern"] == found["digits_masked_pseudo_inverse"] == 2
     assert 0 <= found["largest_rise_of_energy"] < 1e-12
     for name in ("capacity", "recall", "dynamics"):
         assert (tmp_path / "run" / f"{name}.png").stat().st_size < 300_000
+
+
+def test_where_memories_of_two_sizes_hold_alike() -> None:
+    shares = ((0.1, 1.0, 1.0), (0.2, 0.7, 0.9), (0.3, 0.6, 0.4), (0.4, 0.3, 0.0))
+    lines = [{"load": load, "small": small, "large": large} for load, small, large in shares]
+    found = _meeting(lines, "small", "large")
+    assert found is not None
+    assert math.isclose(found, 0.25)
+    assert _meeting(lines[:2], "small", "large") is None  # the larger one still holds more
 
 
 def test_where_half_are_lost() -> None:
