@@ -92,12 +92,6 @@ class ContrastiveDivergence(SynapticRule):
         self._noise = NoiseSource()
         self._firings = 0  # since the last step
         super().__init__(params, lr, readout=readout, own={"steps": steps}, **options)
-        if not self._rbms:
-            self.close()
-            raise ValueError(
-                "ContrastiveDivergence: the model has no bioopt.nn.RBM that is not frozen, and nothing else learns by "
-                "this rule. Build one, bioopt.nn.RBM(visible, hidden), or choose another rule"
-            )
         self._own_state = {"seed": seed, "step": 0, "chains": {}}
 
     def signal(self, u: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor:
@@ -131,6 +125,11 @@ class ContrastiveDivergence(SynapticRule):
             if isinstance(machine, RBM)
         }
         synapses = [s for s in synapses_of(type(self).__name__, group["params"]) if s.layer in inside]
+        if not synapses:
+            raise ValueError(
+                "ContrastiveDivergence: the model has no bioopt.nn.RBM that is not frozen, and nothing else learns by "
+                "this rule. Build one, bioopt.nn.RBM(visible, hidden), or choose another rule"
+            )
         if self._readout is not None and any(s.layer is self._readout.layer for s in synapses):
             raise ValueError(
                 f"ContrastiveDivergence: the last layer, '{self._readout.name}', belongs to an RBM, and would learn as "

@@ -342,6 +342,8 @@ def test_locality() -> None:
 def test_what_it_cannot_train_is_refused() -> None:
     with pytest.raises(ValueError, match=r"no bioopt\.nn\.RBM"):
         bioopt.ContrastiveDivergence(nn.Linear(4, 3), lr=0.1)
+    with pytest.raises(ValueError, match=r"no bioopt\.nn\.RBM"):
+        bioopt.ContrastiveDivergence(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)), lr=0.1, readout="delta")
     with pytest.raises(TypeError, match="needs the model, not its parameters"):
         bioopt.ContrastiveDivergence(machine().parameters(), lr=0.1)
     with pytest.raises(ValueError, match=r"'1\.synapse', belongs to an RBM"):
