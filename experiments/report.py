@@ -16,7 +16,6 @@ from typing import Any
 
 import matplotlib
 import yaml
-from scipy.stats import t as student
 
 from . import sweeps
 
@@ -224,6 +223,8 @@ def interval(values: list[float]) -> float | None:
     """Half the 95 % confidence interval of the mean; none for a single value."""
     if len(values) < 2:
         return None
+    from scipy.stats import t as student  # a second of loading, which no run need wait for
+
     return float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
 
 
