@@ -50,6 +50,17 @@ POSITIVE_INT: Constraint = (lambda v: isinstance(v, int) and v >= 1, "an integer
 SEED: Constraint = (lambda v: isinstance(v, int) and v >= 0, "an integer >= 0")
 
 
+def require_in_range(owner: str, name: str, value: Any, constraint: Constraint) -> None:
+    """Raise where an option of a rule or a module is out of its range, with its name and value."""
+    holds, range_ = constraint
+    try:
+        ok = not isinstance(value, bool) and holds(value)
+    except (TypeError, ValueError):
+        ok = False
+    if not ok:
+        raise ValueError(f"{owner}: {name}={value!r} must be {range_}")
+
+
 def named_modules_of(params: Any) -> list[tuple[str, nn.Module]]:
     """The modules among ``params`` with a prefix for the names inside; empty where there are bare parameters."""
     if isinstance(params, nn.Module):
@@ -276,13 +287,7 @@ class LearningRule(Optimizer, ABC):
             self._check_value(name, options[name], constraint)
 
     def _check_value(self, name: str, value: Any, constraint: Constraint) -> None:
-        holds, range_ = constraint
-        try:
-            ok = not isinstance(value, bool) and holds(value)
-        except (TypeError, ValueError):
-            ok = False
-        if not ok:
-            raise ValueError(f"{type(self).__name__}: {name}={value!r} must be {range_}")
+        require_in_range(type(self).__name__, name, value, constraint)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .hebbian.reward import unexpected
 from .optimizer import (
     NON_NEGATIVE,
     POSITIVE,
@@ -18,7 +19,6 @@ from .optimizer import (
     Params,
     Probe,
     ProcessGroup,
-    mean_over_samples,
     named_modules_of,
     no_plastic_layer,
     require_finite,
@@ -360,11 +360,7 @@ class RewardSTDP(LearningRule):
             if not self._moments:
                 raise RuntimeError(f"{name}: {UNFIRED}")
             per_sample = self.credit == "sample" and losses.ndim > 0
-            mean = losses.mean()
-            self._sum_over_ranks([mean])
-            reward = -mean.item() / self._ranks[1]
-            expected = self._own_state.get("reward", reward)
-            surprise = -(mean_over_samples(losses) if per_sample else losses.mean()) - expected
+            surprise, expected = unexpected(self, losses, per_sample, self.reward_rate)
             grads: dict[Tensor, Tensor] = {}
             changes = {s: self._change(s, moments, surprise) for s, moments in self._moments.items()}
             self._sum_over_ranks(list(changes.values()))
@@ -373,7 +369,7 @@ class RewardSTDP(LearningRule):
                 change /= self._ranks[1]
                 grad = -_bounded(change.clamp(min=0), (-change).clamp(min=0), weight.detach(), group)
                 grads[weight] = grads[weight] + grad if weight in grads else grad
-            return losses, grads, {"reward": expected + self.reward_rate * (reward - expected)}
+            return losses, grads, {"reward": expected}
         finally:
             self._trains.clear()
             self._moments.clear()

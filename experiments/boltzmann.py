@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 import bioopt
 from bioopt.nn import RBM
+from bioopt.nn.rbm import bernoulli
 
 from . import data
 from .models import Grey
-from .pictures import saved
-from .tasks import Task
+from .pictures import saved, uncluttered
+from .tasks import Task, require_counts
 
 GROUND_STATE = -0.7632  # of the Sherrington-Kirkpatrick model, energy per spin (Parisi, 1979)
 
@@ -48,7 +49,7 @@ def log_partition(
     """
     weight, hidden, visible = rbm.synapse.weight, rbm.synapse.bias, rbm.visible_bias
     bias = torch.logit(base)
-    v = (torch.rand(chains, len(base), generator=generator, dtype=base.dtype, device=base.device) < base).to(base)
+    v = bernoulli(base.expand(chains, -1), generator)
     log_weights = torch.zeros(chains, dtype=torch.float64, device=base.device)
     betas = inverse_temperatures.tolist()
     for colder, beta in pairwise(betas):
@@ -64,8 +65,7 @@ def log_partition(
 
 
 def _drawn(log_odds: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    p = torch.sigmoid(log_odds)
-    return (torch.rand(p.shape, generator=generator, dtype=p.dtype, device=p.device) < p).to(p.dtype)
+    return bernoulli(torch.sigmoid(log_odds), generator)
 
 
 def published_temperatures(device: torch.device) -> Tensor:
@@ -99,7 +99,7 @@ def likelihood(
 
     def binary(some: Tensor) -> Tensor:
         grey = torch.cat([before(images.prepare(part)) for part in torch.split(some, 1000)])
-        return (torch.rand(grey.shape, generator=generator, device=grey.device) < grey).float()
+        return bernoulli(grey, generator)
 
     test = binary(images.test_images)
     train = binary(images.train_images[: len(test)])
@@ -371,14 +371,10 @@ class Valleys(Task):
         epochs: int,
         replicas: int,
     ) -> None:
-        least = {"spins": 2, "samples": 1, "sweeps": 10, "temperatures": 3, "rounds": 2, "epochs": 1, "replicas": 2}
-        given = {
-            "spins": spins, "samples": samples, "sweeps": sweeps, "temperatures": temperatures, "rounds": rounds,
-            "epochs": epochs, "replicas": replicas,
-        }  # fmt: skip
-        for name, value in given.items():
-            if not isinstance(value, int) or value < least[name]:
-                raise ValueError(f"task.{name}={value} must be an integer >= {least[name]}")
+        require_counts(samples=samples, epochs=epochs)
+        require_counts(2, spins=spins, rounds=rounds, replicas=replicas)
+        require_counts(3, temperatures=temperatures)
+        require_counts(10, sweeps=sweeps)
         if rounds % 2:
             raise ValueError(f"task.rounds={rounds} must be even: in the first half nothing is measured")
         if not 0 < coldest < 1 < hottest:
@@ -527,8 +523,7 @@ class Valleys(Task):
         for row in grid:
             row[1].set_xticks([-1, -0.5, 0, 0.5, 1])
         for axes in grid.flat:
-            axes.grid(alpha=0.3)
-            axes.spines[["top", "right"]].set_visible(False)
+            uncluttered(axes)
             axes.legend(frameon=False, fontsize=8)
             axes.title.set_size(10)
         return saved(figure, folder / "spin_glass.png")

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from bioopt.nn import FastWeights, ShortTermMemory
 
-from .pictures import saved
-from .tasks import Task
+from .pictures import saved, uncluttered
+from .tasks import Task, require_counts
 
 #: who recalls, as pictures call it, with colour and line; "gated": it stores what is asked about, and only that
 MODELS = {
@@ -102,9 +102,7 @@ class DelayedRecall(Task):
         rounds: int,
         sequences: int,
     ) -> None:
-        for name, value in {"values": values, "steps": steps, "rounds": rounds, "sequences": sequences}.items():
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"task.{name}={value} must be an integer >= 1")
+        require_counts(values=values, steps=steps, rounds=rounds, sequences=sequences)
         most = max([load, gru["load"], *loads])
         if most >= symbols:
             raise ValueError(
@@ -211,8 +209,7 @@ class DelayedRecall(Task):
                 for name, (_, colour, line) in MODELS.items()
             ]
             axes.set(xlabel=label, ylim=(0, 104))
-            axes.grid(alpha=0.3)
-            axes.spines[["top", "right"]].set_visible(False)
+            uncluttered(axes)
         grid[0].set_ylabel("right answers (%)")
         names = [label for label, _, _ in MODELS.values()]
         figure.legend(

@@ -11,15 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
 from omegaconf import DictConfig
 from torch import Tensor
 
 from bioopt.nn import Hopfield, ModernHopfield, SpikingHopfield
 
 from .data import load
-from .pictures import saved
-from .tasks import Task
+from .pictures import saved, uncluttered
+from .tasks import Task, require_counts
 
 THEORY = 0.138  # patterns a neuron, where their number goes to infinity: Amit, Gutfreund & Sompolinsky (1985)
 CUES = 40  # at most so many patterns of a memory are recalled
@@ -78,8 +77,7 @@ class Recall(Task):
             least = min([*neurons, rules])
             if not shares or any(share * least < 1 for share in shares) or list(shares) != sorted(set(shares)):
                 raise ValueError(f"task.{name}={shares} must rise, each at least one pattern in {least} neurons")
-        if not isinstance(samples, int) or samples < 1:
-            raise ValueError(f"task.samples={samples} must be an integer >= 1")
+        require_counts(samples=samples)
         if not 0 <= flips < 0.5:
             raise ValueError(f"task.flips={flips} must be at least 0 and below 0.5, from where a cue tells nothing")
         images = load(config.data.name, config.data.root, device)
@@ -265,7 +263,7 @@ class Recall(Task):
         right.set_ylim(len(some), -1)
         right.set(xlabel="ms (blue: half of a digit as the cue)", ylabel="some units, those of the digit first")
         right.set_title("spikes")
-        _plain(left, right)
+        uncluttered(left, right)
         return max(0.0, energies.diff(dim=0).max().item()), saved(figure, path)
 
 
@@ -297,14 +295,8 @@ def capacity(lines: dict[str, list[dict[str, Any]]], half: dict[int, float], lin
     modern.set(xlabel="units", ylabel="patterns", yscale="log", title="modern")
     for axes in grid.flat:
         axes.legend(frameon=False, fontsize=8)
-    _plain(*grid.flat)
+    uncluttered(*grid.flat)
     return saved(figure, path)
-
-
-def _plain(*many: Axes) -> None:
-    for axes in many:
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
 
 
 def _steps(memory: Memory, cue: Tensor) -> list[Tensor]:

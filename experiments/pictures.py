@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -89,8 +90,7 @@ def neurons(history: list[dict[str, Any]], wins: dict[str, Tensor], title: str, 
         below.axhline(100 / len(share), color="grey", linewidth=0.8, linestyle="--")
         below.set(xlabel=f"neuron, by rank ({dead} of {len(share)} never win)", ylabel="events won (%)")
     for axes in grid.flat:
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+        uncluttered(axes)
         axes.xaxis.label.set_size(8)
     return saved(figure, path)
 
@@ -122,8 +122,7 @@ def course(lines: list[dict[str, Any]], title: str, path: Path) -> Path | None:
         elif quantity != "cosine":
             axes.set_ylim(bottom=0)
         axes.legend(frameon=False, fontsize=7)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+        uncluttered(axes)
     for axes in grid.flat[len(quantities) :]:
         axes.axis("off")
     return saved(figure, path)
@@ -139,8 +138,7 @@ def window(delays: list[float], changes: list[float], title: str, path: Path) ->
     axes.axhline(0, color="grey", linewidth=0.8)
     axes.axvline(0, color="grey", linewidth=0.8)
     axes.set(xlabel="postsynaptic less presynaptic spike (ms)", ylabel="change of the weight / η")
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
+    uncluttered(axes)
     return saved(figure, path)
 
 
@@ -215,6 +213,13 @@ def _as_images(weights: Tensor | None, shape: tuple[int, int, int]) -> Tensor | 
     if weights is not None and weights.ndim == 2 and weights.shape[1] == math.prod(shape):
         return weights.view(-1, *shape)
     return weights if weights is not None and weights.ndim == 4 and weights.shape[1] == shape[0] else None
+
+
+def uncluttered(*many: Axes) -> None:
+    """A faint grid, and no frame above and to the right."""
+    for axes in many:
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
 
 
 def saved(figure: Figure, path: Path) -> Path:

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 import bioopt
 
 from . import data, training
-from .pictures import saved
+from .pictures import saved, uncluttered
 from .report import interval, percent
-from .tasks import Task
+from .tasks import Task, require_counts
 
 #: what is compared, as pictures call it, and its colour; B comes between, and the last two start where it ends
 PHASES = {
@@ -65,9 +65,7 @@ class Savings(Task):
             raise ValueError(f"task.disguise={disguise} must be pixels or labels")
         if not 0 < criterion <= 1:
             raise ValueError(f"task.criterion={criterion} must be in (0, 1], a share of right answers")
-        for name, value in {"most": most, "batch_size": batch_size, "repetitions": repetitions}.items():
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"task.{name}={value} must be an integer >= 1")
+        require_counts(most=most, batch_size=batch_size, repetitions=repetitions)
         self.config, self.device, self.seed = config, device, int(config.seed)
         self.rules = list(config.rules)
         self.disguise, self.criterion, self.most, self.batch_size = disguise, criterion, most, batch_size
@@ -202,8 +200,7 @@ class Savings(Task):
                 axes.plot(list(map(statistics.fmean, at_step)), color=colour, linewidth=1.8, label=label)
             axes.axhline(100 * self.criterion, color="grey", linewidth=0.8, linestyle=":")
             axes.set_title(rule.replace("_", " "), fontsize=10)
-            axes.grid(alpha=0.3)
-            axes.spines[["top", "right"]].set_visible(False)
+            uncluttered(axes)
         for axes in grid.flat[len(self.rules) :]:
             axes.axis("off")
         for axes in grid[-1]:

@@ -16,6 +16,7 @@ from experiments import boltzmann, models
 from experiments.training import run
 
 from .test_contrastive import log_z, machine, states
+from .test_tasks import interrupted
 from .test_train import config
 
 TINY = [
@@ -117,19 +118,8 @@ def test_the_experiment_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.
     assert next(iter(whole["measured"])) == "ground_state_energy"
     assert -1.2 < whole["measured"]["ground_state_energy"] < -0.2
     assert all(math.isfinite(value) for value in whole["measured"].values())
-    real, calls = boltzmann.Valleys.round, 0
-
-    def interrupted(self: boltzmann.Valleys, number: int) -> dict[str, object]:
-        nonlocal calls
-        calls += 1
-        if calls == 4:
-            raise KeyboardInterrupt
-        return real(self, number)
-
-    monkeypatch.setattr(boltzmann.Valleys, "round", interrupted)
     folder = tmp_path / "part"
-    with pytest.raises(KeyboardInterrupt):
-        run(config("experiment=spin_glass", *TINY, f"run_dir={folder}"))
+    interrupted(monkeypatch, boltzmann.Valleys, 4, "experiment=spin_glass", *TINY, f"run_dir={folder}")
     assert run(config(f"resume={folder}"))["measured"] == whole["measured"]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from hydra.utils import instantiate
 from experiments.delayed_recall import MODELS, DelayedRecall
 from experiments.training import run
 
+from .test_tasks import interrupted
 from .test_train import config
 
 TINY = ["experiment=delayed_recall", "logger.mode=disabled", "task.rounds=2", "task.steps=2", "task.sequences=20"]
@@ -74,17 +74,7 @@ def test_a_run_leaves_its_picture_and_its_numbers(tmp_path: Path) -> None:
 
 def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(config(*TINY, f"run_dir={tmp_path / 'whole'}"))
-    plain = DelayedRecall.round
-
-    def interrupted(self: DelayedRecall, number: int) -> dict[str, Any]:
-        if number == 2:
-            raise KeyboardInterrupt
-        return plain(self, number)
-
-    monkeypatch.setattr(DelayedRecall, "round", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run(config(*TINY, f"run_dir={tmp_path / 'part'}"))
-    monkeypatch.setattr(DelayedRecall, "round", plain)
+    interrupted(monkeypatch, DelayedRecall, 2, *TINY, f"run_dir={tmp_path / 'part'}")
     assert run(config(f"resume={tmp_path / 'part'}"))["measured"] == whole["measured"]
     weights = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"] for name in ("whole", "part")]
     assert all(torch.equal(weights[0]["gru"][key], weights[1]["gru"][key]) for key in weights[0]["gru"])

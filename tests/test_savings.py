@@ -13,6 +13,7 @@ from experiments import savings
 from experiments.savings import Disguise, Savings
 from experiments.training import run
 
+from .test_tasks import interrupted
 from .test_train import config
 
 RULES = ["forward_gradient", "node_perturbation", "weight_perturbation", "hebbian"]
@@ -118,17 +119,7 @@ def test_a_run_leaves_its_pictures_and_goes_on_where_it_stopped(
     for picture in ("savings.png", "courses.png"):
         assert (tmp_path / "whole" / picture).read_bytes().startswith(b"\x89PNG")
     assert {"sgd_savings", "sgd_savings_ci95", "random_trunk_implicit"} < set(whole["measured"])
-    plain = Savings.round
-
-    def interrupted(self: Savings, number: int) -> dict[str, Any]:
-        if number == 3:
-            raise KeyboardInterrupt
-        return plain(self, number)
-
-    monkeypatch.setattr(Savings, "round", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run(config(*TINY, f"run_dir={tmp_path / 'part'}"))
-    monkeypatch.setattr(Savings, "round", plain)
+    interrupted(monkeypatch, Savings, 3, *TINY, f"run_dir={tmp_path / 'part'}")
     assert run(config(f"resume={tmp_path / 'part'}"))["measured"] == whole["measured"]
 
 

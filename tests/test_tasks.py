@@ -23,8 +23,6 @@ TASKS = sorted(p.stem for p in (ROOT / "conf/experiment").glob("*.yaml") if "\nt
 class Walk(Task):
     """A random walk, whose place later rounds need."""
 
-    interrupted_in: int | None = None
-
     def __init__(self, config: Any, device: torch.device, *, rounds: int, width: float) -> None:
         if width <= 0:
             raise ValueError(f"task.width={width} must be a number > 0")
@@ -32,8 +30,6 @@ class Walk(Task):
         self.place = torch.zeros((), device=device)
 
     def round(self, number: int) -> dict[str, Any]:
-        if number == self.interrupted_in:
-            raise KeyboardInterrupt
         self.place += self.width * torch.randn(())
         return {"place": self.place.item(), "path": [0.0, self.place.item()]}
 
@@ -47,6 +43,21 @@ class Walk(Task):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.place = state["place"]
+
+
+def interrupted(monkeypatch: pytest.MonkeyPatch, task: type[Task], number: int, *overrides: str) -> None:
+    """A run that is stopped as this round of it begins."""
+    plain = task.round
+
+    def stopped(self: Task, at: int) -> dict[str, Any]:
+        if at == number:
+            raise KeyboardInterrupt
+        return plain(self, at)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(task, "round", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run(config(*overrides))
 
 
 @pytest.fixture
@@ -84,10 +95,7 @@ def test_an_interrupted_task_goes_on_to_the_same_end(
 ) -> None:
     common = [walk, "experiment=walk", "logger.mode=disabled"]
     whole = run(config(*common, f"run_dir={tmp_path / 'whole'}"))
-    monkeypatch.setattr(Walk, "interrupted_in", 3)
-    with pytest.raises(KeyboardInterrupt):
-        run(config(*common, f"run_dir={tmp_path / 'part'}"))
-    monkeypatch.setattr(Walk, "interrupted_in", None)
+    interrupted(monkeypatch, Walk, 3, *common, f"run_dir={tmp_path / 'part'}")
     torch.manual_seed(99)
     resumed = run(config(f"resume={tmp_path / 'part'}"))
     assert resumed["measured"] == whole["measured"]

@@ -6,7 +6,16 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..optimizer import POSITIVE, Constraint, Estimate, Params, Probe, mean_over_samples, require_finite
+from ..optimizer import (
+    POSITIVE,
+    Constraint,
+    Estimate,
+    LearningRule,
+    Params,
+    Probe,
+    mean_over_samples,
+    require_finite,
+)
 from ..perturbation.base import NoisyActivity, credited
 from ..recorder import Synapse
 
@@ -93,11 +102,7 @@ class RewardHebbian(NoisyActivity):
             losses = probe()
         require_finite(self, "the loss", [losses])
         per_sample = self._per_sample(records, losses)
-        mean = losses.mean()
-        self._sum_over_ranks([mean])
-        reward = -mean.item() / ranks
-        expected = self._own_state.get("reward", reward)
-        surprise = -mean_over_samples(losses) - expected if per_sample else -losses.mean() - expected
+        surprise, expected = unexpected(self, losses, per_sample, self.reward_rate)
         told = surprise / len(surprise) if per_sample else surprise
 
         firings: dict[Synapse, int] = {}
@@ -113,5 +118,15 @@ class RewardHebbian(NoisyActivity):
         if ranks > 1:
             grads = {p: g / ranks for p, g in grads.items()}
         state = self._next_state()
-        state["reward"] = expected + self.reward_rate * (reward - expected)
+        state["reward"] = expected
         return losses, grads, state
+
+
+def unexpected(rule: LearningRule, losses: Tensor, per_sample: bool, rate: float) -> tuple[Tensor, float]:
+    """``R - R̄``, of each sample or of all, where the reward ``R`` is minus the loss; and ``R̄`` after the step."""
+    mean = losses.mean()
+    rule._sum_over_ranks([mean])
+    reward = -mean.item() / rule._ranks[1]
+    expected = rule._own_state.get("reward", reward)
+    surprise = -(mean_over_samples(losses) if per_sample else losses.mean()) - expected
+    return surprise, expected + rate * (reward - expected)

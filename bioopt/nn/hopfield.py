@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..hebbian import Hebbian
-from ..optimizer import NON_NEGATIVE, POSITIVE, POSITIVE_INT, SEED, Constraint
+from ..optimizer import NON_NEGATIVE, POSITIVE, POSITIVE_INT, SEED, Constraint, require_in_range
 from ..recorder import register_synapse
 
 __all__ = ["Hopfield", "ModernHopfield", "Recall", "SpikingHopfield"]
@@ -39,13 +39,8 @@ class Recall(NamedTuple):
 
 
 def _check(owner: str, **options: tuple[Any, Constraint]) -> None:
-    for name, (value, (holds, wanted)) in options.items():
-        try:
-            right = not isinstance(value, bool) and holds(value)
-        except TypeError:
-            right = False
-        if not right:
-            raise ValueError(f"{owner}: {name}={value!r} must be {wanted}")
+    for name, (value, constraint) in options.items():
+        require_in_range(owner, name, value, constraint)
 
 
 class _Binary(nn.Module, ABC):
