@@ -14,7 +14,7 @@ Each is a `torch.optim.Optimizer` that trains an unmodified `torch.nn.Module` by
     loss = optimizer.step(closure)
 """
 
-from . import nn
+from . import costs, nn
 from .contrastive import ContrastiveDivergence
 from .diagnosis import diagnose
 from .hebbian import BCM, AntiHebbian, Hebbian, KrotovHopfield, Oja, RewardHebbian, Sanger, SoftHebb
@@ -57,6 +57,7 @@ __all__ = [
     "Synapse",
     "SynapticRule",
     "WeightPerturbation",
+    "costs",
     "diagnose",
     "nn",
     "register_synapse",

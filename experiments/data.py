@@ -12,7 +12,7 @@ import io
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -80,7 +80,8 @@ class Images:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Shuffled batches of one epoch, a function of ``(seed, epoch)`` alone; an incomplete last one is left out."""
         for index, generator in self.order(batch_size, seed, epoch):
-            yield self.prepare(augment(self.train_images[index], generator)), self.train_labels[index]
+            images = self.prepare(augment(self.train_images[index], generator))
+            yield images, self.train_labels[index].repeat_interleave(augment.frames)
 
     def order(self, batch_size: int, seed: int, epoch: int) -> Iterator[tuple[Tensor, torch.Generator]]:
         """Which samples make up each batch of an epoch, and the generator for what else is random in it."""
@@ -96,10 +97,11 @@ class Images:
     def test_batches(self, augment: Augment, batch_size: int = EVALUATED) -> Iterator[tuple[Tensor, Tensor]]:
         """The test set in order, all views of a batch one after another: a multiple of the labels."""
         generator = torch.Generator().manual_seed(0)  # the same views every time
+        one = replace(augment, frames=1)
         parts = (torch.split(t, max(batch_size // augment.views, 1)) for t in (self.test_images, self.test_labels))
         for images, labels in zip(*parts, strict=True):
             if augment.views > 1:
-                images = torch.cat([augment(images, generator) for _ in range(augment.views)])
+                images = torch.cat([one(images, generator) for _ in range(augment.views)])
             yield self.prepare(images), labels
 
 
@@ -167,6 +169,8 @@ class Augment:
         views: of a test image, so many are drawn as those of a training image, and predictions averaged over them;
             1: the test image as it is. Turned, stretched and bent images are interpolated, and so a little blurred: a
             network that has learned from them wants to be tested on such.
+        frames: of a training image, so many successive ones, which move evenly from one place to another within
+            ``crop`` pixels: a sequence, for costs that compare its steps.
     """
 
     crop: int = 0
@@ -175,14 +179,19 @@ class Augment:
     scale: float = 0
     elastic: float = 0
     views: int = 1
+    frames: int = 1
 
     def __post_init__(self) -> None:
-        for name, least in {"crop": 0, "rotate": 0, "scale": 0, "elastic": 0, "views": 1}.items():
+        for name, least in {"crop": 0, "rotate": 0, "scale": 0, "elastic": 0, "views": 1, "frames": 1}.items():
             if not getattr(self, name) >= least:
                 raise ValueError(f"data.augment.{name}={getattr(self, name)} must be >= {least}")
         if self.views > 1 and not (self.crop or self.flip or self.rotate or self.scale or self.elastic):
             raise ValueError(
                 f"data.augment.views={self.views}, but without another augmentation all views are the same"
+            )
+        if self.frames > 1 and not self.crop:
+            raise ValueError(
+                f"data.augment.frames={self.frames}, but with data.augment.crop=0 an image has nowhere to move"
             )
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
@@ -196,6 +205,13 @@ class Augment:
             images = self._warp(images, generator)
         if self.crop:
             dy, dx = torch.randint(0, 2 * self.crop + 1, (2, n), generator=generator).to(device)
+            if self.frames > 1:
+                to = torch.randint(0, 2 * self.crop + 1, (2, n), generator=generator).to(device)
+                way = torch.linspace(0, 1, self.frames, device=device)
+                start, end = (place.unsqueeze(2).float() for place in (torch.stack([dy, dx]), to))
+                dy, dx = torch.lerp(start, end, way).round().long().flatten(1)
+                images = images.repeat_interleave(self.frames, 0)
+                n *= self.frames
             rows = (dy[:, None] + torch.arange(height, device=device))[:, None, :, None]
             columns = (dx[:, None] + torch.arange(width, device=device))[:, None, None, :]
             padded = F.pad(images, [self.crop] * 4)

@@ -96,8 +96,7 @@ class Progress:
 
     epoch: int = 0
     model: Mapping[str, Any] = field(default_factory=dict)
-    optimizer: dict[str, Any] = field(default_factory=dict)
-    scheduler: dict[str, Any] = field(default_factory=dict)
+    areas: list[dict[str, Any]] = field(default_factory=list)
     random: dict[str, Tensor] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     diagnostics: list[dict[str, Any]] = field(default_factory=list)

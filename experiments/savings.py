@@ -10,13 +10,13 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-import bioopt
+from bioopt.costs import CrossEntropy
 
-from . import data, training
+from . import building, data, training
+from .areas import Area
 from .pictures import saved, uncluttered
 from .report import interval, percent
 from .tasks import Task, require_counts
@@ -76,7 +76,7 @@ class Savings(Task):
         """One rule, one repetition: its steps to the criterion, and its accuracy after each step, of each phase."""
         repetition, rule = divmod(number - 1, len(self.rules))
         torch.manual_seed(self.seed * 1_000_003 + repetition)  # a round needs nothing of the rounds before
-        model = training.build_model(self.config, self.images).to(self.device)
+        model = building.build_model(self.config, self.images).to(self.device)
         a, b, c = (Disguise(self.images, self.disguise) for _ in range(3))
         seeds = torch.randint(2**31, (4,)).tolist()
         name = self.rules[rule]
@@ -102,22 +102,13 @@ class Savings(Task):
         run.optimizer = OmegaConf.to_container(self.config.rules[rule], resolve=True)
         if "seed" in run.optimizer:
             run.optimizer.seed = seed
-        optimizer = training.build_optimizer(run, model)
+        optimizer = building.build_optimizer(run, model)
+        learner = Area("", model, CrossEntropy(), optimizer)
         course = [task.accuracy(model)]
         generator = torch.Generator().manual_seed(seed)
         while course[-1] < self.criterion and len(course) <= self.most:
-            inputs, labels = task.batch(self.batch_size, generator)
-            model.train()
-            if isinstance(optimizer, bioopt.SynapticRule):
-                optimizer.target = labels  # of readout=teacher
-
-            def closure(inputs: Tensor = inputs, labels: Tensor = labels) -> Tensor:
-                optimizer.zero_grad()
-                losses = F.cross_entropy(model(inputs), labels, reduction="none")
-                if losses.requires_grad:
-                    torch.autograd.backward(losses.mean())
-                return losses
-
+            closure = learner.closure(*task.batch(self.batch_size, generator))
+            learner.train()
             try:
                 losses: Tensor = optimizer.step(closure)  # type: ignore[arg-type, assignment]
             except RuntimeError as error:
@@ -125,7 +116,7 @@ class Savings(Task):
             if not bool(losses.isfinite().all()):
                 raise RuntimeError(f"{rule}: the loss is no number with rules.{rule}.lr={run.optimizer.lr}; lower it")
             course.append(task.accuracy(model))
-        training.close(optimizer)
+        training.close([learner])
         return course
 
     def finish(self, history: list[dict[str, Any]], title: str, folder: Path) -> tuple[dict[str, float], list[Path]]:

@@ -24,8 +24,8 @@ from hydra import compose, initialize_config_dir
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from experiments.building import build_optimizer
 from experiments.models import cnn
-from experiments.training import build_optimizer
 
 CONF = Path(__file__).parent.parent / "conf"
 FORWARD = "forward pass"

@@ -150,7 +150,7 @@ def test_a_frozen_hebbian_trunk_is_the_random_trunk(tmp_path: Path) -> None:
 
 
 def test_frozen_parts_stay_at_their_random_start(tmp_path: Path) -> None:
-    from experiments.training import build_model
+    from experiments.building import build_model
 
     chosen = config(*tiny("node_perturbation"), "frozen=[0]", f"run_dir={tmp_path / 'run'}")
     torch.manual_seed(chosen.seed)
@@ -228,7 +228,7 @@ def test_a_validation_split_takes_the_place_of_the_test_set(tmp_path: Path) -> N
 def test_smoothed_labels_ask_for_uncertainty(tmp_path: Path) -> None:
     common = ["optimizer=sgd", *TINY, "epochs=4"]
     sure = run(config(*common, f"run_dir={tmp_path / 'sure'}"))
-    unsure = run(config(*common, "label_smoothing=1", f"run_dir={tmp_path / 'unsure'}"))  # all classes alike
+    unsure = run(config(*common, "cost=label_smoothed", "cost.label_smoothing=1", f"run_dir={tmp_path / 'unsure'}"))  # all classes alike
     lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1] for name in ("sure", "unsure")]
     sure_loss, unsure_loss = (json.loads(line)["train_loss"] for line in lines)
     assert sure_loss < math.log(10) < unsure_loss < math.log(10) + 0.05
@@ -368,7 +368,7 @@ def test_on_a_gpu(optimizer: str, tmp_path: Path) -> None:
 
 
 def test_options_of_parts_reach_their_groups() -> None:
-    from experiments.training import build_model, build_optimizer
+    from experiments.building import build_model, build_optimizer
 
     images = data.load("digits", "nowhere")
     best = ["experiment=hebbian_cifar10_best", "data=digits", "model.width=0.03", "model.whitened=5"]

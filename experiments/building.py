@@ -1,0 +1,147 @@
+"""What a configuration names, built: network, cost, optimizer, schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+import bioopt
+from bioopt.costs import Cost
+from bioopt.recorder import find_synapses
+
+from . import data
+
+COSTS = Path(__file__).parent.parent / "conf" / "cost"
+
+
+def build_model(config: DictConfig, images: data.Images) -> nn.Module:
+    """The network of ``model=``, for the shape and classes of the data."""
+    options = {k: v for k, v in config.model.items() if k != "name"}
+    model: nn.Module = instantiate(options, shape=images.shape, classes=images.classes, _convert_="all")
+    return model.to(memory_format=torch.channels_last)  # half the time
+
+
+def freeze(model: nn.Module, parts: Sequence[str | int]) -> None:
+    """Keep these parts of the model, by their names, at their random start."""
+    for part in map(str, parts):
+        try:
+            model.get_submodule(part).requires_grad_(False)
+        except AttributeError:
+            names = ", ".join(name for name, _ in model.named_children())
+            raise ValueError(f"frozen={part} is not a part of the model; it has {names}") from None
+
+
+def build_cost(spec: Any, option: str = "cost") -> Cost:
+    """A cost by its name in ``conf/cost``, or by its name and options."""
+    options = {"name": spec} if isinstance(spec, str) else OmegaConf.to_container(OmegaConf.create(spec), resolve=True)
+    path = COSTS / f"{options.get('name') if isinstance(options, dict) else options}.yaml"
+    if not path.exists():
+        known = ", ".join(sorted(file.stem for file in COSTS.glob("*.yaml")))
+        raise ValueError(f"{option}={spec} is not a cost, or lacks its name; there are {known}")
+    assert isinstance(options, dict)
+    merged = OmegaConf.to_container(OmegaConf.merge(OmegaConf.load(path), options))
+    assert isinstance(merged, dict)
+    kept = {str(key): value for key, value in merged.items() if key not in ("name", "areas")}
+    name = merged["name"]
+    if name == "mixture":
+        if not isinstance(kept["weights"], dict):
+            raise ValueError(
+                f"{option}.weights={kept['weights']} must say how much of which: '{{cross_entropy: 1, sparsity: 0.1}}'"
+            )
+        kept["costs"] = {part: build_cost(part, f"{option}.weights") for part in kept["weights"]}
+    try:
+        cost: Cost = instantiate(kept, _convert_="all", _recursive_=False)
+    except Exception as error:
+        raise ValueError(f"{option}={name}: {error.__cause__ or error}") from error
+    return cost
+
+
+def build_optimizer(
+    config: DictConfig, model: nn.Module, group: dist.ProcessGroup | None = None, whole: nn.Module | None = None
+) -> torch.optim.Optimizer:
+    """The optimizer of ``optimizer=``: rules get the model or its parts, plain torch optimizers their parameters.
+
+    ``whole``: the network of which ``model`` is an area, for options of parts that lie elsewhere.
+    """
+    options = {k: v for k, v in config.optimizer.items() if k not in ("name", "per_data", "per_model", "schedule")}
+    make = instantiate(options, _partial_=True, _convert_="all")
+    parts = OmegaConf.to_container(config.optimizer.get("per_model", {}).get(config.model.name, OmegaConf.create()))
+    try:
+        is_class = isinstance(make.func, type)  # or a function that takes the model, as the random trunk is
+        rule = is_class and issubclass(make.func, bioopt.LearningRule)
+        if group is not None and not rule:
+            raise ValueError("it does not speak to other ranks; run it without torchrun")
+        together = {"process_group": group} if group is not None else {}
+        by_part = groups(model, parts, whole or model)
+        local = is_class and issubclass(make.func, bioopt.SynapticRule) and make.keywords.get("readout", "delta")
+        if whole is not None and local == "delta" and len(find_synapses(model)) == 1:
+            # A readout and nothing else, which learns by its local error as that of the whole network does.
+            rate = make.keywords.get("readout_lr") or make.keywords["lr"]
+            return torch.optim.SGD(model.parameters(), lr=rate, **(make.keywords.get("readout_options") or {}))
+        given = by_part if rule else parameters(by_part) if is_class else model
+        optimizer: torch.optim.Optimizer = make(given, **together)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"optimizer={config.optimizer.name}: {error}") from error
+    return optimizer
+
+
+def groups(model: nn.Module, parts: Any, whole: nn.Module) -> Any:
+    """The model, or groups of its modules where there are options for parts: each takes those of the nearest part."""
+    parts = _flat(parts)
+    present = dict(model.named_modules())
+    for name in parts:
+        if name not in dict(whole.named_modules()):
+            raise ValueError(f"per_model has options for '{name}', which is not a part of the model")
+    parts = {name: own for name, own in parts.items() if name in present}
+    if not parts:
+        return model
+    made: dict[str, dict[str, Any]] = {}
+    for name, module in present.items():
+        if [*module.parameters(recurse=False)]:
+            part = max((part for part in parts if f"{name}.".startswith(f"{part}.")), key=len, default="")
+            made.setdefault(part, {"params": [], **parts.get(part, {})})["params"].append((name, module))
+    return list(made.values())
+
+
+def parameters(given: Any) -> list[dict[str, Any]]:
+    """A model, or groups of its parts, as groups of parameters, which is what plain torch optimizers take."""
+    made = given if isinstance(given, list) else [{"params": [("", given)]}]
+    seen: set[nn.Parameter] = set()
+    result = []
+    for group in made:
+        found = [p for _, module in group["params"] for p in module.parameters() if p not in seen]
+        seen |= set(found)
+        result.append({**group, "params": found})
+    return result
+
+
+def _flat(parts: Any, prefix: str = "") -> dict[str, dict[str, Any]]:
+    """``{"trunk": {"block1": {"lr": 1}}}`` as ``{"trunk.block1": {"lr": 1}}``; what is no part's is left out."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, value in (parts or {}).items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{name}.")
+            if own := {key: option for key, option in value.items() if not isinstance(option, dict)}:
+                found[prefix + name] = own
+    return found
+
+
+def build_schedule(
+    name: str, optimizer: torch.optim.Optimizer, total: int
+) -> torch.optim.lr_scheduler.LRScheduler | None:
+    """The learning rate over ``total`` steps, by its option ``schedule=cosine|constant|halving``."""
+    if name == "constant":
+        return None
+    if name == "halving":
+        at = [int(total * fraction) for fraction in (0.2, 0.35, 0.5, 0.6, 0.7, 0.8, 0.9)]
+        return torch.optim.lr_scheduler.MultiStepLR(optimizer, at, gamma=0.5)
+    if name != "cosine":
+        raise ValueError(f"schedule={name} must be cosine, constant or halving")
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(total, 1))
