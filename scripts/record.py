@@ -85,7 +85,8 @@ def changes(options: dict[str, Any], experiment: str | None = None) -> tuple[lis
     chosen = [] if experiment is None else [f"experiment={experiment}"]
     own = composed(chosen)
     names = {group: options[f"{group}.name"] for group in ("optimizer", "model", "data", "cost")}
-    chosen += [f"{g}={name}" for g, name in names.items() if experiment is None or own[f"{g}.name"] != name]
+    told = () if experiment is not None else ("optimizer", "model", "data")  # in any case
+    chosen += [f"{g}={name}" for g, name in names.items() if g in told or own[f"{g}.name"] != name]
     plain = composed(chosen)
     changed = {
         key if key in plain else f"+{key}": value

@@ -228,7 +228,9 @@ def test_a_validation_split_takes_the_place_of_the_test_set(tmp_path: Path) -> N
 def test_smoothed_labels_ask_for_uncertainty(tmp_path: Path) -> None:
     common = ["optimizer=sgd", *TINY, "epochs=4"]
     sure = run(config(*common, f"run_dir={tmp_path / 'sure'}"))
-    unsure = run(config(*common, "cost=label_smoothed", "cost.label_smoothing=1", f"run_dir={tmp_path / 'unsure'}"))  # all classes alike
+    unsure = run(
+        config(*common, "cost=label_smoothed", "cost.label_smoothing=1", f"run_dir={tmp_path / 'unsure'}")
+    )  # all classes alike
     lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1] for name in ("sure", "unsure")]
     sure_loss, unsure_loss = (json.loads(line)["train_loss"] for line in lines)
     assert sure_loss < math.log(10) < unsure_loss < math.log(10) + 0.05
