@@ -249,11 +249,11 @@ class SupervisedContrastive(Cost):
                 f"SupervisedContrastive is told class labels, N integers, not targets of {targets.dtype} and shape "
                 f"{tuple(targets.shape)}"
             )
-        z = F.normalize(outputs.flatten(1), dim=1)
+        z = F.normalize(_in_full(outputs.flatten(1)), dim=1)
         known = targets != UNLABELLED
         other = ~torch.eye(len(z), dtype=torch.bool, device=z.device) & known & known.unsqueeze(1)
         alike = other & (targets == targets.unsqueeze(1))
-        scaled = (z @ z.T / self.temperature).float().masked_fill(~other, -1e9)  # not -inf, whose gradient is nan
+        scaled = (z @ z.T / self.temperature).masked_fill(~other, -1e9)  # not -inf, whose gradient is nan
         log_share = scaled.log_softmax(1)
         return -(log_share * alike).sum(1) / alike.sum(1).clamp(min=1)
 
@@ -327,7 +327,7 @@ class Slowness(Cost):
 
     def of_each(self, outputs: Tensor, targets: Tensor | None, steps: int) -> Tensor:
         """N costs."""
-        u = outputs.flatten(1).float() if outputs.dtype != torch.float64 else outputs.flatten(1)
+        u = _in_full(outputs.flatten(1))
         z = (u - u.mean(0)) * (u.var(0, correction=0) + 1e-6).rsqrt()
         change = z.unflatten(0, (-1, steps)).diff(dim=1).square().mean(2)
         costs = (F.pad(change, (1, 0)) + F.pad(change, (0, 1))).flatten() * (steps / (2 * (steps - 1)))
@@ -411,3 +411,8 @@ def _squared_distance(name: str, outputs: Tensor, targets: Tensor | None) -> Ten
             f"readout=torch.nn.Linear(..., {wanted.shape[1]})"
         )
     return F.mse_loss(said, wanted.to(said.dtype), reduction="none").mean(1)
+
+
+def _in_full(outputs: Tensor) -> Tensor:
+    """Not in half precision, whose sums over many neurons are coarse."""
+    return outputs.to(torch.promote_types(outputs.dtype, torch.float32))

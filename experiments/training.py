@@ -285,17 +285,18 @@ def _frozen(trunk: nn.Module, amp: bool) -> Callable[[Tensor], Tensor]:
 
 
 def coverage(areas: list[Area], model: nn.Module) -> dict[str, str]:
-    """Which rule trains each parameter of the model; plain torch optimizers train what they were given."""
+    """Which rule trains each parameter of the model and its costs; plain torch optimizers train what they are given."""
     covered = dict.fromkeys((name for name, _ in model.named_parameters()), "frozen")
     for area in areas:
         where = f", {area.name}" if area.name else ""
-        if isinstance(area.optimizer, bioopt.LearningRule | bioopt.Mixed):
-            own = area.optimizer.coverage(model)
-        else:
-            trained = {p for group in area.optimizer.param_groups for p in group["params"] if p.requires_grad}
-            label = type(area.optimizer).__name__
-            own = {name: label if p in trained else "frozen" for name, p in model.named_parameters()}
-        covered |= {name: label + where for name, label in own.items() if label != "frozen"}
+        for module, prefix in ((model, ""), (area.cost, f"cost of {area.name}: ")):
+            if isinstance(area.optimizer, bioopt.LearningRule | bioopt.Mixed):
+                own = area.optimizer.coverage(module)
+            else:
+                trained = {p for group in area.optimizer.param_groups for p in group["params"] if p.requires_grad}
+                label = type(area.optimizer).__name__
+                own = {name: label if p in trained else "frozen" for name, p in module.named_parameters()}
+            covered |= {prefix + name: label + where for name, label in own.items() if label != "frozen"}
     return covered
 
 
