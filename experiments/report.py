@@ -165,15 +165,15 @@ def group(runs: list[Run]) -> list[Cell]:
         )
     cells = _cells(runs)
     cells.sort(key=lambda cell: -statistics.fmean(cell.each("test_accuracy")))
-    models = {cell.options["model.name"] for cell in cells}
+    names = ("optimizer.name", "model.name", "cost.name")
+    several = [name for name in names[1:] if len({cell.options.get(name) for cell in cells}) > 1]
     for each in cells:
-        names = ("optimizer.name", "model.name")
-        namesakes = [c.options for c in cells if all(c.options[name] == each.options[name] for name in names)]
+        namesakes = [c.options for c in cells if all(c.options.get(name) == each.options.get(name) for name in names)]
         told = [k for k, v in each.options.items() if any(o.get(k) != v for o in namesakes)]
-        told = [k for k in told if not k.endswith(".name") and not k.startswith("optimizer.per_")]
-        model = [each.options["model.name"]] if len(models) > 1 else []
+        told = [k for k in told if k not in names and not k.startswith("optimizer.per_")]
+        chosen = [str(each.options.get(name)) for name in several]
         options = [f"{k.removeprefix('optimizer.')}={each.options[k]}" for k in told]
-        each.label = ", ".join([each.options["optimizer.name"], *model, *options])
+        each.label = ", ".join([each.options["optimizer.name"], *chosen, *options])
     return cells
 
 
@@ -209,14 +209,20 @@ def report_tasks(runs: list[Run], out: Path) -> str:
 
 
 def control(cell: Cell, cells: list[Cell], name: str) -> Cell | None:
-    """The control on the same network; of several, one of the same epochs."""
+    """The control on the same network; of several, one with the same cost and of the same epochs."""
     model = {k: v for k, v in cell.options.items() if k.startswith("model.")}
     found = [
         other
         for other in cells
-        if other.options["optimizer.name"] == name and model.items() <= other.options.items() and other is not cell
+        if other.options["optimizer.name"] == name != cell.options["optimizer.name"]
+        and model.items() <= other.options.items()
     ]
-    return min(found, key=lambda other: other.options["epochs"] != cell.options["epochs"], default=None)
+
+    def far(other: Cell) -> tuple[bool, bool]:
+        alike = [other.options.get(key) == cell.options.get(key) for key in ("cost.name", "epochs")]
+        return not alike[0], not alike[1]
+
+    return min(found, key=far, default=None)
 
 
 def interval(values: list[float]) -> float | None:
