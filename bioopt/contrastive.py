@@ -158,7 +158,7 @@ class ContrastiveDivergence(SynapticRule):
             v.device, state["seed"], state["step"], synapse.index, self._ranks[0], self._firings
         )
         self._firings += 1
-        h = bernoulli(torch.sigmoid(u.detach()).reshape(len(v), -1), generator)  # known from the data already
+        h = bernoulli(torch.sigmoid(u.detach()).reshape(-1, u.shape[-1]), generator)  # known from the data already
         self._unlearn(synapse, self._dream(synapse, h, steps, generator), 1.0)
 
     @torch.no_grad()

@@ -16,6 +16,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-__all__ = ["Recorder", "Synapse", "find_synapses", "register_synapse"]
+__all__ = ["Recorder", "Rows", "Synapse", "find_synapses", "on_rows", "register_synapse", "rows_seen"]
 
 # Exact layer type -> the dimension of its output that counts its neurons. Exact, because a subclass may
 # never fire its hooks (`MultiheadAttention.out_proj`) or may compute something else.
@@ -130,6 +131,58 @@ def find_synapses(module: nn.Module, prefix: str = "") -> list[Synapse]:
                 "or train it with another optimizer through bioopt.Mixed, or freeze it with requires_grad_(False)."
             )
     return found
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Which samples of a batch the rows of a tensor are, where a layer runs on some of them."""
+
+    index: Tensor  #: of each row the number of its sample
+    count: int  #: of samples in the batch
+
+    def among_all(self, rows: Tensor) -> Tensor:
+        """The rows in their places among all samples; zeros for the other samples."""
+        everything = rows.new_zeros(self.count, *rows.shape[1:])
+        return everything.index_copy(0, self.index, rows)
+
+
+_ROWS: ContextVar[Rows | None] = ContextVar("_ROWS", default=None)
+
+
+@contextmanager
+def on_rows(index: Tensor, count: int) -> Iterator[None]:
+    """Say to the rules that what runs inside sees, as its rows, these samples of so many.
+
+    A module that sends samples different ways (`bioopt.nn.Gate`) opens it around each way, so that rules which credit
+    each sample by itself know whose rows they see. Every way is to be run each time, on no samples if need be, so that
+    layers fire in one order. Inside another one, ``index`` counts the rows of that.
+
+    Args:
+        index: of each row, the number of its sample.
+        count: of samples among which ``index`` chooses.
+    """
+    outer = _ROWS.get()
+    token = _ROWS.set(Rows(index, count) if outer is None else Rows(outer.index[index], outer.count))
+    try:
+        yield
+    finally:
+        _ROWS.reset(token)
+
+
+def rows_seen(synapse: Synapse, u: Tensor) -> Rows | None:
+    """Which samples the activity ``u`` of a synapse that is firing belongs to; ``None``: it ran on all.
+
+    Raises:
+        RuntimeError: if it ran on some, and the first dimension of ``u`` does not count them.
+    """
+    rows = _ROWS.get()
+    if rows is not None and (u.ndim < 2 or len(u) != len(rows.index)):
+        raise RuntimeError(
+            f"layer '{synapse.name}' ran on {len(rows.index)} of {rows.count} samples, but its activity has the shape "
+            f"{tuple(u.shape)}: a layer on a pathway that some samples skip needs them along its first dimension. Keep "
+            "other dimensions apart from it there, or let all samples take all pathways (active=None)"
+        )
+    return rows
 
 
 class _Anchor(torch.autograd.Function):

@@ -25,7 +25,7 @@ from .optimizer import (
     unique,
 )
 from .perturbation.base import MICRO_BATCHES, UNFIRED
-from .recorder import Synapse
+from .recorder import Synapse, rows_seen
 from .synaptic import SynapticRule, synapses_of
 
 __all__ = ["STDP", "RewardSTDP"]
@@ -214,7 +214,7 @@ class STDP(SynapticRule):
             if traces is None and synapse.index in self._own_state.get("traces", {}):
                 traces = Traces(*(t.to(x.device) for t in self._own_state["traces"][synapse.index]))
             moment, self._trains[synapse] = _advance(type(self).__name__, synapse, x, s, traces, group, NEW)
-            events = s.numel() // len(synapse.weight) if first else 0
+            events = moment.s.numel() // len(synapse.weight) if first else 0
             up, down = self._total(synapse, (2, *synapse.weight.shape), moment.x.dtype, events)
             _add_product(up, synapse, moment.s, moment.pre, group["a_plus"])
             _add_product(down, synapse, moment.post, moment.x, group["a_minus"])
@@ -468,6 +468,9 @@ def _advance(
             )
     dtype = torch.promote_types(synapse.weight.dtype, torch.float32)
     x, s = x.to(dtype), s.to(dtype)
+    rows = rows_seen(synapse, s)
+    if rows is not None:  # samples that take another way are silent here, while their traces fade
+        x, s = rows.among_all(x), rows.among_all(s)
     if before is None:
         pre, post = x.clone(), torch.zeros_like(s)
     else:

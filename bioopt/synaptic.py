@@ -273,8 +273,8 @@ class SynapticRule(LearningRule):
                 statistic = over_events(taught * taught, channel)
             else:
                 statistic = self.statistic(u.detach(), synapse, group)
-                s = self.signal(u.detach(), synapse, group)
-            product = local_product(synapse, u, s)
+                s = self.signal(u.detach(), synapse, group) if u.numel() else torch.zeros_like(u.detach())
+            product = local_product(synapse, u, s) if u.numel() else torch.zeros_like(synapse.weight)
         total: Tensor | None = None
         if synapse.bias is not None:
             total = s.total(u.shape[channel]) if isinstance(s, Few) else over_events(s, channel, product.dtype)
@@ -357,6 +357,8 @@ class SynapticRule(LearningRule):
                 assert p.grad is not None
                 grads[p] = p.grad / self._ranks[1] if self.process_group is not None else p.grad
             for (synapse, sums), count in zip(self._sums.items(), events, strict=True):
+                if not sums.events and not count.item():  # it ran, but no sample came its way
+                    continue
                 mean = None if sums.signal is None else sums.signal / count
                 product, statistic = sums.product.div_(count), sums.statistic
                 statistic = None if statistic is None else statistic / count

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from bioopt.nn import RBM
+from bioopt.nn import RBM, Attention, Gate
 from bioopt.recorder import find_synapses
 
 Shape = tuple[int, int, int]
@@ -337,6 +337,139 @@ def rbm(shape: Shape, classes: int, *, hidden: Sequence[int]) -> nn.Module:
     sizes = [math.prod(shape), *hidden]
     machines = [RBM(visible, units) for visible, units in pairwise(sizes)]
     return nn.Sequential(nn.Flatten(), Grey(), Tossed(), *machines, nn.Linear(sizes[-1], classes))
+
+
+class InContext(nn.Module):
+    """A gate that sees the last channels of an image, one number each, while its pathways see the other channels.
+
+    Args:
+        gate: of pathways that take flat images.
+        contexts: so many channels, each the same number everywhere.
+    """
+
+    def __init__(self, gate: Gate, contexts: int) -> None:
+        super().__init__()
+        self.gate = gate
+        self.contexts = contexts
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Images N×(C + contexts)×H×W to the gate's output."""
+        image, context = x[:, : -self.contexts], x[:, -self.contexts :, 0, 0]
+        y: torch.Tensor = self.gate(image.flatten(1), context)
+        return y
+
+    def extra_repr(self) -> str:
+        """Its option."""
+        return f"contexts={self.contexts}"
+
+
+def gated(
+    shape: Shape, classes: int, *, pathways: int, hidden: int, active: int | None, contexts: int = 0
+) -> nn.Module:
+    """Linear pathways with ReLU, of which a gate opens a few for each image, and a linear readout.
+
+    Args:
+        shape: channels, height and width of an image.
+        classes: outputs.
+        pathways: to choose among.
+        hidden: neurons of each.
+        active: pathways that an image takes; ``None``: all.
+        contexts: so many last channels of the image are a context, each the same number everywhere (one-hot: which
+            task it is, say); the gate's controller sees them alone, and the pathways do not. 0: it sees the image.
+    """
+    channels, height, wide = shape
+    if not 0 <= contexts < channels:
+        raise ValueError(
+            f"model.contexts={contexts} must be from 0 to {channels - 1}: of {channels} channels one at least is image"
+        )
+    inputs = (channels - contexts) * height * wide
+    gate = Gate(
+        nn.Linear(contexts or inputs, pathways),
+        [nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(inplace=True)) for _ in range(pathways)],
+        active=active,
+    )
+    routed = [InContext(gate, contexts)] if contexts else [nn.Flatten(), gate]
+    return nn.Sequential(*routed, nn.Linear(hidden, classes))
+
+
+class Patches(nn.Module):
+    """An image as its patches, side by side: N×C×H×W to N × patches × pixels of one."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Images N×C×H×W, whose sides ``size`` divides."""
+        return F.unfold(x, self.size, stride=self.size).transpose(1, 2)
+
+    def extra_repr(self) -> str:
+        """Its option."""
+        return f"size={self.size}"
+
+
+class Places(nn.Module):
+    """Adds to each position where it is: sines and cosines of many wavelengths (Vaswani et al., 2017)."""
+
+    def __init__(self, count: int, size: int) -> None:
+        super().__init__()
+        self.code: torch.Tensor
+        place, wave = torch.arange(count).unsqueeze(1), torch.arange(0, size, 2)
+        angle = place * torch.exp(-wave * (math.log(10_000) / size))
+        self.register_buffer("code", torch.stack([angle.sin(), angle.cos()], 2).flatten(1)[:, :size])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """N × positions × size, the same."""
+        return x + self.code
+
+
+class Residual(nn.Sequential):
+    """A block that adds to its input."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Of ``x``'s shape."""
+        y = x
+        for module in self:
+            y = module(y)
+        return x + y
+
+
+class MeanOfPositions(nn.Module):
+    """The mean over positions."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """N × positions × size to N × size."""
+        return x.mean(1)
+
+
+def attention(shape: Shape, classes: int, *, patch: int, size: int, heads: int, hidden: int, blocks: int) -> nn.Module:
+    """Attention among the patches of an image, and a linear readout of their mean.
+
+    Args:
+        shape: channels, height and width of an image.
+        classes: outputs.
+        patch: pixels of a patch's side, which divides height and width.
+        size: neurons of each patch.
+        heads: of attention, which divide ``size``.
+        hidden: neurons of the layer, with ReLU, that follows attention at each patch.
+        blocks: of attention and that layer, one above the other.
+    """
+    channels, height, wide = shape
+    if height % patch or wide % patch:
+        raise ValueError(f"model.patch={patch} must divide the image, of {height}×{wide} pixels")
+
+    def norm() -> nn.Module:
+        return nn.LayerNorm(size, elementwise_affine=False)
+
+    layers: list[nn.Module] = [
+        Patches(patch),
+        nn.Linear(channels * patch**2, size),
+        Places((height // patch) * (wide // patch), size),
+    ]
+    for _ in range(blocks):
+        layers.append(Residual(norm(), Attention(size, heads)))
+        layers.append(Residual(norm(), nn.Linear(size, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, size)))
+    return nn.Sequential(*layers, MeanOfPositions(), norm(), nn.Linear(size, classes))
 
 
 def random_trunk(model: nn.Module, lr: float, **options: Any) -> torch.optim.Optimizer:

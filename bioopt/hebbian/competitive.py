@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..optimizer import NON_NEGATIVE, POSITIVE, POSITIVE_INT, Constraint, Params
-from ..recorder import Synapse
+from ..recorder import Synapse, rows_seen
 from ..synaptic import Few, SynapticRule
 from .pools import (
     along_channels,
@@ -152,6 +152,9 @@ class Hebbian(SynapticRule):
         """``m s``."""
         m = self.modulator
         if isinstance(m, Tensor):
+            rows = rows_seen(synapse, u) if m.ndim == 1 else None
+            if rows is not None and rows.count == len(m):
+                m = m.to(u.device)[rows.index]
             if m.ndim == 1 and (u.ndim <= -synapse.channel_dim or len(u) != len(m)):
                 raise ValueError(
                     f"Hebbian: modulator has {len(m)} values, one a sample, but layer '{synapse.name}' "

@@ -16,7 +16,7 @@ from ..optimizer import (
     mean_over_samples,
     require_finite,
 )
-from ..perturbation.base import NoisyActivity, credited
+from ..perturbation.base import NoisyActivity, Record, credited
 from ..recorder import Synapse
 
 
@@ -97,7 +97,7 @@ class RewardHebbian(NoisyActivity):
             p.grad = None
         rank, ranks = self._ranks
         noise: list[Tensor] = []
-        records: list[tuple[Synapse, Tensor]] = []
+        records: list[Record] = []
         with self._recorder.visiting(self._injection(rank, noise, records)):
             losses = probe()
         require_finite(self, "the loss", [losses])
@@ -107,7 +107,7 @@ class RewardHebbian(NoisyActivity):
 
         firings: dict[Synapse, int] = {}
         for i in range(len(records) - 1, -1, -1):  # the last firing of each synapse is the freshest
-            synapse, n = records[i][0], noise[i]
+            synapse, n = records[i].synapse, noise[i]
             group = self.param_groups[synapse.group]
             age = firings.get(synapse, 0)
             firings[synapse] = age + 1

@@ -19,7 +19,7 @@ from ..optimizer import (
     require_finite,
 )
 from ..recorder import Synapse
-from .base import NoisyActivity, credit_of
+from .base import NoisyActivity, Record, credit_of
 
 OTHER_LAYERS = "NodePerturbation: the closure ran other layers in the noisy pass than in the clean one"
 
@@ -116,11 +116,11 @@ class NodePerturbation(NoisyActivity):
 
     def _estimate(self, probe: Probe) -> Estimate:
         self._begin(probe)
-        records: list[tuple[Synapse, Tensor]] = []
+        records: list[Record] = []
         inputs: dict[Synapse, list[Tensor]] = {}
 
         def record(synapse: Synapse, u: Tensor) -> None:
-            records.append((synapse, u))
+            records.append(Record.of(synapse, u))
             x = self._recorder.presynaptic
             if self.param_groups[synapse.group]["decorrelation"] and synapse.weight.requires_grad and x is not None:
                 inputs.setdefault(synapse, []).append(x.detach())
@@ -166,6 +166,8 @@ class NodePerturbation(NoisyActivity):
             product = grads[weight].reshape(synapse.pools, -1, size)
             with torch.autocast(weight.device.type, enabled=False):
                 seen = torch.cat([_projected(synapse, x.to(weight.dtype), matrix) for x in fired], 1)
+                if not seen.numel():  # no sample has come this way
+                    continue
                 grads[weight] = (product @ matrix.mT @ matrix).view(weight.shape)
                 along = seen.mT @ (seen @ matrix) / seen.shape[1]
                 alone = seen.square().mean(1).unsqueeze(-1) * matrix
@@ -179,7 +181,7 @@ class NodePerturbation(NoisyActivity):
         return matrices
 
     def _at_once(
-        self, probe: Probe, records: list[tuple[Synapse, Tensor]], mine: range
+        self, probe: Probe, records: list[Record], mine: range
     ) -> tuple[dict[int, Tensor], dict[int, list[Tensor]]]:
         """The losses of all noisy passes from one evaluation, and their noise; nothing where vmap cannot run it."""
         kept = {sample: self._drawn_again(sample, records) for sample in mine}
@@ -190,7 +192,7 @@ class NodePerturbation(NoisyActivity):
             def inject(synapse: Synapse, u: Tensor) -> Tensor:
                 if (added := next(rest, None)) is None:
                     raise RuntimeError(OTHER_LAYERS)
-                return torch.add(u.detach(), added, alpha=self._width(synapse))
+                return torch.add(u.detach(), Record.of(synapse, u).own(added), alpha=self._width(synapse))
 
             with self._recorder.visiting(inject):
                 losses = probe(copies=len(mine))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from ..optimizer import (
     require_finite,
     unique,
 )
-from ..recorder import COMPILED, Synapse
+from ..recorder import COMPILED, Rows, Synapse, rows_seen
 from ..synaptic import synapses_of
 
 FILL = {"normal": fill_normal_, "rademacher": fill_rademacher_}
@@ -182,6 +182,34 @@ class Perturbation(LearningRule):
         return range(rank, count, ranks)
 
 
+class Record(NamedTuple):
+    """One firing of a synapse."""
+
+    synapse: Synapse
+    u: Tensor
+    rows: Rows | None  # where it ran on some of the samples
+
+    @classmethod
+    def of(cls, synapse: Synapse, u: Tensor) -> Record:
+        """What fires now."""
+        return cls(synapse, u, rows_seen(synapse, u))
+
+    @property
+    def samples(self) -> int:
+        """In the batch."""
+        return len(self.u) if self.rows is None else self.rows.count
+
+    def empty(self) -> Tensor:
+        """What noise on all samples goes into: what a sample is given does not depend on the way that it takes."""
+        if self.rows is None:
+            return torch.empty_like(self.u.detach())
+        return self.u.new_empty(self.rows.count, *self.u.shape[1:])
+
+    def own(self, of_all: Tensor) -> Tensor:
+        """Of what belongs to all samples, that of those which are here."""
+        return of_all if self.rows is None else of_all[self.rows.index]
+
+
 class NoisyActivity(Perturbation):
     """What rules share that put noise on postsynaptic activity: their synapses, and the noise of each noisy pass."""
 
@@ -202,10 +230,10 @@ class NoisyActivity(Perturbation):
         """Fills one tensor after another with the noise of one pass."""
         return self._noise_of(sample, FILL[self.distribution])
 
-    def _drawn_again(self, sample: int, records: list[tuple[Synapse, Tensor]]) -> list[Tensor]:
+    def _drawn_again(self, sample: int, records: list[Record]) -> list[Tensor]:
         """The noise of one pass on each firing."""
         draw = self._draws(sample)
-        return [draw(torch.empty_like(u.detach())) for _, u in records]
+        return [draw(record.empty()) for record in records]
 
     def _require_plain(self, what: str, synapses: list[Synapse], way_out: str) -> None:
         """Raise for a synapse of another type than torch's own Linear and convolutions."""
@@ -224,7 +252,7 @@ class NoisyActivity(Perturbation):
         self,
         sample: int,
         noise: list[Tensor],
-        records: list[tuple[Synapse, Tensor]] | None = None,
+        records: list[Record] | None = None,
         width: float | None = None,
     ) -> Callable[[Synapse, Tensor], Tensor]:
         """What hands on noisy activity.
@@ -238,17 +266,18 @@ class NoisyActivity(Perturbation):
         draw = self._draws(sample)
 
         def inject(synapse: Synapse, u: Tensor) -> Tensor:
-            noise.append(draw(torch.empty_like(u.detach())))
+            record = Record.of(synapse, u)
+            noise.append(draw(record.empty()))
             if records is not None:
-                records.append((synapse, u))
-            return torch.add(u.detach(), noise[-1], alpha=self._width(synapse) if width is None else width)
+                records.append(record)
+            return torch.add(u.detach(), record.own(noise[-1]), alpha=self._width(synapse) if width is None else width)
 
         return inject
 
     def _credit(
         self,
         signals: list[Tensor],
-        records: list[tuple[Synapse, Tensor]],
+        records: list[Record],
         noise: list[Tensor],
         credit: Tensor,
         width: float | None = None,
@@ -262,8 +291,8 @@ class NoisyActivity(Perturbation):
             credit: each sample's, or one for all.
             width: of the noise, by which the credit is divided; by default the ``sigma`` of each group.
         """
-        for i, (n, (synapse, _)) in enumerate(zip(noise, records, strict=True)):
-            told = credited(n, credit / (self._width(synapse) if width is None else width))
+        for i, (n, record) in enumerate(zip(noise, records, strict=True)):
+            told = credited(n, credit / (self._width(record.synapse) if width is None else width))
             if i == len(signals):
                 signals.append(told)
             else:
@@ -272,26 +301,27 @@ class NoisyActivity(Perturbation):
     def _width(self, synapse: Synapse) -> float:
         return float(self.param_groups[synapse.group]["sigma"])
 
-    def _products(self, records: list[tuple[Synapse, Tensor]], signals: list[Tensor]) -> dict[Tensor, Tensor]:
+    def _products(self, records: list[Record], signals: list[Tensor]) -> dict[Tensor, Tensor]:
         """The local products of presynaptic activity and teaching signals, summed over each weight's firings."""
         grads: dict[Tensor, Tensor] = {}
-        for (synapse, u), s in zip(records, signals, strict=True):
-            params = synapse.parameters()
-            for p, g in zip(params, torch.autograd.grad(u, params, s.to(u.dtype)), strict=True):
+        for record, signal in zip(records, signals, strict=True):
+            params, s = record.synapse.parameters(), record.own(signal).to(record.u.dtype)
+            for p, g in zip(params, torch.autograd.grad(record.u, params, s), strict=True):
                 grads[p] = grads[p] + g if p in grads else g
         return grads
 
-    def _per_sample(self, records: list[tuple[Synapse, Tensor]], losses: Tensor) -> bool:
+    def _per_sample(self, records: list[Record], losses: Tensor) -> bool:
         """Whether each sample is credited by itself; a scalar loss credits all together."""
         if not records:
             raise RuntimeError(f"{type(self).__name__}: {UNFIRED}")
         if self.credit == "global" or losses.ndim == 0:
             return False
-        for synapse, u in records:
-            if u.ndim < 2 or len(u) != len(losses):
+        for record in records:
+            if record.u.ndim < 2 or record.samples != len(losses):
+                shape = (record.samples, *record.u.shape[1:])
                 raise RuntimeError(
-                    f"{type(self).__name__}(credit='sample'): layer '{synapse.name}' gave an output of shape "
-                    f"{tuple(u.shape)} where there are {len(losses)} losses, one a sample, so its first dimension is "
+                    f"{type(self).__name__}(credit='sample'): layer '{record.synapse.name}' gave an output of shape "
+                    f"{shape} where there are {len(losses)} losses, one a sample, so its first dimension is "
                     f"not the sample. Use credit='global'; or, {MICRO_BATCHES}"
                 )
         return True

@@ -20,7 +20,7 @@ from ..optimizer import (
     mean_loss,
 )
 from ..recorder import Synapse
-from .base import FILL, NoisyActivity, credit_of
+from .base import FILL, NoisyActivity, Record, credit_of
 
 SPACES = ("weights", "activities")
 
@@ -136,7 +136,7 @@ class ForwardGradient(NoisyActivity):
         return total / self.samples, dict(zip(params, grads, strict=True)), self._next_state()
 
     def _along_activities(self, probe: Probe) -> Estimate:
-        records: list[tuple[Synapse, Tensor]] = []
+        records: list[Record] = []
         noise: list[Tensor] = []
 
         def exact(sample: int) -> tuple[Tensor, Tensor | None]:
@@ -146,11 +146,10 @@ class ForwardGradient(NoisyActivity):
 
             def tilt(synapse: Synapse, u: Tensor) -> Tensor:
                 primal, tangent = forward_ad.unpack_dual(u)
-                noise.append(draw(torch.empty_like(primal.detach())))
-                records.append((synapse, u))
-                tilted: Tensor = forward_ad.make_dual(
-                    primal.detach(), noise[-1] if tangent is None else tangent + noise[-1]
-                )
+                records.append(Record.of(synapse, u))
+                noise.append(draw(records[-1].empty()))
+                added = records[-1].own(noise[-1])
+                tilted: Tensor = forward_ad.make_dual(primal.detach(), added if tangent is None else tangent + added)
                 return tilted
 
             with self._recorder.visiting(tilt):
@@ -158,7 +157,7 @@ class ForwardGradient(NoisyActivity):
 
         def differences(sample: int) -> tuple[Tensor, Tensor]:
             records.clear()
-            with self._recorder.visiting(lambda synapse, u: records.append((synapse, u))):
+            with self._recorder.visiting(lambda synapse, u: records.append(Record.of(synapse, u))):
                 clean = probe()
             sides = []
             for width in (self.difference, -self.difference):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..optimizer import POSITIVE, POSITIVE_INT, Constraint, Estimate, Params, Probe, require_finite
 from ..recorder import Synapse
-from .base import MICRO_BATCHES, NoisyActivity, credit_of
+from .base import MICRO_BATCHES, NoisyActivity, Record, credit_of
 
 _CONVOLVE: dict[type, Callable[..., Tensor]] = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 
@@ -22,6 +22,7 @@ class _Members(NamedTuple):
     a: Tensor  # N × neurons
     b: Tensor  # N × pools × inputs of a neuron
     c: Tensor | None  # N × neurons
+    seen: Tensor  # N, whether the synapse ran on the sample
 
 
 class RankOnePerturbation(NoisyActivity):
@@ -100,7 +101,8 @@ class RankOnePerturbation(NoisyActivity):
     def _estimate(self, probe: Probe) -> Estimate:
         self._begin(probe)
         losses: dict[int, Tensor] = {}
-        records: list[tuple[Synapse, Tensor]] = []
+        seen: dict[int, Tensor] = {}
+        records: list[Record] = []
         kept: tuple[int, dict[Synapse, _Members]] = (-1, {})
         for sample in self._share("samples", self.samples):
             kept = (sample, {})
@@ -110,11 +112,16 @@ class RankOnePerturbation(NoisyActivity):
                 with self._recorder.visiting(visit):
                     sides.append(probe())
             losses[sample] = torch.stack(sides)
+            routed = list(dict.fromkeys(record.synapse for record in records if record.rows is not None))
+            if routed:
+                seen[sample] = torch.stack([kept[1][synapse].seen for synapse in routed]).double()
         per_sample = self._per_sample(records, losses[next(iter(losses))][0])
         outcomes = self._gathered(losses, self.samples)
         changes = outcomes[:, 0] - outcomes[:, 1]
         require_finite(self, "the loss", [changes])
-        sizes = {synapse: len(u) for synapse, u in records}
+        sizes = {record.synapse: record.samples for record in records}
+        # What was tried on a sample that took another way tells nothing of its loss: noise that can be left out.
+        told = dict(zip(routed, self._gathered(seen, self.samples).unbind(1), strict=True)) if routed else {}
         grads: dict[Tensor, Tensor] = {}
         for sample, change in enumerate(changes):
             members = kept[1]
@@ -122,38 +129,45 @@ class RankOnePerturbation(NoisyActivity):
                 draw = self._draws(sample)
                 members = {synapse: self._drawn(synapse, size, draw) for synapse, size in sizes.items()}
             slope = credit_of(change, per_sample) / (2 * self.samples)
-            for synapse, told in members.items():
+            for synapse, directions in members.items():
                 credit = (slope / self._width(synapse)).expand(sizes[synapse])
+                if synapse in told:
+                    credit = credit * told[synapse][sample].to(credit)
                 with torch.autocast(change.device.type, enabled=False):
-                    for p, g in _gradients(synapse, told, credit):
+                    for p, g in _gradients(synapse, directions, credit):
                         grads[p] = grads[p] + g if p in grads else g
         probe.agree(self.process_group)
         return outcomes.mean((0, 1)), grads, self._next_state()
 
     def _disturbance(
-        self, sample: int, sign: int, members: dict[Synapse, _Members], records: list[tuple[Synapse, Tensor]] | None
-    ) -> Callable[[Synapse, Tensor], Tensor]:
+        self, sample: int, sign: int, members: dict[Synapse, _Members], records: list[Record] | None
+    ) -> Callable[[Synapse, Tensor], Tensor | None]:
         """What hands on the activity of disturbed weights; draws ``members`` and takes records in where they lack."""
         draw = self._draws(sample)
 
-        def disturb(synapse: Synapse, u: Tensor) -> Tensor:
+        def disturb(synapse: Synapse, u: Tensor) -> Tensor | None:
             if u.ndim <= -synapse.channel_dim:
                 raise RuntimeError(
                     f"RankOnePerturbation: layer '{synapse.name}' gave an output of shape {tuple(u.shape)}, without a "
                     "dimension of samples; run the model on batches"
                 )
+            record = Record.of(synapse, u)
             if records is not None:
-                records.append((synapse, torch.empty_like(u, device="meta")))  # for its shape
+                records.append(record._replace(u=torch.empty_like(u, device="meta")))  # for its shape
             if synapse not in members:
-                members[synapse] = self._drawn(synapse, len(u), draw)
-            elif (size := len(members[synapse].a)) != len(u):
+                members[synapse] = self._drawn(synapse, record.samples, draw)
+            elif (size := len(members[synapse].a)) != record.samples:
                 raise RuntimeError(
-                    f"RankOnePerturbation: layer '{synapse.name}' ran on {size} samples and then on {len(u)}, but each "
-                    f"sample has a direction of its own; {MICRO_BATCHES}"
+                    f"RankOnePerturbation: layer '{synapse.name}' ran on {size} samples and then on {record.samples}, "
+                    f"but each sample has a direction of its own; {MICRO_BATCHES}"
                 )
+            members[synapse].seen[slice(None) if record.rows is None else record.rows.index] = True
+            if not len(u):
+                return None
             x = self._recorder.presynaptic
             assert x is not None
-            said = _said(synapse, x.detach(), members[synapse])
+            a, b, c, _ = members[synapse]
+            said = _said(synapse, x.detach(), record.own(a), record.own(b), None if c is None else record.own(c))
             return torch.add(u.detach(), said.to(u.dtype), alpha=sign * self._width(synapse))
 
         return disturb
@@ -162,12 +176,12 @@ class RankOnePerturbation(NoisyActivity):
         weight, bias = synapse.weight, synapse.bias
         a = draw(weight.new_empty(size, len(weight)))
         b = draw(weight.new_empty(size, synapse.pools, weight[0].numel()))
-        return _Members(a, b, draw(torch.empty_like(a)) if bias is not None and bias.requires_grad else None)
+        c = draw(torch.empty_like(a)) if bias is not None and bias.requires_grad else None
+        return _Members(a, b, c, torch.zeros(size, dtype=torch.bool, device=weight.device))
 
 
-def _said(synapse: Synapse, x: Tensor, members: _Members) -> Tensor:
+def _said(synapse: Synapse, x: Tensor, a: Tensor, b: Tensor, c: Tensor | None) -> Tensor:
     """What each sample's direction adds to the postsynaptic activity: ``a (bᵀ x) + c``."""
-    a, b, c = members
     layer: Any = synapse.layer
     size = len(x)
     if isinstance(layer, nn.Linear):
@@ -190,7 +204,7 @@ def _said(synapse: Synapse, x: Tensor, members: _Members) -> Tensor:
 
 def _gradients(synapse: Synapse, members: _Members, credit: Tensor) -> list[tuple[Tensor, Tensor]]:
     """``Σ credit a bᵀ`` over samples, and of the bias ``Σ credit c``."""
-    a, b, c = members
+    a, b, c = members[:3]
     credit = credit.to(a.dtype)
     told = (a * credit.unsqueeze(1)).view(len(a), synapse.pools, -1)
     product = torch.einsum("ngo,ngi->goi", told, b).reshape(synapse.weight.shape)
