@@ -82,7 +82,7 @@ def shares(scores: Tensor, active: int | None) -> dict[int, Tensor]:
     """Of one sample: what each pathway that it takes counts."""
     order = sorted(range(len(scores)), key=lambda i: -scores[i].item())
     taken = sorted(order[: active or len(order)])
-    total = sum(scores[i].exp() for i in taken)
+    total = sum(score.exp() for score in scores)
     return {i: scores[i].exp() / total for i in taken}
 
 
@@ -326,7 +326,7 @@ class Unrolled(nn.Module):
         said: Any = 0
         self.ways.clear()
         for x in spikes:
-            said = said + self.neurons(self.readout(self.gate(x)))
+            said = said + self.neurons(self.readout((self.gate(x) > 0).to(x.dtype)))  # a gate is no whole spike
             assert self.gate.gates is not None
             self.ways.append(self.gate.gates.argmax(1))
         return said

@@ -22,7 +22,7 @@ class Gate(nn.Module):
 
     .. math::
         y_n = \sum_{i \in S_n} g_{ni}\, f_i(x_n), \qquad
-        g_{ni} = \frac{e^{c_i(x_n)}}{\sum_{j \in S_n} e^{c_j(x_n)}}
+        g_{ni} = \frac{e^{c_i(x_n)}}{\sum_{j=1}^P e^{c_j(x_n)}}
 
     with pathways :math:`f_1, \dots, f_P`, the controller's scores :math:`c(x_n)`, one a pathway, and the set
     :math:`S_n` of the ``active`` pathways that score highest for sample :math:`n`, or all. A pathway runs on those
@@ -31,8 +31,8 @@ class Gate(nn.Module):
     that in place of :math:`x`: what the task is decides where the activity goes.
 
     Any rule trains it, each pathway by the samples that take it. The choice of pathways has no slope: gradients (and
-    `ForwardGradient`) reach the controller through :math:`g` alone, and with ``active=1``, where :math:`g = 1`, not at
-    all. Perturbations of the controller do try other pathways, and so teach it even then.
+    `ForwardGradient`) reach the controller through :math:`g` alone, which closes a pathway that does harm until another
+    is open wider. Perturbations of the controller try other pathways as well.
 
     Args:
         controller: a module that gives scores, N × P, of the input, or of the context.
@@ -50,7 +50,8 @@ class Gate(nn.Module):
 
     Sources: R. A. Jacobs, M. I. Jordan, S. J. Nowlan & G. E. Hinton (1991), *Adaptive mixtures of local experts*; of
     few pathways: N. Shazeer et al. (2017), *Outrageously large neural networks: the sparsely-gated mixture-of-experts
-    layer*; multiplication by a gate in the cortex: E. Salinas & P. Thier (2000), *Gain modulation: a major
+    layer*; of one, whose gate is a share of all: W. Fedus, B. Zoph & N. Shazeer (2022), *Switch transformers*;
+    multiplication by a gate in the cortex: E. Salinas & P. Thier (2000), *Gain modulation: a major
     computational principle of the central nervous system*.
 
     Example::
@@ -100,8 +101,8 @@ class Gate(nn.Module):
             self._require_alike(outputs, [len(x)] * len(outputs))
             y = torch.stack([_times(out, g) for out, g in zip(outputs, gates.unbind(1), strict=True)]).sum(0)
         else:
-            best, which = scores.topk(self.active or 1, 1)
-            shares = best.softmax(1)
+            which = scores.topk(self.active or 1, 1).indices
+            shares = scores.softmax(1).gather(1, which)
             gates = shares.new_zeros(scores.shape).scatter(1, which, shares)
             y = self._routed(x, which, shares)
         if not _transformed(gates):  # or they would outlive the transformation
