@@ -128,11 +128,13 @@ class _OfScores(Cost):
                 f"{tuple(targets.shape)}"
             )
         if targets.device.type == "cpu" and not torch.compiler.is_compiling() and len(targets):
-            labels = targets[targets != UNLABELLED]
-            if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < outputs.shape[1]:
+            least, largest = (int(label) for label in targets.aminmax())
+            if least < 0:
+                least = int(targets.where(targets != UNLABELLED, 0).min())
+            if least < 0 or largest >= outputs.shape[1]:
                 raise ValueError(
-                    f"{name}: labels from {int(labels.min())} to {int(labels.max())}, but scores of "
-                    f"{outputs.shape[1]} classes; labels are 0 to {outputs.shape[1] - 1}, or {UNLABELLED} for none"
+                    f"{name}: labels from {least} to {largest}, but scores of {outputs.shape[1]} classes; labels are 0 "
+                    f"to {outputs.shape[1] - 1}, or {UNLABELLED} for none"
                 )
         return self.of_labels(outputs, targets)
 

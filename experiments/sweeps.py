@@ -67,7 +67,9 @@ class Sweep(Callback):
 def run_one(config: DictConfig) -> None:
     """One run of a sweep: skipped where it has finished, resumed where it was interrupted; its error is kept."""
     job = HydraConfig.get().job
-    name = name_of(job.override_dirname.split(","))
+    left_out = job.config.override_dirname.exclude_keys
+    overrides = OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task))
+    name = name_of([str(o.input_line) for o in overrides if o.key_or_group not in left_out])
     folder = Path(HydraConfig.get().sweep.dir) / name
     plain = resolved(config) | {"run_dir": str(folder)}
     print(f"\n[{job.num + 1}] {name}", flush=True)

@@ -45,6 +45,13 @@ def test_plain_loop(run: Run) -> None:
     assert min(perturbed, descended) > 80
 
 
+def test_areas(run: Run) -> None:
+    before, by_gradient, perturbed = run("areas.py")
+    assert before < 25
+    assert by_gradient > 90
+    assert perturbed > 80
+
+
 def test_accumulation_clipping_and_a_schedule(run: Run) -> None:
     assert min(run("accumulate_clip_schedule.py")) > 70
 

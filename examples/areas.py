@@ -1,0 +1,49 @@
+"""A cost for each area: the trunk brings digits of a class together, the head names them; no error passes between.
+
+Each area has an optimizer of its own, and its closure runs that area alone: any rule will do, here a backward pass inside
+the trunk, and then none at all.
+"""
+
+import torch
+from digits import accuracy, batches, images, labels, network
+
+import bioopt
+from bioopt.costs import CrossEntropy, SupervisedContrastive
+
+
+def train(model: torch.nn.Sequential, trunk_rule: torch.optim.Optimizer, epochs: int = 10) -> float:
+    """The trunk learns from its own cost; the head, by SGD, from what the trunk then says."""
+    trunk, head = model[:-1], model[-1:]
+    areas = [
+        (trunk, SupervisedContrastive(), trunk_rule),
+        (head, CrossEntropy(), torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9)),
+    ]
+    for _ in range(epochs):
+        for batch in batches():
+            x, y = images[batch], labels[batch]
+            for area, cost, optimizer in areas:
+
+                def closure(x=x, y=y, area=area, cost=cost, optimizer=optimizer) -> torch.Tensor:
+                    optimizer.zero_grad()
+                    losses = cost(area(x), y, inputs=x)
+                    if losses.requires_grad:
+                        losses.mean().backward()
+                    return losses
+
+                optimizer.step(closure)
+                with torch.no_grad():
+                    x = area.eval()(x)  # the next area is given numbers, not a graph
+                area.train()
+    return accuracy(model)
+
+
+model = network(hidden=64)
+print(f"before training: {accuracy(model):.1f} % of the unseen digits")
+
+model = network(hidden=64)
+by_gradient = train(model, torch.optim.SGD(model[:-1].parameters(), lr=0.1, momentum=0.9))
+print(f"trunk by gradients of its own cost: {by_gradient:.1f} %")
+
+model = network(hidden=64)
+perturbation = bioopt.NodePerturbation(model[:-1], lr=0.05, sigma=0.01, samples=4, momentum=0.9)
+print(f"trunk by node perturbation, no backward pass in it: {train(model, perturbation):.1f} %")
