@@ -368,6 +368,8 @@ def gated(
 ) -> nn.Module:
     """Linear pathways with ReLU, of which a gate opens a few for each image, and a linear readout.
 
+    What the readout hears is normalised, however many pathways speak.
+
     Args:
         shape: channels, height and width of an image.
         classes: outputs.
@@ -389,7 +391,7 @@ def gated(
         active=active,
     )
     routed = [InContext(gate, contexts)] if contexts else [nn.Flatten(), gate]
-    return nn.Sequential(*routed, nn.Linear(hidden, classes))
+    return nn.Sequential(*routed, nn.BatchNorm1d(hidden, affine=False), nn.Linear(hidden, classes))
 
 
 class Patches(nn.Module):
@@ -434,16 +436,8 @@ class Residual(nn.Sequential):
         return x + y
 
 
-class MeanOfPositions(nn.Module):
-    """The mean over positions."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """N × positions × size to N × size."""
-        return x.mean(1)
-
-
 def attention(shape: Shape, classes: int, *, patch: int, size: int, heads: int, hidden: int, blocks: int) -> nn.Module:
-    """Attention among the patches of an image, and a linear readout of their mean.
+    """Attention among the patches of an image, and a linear readout of them all.
 
     Args:
         shape: channels, height and width of an image.
@@ -458,18 +452,20 @@ def attention(shape: Shape, classes: int, *, patch: int, size: int, heads: int, 
     if height % patch or wide % patch:
         raise ValueError(f"model.patch={patch} must divide the image, of {height}×{wide} pixels")
 
+    count = (height // patch) * (wide // patch)
+
     def norm() -> nn.Module:
         return nn.LayerNorm(size, elementwise_affine=False)
 
     layers: list[nn.Module] = [
         Patches(patch),
         nn.Linear(channels * patch**2, size),
-        Places((height // patch) * (wide // patch), size),
+        Places(count, size),
     ]
     for _ in range(blocks):
         layers.append(Residual(norm(), Attention(size, heads)))
         layers.append(Residual(norm(), nn.Linear(size, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, size)))
-    return nn.Sequential(*layers, MeanOfPositions(), norm(), nn.Linear(size, classes))
+    return nn.Sequential(*layers, norm(), nn.Flatten(), nn.Linear(count * size, classes))
 
 
 def random_trunk(model: nn.Module, lr: float, **options: Any) -> torch.optim.Optimizer:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
 from experiments import models
+from experiments.training import split
 
 
 def features(model: nn.Module, x: Tensor) -> Tensor:
@@ -96,6 +99,51 @@ def test_what_the_readout_hears() -> None:
     assert conv.stride == (2, 2)
     with pytest.raises(ValueError, match="readout_sees=first must be last or all"):
         models.softhebb((3, 32, 32), 10, readout_sees="first")
+
+
+def test_the_gate_of_images_with_a_context_sees_the_context_alone() -> None:
+    model = models.gated((3, 8, 8), 5, pathways=4, hidden=7, active=1, contexts=2).eval()
+    x = torch.randn(6, 3, 8, 8)
+    tasks = torch.eye(2)[torch.tensor([0, 1, 0, 1, 0, 1])]
+    x[:, 1:] = tasks[:, :, None, None]
+    y = model(x)
+    ways = model[0].gate.gates
+    taken = [model[0].gate.pathways[int(way.argmax())] for way in ways]
+    said = [way.max() * pathway(image.flatten()) for way, pathway, image in zip(ways, taken, x[:, 0], strict=True)]
+    torch.testing.assert_close(y, model[1:](torch.stack(said)))
+    x[:, 0] = torch.randn(6, 8, 8)
+    model(x)
+    assert torch.equal(ways, model[0].gate.gates)
+    assert torch.equal(ways[::2], ways[:1].expand(3, 4))
+    trunk, head = split(model)
+    assert [type(module) for module in (*trunk, *head)] == [models.InContext, nn.BatchNorm1d, nn.Linear]
+    by_image = models.gated((3, 8, 8), 5, pathways=4, hidden=7, active=2)
+    assert by_image(x).shape == (6, 5)
+    assert split(by_image)[0][1].controller.in_features == 3 * 8 * 8
+    with pytest.raises(ValueError, match=r"model.contexts=3 must be from 0 to 2"):
+        models.gated((3, 8, 8), 5, pathways=4, hidden=7, active=1, contexts=3)
+
+
+def test_attention_sees_patches_in_their_places() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8, 12)
+    patches = models.Patches(4)(x)
+    assert patches.shape == (2, 6, 48)
+    assert torch.equal(patches[1, 4], x[1, :, 4:8, 4:8].flatten())  # the fifth: in the second row the middle one
+    code = models.Places(6, 5)(torch.zeros(1, 6, 5))[0]
+    for place in range(6):
+        for i in range(5):
+            wave = math.sin if i % 2 == 0 else math.cos
+            assert code[place, i].item() == pytest.approx(wave(place / 10_000 ** (i // 2 * 2 / 5)), abs=1e-5)
+    inner = nn.Linear(5, 5)
+    assert torch.equal(models.Residual(inner, nn.Tanh())(code), code + inner(code).tanh())
+    options = {"patch": 4, "size": 8, "heads": 2, "hidden": 6}
+    model = models.attention((3, 8, 12), 5, **options, blocks=2)
+    assert model(x).shape == (2, 5)
+    assert sum(isinstance(module, nn.Linear) for module in model.modules()) == 1 + 2 * (4 + 2) + 1
+    assert [type(module) for module in split(model)[1]] == [nn.Linear]
+    with pytest.raises(ValueError, match=r"model.patch=4 must divide the image, of 8×10 pixels"):
+        models.attention((3, 8, 10), 5, **options, blocks=1)
 
 
 def test_hidden_layers_of_the_cnn() -> None:

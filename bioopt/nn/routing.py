@@ -24,7 +24,7 @@ class Gate(nn.Module):
         y_n = \sum_{i \in S_n} g_{ni}\, f_i(x_n), \qquad
         g_{ni} = \frac{e^{c_i(x_n)}}{\sum_{j=1}^P e^{c_j(x_n)}}
 
-    with pathways :math:`f_1, \dots, f_P`, the controller's scores :math:`c(x_n)`, one a pathway, and the set
+    with pathways :math:`f_1, \ldots, f_P`, the controller's scores :math:`c(x_n)`, one a pathway, and the set
     :math:`S_n` of the ``active`` pathways that score highest for sample :math:`n`, or all. A pathway runs on those
     samples alone that take it, so that the network can be large and a sample's way through it short; far parts of it
     are joined by way of the controller, without a synapse for each pair of neurons. With a context, the controller sees
