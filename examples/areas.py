@@ -1,7 +1,7 @@
 """A cost for each area: the trunk brings digits of a class together, the head names them; no error passes between.
 
-Each area has an optimizer of its own, and its closure runs that area alone: any rule will do, here a backward pass inside
-the trunk, and then none at all.
+Each area has an optimizer of its own, and its closure runs that area alone: any rule will do, here a backward pass
+inside the trunk, and then none at all.
 """
 
 import torch

@@ -48,7 +48,7 @@ def test_the_commands_of_the_readme_compose() -> None:
 
 
 def test_the_tables_name_every_choice() -> None:
-    for group in ("optimizer", "model", "data"):
+    for group in ("optimizer", "model", "data", "cost"):
         for path in (ROOT / "conf" / group).glob("*.yaml"):
             assert f"`{path.stem}`" in README, path.stem
     for name in bioopt.__all__:
