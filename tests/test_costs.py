@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from bioopt import costs
@@ -202,16 +203,12 @@ def test_what_does_not_fit_is_told(broken: Callable[[], object], says: str) -> N
 # -- areas --------------------------------------------------------------------------------------------------------
 
 IMAGES = data.load("digits", "")
-AREAS = {
-    "slowness": ["data.augment.crop=2", "data.augment.frames=2"],
-    "predictive": ["data.augment.crop=2", "data.augment.frames=2"],
-}
 
 
-def one_step(chosen: list[str], rule: str) -> tuple[list[Any], list[bool]]:
-    """Whether each area's network has changed after a step of it."""
-    chosen = [*tiny(rule), *chosen]
-    run = config(*chosen)
+def one_step(run: DictConfig, **cost: Any) -> tuple[list[Any], list[bool]]:
+    """The areas after a step of each, and whether it has changed them."""
+    run = run.copy()
+    run.cost = {"name": "cross_entropy", "areas": None, **cost}
     torch.manual_seed(0)
     model = building.build_model(run, IMAGES)
     areas = build_areas(run, model, IMAGES)
@@ -222,43 +219,45 @@ def one_step(chosen: list[str], rule: str) -> tuple[list[Any], list[bool]]:
         area.train()
         learns = [*area.network.parameters(), *area.cost.parameters()]
         before = [p.detach().clone() for p in learns]
-        losses = area.optimizer.step(area.closure(inputs, labels, steps=augment.frames))
+        losses: Any = area.optimizer.step(area.closure(inputs, labels, steps=augment.frames))
         assert losses.shape == (8 * augment.frames,)
         assert losses.isfinite().all()
-        pairs = zip(before, learns, strict=True)
-        changed.append(any(not torch.equal(a, b) for a, b in pairs))
+        changed.append(any(not torch.equal(a, b) for a, b in zip(before, learns, strict=True)))
         inputs = area.says(inputs)
     return areas, changed
 
 
 @pytest.mark.parametrize("rule", [o for o in OPTIMIZERS if o != "hill_climbing"])  # which may keep nothing
-@pytest.mark.parametrize("cost", [name for name in NAMES if name not in ("mixture", "cross_entropy")])
 @pytest.mark.filterwarnings("ignore:ForwardGradient. no forward derivative")
 @pytest.mark.filterwarnings("ignore:.*did not fire")
-def test_every_optimizer_learns_from_every_cost_that_fits(rule: str, cost: str) -> None:
-    if build_cost(cost).scores:
-        _, (changed,) = one_step([f"cost={cost}"], rule)
-        assert changed
-        return
-    if rule in ("random_trunk", "reward_stdp"):  # the second's network has no readout that would be a head
-        with pytest.raises(ValueError, match=r"random_trunk freezes the trunk|a trunk and a head .* are of a model"):
-            one_step([f"cost.areas={{trunk: {cost}, head: cross_entropy}}", *AREAS.get(cost, [])], rule)
-        return
-    _, changed = one_step([f"cost.areas={{trunk: {cost}, head: cross_entropy}}", *AREAS.get(cost, [])], rule)
-    assert all(changed)
+def test_every_optimizer_learns_from_every_cost_that_fits(rule: str) -> None:
+    run = config(*tiny(rule), "data.augment.crop=2")
+    for cost in [name for name in NAMES if name not in ("mixture", "cross_entropy")]:
+        if build_cost(cost).scores:
+            assert one_step(run, name=cost)[1] == [True], cost
+            continue
+        run.data.augment.frames = 2 if build_cost(cost).sequences else 1
+        areas = {"trunk": cost, "head": "cross_entropy"}
+        if rule in ("random_trunk", "reward_stdp"):  # the second's network has no readout that would be a head
+            with pytest.raises(
+                ValueError, match=r"random_trunk freezes the trunk|a trunk and a head .* are of a model"
+            ):
+                one_step(run, areas=areas)
+        else:
+            assert one_step(run, areas=areas)[1] == [True, True], cost
 
 
 def test_no_error_passes_between_areas() -> None:
     """An area learns what it learns alone: whatever the head's cost, and with whatever rule."""
     trunks = []
     for head in ("cross_entropy", "hinge"):
-        areas, _ = one_step([f"cost.areas={{trunk: contrastive, head: {head}}}"], "node_perturbation")
+        areas, _ = one_step(config(*tiny("node_perturbation")), areas={"trunk": "contrastive", "head": head})
         trunks.append([*areas[0].network.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*trunks, strict=True))
 
 
 def test_a_trunk_learns_what_its_cost_alone_would_teach_it() -> None:
-    areas, _ = one_step(["cost.areas={trunk: contrastive, head: cross_entropy}"], "sgd")
+    areas, _ = one_step(config(*tiny("sgd")), areas={"trunk": "contrastive", "head": "cross_entropy"})
     run = config("optimizer=sgd", *TINY)
     torch.manual_seed(0)
     model = building.build_model(run, IMAGES)
