@@ -1,0 +1,270 @@
+"""Which structure suits which task, under which rule? The same rules on several networks, at several tasks."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+import bioopt
+from bioopt.costs import UNLABELLED, CrossEntropy
+
+from . import building, data, problems, training
+from .areas import Area
+from .data import Images
+from .pictures import saved
+from .report import interval
+from .tasks import Task, require_counts
+
+#: of `problems`, what a task can be
+POSED = ("clean", "wrong_labels", "imbalanced", "few_labels", "contexts")
+
+
+class Architectures(Task):
+    """Each rule trains each structure at each task, all by the same number of steps and samples.
+
+    Of the data set, a repetition draws the images to train on and to test on, and makes the tasks out of them
+    (`problems`); these, the initial weights of a structure and the batches are the same for all rules, so that
+    differences are paired by repetition. All costs are of labels: samples that have none do not enter. Where images
+    have channels of a context, every structure sees them; one with an option ``contexts`` is told how many they are. A
+    round is one rule, structure, task and repetition, and needs nothing of the rounds before.
+
+    Args:
+        config: of the run: ``data``; the structures, ``config.structures``, each as in ``conf/model``; and the rules,
+            ``config.rules``, each as in ``conf/optimizer``, with options for a structure by its name in ``per_model``.
+        device: where to compute.
+        tasks: of `POSED`, each with its options.
+        train: images of a repetition to train on.
+        test: images of a repetition to test on, once for each context.
+        steps: of training.
+        batch_size: of a step.
+        repetitions: how often, each with its own images, tasks, weights and batches.
+    """
+
+    def __init__(
+        self,
+        config: DictConfig,
+        device: torch.device,
+        *,
+        tasks: dict[str, dict[str, Any]],
+        train: int,
+        test: int,
+        steps: int,
+        batch_size: int,
+        repetitions: int,
+    ) -> None:
+        require_counts(train=train, test=test, steps=steps, batch_size=batch_size, repetitions=repetitions)
+        self.config, self.device, self.seed = config, device, int(config.seed)
+        self.rules, self.structures, self.tasks = list(config.rules), list(config.structures), tasks
+        self.train, self.test, self.steps, self.batch_size = train, test, steps, batch_size
+        for name, found in (("rules", self.rules), ("structures", self.structures), ("task.tasks", tasks)):
+            if not found:
+                raise ValueError(f"{name} are none: name one at least")
+        for name in tasks:
+            if name not in POSED:
+                raise ValueError(f"task.tasks has {name}, which is not a task; there are {', '.join(POSED)}")
+        self.rounds = repetitions * len(tasks) * len(self.structures) * len(self.rules)
+        self.images = data.load(config.data.name, config.data.root, device)
+        if config.data.validation:
+            self.images = self.images.hold_out(config.data.validation)
+        if test > len(self.images.test_labels):
+            raise ValueError(f"task.test={test} must be at most the {len(self.images.test_labels)} test images")
+        self.posed: tuple[tuple[str, int], Images] | None = None  # the last one, which several rounds have in common
+        self.weights: dict[str, int] = {}
+        for task in reversed(tasks):  # mistakes are to be told now, not in an hour
+            images = self.pose(task, 0)
+            for structure in self.structures:
+                count = sum(p.numel() for p in self.build(structure, images).parameters())
+                self.weights[structure] = count  # of the first task in the end
+
+    def pose(self, task: str, repetition: int) -> Images:
+        """A task of a repetition: images to train on, some without a label perhaps, and to test on."""
+        if self.posed is None or self.posed[0] != (task, repetition):
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + repetition)
+            tested = torch.randperm(len(self.images.test_labels), generator=generator)[: self.test].to(self.device)
+            images = replace(
+                problems.subset(self.images, generator, self.train),
+                test_images=self.images.test_images[tested],
+                test_labels=self.images.test_labels[tested],
+            )
+            try:
+                made: Images = getattr(problems, task)(images, generator, **self.tasks[task])
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"task.tasks.{task}: {error}") from error
+            self.posed = (task, repetition), made
+        return self.posed[1]
+
+    def build(self, structure: str, images: Images) -> nn.Module:
+        """A structure for these images."""
+        try:
+            return building.build_model(self.configured(structure, images), images).to(self.device)
+        except Exception as error:
+            raise ValueError(f"structures.{structure}: {error.__cause__ or error}") from error
+
+    def configured(self, structure: str, images: Images, rule: str | None = None) -> DictConfig:
+        """The run as if it were of this structure, and of this rule, alone."""
+        run = self.config.copy()
+        OmegaConf.set_struct(run, False)
+        run.model = {**self.config.structures[structure], "name": structure}
+        contexts = images.shape[0] - self.images.shape[0]
+        if contexts and "contexts" in run.model:
+            run.model.contexts = contexts
+        if rule is not None:
+            run.optimizer = OmegaConf.to_container(self.config.rules[rule], resolve=True)
+            own = run.optimizer.get("per_model", {}).get(structure, {})
+            run.optimizer.update({key: value for key, value in own.items() if not OmegaConf.is_dict(value)})
+        return run
+
+    def round(self, number: int) -> dict[str, Any]:
+        """One rule, one structure, one task, one repetition: its test accuracy, and what a step takes."""
+        rest, rule = divmod(number - 1, len(self.rules))
+        rest, structure = divmod(rest, len(self.structures))
+        repetition, task = divmod(rest, len(self.tasks))
+        found = self.learn(self.rules[rule], self.structures[structure], list(self.tasks)[task], repetition)
+        return {"repetition": repetition, **found}
+
+    def learn(self, rule: str, structure: str, task: str, repetition: int) -> dict[str, Any]:
+        """Train and test."""
+        images = self.pose(task, repetition)
+        torch.manual_seed(self.seed * 1_000_003 + repetition)  # a round needs nothing of the rounds before
+        model = self.build(structure, images)
+        run = self.configured(structure, images, rule)
+        seed = int(torch.randint(2**31, ()))
+        if "seed" in run.optimizer:
+            run.optimizer.seed = seed
+        optimizer = building.build_optimizer(run, model)
+        learner = Area("", model, CrossEntropy(), optimizer)
+        known = (images.train_labels != UNLABELLED).nonzero().squeeze(1)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + repetition)
+        told = f"rules.{rule}.per_model.{structure}.lr={run.optimizer.lr}"
+        learner.train()
+        begin = time.perf_counter()
+        for _ in range(self.steps):
+            chosen = known[torch.randint(len(known), (self.batch_size,), generator=generator).to(self.device)]
+            closure = learner.closure(images.prepare(images.train_images[chosen]), images.train_labels[chosen])
+            try:
+                losses: Tensor = optimizer.step(closure)  # type: ignore[arg-type, assignment]
+            except RuntimeError as error:
+                raise RuntimeError(f"{error} ({told})") from error
+            if not bool(losses.isfinite().all()):
+                raise RuntimeError(f"{rule} on {structure} at {task}: the loss is no number with {told}; lower it")
+        seconds = time.perf_counter() - begin
+        passes = optimizer.forward_passes if isinstance(optimizer, bioopt.LearningRule) else 1
+        training.close([learner])
+        return {
+            "task": task,
+            "structure": structure,
+            "rule": rule,
+            "accuracy": accuracy(model, images),
+            "forward_passes": passes,
+            "milliseconds": 1000 * seconds / self.steps,
+        }
+
+    def finish(self, history: list[dict[str, Any]], title: str, folder: Path) -> tuple[dict[str, float], list[Path]]:
+        """By how much the best structure leads, then all accuracies, and what they cost."""
+        found: dict[str, float] = {}
+        for task in self.tasks:
+            for rule in self.rules:
+                ranked = self.ranked(history, task, rule)
+                if len(ranked) > 1:
+                    key = f"{task}_{rule}_{ranked[0]}_ahead_of_{ranked[1]}"
+                    put(found, key, self.lead(history, task, rule))
+        for task in self.tasks:
+            for rule in self.rules:
+                for structure in self.structures:
+                    put(found, f"{task}_{rule}_{structure}", self.each(history, task, rule, structure))
+        found |= {f"{structure}_weights": count for structure, count in self.weights.items()}
+        for rule in self.rules:
+            lines = [line for line in history if line["rule"] == rule]
+            found[f"{rule}_forward_passes"] = lines[-1]["forward_passes"]
+            for structure in self.structures:
+                times = [line["milliseconds"] for line in lines if line["structure"] == structure]
+                found[f"{rule}_{structure}_milliseconds"] = statistics.fmean(times)
+        return found, [self.maps(history, title, folder / "architectures.png")]
+
+    def each(
+        self, history: list[dict[str, Any]], task: str, rule: str, structure: str, key: str = "accuracy"
+    ) -> list[float]:
+        """The accuracy of each repetition."""
+        wanted = (task, rule, structure)
+        return [line[key] for line in history if (line["task"], line["rule"], line["structure"]) == wanted]
+
+    def ranked(self, history: list[dict[str, Any]], task: str, rule: str) -> list[str]:
+        """The structures, the best first."""
+        return sorted(self.structures, key=lambda s: -statistics.fmean(self.each(history, task, rule, s)))
+
+    def lead(self, history: list[dict[str, Any]], task: str, rule: str) -> list[float]:
+        """The best structure's accuracy less that of the next, in each repetition."""
+        best, second = (self.each(history, task, rule, s) for s in self.ranked(history, task, rule)[:2])
+        return [a - b for a, b in zip(best, second, strict=True)]
+
+    def maps(self, history: list[dict[str, Any]], title: str, path: Path) -> Path:
+        """Accuracy in cells, tasks by structures, a panel for each rule; the best of a row framed."""
+        columns = min(2, len(self.rules))
+        rows = math.ceil(len(self.rules) / columns)
+        figure, grid = plt.subplots(
+            rows, columns, figsize=(8.4, 0.9 + rows * (0.8 + 0.42 * len(self.tasks))), layout="constrained",
+            squeeze=False, sharex=True, sharey=True,
+        )  # fmt: skip
+        figure.suptitle(f"{title}: test accuracy (%)")
+        for axes, rule in zip(grid.flat, self.rules, strict=False):
+            shown = self.panel(axes, history, rule)
+        for axes in grid.flat[len(self.rules) :]:
+            axes.axis("off")
+        figure.colorbar(shown, ax=grid, shrink=0.6, aspect=30)
+        note = "framed: the best of a row; solid where the 95 % interval of its lead over the next leaves out zero"
+        figure.supxlabel(note, fontsize=9)
+        return saved(figure, path)
+
+    def panel(self, axes: Axes, history: list[dict[str, Any]], rule: str) -> Any:
+        """One rule's cells."""
+        cells = [
+            [100 * statistics.fmean(self.each(history, task, rule, structure)) for structure in self.structures]
+            for task in self.tasks
+        ]
+        shown = axes.imshow(cells, cmap="viridis", vmin=0, vmax=100, aspect="auto")
+        for row, task in enumerate(self.tasks):
+            for column, value in enumerate(cells[row]):
+                colour = "black" if value > 60 else "white"
+                axes.text(column, row, f"{value:.1f}", ha="center", va="center", color=colour, fontsize=11)
+            if len(self.structures) > 1:
+                best = self.structures.index(self.ranked(history, task, rule)[0])
+                lead = self.lead(history, task, rule)
+                half = interval(lead)
+                clear = half is not None and statistics.fmean(lead) > half
+                corner = (best - 0.46, row - 0.44)
+                axes.add_patch(
+                    Rectangle(corner, 0.92, 0.88, fill=False, edgecolor="red", lw=2.2, ls="-" if clear else (0, (2, 2)))
+                )
+        axes.set_title(rule.replace("_", " "), fontsize=12)
+        axes.set_xticks(range(len(self.structures)), [name.replace("_", " ") for name in self.structures])
+        axes.set_yticks(range(len(self.tasks)), [name.replace("_", " ") for name in self.tasks])
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        return shown
+
+
+def put(found: dict[str, float], key: str, values: list[float]) -> None:
+    """A mean, and its 95 % confidence interval where there is one."""
+    found[key] = statistics.fmean(values)
+    half = interval(values)
+    if half is not None:
+        found[f"{key}_ci95"] = half
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: Images) -> float:
+    """On the test images, a fraction."""
+    model.eval()
+    right = [(model(inputs).argmax(1) == labels).sum() for inputs, labels in images.test_batches(data.Augment())]
+    return float(torch.stack(right).sum() / len(images.test_labels))
