@@ -355,7 +355,7 @@ class InContext(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images N×(C + contexts)×H×W to the gate's output."""
         image, context = x[:, : -self.contexts], x[:, -self.contexts :, 0, 0]
-        y: torch.Tensor = self.gate(image.flatten(1), context)
+        y: torch.Tensor = self.gate(image.flatten(1).contiguous(), context)  # once, and not in each pathway
         return y
 
     def extra_repr(self) -> str:
