@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,27 +133,15 @@ def _train(
             for inputs, labels in log.batches(batches, count, epoch):
                 if splits and phase.module is model:
                     inputs, labels = ranks.share(inputs), ranks.share(labels)
-                evaluated = [0]
-                for i, area in enumerate(phase.areas):
-                    closure = area.closure(inputs, labels, steps=augment.frames, amp=config.amp)
-                    measured = inside.around(steps, closure) if phase.module is model else contextlib.nullcontext()
-                    try:
-                        with measured:
-                            loss: Tensor = area.optimizer.step(closure).mean()  # type: ignore[arg-type, attr-defined]
-                    except RuntimeError as error:
-                        where = f", area {area.name}" if area.name else ""
-                        raise RuntimeError(
-                            f"{error} (epoch {epoch}{where}, optimizer.lr={config.optimizer.lr})"
-                        ) from error
-                    if area.scheduler is not None:
-                        area.scheduler.step()
-                    losses[i] += loss
-                    ours = isinstance(area.optimizer, bioopt.LearningRule | bioopt.Mixed)
-                    evaluated.append(area.optimizer.forward_passes if ours else 1)  # type: ignore[attr-defined]
-                    if area is not phase.areas[-1]:
-                        inputs = area.says(inputs, amp=config.amp)
-                passes += (max(evaluated) + (len(phase.areas) > 1)) * (phase.module is model)
-                log.step(steps, loss, inside.lines)
+                whole = phase.module is model
+                around = functools.partial(inside.around, steps) if whole else contextlib.nullcontext
+                try:
+                    loss, taken = phase.step(inputs, labels, augment.frames, config.amp, around)
+                except RuntimeError as error:
+                    raise RuntimeError(f"{error} (epoch {epoch}, optimizer.lr={config.optimizer.lr})") from error
+                losses += loss
+                passes += taken * whole
+                log.step(steps, loss[-1], inside.lines)
                 steps += 1
             passes += 0 if phase.source is images or features.kept else count
             train_losses = (losses / count).tolist()  # also waits for the device
@@ -227,6 +217,32 @@ class Phase:
         self.module.train()
         for area in self.areas:
             area.train()
+
+    def step(
+        self,
+        inputs: Tensor,
+        labels: Tensor,
+        frames: int,
+        amp: bool,
+        around: Callable[[Any], AbstractContextManager[None]],
+    ) -> tuple[Tensor, int]:
+        """A step of each area in turn, inside ``around`` its closure: their mean costs, and the passes it took."""
+        losses, passes = [], []
+        for area in self.areas:
+            closure = area.closure(inputs, labels, steps=frames, amp=amp)
+            try:
+                with around(closure):
+                    loss: Any = area.optimizer.step(closure)  # type: ignore[arg-type]
+            except RuntimeError as error:
+                raise RuntimeError(f"area {area.name}: {error}" if area.name else str(error)) from error
+            losses.append(loss.mean())
+            if area.scheduler is not None:
+                area.scheduler.step()
+            ours = isinstance(area.optimizer, bioopt.LearningRule | bioopt.Mixed)
+            passes.append(area.optimizer.forward_passes if ours else 1)  # type: ignore[attr-defined]
+            if area is not self.areas[-1]:
+                inputs = area.says(inputs, amp=amp)
+        return torch.stack(losses), max(passes) + (len(passes) > 1)
 
     def restore(self, started: Progress) -> None:
         """Put costs, optimizers and schedules where they were."""
