@@ -175,7 +175,7 @@ class SquaredError(_OfScores):
 
 
 class Hinge(_OfScores):
-    r"""``Σ_{k≠y} max(0, margin - o_y + o_k) / classes``, by `torch.nn.functional.multi_margin_loss`.
+    r"""``Σ_{k≠y} max(0, margin - o_y + o_k) / classes``, as `torch.nn.functional.multi_margin_loss`.
 
     Args:
         margin: by which the right class is to exceed the others.
@@ -192,8 +192,10 @@ class Hinge(_OfScores):
     def of_labels(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """N costs."""
         known = labels != UNLABELLED
-        margins = F.multi_margin_loss(outputs, labels.where(known, 0), margin=self.margin, reduction="none")
-        return margins * known
+        right = labels.where(known, 0).unsqueeze(1)
+        # not torch's own function, which `torch.func.vmap` runs one slice at a time
+        margins = F.relu(self.margin + outputs - outputs.gather(1, right)).scatter(1, right, 0)
+        return margins.mean(1) * known
 
 
 class Focal(_OfScores):
@@ -365,15 +367,18 @@ class Mixture(Cost):
     """A weighted sum of costs of the same outputs, each with a readout of its own where it has one.
 
     Args:
-        costs: by name.
+        costs: by name; mixtures among them, whose costs may share a readout.
         weights: of each, >= 0.
+        readout: before all of them.
 
     Raises:
         ValueError: no cost, a cost without a weight or the other way round, a weight out of range.
     """
 
-    def __init__(self, costs: Mapping[str, Cost], weights: Mapping[str, float]) -> None:
-        super().__init__()
+    def __init__(
+        self, costs: Mapping[str, Cost], weights: Mapping[str, float], readout: nn.Module | None = None
+    ) -> None:
+        super().__init__(readout)
         if not costs or costs.keys() != weights.keys():
             raise ValueError(f"Mixture: costs {list(costs)} and weights {list(weights)} must have the same names, >= 1")
         for name, weight in weights.items():
@@ -394,6 +399,8 @@ class Mixture(Cost):
         self, outputs: Tensor, labels: Tensor | None = None, *, inputs: Tensor | None = None, steps: int = 1
     ) -> Tensor:
         """As of `Cost`."""
+        if self.readout is not None:
+            outputs = self.readout(outputs.flatten(1))
         parts = [
             self.weights[name] * cost(outputs, labels, inputs=inputs, steps=steps) for name, cost in self.costs.items()
         ]

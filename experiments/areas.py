@@ -141,7 +141,7 @@ def fit(cost: Cost, area: str, network: nn.Module, inputs: Tensor, classes: int,
                 f"area below them, cost.areas={{trunk: {_told(part)}, head: cross_entropy}}"
             )
         wanted = part.wants(classes, size)
-        if wanted is not None and wanted != features:
+        if wanted is not None and wanted != features and part.readout is None:
             part.readout = nn.Linear(features, wanted)
     return outputs
 
