@@ -144,7 +144,7 @@ def _train(
                 log.step(steps, loss[-1], inside.lines)
                 steps += 1
             passes += 0 if phase.source is images or features.kept else count
-            train_losses = (losses / count).tolist()  # also waits for the device
+            train_losses = [loss / count for loss in losses.tolist()]  # also waits for the device
             seconds += (spent := time.perf_counter() - begin - inside.seconds)
             trained_images += count * phase.batch_size
             for area, train_loss in zip(phase.areas, train_losses, strict=True):
