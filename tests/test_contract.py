@@ -392,7 +392,7 @@ def test_no_memory_growth(build) -> None:
     for p in model.parameters():
         p.grad = None
     before = alive()
-    steps(optimizer, model, 200)
+    steps(optimizer, model, 40)
     for p in model.parameters():
         p.grad = None
     assert alive() <= before

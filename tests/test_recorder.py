@@ -162,6 +162,7 @@ def test_no_graph_and_no_activity_outlives_the_step() -> None:
     import gc
     import weakref
 
+    kept = []
     for rule in RULES:
         model = NETWORKS.get(rule, {"mlp": mlp})["mlp"]()
         optimizer = make(rule, model)
@@ -173,6 +174,8 @@ def test_no_graph_and_no_activity_outlives_the_step() -> None:
         )
         x, y = torch.randn(8, 6, dtype=torch.float64), torch.randint(4, (8,))
         loss = optimizer.step(lambda model=model, x=x, y=y: F.cross_entropy(model(x), y, reduction="none"))
-        gc.collect()
-        assert all(ref() is None for pair in seen for ref in pair), rule.__name__
         assert loss.grad_fn is None
+        kept.append((rule, model, optimizer, loss, seen))
+    gc.collect()  # once, for its time: models and optimizers are still there
+    for rule, *_, seen in kept:
+        assert all(ref() is None for pair in seen for ref in pair), rule.__name__
