@@ -198,4 +198,4 @@ def _in_order(specs: DictConfig, stretches: dict[str, nn.Sequential]) -> list[An
 def _told(cost: Cost) -> str:
     """What a configuration calls a cost."""
     targets = {str(OmegaConf.load(path)._target_): path.stem for path in sorted(COSTS.glob("*.yaml"), reverse=True)}
-    return targets[f"bioopt.costs.{type(cost).__name__}"]
+    return targets.get(f"bioopt.costs.{type(cost).__name__}", type(cost).__name__)

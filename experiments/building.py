@@ -39,17 +39,16 @@ def freeze(model: nn.Module, parts: Sequence[str | int]) -> None:
 
 
 def build_cost(spec: Any, option: str = "cost") -> Cost:
-    """A cost by its name in ``conf/cost``, or by its name and options."""
-    options = {"name": spec} if isinstance(spec, str) else OmegaConf.to_container(OmegaConf.create(spec), resolve=True)
-    path = COSTS / f"{options.get('name') if isinstance(options, dict) else options}.yaml"
-    if not path.exists():
+    """A cost by its name in ``conf/cost``, or by its name and options; by ``_target_``, one of your own."""
+    given = {"name": spec} if isinstance(spec, str) else OmegaConf.to_container(OmegaConf.create(spec), resolve=True)
+    options = {str(key): value for key, value in given.items()} if isinstance(given, dict) else {}
+    name, path = options.get("name"), COSTS / f"{options.get('name')}.yaml"
+    if path.exists():
+        options = {str(key): value for key, value in OmegaConf.load(path).items()} | options
+    elif "_target_" not in options:
         known = ", ".join(sorted(file.stem for file in COSTS.glob("*.yaml")))
         raise ValueError(f"{option}={spec} is not a cost, or lacks its name; there are {known}")
-    assert isinstance(options, dict)
-    merged = OmegaConf.to_container(OmegaConf.merge(OmegaConf.load(path), options))
-    assert isinstance(merged, dict)
-    kept = {str(key): value for key, value in merged.items() if key not in ("name", "areas")}
-    name = merged["name"]
+    kept = {key: value for key, value in options.items() if key not in ("name", "areas")}
     if name == "mixture":
         if not isinstance(kept["weights"], dict):
             raise ValueError(
