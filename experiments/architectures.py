@@ -107,22 +107,19 @@ class Architectures(Task):
     def build(self, structure: str, images: Images) -> nn.Module:
         """A structure for these images."""
         try:
-            return building.build_model(self.configured(structure, images), images).to(self.device)
+            return building.build_model(self.configured(structure, images, self.rules[0]), images).to(self.device)
         except Exception as error:
             raise ValueError(f"structures.{structure}: {error.__cause__ or error}") from error
 
-    def configured(self, structure: str, images: Images, rule: str | None = None) -> DictConfig:
+    def configured(self, structure: str, images: Images, rule: str) -> DictConfig:
         """The run as if it were of this structure, and of this rule, alone."""
-        run = self.config.copy()
-        OmegaConf.set_struct(run, False)
+        run = building.with_rule(self.config, rule)
         run.model = {**self.config.structures[structure], "name": structure}
         contexts = images.shape[0] - self.images.shape[0]
         if contexts and "contexts" in run.model:
             run.model.contexts = contexts
-        if rule is not None:
-            run.optimizer = OmegaConf.to_container(self.config.rules[rule], resolve=True)
-            own = run.optimizer.get("per_model", {}).get(structure, {})
-            run.optimizer.update({key: value for key, value in own.items() if not OmegaConf.is_dict(value)})
+        own = run.optimizer.get("per_model", {}).get(structure, {})
+        run.optimizer.update({key: value for key, value in own.items() if not OmegaConf.is_dict(value)})
         return run
 
     def round(self, number: int) -> dict[str, Any]:

@@ -91,6 +91,15 @@ def build_optimizer(
     return optimizer
 
 
+def with_rule(config: DictConfig, rule: str, **options: Any) -> DictConfig:
+    """The run as if one of its ``rules`` were its optimizer, with these options as far as the rule has them."""
+    run = config.copy()
+    OmegaConf.set_struct(run, False)
+    run.optimizer = OmegaConf.to_container(config.rules[rule], resolve=True)
+    run.optimizer.update({key: value for key, value in options.items() if key in run.optimizer})
+    return run
+
+
 def groups(model: nn.Module, parts: Any, whole: nn.Module) -> Any:
     """The model, or groups of its modules where there are options for parts: each takes those of the nearest part."""
     parts = _flat(parts)

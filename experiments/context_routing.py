@@ -15,7 +15,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from bioopt.costs import CrossEntropy
@@ -161,12 +161,10 @@ class ContextRouting(Task):
 
     def learn(self, model: nn.Module, rule: str, network: str, images: data.Images, generator: torch.Generator) -> bool:
         """Train for all epochs, but not on where the loss is no number; whether that went well."""
-        run = self.config.copy()
-        OmegaConf.set_struct(run, False)
-        run.optimizer = OmegaConf.to_container(self.config.rules[rule], resolve=True)
-        run.optimizer.lr = self.lr.get(rule, {}).get(network, run.optimizer.lr)
-        if "seed" in run.optimizer:
-            run.optimizer.seed = int(torch.randint(2**31, (), generator=generator))
+        options = {"lr": self.lr.get(rule, {}).get(network, self.config.rules[rule].lr)}
+        if "seed" in self.config.rules[rule]:
+            options["seed"] = int(torch.randint(2**31, (), generator=generator))
+        run = building.with_rule(self.config, rule, **options)
         optimizer = building.build_optimizer(run, model)
         learner = Area("", model, CrossEntropy(), optimizer)
         total = len(images.train_labels)

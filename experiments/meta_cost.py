@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.patches import Rectangle
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 import bioopt
@@ -309,12 +309,7 @@ class MetaCost(Task):
         if not of_scores:
             alone = {"cross_entropy": building.build_cost("cross_entropy")}
             stretches["head"] = (head, Mixture(alone, {"cross_entropy": 1 / lengths["cross_entropy"]}))
-        run = self.config.copy()
-        OmegaConf.set_struct(run, False)
-        run.optimizer = OmegaConf.to_container(self.config.rules[rule], resolve=True)
-        run.optimizer.lr *= choice.rate
-        if "seed" in run.optimizer:
-            run.optimizer.seed = seed
+        run = building.with_rule(self.config, rule, seed=seed, lr=self.config.rules[rule].lr * choice.rate)
         made = []
         seen = images.prepare(images.train_images[:2])
         for name, (network, cost) in stretches.items():

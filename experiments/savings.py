@@ -10,7 +10,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from bioopt.costs import CrossEntropy
@@ -97,11 +97,7 @@ class Savings(Task):
 
     def learn(self, model: nn.Module, rule: str, task: Disguise, seed: int) -> list[float]:
         """Train until the criterion is reached; test accuracy before the first step, and after each."""
-        run = self.config.copy()
-        OmegaConf.set_struct(run, False)
-        run.optimizer = OmegaConf.to_container(self.config.rules[rule], resolve=True)
-        if "seed" in run.optimizer:
-            run.optimizer.seed = seed
+        run = building.with_rule(self.config, rule, seed=seed)
         optimizer = building.build_optimizer(run, model)
         learner = Area("", model, CrossEntropy(), optimizer)
         course = [task.accuracy(model)]
