@@ -23,11 +23,9 @@ from . import building, data, problems, training
 from .areas import Area
 from .data import Images
 from .pictures import saved
-from .report import interval
+from .problems import POSED
+from .report import interval, with_interval
 from .tasks import Task, require_counts
-
-#: of `problems`, what a task can be
-POSED = ("clean", "wrong_labels", "imbalanced", "few_labels", "contexts")
 
 
 class Architectures(Task):
@@ -98,7 +96,7 @@ class Architectures(Task):
                 test_labels=self.images.test_labels[tested],
             )
             try:
-                made: Images = getattr(problems, task)(images, generator, **self.tasks[task])
+                made = POSED[task](images, generator, **self.tasks[task])
             except (TypeError, ValueError) as error:
                 raise ValueError(f"task.tasks.{task}: {error}") from error
             self.posed = (task, repetition), made
@@ -175,11 +173,11 @@ class Architectures(Task):
                 ranked = self.ranked(history, task, rule)
                 if len(ranked) > 1:
                     key = f"{task}_{rule}_{ranked[0]}_ahead_of_{ranked[1]}"
-                    put(found, key, self.lead(history, task, rule))
+                    found |= with_interval(key, self.lead(history, task, rule))
         for task in self.tasks:
             for rule in self.rules:
                 for structure in self.structures:
-                    put(found, f"{task}_{rule}_{structure}", self.each(history, task, rule, structure))
+                    found |= with_interval(f"{task}_{rule}_{structure}", self.each(history, task, rule, structure))
         found |= {f"{structure}_weights": count for structure, count in self.weights.items()}
         for rule in self.rules:
             lines = [line for line in history if line["rule"] == rule]
@@ -249,14 +247,6 @@ class Architectures(Task):
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         return shown
-
-
-def put(found: dict[str, float], key: str, values: list[float]) -> None:
-    """A mean, and its 95 % confidence interval where there is one."""
-    found[key] = statistics.fmean(values)
-    half = interval(values)
-    if half is not None:
-        found[f"{key}_ci95"] = half
 
 
 @torch.no_grad()

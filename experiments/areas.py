@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -93,30 +93,43 @@ def build_areas(
     Raises:
         ValueError: areas that do not exist, overlap or leave a part out; a cost that does not fit.
     """
-    one = images.prepare(images.train_images[:2])
-    frames = int(config.data.augment.frames)
     if config.cost.areas is None:
         cost = build_cost(config.cost)
-        fit(cost, "", model, one, images.classes, frames, last=True)
+        inputs = images.prepare(images.train_images[:2])
+        fit(cost, "", model, inputs, images.classes, int(config.data.augment.frames), last=True)
         return [Area("", model, cost, build_optimizer(config, model, group))]
     if config.optimizer.name == "random_trunk":
         raise ValueError(
             "optimizer=random_trunk freezes the trunk, which then learns from no cost: leave cost.areas out; it is "
             "the control of areas as it is"
         )
+    specs = {str(name): spec for name, spec in config.cost.areas.items()}
+    stretches = stretched(model, list(specs))
+    told = {name: (part, build_cost(specs[name], f"cost.areas.{name}")) for name, part in stretches.items()}
+    return assemble(config, model, told, images, group)
+
+
+def assemble(
+    config: DictConfig,
+    model: nn.Module,
+    told: Mapping[str, tuple[nn.Module, Cost]],
+    images: data.Images,
+    group: dist.ProcessGroup | None = None,
+) -> list[Area]:
+    """Areas of stretches of a network, in its order, and their costs: each fitted, and with an optimizer of its own."""
     made = []
-    stretches = stretched(model, list(config.cost.areas))
-    for (name, network), spec in zip(stretches.items(), _in_order(config.cost.areas, stretches), strict=True):
-        cost = build_cost(spec, f"cost.areas.{name}")
-        one = fit(cost, name, network, one, images.classes, frames, last=name == [*stretches][-1])
-        cost.to(one.device)
+    seen = images.prepare(images.train_images[:2])
+    for name, (network, cost) in told.items():
+        last = [*network.children()][-1] is [*model.children()][-1]  # its outputs are the network's
+        seen = fit(cost, name, network, seen, images.classes, int(config.data.augment.frames), last=last)
+        cost.to(seen.device)
         learner = nn.ModuleDict({**dict(network.named_children()), **({"cost": cost} if [*cost.parameters()] else {})})
         made.append(Area(name, network, cost, build_optimizer(config, learner, group, whole=model)))
     return made
 
 
 def fit(cost: Cost, area: str, network: nn.Module, inputs: Tensor, classes: int, frames: int, *, last: bool) -> Tensor:
-    """Check that a cost can be of this area, give it the readouts it needs; what the area says of two inputs."""
+    """Check that a cost can be of this area, give it the readouts it needs; what an area below the last says."""
     option = f"cost.areas.{area}" if area else "cost"
     if last and not cost.scores:
         raise ValueError(
@@ -128,18 +141,21 @@ def fit(cost: Cost, area: str, network: nn.Module, inputs: Tensor, classes: int,
             f"{option}={_told(cost)} compares successive images, and data.augment.frames={frames} gives single ones: "
             "say data.augment.frames=4, with data.augment.crop, over which they move"
         )
+    parts: list[Any] = list(cost.costs.values()) if isinstance(cost, bioopt.costs.Mixture) else [cost]
+    if last:
+        for part in parts:
+            if not part.scores and part.told != "nothing":
+                raise ValueError(
+                    f"{option}: {_told(part)} cannot be of the network's outputs, which are class scores: give it to "
+                    f"an area below them, cost.areas={{trunk: {_told(part)}, head: cross_entropy}}"
+                )
+        return inputs  # class scores are there, and no readout is wanted
     network.eval()
     with torch.no_grad():
         outputs: Tensor = network(inputs)
     network.train()
     features, size = outputs[0].numel(), inputs[0].numel()
-    for part in cost.costs.values() if isinstance(cost, bioopt.costs.Mixture) else [cost]:
-        assert isinstance(part, Cost)
-        if last and not part.scores and part.told != "nothing":
-            raise ValueError(
-                f"{option}: {_told(part)} cannot be of the network's outputs, which are class scores: give it to an "
-                f"area below them, cost.areas={{trunk: {_told(part)}, head: cross_entropy}}"
-            )
+    for part in parts:
         wanted = part.wants(classes, size)
         if wanted is not None and wanted != features and part.readout is None:
             part.readout = nn.Linear(features, wanted)
@@ -188,11 +204,6 @@ def split(model: nn.Module) -> tuple[nn.Sequential, nn.Sequential]:
     while first and isinstance(children[first - 1], nn.Dropout | nn.BatchNorm1d):
         first -= 1
     return model[:first], model[first:]
-
-
-def _in_order(specs: DictConfig, stretches: dict[str, nn.Sequential]) -> list[Any]:
-    by_name = {str(name): spec for name, spec in specs.items()}
-    return [by_name[name] for name in stretches]
 
 
 def _told(cost: Cost) -> str:

@@ -24,7 +24,7 @@ from bioopt.nn import Gate
 from . import building, data, models, problems, training
 from .areas import Area
 from .pictures import saved
-from .report import interval
+from .report import interval, with_interval
 from .tasks import Task, require_counts
 
 CHUNK = 1000  # test images at a time, and those of a measurement of time
@@ -225,13 +225,13 @@ class ContextRouting(Task):
         found: dict[str, float] = {}
         for rule in self.rules:
             for name in self.networks:
-                found |= measured(f"{rule}_{name}_accuracy", self.each(history, rule, name, "accuracy"))
+                found |= with_interval(f"{rule}_{name}_accuracy", self.each(history, rule, name, "accuracy"))
         routed = self.networks[1 : 1 + len(self.active)]
         for rule in self.rules:
             one = self.each(history, rule, routed[0], "accuracy")
             for name in ("fixed", "all_run", "connected"):
                 pairs = zip(one, self.each(history, rule, name, "accuracy"), strict=True)
-                found |= measured(f"{rule}_{routed[0]}_minus_{name}", [a - b for a, b in pairs])
+                found |= with_interval(f"{rule}_{routed[0]}_minus_{name}", [a - b for a, b in pairs])
         for name in self.networks:
             lines = [line for line in history if line["network"] == name]
             found[f"{name}_computation"] = statistics.fmean(line["computation"] for line in lines)
@@ -240,9 +240,9 @@ class ContextRouting(Task):
             found[f"{name}_weights"] = lines[0]["weights"]
         for rule in self.rules:
             for name in (*routed, "all_run"):
-                found |= measured(f"{rule}_{name}_information_bits", self.each(history, rule, name, "information"))
+                found |= with_interval(f"{rule}_{name}_information_bits", self.each(history, rule, name, "information"))
                 if name in routed:
-                    found |= measured(f"{rule}_{name}_pathways_in_use", self.each(history, rule, name, "in_use"))
+                    found |= with_interval(f"{rule}_{name}_pathways_in_use", self.each(history, rule, name, "in_use"))
         for rule in self.rules:
             for name in self.networks:
                 if lost := sum(self.each(history, rule, name, "diverged")):
@@ -424,9 +424,3 @@ def seconds(networks: list[nn.Module], inputs: Tensor, times: int = 25) -> list[
                 torch.cuda.synchronize()
             each.append(time.perf_counter() - begin)
     return [min(each) for each in took]
-
-
-def measured(name: str, values: list[float]) -> dict[str, float]:
-    """A mean, with its interval."""
-    half = interval(values)
-    return {name: statistics.fmean(values)} | ({} if half is None else {f"{name}_ci95": half})

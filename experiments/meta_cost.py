@@ -22,19 +22,13 @@ import bioopt
 from bioopt.costs import UNLABELLED, Cost, Mixture
 
 from . import building, data, problems, training
-from .areas import Area, fit, split
+from .areas import Area, assemble, fit, split
 from .logs import write_whole
 from .pictures import saved, uncluttered
-from .report import interval, percent
+from .problems import POSED
+from .report import interval, percent, with_interval
 from .tasks import Task, require_counts
 
-POSED: dict[str, Callable[..., data.Images]] = {
-    "clean": problems.clean,
-    "wrong_labels": problems.wrong_labels,
-    "imbalanced": problems.imbalanced,
-    "few_labels": problems.few_labels,
-    "contexts": problems.contexts,
-}
 LEAST = 0.02  # a smaller share is none: it would take time and hardly be told
 LOOPS = {"optuna": "Optuna", "perturbation": "perturbation"}  # the outer loops, as pictures call them
 WAYS = ("one_size", "best_cost", *LOOPS)  # to choose the cost of a task, what the others are compared with first
@@ -310,18 +304,11 @@ class MetaCost(Task):
             alone = {"cross_entropy": building.build_cost("cross_entropy")}
             stretches["head"] = (head, Mixture(alone, {"cross_entropy": 1 / lengths["cross_entropy"]}))
         run = building.with_rule(self.config, rule, seed=seed, lr=self.config.rules[rule].lr * choice.rate)
-        made = []
-        seen = images.prepare(images.train_images[:2])
-        for name, (network, cost) in stretches.items():
-            seen = fit(cost, name, network, seen, images.classes, 1, last=name == "head")
-            cost.to(self.device)
-            learned = {"cost": cost} if [*cost.parameters()] else {}
-            learner = nn.ModuleDict({**dict(network.named_children()), **learned})
-            optimizer = building.build_optimizer(run, learner, whole=model)
-            if isinstance(optimizer, bioopt.SynapticRule):
+        made = assemble(run, model, stretches, images)
+        for area in made:
+            if isinstance(area.optimizer, bioopt.SynapticRule):
                 raise ValueError(f"rules.{rule} learns from no cost, so none can be chosen: '~rules.{rule}'")
-            scheduler = building.build_schedule("cosine", optimizer, self.steps)
-            made.append(Area(name, network, cost, optimizer, scheduler))
+            area.scheduler = building.build_schedule("cosine", area.optimizer, self.steps)
         return made
 
     def lengths(self, images: data.Images, seed: int) -> dict[str, float]:
@@ -361,10 +348,7 @@ class MetaCost(Task):
         for rule, result in results.items():
             for way in WAYS[1:]:
                 gains = result.gains(way)
-                found[f"{rule}_{way}_over_one_size"] = statistics.fmean(gains)
-                half = interval(gains)
-                if half is not None:
-                    found[f"{rule}_{way}_over_one_size_ci95"] = half
+                found |= with_interval(f"{rule}_{way}_over_one_size", gains)
         for rule, result in results.items():
             for problem in self.problems:
                 found |= {f"{rule}_{problem}_{way}": statistics.fmean(result.tests(problem, way)) for way in WAYS}

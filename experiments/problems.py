@@ -5,6 +5,7 @@ Each takes a data set and gives another; what is random in it comes from a gener
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -122,6 +123,16 @@ def contexts(images: Images, generator: torch.Generator, count: int = 2) -> Imag
         test_images=_in_context(images.test_images.repeat(count, 1, 1, 1), each, count),
         test_labels=_named(images.test_labels.repeat(count), each, names),
     )
+
+
+#: the tasks that an experiment can pose, by name
+POSED: dict[str, Callable[..., Images]] = {
+    "clean": clean,
+    "wrong_labels": wrong_labels,
+    "imbalanced": imbalanced,
+    "few_labels": few_labels,
+    "contexts": contexts,
+}
 
 
 def _by_class(images: Images, generator: torch.Generator) -> list[Tensor]:

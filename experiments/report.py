@@ -234,6 +234,12 @@ def interval(values: list[float]) -> float | None:
     return float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
 
 
+def with_interval(name: str, values: list[float]) -> dict[str, float]:
+    """A mean by its name, and its 95 % confidence interval where there is one."""
+    half = interval(values)
+    return {name: statistics.fmean(values)} | ({} if half is None else {f"{name}_ci95": half})
+
+
 def percent(values: list[float], sign: str = "") -> str:
     """The mean of fractions in percent, with its interval."""
     if not values:
