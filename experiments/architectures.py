@@ -106,8 +106,8 @@ class Architectures(Task):
         """A structure for these images."""
         try:
             return building.build_model(self.configured(structure, images, self.rules[0]), images).to(self.device)
-        except Exception as error:
-            raise ValueError(f"structures.{structure}: {error.__cause__ or error}") from error
+        except ValueError as error:
+            raise ValueError(f"structures.{structure}: {error}") from error
 
     def configured(self, structure: str, images: Images, rule: str) -> DictConfig:
         """The run as if it were of this structure, and of this rule, alone."""

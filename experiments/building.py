@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -24,7 +25,10 @@ COSTS = Path(__file__).parent.parent / "conf" / "cost"
 def build_model(config: DictConfig, images: data.Images) -> nn.Module:
     """The network of ``model=``, for the shape and classes of the data."""
     options = {k: v for k, v in config.model.items() if k != "name"}
-    model: nn.Module = instantiate(options, shape=images.shape, classes=images.classes, _convert_="all")
+    try:
+        model: nn.Module = instantiate(options, shape=images.shape, classes=images.classes, _convert_="all")
+    except InstantiationException as error:
+        raise ValueError(f"model={config.model.name}: {error.__cause__ or error}") from error
     return model.to(memory_format=torch.channels_last)  # half the time
 
 

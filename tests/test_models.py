@@ -9,8 +9,11 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
-from experiments import models
-from experiments.training import split
+from experiments import data, models
+from experiments.areas import split
+from experiments.building import build_model
+
+from .test_train import config
 
 
 def features(model: nn.Module, x: Tensor) -> Tensor:
@@ -153,3 +156,13 @@ def test_hidden_layers_of_the_cnn() -> None:
     assert [type(layer) for layer in deeper[-5:]] == [nn.Linear, nn.ReLU, nn.Linear, nn.ReLU, nn.Linear]
     assert deeper(torch.randn(2, 3, 32, 32)).shape == (2, 10)
     assert [type(layer) for layer in plain] == [type(layer) for layer in [*deeper[:9], deeper[-1]]]
+
+
+def test_an_option_that_no_model_can_have_is_told_in_a_sentence() -> None:
+    images = data.load("digits", "")
+    for options, says in (
+        (["model=gated", "model.active=9"], r"^model=gated: Gate: active=9 must be"),
+        (["model=softhebb", "model.width=-1"], r"^model=softhebb: model.width=-1 must be > 0"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            build_model(config(*options), images)
