@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -429,77 +430,80 @@ def local_product(synapse: Synapse, u: Tensor, s: Tensor | Few) -> Tensor:
     inputs take the same product over their patches instead, half the time of the library's own; where few neurons of
     an event learn, it is a sparse product.
     """
-    pay = _patches_pay(synapse, u)
-    if isinstance(s, Few) and not (pay and s.neurons.shape[1] * 16 <= len(synapse.weight)):  # measured
+    weight, plain = synapse.weight, _is_plain_convolution(synapse, u)  # the sizes below are measured
+    if isinstance(s, Few):
+        if plain and weight.shape[1] >= 32 and len(weight) >= 16 * s.neurons.shape[1]:
+            return _product_of_few(weight, u, s)
         s = s.spread(u, u.ndim + synapse.channel_dim)
-    if pay:
-        return _product_of_patches(synapse.weight, u, s)
-    assert isinstance(s, Tensor)
+    if plain and weight[0].numel() >= 512 and len(weight) >= 256:  # fewer do not repay the copy of the patches
+        return _product_of_patches(weight, u, s)
     # A sum over the events of a large batch is too much for float16, and the entries of a mean are too small.
-    scale = (u.numel() / len(synapse.weight)) ** -0.5 if u.dtype == torch.float16 else 1.0
-    (product,) = torch.autograd.grad(u, synapse.weight, (s if scale == 1.0 else s * scale).to(u.dtype))
+    scale = (u.numel() / len(weight)) ** -0.5 if u.dtype == torch.float16 else 1.0
+    (product,) = torch.autograd.grad(u, weight, (s if scale == 1.0 else s * scale).to(u.dtype))
     return product if scale == 1.0 else product.div_(scale)
 
 
-def _patches_pay(synapse: Synapse, u: Tensor) -> bool:
+def _is_plain_convolution(synapse: Synapse, u: Tensor) -> bool:
+    """Whether ``u`` was made by a convolution on the CPU that keeps what it saw, one image beside another."""
     return (
         type(synapse.layer) is nn.Conv2d
         and synapse.layer.groups == 1
-        and synapse.weight[0].numel() >= 512  # measured; fewer neurons do not repay the copy of the patches
-        and len(synapse.weight) >= 256
         and u.device.type == "cpu"
         and u.dtype in (torch.float32, torch.float64)
         and type(u.grad_fn).__name__ == "ConvolutionBackward0"  # not of a compiled layer, nor of a single image
     )
 
 
-def _product_of_patches(weight: Tensor, u: Tensor, s: Tensor | Few) -> Tensor:
+def _product_of_patches(weight: Tensor, u: Tensor, s: Tensor) -> Tensor:
     made: Any = u.grad_fn
-    pad = [p for size in reversed(made._saved_padding) for p in (size, size)]
-    x = made._saved_input
     outputs, inputs, *kernel = weight.shape
     width, positions = weight[0].numel(), u[0, 0].numel()
     # So many samples at a time that their patches fit into the cache, and are small beside what they add up to.
-    most = weight.numel() // 2 if isinstance(s, Few) else min(2_000_000, weight.numel() // 4)
-    step = max(1, max(100_000, most) // (width * positions))
+    step = max(1, max(100_000, min(2_000_000, weight.numel() // 4)) // (width * positions))
     total: Tensor | None = None
-    for start in range(0, len(x), step):
-        patches = F.pad(x[start : start + step], pad).permute(0, 2, 3, 1)
+    for start in range(0, len(u), step):
+        patches = _padded(made, start, step)
         for dim, (size, stride, dilation) in enumerate(
             zip(kernel, made._saved_stride, made._saved_dilation, strict=True), start=1
         ):
             patches = patches.unfold(dim, dilation * (size - 1) + 1, stride)[..., ::dilation]
         rows = patches.permute(0, 1, 2, 4, 5, 3).reshape(-1, width)
-        if isinstance(s, Few):
-            few = slice(start * positions, start * positions + len(rows))
-            total = _with_few(total, Few(s.neurons[few], s.told[few]), rows, outputs)
-        else:
-            told = s[start : start + step].permute(0, 2, 3, 1).reshape(-1, outputs).to(rows.dtype)
-            total = told.T @ rows if total is None else total.addmm_(told.T, rows)
+        told = s[start : start + step].permute(0, 2, 3, 1).reshape(-1, outputs).to(rows.dtype)
+        total = told.T @ rows if total is None else total.addmm_(told.T, rows)
         del patches, rows  # before the next
     assert total is not None
     return total.view(outputs, *kernel, inputs).permute(0, 3, 1, 2)
 
 
-def _with_few(total: Tensor | None, s: Few, rows: Tensor, outputs: int) -> Tensor:
-    """``total + sᵀ @ rows``: each neuron is a bag of the events that it learns."""
-    neuron, order = s.neurons.flatten().sort()
-    event, told = order // s.neurons.shape[1], s.told.flatten()[order].to(rows.dtype)
-    first = torch.searchsorted(neuron, torch.arange(outputs + 1, device=neuron.device))
+def _product_of_few(weight: Tensor, u: Tensor, s: Few) -> Tensor:
+    """Each neuron has a bag of the events that it learns: for each place in the kernel, the sum of the pixels there."""
+    made: Any = u.grad_fn
+    outputs, inputs, *kernel = weight.shape
+    positions, few = u[0, 0].numel(), s.neurons.shape[1]
+    down, across = (torch.arange(n, device=u.device) * d for n, d in zip(u.shape[2:], made._saved_stride, strict=True))
+    every = torch.arange(outputs, device=u.device)
+    total = weight.new_zeros(outputs, *kernel, inputs)
+    # So many samples at a time that they fit into the cache, unless that is little beside what they add up to.
+    step = 1 + max(500_000, weight.numel() // 2) // (inputs * positions)
+    for start in range(0, len(u), step):
+        x = _padded(made, start, step)
+        pixels, (samples, height, width) = x.reshape(-1, inputs), x.shape[:3]
+        corner = torch.arange(samples, device=x.device).view(-1, 1, 1) * height * width + down.view(-1, 1) * width
+        corner = (corner + across).flatten()  # of each event's patch
+        events = slice(start * positions, start * positions + len(corner))
+        neuron, order = s.neurons[events].flatten().sort()
+        told = s.told[events].flatten()[order].to(x.dtype)
+        seen, first = corner[order // few], torch.searchsorted(neuron, every)
+        for i, j in itertools.product(*map(range, kernel)):
+            pixel = seen + (i * made._saved_dilation[0] * width + j * made._saved_dilation[1])
+            total[:, i, j] += F.embedding_bag(pixel, pixels, first, mode="sum", per_sample_weights=told)
+    return total.permute(0, 3, 1, 2)
 
-    def bags(start: int, end: int) -> Tensor:
-        inside = slice(int(first[start]), int(first[end]))
-        return F.embedding_bag(
-            event[inside], rows, first[start:end] - first[start], mode="sum", per_sample_weights=told[inside]
-        )
 
-    if total is None:
-        return bags(0, outputs)
-    few = max(1, outputs // 4)  # neurons at a time, whose products are small beside the total
-    for start in range(0, outputs, few):
-        end = min(start + few, outputs)
-        total[start:end] += bags(start, end)
-    return total
+def _padded(made: Any, start: int, count: int) -> Tensor:
+    """Some samples of what a convolution saw, channels last."""
+    pad = [p for size in reversed(made._saved_padding) for p in (size, size)]
+    return F.pad(made._saved_input[start : start + count], pad).permute(0, 2, 3, 1)
 
 
 def _choose_readout(rule: str, synapses: list[Synapse], wanted: str | nn.Module | None) -> Synapse:
