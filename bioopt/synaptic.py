@@ -458,8 +458,8 @@ def _product_of_patches(weight: Tensor, u: Tensor, s: Tensor) -> Tensor:
     made: Any = u.grad_fn
     outputs, inputs, *kernel = weight.shape
     width, positions = weight[0].numel(), u[0, 0].numel()
-    # So many samples at a time that their patches fit into the cache, and are small beside what they add up to.
-    step = max(1, max(100_000, min(2_000_000, weight.numel() // 4)) // (width * positions))
+    # So many samples at a time that their patches fit into the cache, and are small beside activity or weights.
+    step = max(1, max(100_000, min(2_000_000, max(weight.numel(), u.numel()) // 4)) // (width * positions))
     total: Tensor | None = None
     for start in range(0, len(u), step):
         patches = _padded(made, start, step)

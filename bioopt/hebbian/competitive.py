@@ -195,8 +195,7 @@ def _shares(strength: Tensor, dim: int, kind: str, losers: float) -> Tensor:
         # Without a temperature, losers share their part alike.
         others = max(strength.shape[dim] - 1, 1)
         return shares.sub_((1 - shares) * (losers / others))
-    shares = softmax_(strength, dim)
-    return _negate_losers(shares, dim, losers) if losers else shares
+    return softmax_(strength, dim, losers)
 
 
 def _first_wins(shares: Tensor, losers: float) -> Tensor:
@@ -204,12 +203,6 @@ def _first_wins(shares: Tensor, losers: float) -> Tensor:
     if losers:
         shares[..., 1:].mul_(-losers)
     return shares
-
-
-def _negate_losers(shares: Tensor, dim: int, strength: float) -> Tensor:
-    """All but the largest share times ``-strength``, in place."""
-    best, winner = shares.max(dim, keepdim=True)
-    return shares.mul_(-strength).scatter_(dim, winner, best)
 
 
 class SoftHebb(SynapticRule):
@@ -275,7 +268,7 @@ class SoftHebb(SynapticRule):
         if k is not None:
             best, which = strongest(u, synapse, k)
             return few(which, _first_wins(softmax_(best.mul_(t), -1), 1.0), synapse)
-        return compete(u, synapse, lambda pooled, dim: _negate_losers(softmax_(pooled * t, dim), dim, 1.0))
+        return compete(u, synapse, lambda pooled, dim: softmax_(pooled * t, dim, losers=1.0))
 
     def update(self, product: Tensor, signal: Tensor | None, synapse: Synapse, group: dict[str, Any]) -> Tensor:
         """``D / max|D| · √|‖w‖ - 1|``."""

@@ -41,14 +41,20 @@ def few(which: Tensor, told: Tensor, synapse: Synapse) -> Few:
     return Few(which.flatten(1), told.flatten(1))
 
 
-def softmax_(strength: Tensor, dim: int) -> Tensor:
+def softmax_(strength: Tensor, dim: int, losers: float = 0.0) -> Tensor:
     """The softmax along a dimension, in place: the largest tensors of a step need no second copy.
+
+    With ``losers``, all shares but the largest are multiplied by minus that.
 
     No share is below exp(-80), which is nothing beside 1: the numbers below that single precision can only just hold
     (from exp(-87) on) take processors some twenty times as long.
     """
-    strength.sub_(strength.amax(dim, keepdim=True)).clamp_(min=-80).exp_()
-    return strength.div_(strength.sum(dim, keepdim=True))
+    top, winner = strength.max(dim, keepdim=True) if losers else (strength.amax(dim, keepdim=True), None)
+    strength.sub_(top).clamp_(min=-80).exp_()
+    largest = strength.sum(dim, keepdim=True).reciprocal_()  # share, since exp(0) = 1
+    if winner is None:
+        return strength.mul_(largest)
+    return strength.mul_(-losers * largest).scatter_(dim, winner, largest)
 
 
 def along_channels(values: Tensor, u: Tensor, synapse: Synapse) -> Tensor:
