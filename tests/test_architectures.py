@@ -16,7 +16,7 @@ from experiments import architectures, data
 from experiments.architectures import Architectures
 from experiments.training import run
 
-from .test_tasks import interrupted
+from .test_tasks import interrupted, resumed
 from .test_train import config
 
 COMMON = ["experiment=architectures", "logger.mode=disabled", "data=digits", "task.train=200", "task.test=40"]
@@ -169,7 +169,7 @@ def test_a_run_goes_on_where_it_stopped_to_the_same_end(tmp_path: Path, monkeypa
     whole = run(config(*tiny, f"run_dir={tmp_path / 'whole'}"))
     assert (tmp_path / "whole" / "architectures.png").exists()
     interrupted(monkeypatch, Architectures, 3, *tiny, f"run_dir={tmp_path / 'part'}")
-    again = run(config(f"resume={tmp_path / 'part'}"))
+    again = resumed(monkeypatch, tmp_path / "part")
     found, same = (
         {key: value for key, value in summary["measured"].items() if not key.endswith("_milliseconds")}
         for summary in (whole, again)

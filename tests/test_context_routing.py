@@ -18,7 +18,7 @@ from experiments import data, problems
 from experiments.context_routing import ContextRouting, counted, guessed, information, weights
 from experiments.training import run
 
-from .test_tasks import interrupted
+from .test_tasks import interrupted, resumed
 from .test_train import config
 
 RULES = ["node_perturbation", "hebbian", "random_trunk"]
@@ -152,7 +152,7 @@ def test_a_run_leaves_its_pictures_and_goes_on_where_it_stopped(
         assert (tmp_path / "whole" / picture).read_bytes().startswith(b"\x89PNG")
     assert {"sgd_routed_1_accuracy", "sgd_routed_1_minus_fixed_ci95", "all_run_computation"} < set(whole["measured"])
     interrupted(monkeypatch, ContextRouting, 4, *TINY, f"run_dir={tmp_path / 'part'}")
-    assert timeless(run(config(f"resume={tmp_path / 'part'}"))["measured"]) == timeless(whole["measured"])
+    assert timeless(resumed(monkeypatch, tmp_path / "part")["measured"]) == timeless(whole["measured"])
 
 
 @pytest.mark.parametrize("rule", ["sgd", "node_perturbation"])

@@ -20,8 +20,9 @@ from experiments.areas import build_areas, stretched
 from experiments.building import build_cost
 from experiments.training import run
 
+from .commands import ROOT
 from .test_diagnostics import equal_state
-from .test_train import OPTIMIZERS, ROOT, TINY, config, tiny
+from .test_train import OPTIMIZERS, TINY, config, tiny
 
 NAMES = sorted(path.stem for path in (ROOT / "conf/cost").glob("*.yaml"))
 LABELS = torch.tensor([0, 2, 1, 2, costs.UNLABELLED, 0])
@@ -316,6 +317,7 @@ def test_areas_that_cannot_be_are_told(options: list[str], says: str, tmp_path: 
         run(config("optimizer=sgd", *TINY, f"run_dir={tmp_path}/run", *options))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_one_area_after_another_says_what_trains_what(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["optimizer=node_perturbation", *TINY, "cost.areas={trunk: denoising, head: {name: hinge, margin: 2}}"]
     summary = run(config(*options, "optimizer.samples=2", "epochs=2", "plastic_epochs=1", f"run_dir={tmp_path}/run"))
@@ -329,6 +331,7 @@ def test_one_area_after_another_says_what_trains_what(tmp_path: Path, capsys: py
     assert summary["forward_passes"] == 5 * 4 + 2 + 22  # of a step 3, and one for the head; two looks; features
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_an_interrupted_run_in_areas_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     areas = "cost.areas={trunk: {name: mixture, weights: {denoising: 1, contrastive: 0.1}}, head: focal}"
     options = ["optimizer=sgd", *TINY, areas, "epochs=3", "data.augment.crop=1"]

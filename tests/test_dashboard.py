@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import yaml
 from omegaconf import OmegaConf
-from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
-from .test_train import ROOT, TINY, config, inspected, train
+from .commands import ROOT, train
+from .test_train import TINY, config, inspected
 
 SCRIPT = str(ROOT / "scripts" / "wandb_dashboard.py")
 AXES = {"epoch", "forward_passes", "seconds", "step"}
@@ -138,6 +138,8 @@ def test_what_is_missing_is_told_in_a_sentence(tmp_path: Path) -> None:
 
 
 def test_the_sweep_composes(logged: tuple[list[set[str]], set[str]]) -> None:
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command_args  # a second, which no other test need wait for
+
     sweep = yaml.safe_load((ROOT / "scripts" / "wandb_sweep.yaml").read_text())
     assert (ROOT / sweep["program"]).exists()
     assert any(sweep["metric"]["name"] in row for row in logged[0])

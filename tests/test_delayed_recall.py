@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 from experiments.delayed_recall import MODELS, DelayedRecall
 from experiments.training import run
 
-from .test_tasks import interrupted
+from .test_tasks import interrupted, resumed
 from .test_train import config
 
 TINY = ["experiment=delayed_recall", "logger.mode=disabled", "task.rounds=2", "task.steps=2", "task.sequences=20"]
@@ -75,7 +75,7 @@ def test_a_run_leaves_its_picture_and_its_numbers(tmp_path: Path) -> None:
 def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(config(*TINY, f"run_dir={tmp_path / 'whole'}"))
     interrupted(monkeypatch, DelayedRecall, 2, *TINY, f"run_dir={tmp_path / 'part'}")
-    assert run(config(f"resume={tmp_path / 'part'}"))["measured"] == whole["measured"]
+    assert resumed(monkeypatch, tmp_path / "part")["measured"] == whole["measured"]
     weights = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"] for name in ("whole", "part")]
     assert all(torch.equal(weights[0]["gru"][key], weights[1]["gru"][key]) for key in weights[0]["gru"])
 

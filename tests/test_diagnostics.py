@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.diagnostics import activity
+from experiments.diagnostics import Diagnostics, activity
 from experiments.training import run
 
 from .test_contract import equal_state
@@ -16,6 +16,7 @@ from .test_train import SOFTHEBB, config, tiny
 
 
 @pytest.mark.parametrize("optimizer", ["hebbian", "softhebb", "node_perturbation", "reward_hebbian", "random_trunk"])
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_is_the_same_bit_for_bit_with_and_without(optimizer: str, tmp_path: Path) -> None:
     common = [*tiny(optimizer), "epochs=2"]
     if optimizer == "softhebb":  # with a filter that learns from what it sees, and a second phase
@@ -61,7 +62,9 @@ def test_activity_against_its_definitions() -> None:
     assert activity(torch.ones(4, 1)) == {}
 
 
-def test_the_course_survives_an_interruption(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("undrawn")
+def test_the_course_survives_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Diagnostics, "pictures", lambda *of: [])
     common = [*tiny("hebbian"), "epochs=3", "diagnostics.every=3"]
     run(config(*common, f"run_dir={tmp_path / 'whole'}"))
     whole = (tmp_path / "whole" / "diagnostics.jsonl").read_text()

@@ -11,8 +11,9 @@ import yaml
 
 from experiments.training import run
 
+from .commands import ROOT
 from .test_readme import composed
-from .test_train import ROOT, TINY, config
+from .test_train import TINY, config
 
 PAGES = sorted((ROOT / "docs").glob("**/[!_]*.md"))
 RECORDS = {
@@ -63,6 +64,7 @@ def test_commands_compose_and_quote_their_records() -> None:
     assert quoted >= 10
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_rule_of_your_own_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = ROOT / "docs/your_own_rule.md"
     ((_, code), (_, options)) = blocks(page, "python|yaml")
@@ -74,6 +76,7 @@ def test_a_rule_of_your_own_runs_as_written(tmp_path: Path, monkeypatch: pytest.
     assert summary["optimizer"] == yaml.safe_load(options)["name"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_cost_of_your_own_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = ROOT / "docs/costs.md"
     code = next(block for _, block in blocks(page, "python") if block.startswith("# robust.py"))

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from .test_train import ROOT
+from .commands import ROOT
 
 EXAMPLES = ROOT / "examples"
 Run = Callable[..., list[float]]

@@ -8,7 +8,8 @@ import pytest
 
 from experiments.training import run
 
-from .test_train import ROOT, config
+from .commands import ROOT
+from .test_train import config
 
 MNIST = ROOT / "data" / "mnist.safetensors"
 pytestmark = pytest.mark.slow

@@ -20,7 +20,7 @@ from experiments.areas import fit, split
 from experiments.meta_cost import LEAST, Choice, MetaCost, Result, Tried
 from experiments.training import run
 
-from .test_tasks import interrupted
+from .test_tasks import interrupted, resumed
 from .test_train import config
 
 TINY = ["experiment=meta_cost", "data=digits", "logger.mode=disabled", "model.hidden=[8]", "task.repetitions=1"]
@@ -47,7 +47,7 @@ def test_a_run_leaves_its_pictures_and_goes_on_where_it_stopped(
     assert {"sgd_optuna_over_one_size", "sgd_few_labels_best_cost"} < set(whole["measured"])
     interrupted(monkeypatch, MetaCost, 2, *few, f"run_dir={tmp_path / 'part'}")
     torch.manual_seed(9)
-    assert run(config(f"resume={tmp_path / 'part'}"))["measured"] == whole["measured"]
+    assert resumed(monkeypatch, tmp_path / "part")["measured"] == whole["measured"]
     lines = [
         [
             {k: v for k, v in json.loads(line).items() if k != "seconds"}

@@ -12,7 +12,8 @@ from torch import nn
 
 import bioopt
 
-from .test_train import ROOT, config
+from .commands import ROOT
+from .test_train import config
 
 README = (ROOT / "README.md").read_text()
 

@@ -13,7 +13,7 @@ from experiments import savings
 from experiments.savings import Disguise, Savings
 from experiments.training import run
 
-from .test_tasks import interrupted
+from .test_tasks import interrupted, resumed
 from .test_train import config
 
 RULES = ["forward_gradient", "node_perturbation", "weight_perturbation", "hebbian"]
@@ -120,7 +120,7 @@ def test_a_run_leaves_its_pictures_and_goes_on_where_it_stopped(
         assert (tmp_path / "whole" / picture).read_bytes().startswith(b"\x89PNG")
     assert {"sgd_savings", "sgd_savings_ci95", "random_trunk_implicit"} < set(whole["measured"])
     interrupted(monkeypatch, Savings, 3, *TINY, f"run_dir={tmp_path / 'part'}")
-    assert run(config(f"resume={tmp_path / 'part'}"))["measured"] == whole["measured"]
+    assert resumed(monkeypatch, tmp_path / "part")["measured"] == whole["measured"]
 
 
 def test_a_rule_that_learns_nothing_is_named_in_the_picture(tmp_path: Path) -> None:

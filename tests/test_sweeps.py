@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import re
-import signal
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from hydra import compose, initialize_config_dir
 from experiments.report import NothingToReport, report
 from experiments.sweeps import cell, name_of
 
-from .test_train import ROOT, TINY, config, script, started, train
+from .commands import ROOT, fresh, script, started, train
+from .test_train import TINY, config
 
 
 def finished(folder: Path, name: str, seed: int, accuracies: list[float], **options: Any) -> Path:
@@ -140,9 +140,9 @@ def test_an_interrupted_sweep_goes_on_to_the_same_end(tmp_path: Path) -> None:
     command = ["-m", "optimizer=oja", "seed=0", *TINY, "epochs=12", "sweep=whole"]
     assert train(*command, cwd=tmp_path).returncode == 0
     command[-1] = "sweep=stopped"
-    process = started(*command, cwd=tmp_path, until="runs/stopped/*/checkpoint.pt")
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process = started(*command, cwd=tmp_path, until="runs/stopped/*/checkpoint.pt").process
+    process.kill()
+    process.join()
     assert not list(tmp_path.glob("runs/stopped/*/summary.json")), "the run was too fast to be killed"
     done = train(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -190,7 +190,8 @@ def test_a_cell_is_all_but_the_seed() -> None:
 
 def test_runs_of_a_sweep_side_by_side(tmp_path: Path) -> None:
     side_by_side = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
-    done = train("-m", "optimizer=sgd,oja", "seed=0", *TINY, *side_by_side, "sweep=two", cwd=tmp_path)
+    command = ["-m", "optimizer=sgd,oja", "seed=0", *TINY, *side_by_side, "sweep=two"]
+    done = fresh("train.py", *command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(list(tmp_path.glob("runs/two/*/summary.json"))) == 2
     assert "digits: 2 runs of 2 kinds" in done.stdout

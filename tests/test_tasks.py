@@ -10,12 +10,14 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 import yaml
+from matplotlib.figure import Figure
 
 from experiments.runs import Progress
 from experiments.tasks import Task
 from experiments.training import run
 
-from .test_train import ROOT, config, script, train
+from .commands import ROOT, script, train
+from .test_train import TINY, config
 
 TASKS = sorted(p.stem for p in (ROOT / "conf/experiment").glob("*.yaml") if "\ntask:" in p.read_text())
 
@@ -60,6 +62,13 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, task: type[Task], number: int, 
             run(config(*overrides))
 
 
+def resumed(monkeypatch: pytest.MonkeyPatch, folder: Path) -> dict[str, Any]:
+    """What a run that was stopped comes to; its pictures are those of the whole run, and are not drawn once more."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda *of, **options: None)
+        return run(config(f"resume={folder}"))
+
+
 @pytest.fixture
 def walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """What makes `experiment=walk` known."""
@@ -97,8 +106,7 @@ def test_an_interrupted_task_goes_on_to_the_same_end(
     whole = run(config(*common, f"run_dir={tmp_path / 'whole'}"))
     interrupted(monkeypatch, Walk, 3, *common, f"run_dir={tmp_path / 'part'}")
     torch.manual_seed(99)
-    resumed = run(config(f"resume={tmp_path / 'part'}"))
-    assert resumed["measured"] == whole["measured"]
+    assert resumed(monkeypatch, tmp_path / "part")["measured"] == whole["measured"]
     with pytest.raises(ValueError, match="has finished"):
         run(config(f"resume={tmp_path / 'part'}"))
 
@@ -147,8 +155,7 @@ def test_every_task_is_named_as_its_file(name: str) -> None:
 
 def test_what_is_measured_afterwards_is_in_the_summary(tmp_path: Path) -> None:
     target = f"{{_target_: {__name__}.count, _partial_: true, factor: 2}}"
-    tiny = ["epochs=1", "batch_size=256", "model.width=2", "logger.mode=disabled"]
-    summary = run(config(*tiny, f"afterwards={target}", f"run_dir={tmp_path / 'run'}"))
+    summary = run(config(*TINY, f"afterwards={target}", f"run_dir={tmp_path / 'run'}"))
     assert summary["twice_the_parameters"] == 2 * summary["trained_parameters"]
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,7 +20,8 @@ from omegaconf import DictConfig
 from experiments import data
 from experiments.training import run
 
-ROOT = Path(__file__).parent.parent
+from .commands import ROOT, Begun, appears, begun, ended, fresh, started, train
+
 OPTIMIZERS = sorted(p.stem for p in (ROOT / "conf/optimizer").glob("*.yaml"))
 MODELS = sorted(p.stem for p in (ROOT / "conf/model").glob("*.yaml"))
 DATA = sorted(p.stem for p in (ROOT / "conf/data").glob("*.yaml"))
@@ -49,30 +50,6 @@ def tiny(optimizer: str) -> list[str]:
 def config(*overrides: str) -> DictConfig:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return compose("config", list(overrides))
-
-
-def script(name: str, *arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / name), *arguments],
-        cwd=cwd, capture_output=True, text=True, timeout=300,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-    )  # fmt: skip
-
-
-def train(*overrides: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return script("train.py", *overrides, cwd=cwd, **environment)
-
-
-def started(*overrides: str, cwd: Path, until: str) -> subprocess.Popen[bytes]:
-    """`train.py`, under way: a file of this pattern has appeared."""
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *overrides],
-        cwd=cwd, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not list(cwd.glob(until)) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
-    return process
 
 
 def inspected(record: Path, home: Path) -> str:
@@ -138,6 +115,7 @@ def test_the_random_trunk_is_trained_as_the_readout_of_hebbian() -> None:
     assert (hebbian.epochs, hebbian.batch_size) == (control.epochs, control.batch_size)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_frozen_hebbian_trunk_is_the_random_trunk(tmp_path: Path) -> None:
     same = []
     for name, options in (
@@ -149,6 +127,7 @@ def test_a_frozen_hebbian_trunk_is_the_random_trunk(tmp_path: Path) -> None:
     assert all(torch.equal(same[0][key], same[1][key]) for key in same[0])
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_frozen_parts_stay_at_their_random_start(tmp_path: Path) -> None:
     from experiments.building import build_model
 
@@ -166,6 +145,7 @@ def test_frozen_parts_stay_at_their_random_start(tmp_path: Path) -> None:
 SOFTHEBB = ["model=softhebb", "model.width=0.03", "batch_size=256", "readout.batch_size=64", "logger.mode=disabled"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_trunk_is_frozen_after_its_phase_and_the_readout_learns_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -187,6 +167,7 @@ def test_the_trunk_is_frozen_after_its_phase_and_the_readout_learns_on(
         assert torch.equal(earlier[name], ends[1][name]) == ("readout" not in name), name
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_phases_of_other_optimizers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for optimizer, told in (("random_trunk", "Adam on the frozen trunk"), ("sgd", "plastic_epochs does not apply")):
         common = [
@@ -214,10 +195,14 @@ def test_every_experiment_composes_with_its_controls(experiment: str, optimizer:
     plain = OmegaConf.to_container(config(*overrides), resolve=True)
     assert plain["optimizer"]["name"] == (optimizer or plain["optimizer"]["name"])
     assert plain["epochs"] > plain["plastic_epochs"] >= 1
+
+
+def test_local_rules_have_a_phase_of_the_trunk_by_default_on_cifar10() -> None:
     assert config("data=cifar10").plastic_epochs == config("data=cifar10", "optimizer=random_trunk").plastic_epochs == 1
     assert config("data=cifar10", "optimizer=sgd").plastic_epochs is None
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_validation_split_takes_the_place_of_the_test_set(tmp_path: Path) -> None:
     summary = run(config(*TINY, "data.validation=300", f"run_dir={tmp_path / 'run'}"))
     assert summary["evaluated_on"] == "the last 300 training images"
@@ -225,6 +210,7 @@ def test_a_validation_split_takes_the_place_of_the_test_set(tmp_path: Path) -> N
         run(config(*TINY, "data.validation=2000", f"run_dir={tmp_path / 'run'}"))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_smoothed_labels_ask_for_uncertainty(tmp_path: Path) -> None:
     common = ["optimizer=sgd", *TINY, "epochs=4"]
     sure = run(config(*common, f"run_dir={tmp_path / 'sure'}"))
@@ -238,18 +224,19 @@ def test_smoothed_labels_ask_for_uncertainty(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["hebbian", "serial_perturbation", "softhebb"])
+@pytest.mark.usefixtures("undrawn")
 def test_a_killed_run_goes_on_to_the_same_end(optimizer: str, tmp_path: Path) -> None:
     common = [*tiny(optimizer), "epochs=8", "threads=1"]
     if optimizer == "softhebb":  # killed in the phase of the readout
         common = ["optimizer=softhebb", *SOFTHEBB, "plastic_epochs=1", "epochs=12", "threads=1"]
     run(config(*common, f"run_dir={tmp_path / 'whole'}"))
-    process = started(*common, "run_dir=killed", cwd=tmp_path, until="killed/checkpoint.pt")
+    process = started(*common, "run_dir=killed", cwd=tmp_path, until="killed/checkpoint.pt").process
     checkpoint = tmp_path / "killed" / "checkpoint.pt"
     if optimizer == "softhebb":
-        while torch.load(checkpoint, weights_only=True)["epoch"] < 3 and process.poll() is None:
+        while torch.load(checkpoint, weights_only=True)["epoch"] < 3 and process.is_alive():
             time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert not (tmp_path / "killed" / "summary.json").exists(), "the run was too fast to be killed"
     before = torch.load(checkpoint, weights_only=True)["epoch"]
     with (tmp_path / "killed" / "metrics.jsonl").open("a") as metrics:
@@ -271,9 +258,8 @@ def test_a_killed_run_goes_on_to_the_same_end(optimizer: str, tmp_path: Path) ->
 
 
 def test_a_run_with_wandb_offline(tmp_path: Path) -> None:
-    done = train(
-        *TINY, "logger.mode=auto", cwd=tmp_path, WANDB_API_KEY="", HOME=str(tmp_path), NETRC=str(tmp_path / "none")
-    )
+    offline = {"WANDB_API_KEY": "", "HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
+    done = fresh("train.py", *TINY, "logger.mode=auto", cwd=tmp_path, **offline)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""  # no progress bar, no chatter, no prompt, where nobody watches
     lines = done.stdout.splitlines()
@@ -345,17 +331,20 @@ def test_cuda_without_a_gpu(tmp_path: Path) -> None:
         run(config(*TINY, "device=cuda", f"run_dir={tmp_path / 'run'}"))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_long_sweep_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(config(*tiny("serial_perturbation"), f"run_dir={tmp_path / 'run'}"))
     assert "makes 0.0" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_runs_of_one_second_do_not_share_a_folder(tmp_path: Path) -> None:
     for _ in range(2):
         run(config(*TINY, f"run_dir={tmp_path / 'run'}"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "run-2"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_amp(tmp_path: Path) -> None:
     for optimizer in ("sgd", "hebbian", "node_perturbation"):  # the contract has all rules under autocast
         summary = run(config(*tiny(optimizer), "amp=true", f"run_dir={tmp_path / optimizer}"))
@@ -397,48 +386,63 @@ def test_options_of_parts_reach_their_groups() -> None:
         build_optimizer(lacking, build_model(lacking, images))
 
 
-@pytest.mark.parametrize("optimizer", ["weight_perturbation", "hebbian"])
-def test_torchrun_spreads_a_run_over_processes(optimizer: str, tmp_path: Path) -> None:
-    """A run that goes on after an interruption, and an optimizer that cannot be spread, among them."""
-    interrupted = optimizer == "weight_perturbation"
-    own = ["optimizer.population=3", "epochs=40"] if interrupted else ["optimizer.lr=0.01", "epochs=2"]
-    common = [f"optimizer={optimizer}", *own, "model=mlp", "batch_size=256", "threads=1", "logger.mode=disabled"]
+def spread(*options: str, cwd: Path) -> list[Begun]:
+    """`train.py` on two ranks, told of each other as torchrun tells them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [begun("train.py", *options, cwd=cwd, **world, RANK=rank, LOCAL_RANK=rank) for rank in ("0", "1")]
+
+
+SMALL = ["model=mlp", "model.hidden=[16]", "batch_size=256", "threads=1", "logger.mode=disabled"]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_torchrun_spreads_a_run_over_processes(tmp_path: Path) -> None:
+    common = ["optimizer=hebbian", "optimizer.lr=0.01", "epochs=2", *SMALL]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*torchrun, str(ROOT / "train.py"), *common, "run_dir=two"], cwd=tmp_path, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "going on after epoch" not in done.stdout
+    assert done.stdout.count("test accuracy") == 3  # each epoch and the end: the first rank alone speaks
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["two"]
+    run(config(*common, f"run_dir={tmp_path / 'one'}"))
+    two, one = (torch.load(tmp_path / n / "checkpoint.pt", weights_only=True)["model"] for n in ("two", "one"))
+    for name in one:  # sums over ranks are not in the order of sums over the batch
+        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-5)
 
-    def spread(*options: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [*torchrun, str(ROOT / "train.py"), *options], cwd=tmp_path, env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
 
-    process = spread(*common, "run_dir=two")
-    if interrupted:
-        checkpoint, deadline = tmp_path / "two" / "checkpoint.pt", time.monotonic() + 120
-        while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.005)
-        process.terminate()
-        process.communicate()
-        assert not (tmp_path / "two" / "summary.json").exists(), "the run was too fast to be interrupted"
-        process = spread("resume=two")
-    said, errors = process.communicate()
-    assert process.returncode == 0, errors
-    assert ("going on after epoch" in said) == interrupted
-    made = 40 - int(said.split("going on after epoch ")[1].split()[0]) if interrupted else 2
-    assert said.count("test accuracy") == made + 1  # each epoch and the end: the first rank alone speaks
+@pytest.mark.usefixtures("undrawn")
+def test_an_interrupted_run_of_several_ranks_goes_on_to_the_same_end(tmp_path: Path) -> None:
+    common = ["optimizer=weight_perturbation", "optimizer.population=3", "epochs=40", *SMALL]
+    ranks = spread(*common, "run_dir=two", cwd=tmp_path)
+    appears(tmp_path, "two/checkpoint.pt", ranks[0])
+    for rank in ranks:
+        rank.process.terminate()
+    for rank in ranks:
+        rank.process.join()
+    assert not (tmp_path / "two" / "summary.json").exists(), "the run was too fast to be interrupted"
+    first, second = [ended(rank) for rank in spread("resume=two", cwd=tmp_path)]
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    made = 40 - int(first.stdout.split("going on after epoch ")[1].split()[0])
+    assert first.stdout.count("test accuracy") == made + 1
+    assert second.stdout == ""
     assert sorted(p.name for p in tmp_path.iterdir()) == ["two"]
     run(config(*common, f"run_dir={tmp_path / 'one'}"))
     two, one = (torch.load(tmp_path / n / "checkpoint.pt", weights_only=True)["model"] for n in ("two", "one"))
     for name in one:
-        if optimizer == "hebbian":  # sums over ranks are not in the order of sums over the batch
-            torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-5)
-        else:
-            assert torch.equal(two[name], one[name]), name
-    if not interrupted:
-        failed = spread("optimizer=sgd", "run_dir=sgd", "logger.mode=disabled")
-        _, errors = failed.communicate()
+        assert torch.equal(two[name], one[name]), name
+
+
+def test_an_optimizer_that_cannot_be_spread_says_so(tmp_path: Path) -> None:
+    for rank in spread("optimizer=sgd", "run_dir=sgd", "logger.mode=disabled", cwd=tmp_path):
+        failed = ended(rank)
         assert failed.returncode != 0
-        assert "error: optimizer=sgd: it does not speak to other ranks; run it without torchrun" in errors
+        assert "error: optimizer=sgd: it does not speak to other ranks; run it without torchrun" in failed.stderr
 
 
 def test_help_lists_every_optimizer_by_family_and_needs_no_torch(tmp_path: Path) -> None:

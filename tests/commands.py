@@ -1,0 +1,110 @@
+"""Commands as a user types them, each in a process of its own.
+
+It is forked from a server that has only imported what `train.py` does: seconds of imports are paid once. What is about
+a fresh process (what it imports, what W&B and torchrun make of it) starts one by `fresh`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import multiprocessing.util
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import NamedTuple
+
+from experiments import pictures
+
+ROOT = Path(__file__).parent.parent
+SERVER = multiprocessing.get_context("forkserver")
+PRELOADED = ["experiments.training", "experiments.report", "sklearn.datasets", "sklearn.model_selection"]
+
+DRAWN = ["curves", "neurons", "receptive_fields"]  # by every run; most of the time of a tiny one
+
+
+class Begun(NamedTuple):
+    """A command under way, and the folder that holds what it says."""
+
+    process: BaseProcess
+    said: Path
+
+
+def fresh(name: str, *arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A script of the repository in a fresh process."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / name), *arguments],
+        cwd=cwd, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+    )  # fmt: skip
+
+
+def script(name: str, *arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A script of the repository."""
+    return ended(begun(name, *arguments, cwd=cwd, **environment))
+
+
+def train(*overrides: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return script("train.py", *overrides, cwd=cwd, **environment)
+
+
+def started(*overrides: str, cwd: Path, until: str) -> Begun:
+    """`train.py`, under way: a file of this pattern has appeared."""
+    command = begun("train.py", *overrides, cwd=cwd)
+    appears(cwd, until, command)
+    return command
+
+
+def appears(folder: Path, pattern: str, command: Begun) -> None:
+    deadline = time.monotonic() + 120
+    while not list(folder.glob(pattern)) and command.process.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.005)
+
+
+def begun(name: str, *arguments: str, cwd: Path, **environment: str) -> Begun:
+    SERVER.set_forkserver_preload(PRELOADED)
+    said = Path(tempfile.mkdtemp(prefix="said-", dir=cwd.parent))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    process = SERVER.Process(target=_perform, args=([str(ROOT / name), *arguments], str(cwd), environment, said))
+    process.start()
+    return Begun(process, said)
+
+
+def ended(command: Begun) -> subprocess.CompletedProcess[str]:
+    command.process.join(300)
+    code = command.process.exitcode
+    assert code is not None, "it takes too long"
+    return subprocess.CompletedProcess([], code, *((command.said / name).read_text() for name in ("out", "err")))
+
+
+def _perform(command: list[str], cwd: str, environment: dict[str, str], said: Path) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(said / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    multiprocessing.util.spawnv_passfds = _forked
+    if "logger.mode=offline" not in command:  # whose W&B takes them
+        for name in DRAWN:
+            setattr(pictures, name, lambda *drawn: drawn[-1])
+    sys.argv = command
+    runpy.run_path(command[0], run_name="__main__")
+
+
+def _forked(path: bytes, arguments: list[str], kept: Sequence[int]) -> int:
+    """In place of a fresh `python -c`, by which a sweep starts the server of its runs: all that it imports is here."""
+    if child := os.fork():
+        return child
+    for descriptor in set(range(3, 256)) - set(kept):
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+    try:
+        exec(arguments[-1])
+    finally:
+        os._exit(0)
