@@ -12,6 +12,7 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -20,6 +21,9 @@ from omegaconf.errors import OmegaConfBaseException
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(config: DictConfig) -> None:
     """One run; what goes wrong in a known way is told in a sentence."""
+    others = [option for option in HydraConfig.get().overrides.task if not option.startswith("resume=")]
+    if config.resume is not None and others and HydraConfig.get().mode == RunMode.RUN:
+        sys.exit(f"error: resume={config.resume} goes on with the options of that run; leave out {' '.join(others)}")
     # Not before they are needed: --help is to come at once.
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         from experiments.sweeps import run_one
@@ -30,10 +34,13 @@ def main(config: DictConfig) -> None:
 
     try:
         run(config)
-    except (ValueError, TypeError, RuntimeError, OSError, OmegaConfBaseException) as error:
+    except (ValueError, TypeError, RuntimeError, OSError, OmegaConfBaseException, InstantiationException) as error:
         if os.environ.get("HYDRA_FULL_ERROR"):
             raise
-        sys.exit(f"error: {error}\n(HYDRA_FULL_ERROR=1 shows where)")
+        # Hydra says what it could not find or make; why not is in the cause.
+        cause = error.__cause__ if isinstance(error, InstantiationException) else None
+        why = f"{str(error).split(', set env var')[0]}: {cause}" if cause is not None else error
+        sys.exit(f"error: {why}\n(HYDRA_FULL_ERROR=1 shows where)")
 
 
 def optimizers() -> str:
@@ -41,7 +48,10 @@ def optimizers() -> str:
     lines: dict[str, list[str]] = {}
     for path in sorted((Path(__file__).parent / "conf" / "optimizer").glob("*.yaml")):
         with path.open(encoding="utf-8") as file:
-            family, _, text = file.readline().removeprefix("# ").strip().partition(": ")
+            first = file.readline().strip()
+        if not first.startswith("# "):  # it does not say
+            first = "# Others: "
+        family, _, text = first.removeprefix("# ").partition(": ")
         lines.setdefault(family, []).append(f"  {path.stem:<22} {text}")
     order = sorted(lines, key=lambda family: (family == "Control", family))
     return "\n".join("\n".join([family, *lines[family]]) for family in order)

@@ -417,10 +417,19 @@ class Probe:
         self.returns_tensor = isinstance(value, Tensor)
         if isinstance(value, Tensor):
             return value
-        return torch.tensor(float(value), dtype=torch.float64, device=self._devices[0] if self._devices else "cpu")
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise TypeError(f"the closure returned a {type(value).__name__}; it must return the loss") from None
+        return torch.tensor(number, dtype=torch.float64, device=self._devices[0] if self._devices else "cpu")
 
     def run(self, rule: str, estimate: Callable[[Probe], _T]) -> _T:
         """Let a rule evaluate; once more with a graph, where an ordinary closure turns out to need one."""
+        if not callable(self._closure):
+            raise TypeError(
+                f"{rule}: step() takes a closure, a function that runs the model and returns the loss, not a "
+                f"{torch.typename(self._closure)}; a rule of one forward pass also takes step() after loss.backward()"
+            )
         refuse_trainer_options(rule, self._closure)
         try:
             return estimate(self)

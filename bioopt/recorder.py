@@ -212,6 +212,12 @@ class _Hook:
         self._recorder = weakref.ref(recorder) if recorder is not None else None
         self._method = method
 
+    @property
+    def awake(self) -> Recorder | None:
+        """Its recorder, if that is there and awake."""
+        recorder = self._recorder() if self._recorder is not None else None
+        return recorder if recorder is not None and recorder._visit is not None else None
+
     @torch.compiler.disable(reason=IN_PYTHON)  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any) -> Any:
         recorder = self._recorder() if self._recorder is not None else None
@@ -339,6 +345,12 @@ class Recorder:
         self._firing.append(None)
         if self._visit is None or not layer.training or not synapse.weight.requires_grad:
             return None
+        hooks = [hook for hook in layer._forward_pre_hooks.values() if isinstance(hook, _Hook)]
+        if any(hook.awake not in (None, self) for hook in hooks):
+            raise RuntimeError(
+                f"layer '{synapse.name}' is watched by two rules at once: close() the one that is not to learn from it "
+                "any more, or give each its own part of the model (bioopt.Mixed)"
+            )
         if torch.is_inference_mode_enabled():
             raise RuntimeError(
                 f"layer '{synapse.name}' ran in training mode under torch.inference_mode(), where no plasticity is "

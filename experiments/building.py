@@ -34,6 +34,8 @@ def build_model(config: DictConfig, images: data.Images) -> nn.Module:
 
 def freeze(model: nn.Module, parts: Sequence[str | int]) -> None:
     """Keep these parts of the model, by their names, at their random start."""
+    if isinstance(parts, str | int):
+        raise ValueError(f"frozen={parts} must be a list of parts, such as [{parts}]")
     for part in map(str, parts):
         try:
             model.get_submodule(part).requires_grad_(False)
@@ -73,7 +75,8 @@ def build_optimizer(
 
     ``whole``: the network of which ``model`` is an area, for options of parts that lie elsewhere.
     """
-    options = {k: v for k, v in config.optimizer.items() if k not in ("name", "per_data", "per_model", "schedule")}
+    apart = ("name", "per_data", "per_model", "schedule", "wants")
+    options = {k: v for k, v in config.optimizer.items() if k not in apart}
     make = instantiate(options, _partial_=True, _convert_="all")
     parts = OmegaConf.to_container(config.optimizer.get("per_model", {}).get(config.model.name, OmegaConf.create()))
     try:
@@ -91,7 +94,9 @@ def build_optimizer(
         given = by_part if rule else parameters(by_part) if is_class else model
         optimizer: torch.optim.Optimizer = make(given, **together)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"optimizer={config.optimizer.name}: {error}") from error
+        wants = {k: v for k, v in config.optimizer.get("wants", {}).items() if OmegaConf.select(config, k) != v}
+        way_out = ". It wants " + " ".join(f"{k.removesuffix('.name')}={v}" for k, v in wants.items()) if wants else ""
+        raise ValueError(f"optimizer={config.optimizer.name}: {error}{way_out}") from error
     return optimizer
 
 

@@ -183,8 +183,10 @@ class Augment:
 
     def __post_init__(self) -> None:
         for name, least in {"crop": 0, "rotate": 0, "scale": 0, "elastic": 0, "views": 1, "frames": 1}.items():
-            if not getattr(self, name) >= least:
-                raise ValueError(f"data.augment.{name}={getattr(self, name)} must be >= {least}")
+            value, whole = getattr(self, name), name in ("crop", "views", "frames")
+            if not isinstance(value, int if whole else int | float) or not value >= least:
+                kind = "an integer" if whole else "a number"
+                raise ValueError(f"data.augment.{name}={value} must be {kind} >= {least}")
         if self.views > 1 and not (self.crop or self.flip or self.rotate or self.scale or self.elastic):
             raise ValueError(
                 f"data.augment.views={self.views}, but without another augmentation all views are the same"

@@ -30,6 +30,7 @@ def cnn(shape: Shape, classes: int, *, width: int, kernel: int, hidden: Sequence
         kernel: the convolutions' size.
         hidden: neurons of linear layers with ReLU between the convolutions and the readout.
     """
+    _check(width=width, kernel=kernel)
     channels, height, wide = shape
     if height < 4 or wide < 4:
         raise ValueError(f"model=cnn pools twice, so it needs images of at least 4×4 pixels, not {height}×{wide}")
@@ -43,18 +44,26 @@ def cnn(shape: Shape, classes: int, *, width: int, kernel: int, hidden: Sequence
         nn.ReLU(inplace=True),
         nn.BatchNorm2d(2 * width, affine=False),
         nn.Flatten(),
-        *_perceptron([2 * width * (height // 4) * (wide // 4), *hidden, classes]),
+        *_perceptron(2 * width * (height // 4) * (wide // 4), hidden, classes),
     )
 
 
 def mlp(shape: Shape, classes: int, *, hidden: Sequence[int]) -> nn.Module:
     """A multilayer perceptron with ReLU."""
-    return nn.Sequential(nn.Flatten(), *_perceptron([math.prod(shape), *hidden, classes]))
+    return nn.Sequential(nn.Flatten(), *_perceptron(math.prod(shape), hidden, classes))
 
 
-def _perceptron(sizes: Sequence[int]) -> list[nn.Module]:
+def _check(**options: int) -> None:
+    for name, value in options.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"model.{name}={value} must be an integer >= 1")
+
+
+def _perceptron(inputs: int, hidden: Sequence[int], outputs: int) -> list[nn.Module]:
+    if not isinstance(hidden, Sequence) or not all(isinstance(size, int) and size > 0 for size in hidden):
+        raise ValueError(f"model.hidden={hidden} must be a list of integers >= 1, such as [128]")
     layers: list[nn.Module] = []
-    for size, following in pairwise(sizes):
+    for size, following in pairwise([inputs, *hidden, outputs]):
         layers += [nn.Linear(size, following), nn.ReLU(inplace=True)]
     return layers[:-1]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+SIGNED: dict[str, Any] = {"cmap": "RdBu_r", "vmin": -1, "vmax": 1}
 
 
 def curves(history: list[dict[str, Any]], title: str, path: Path) -> Path:
@@ -27,18 +30,11 @@ def curves(history: list[dict[str, Any]], title: str, path: Path) -> Path:
     left.legend(frameon=False)
     accuracies = [100 * line["test_accuracy"] for line in history]
     right.plot(epochs, accuracies, marker=".", color="tab:green")
-    right.annotate(
-        f"{accuracies[-1]:.2f} %",
-        (epochs[-1], accuracies[-1]),
-        xytext=(-4, -26),
-        textcoords="offset points",
-        ha="right",
-    )
     right.set(xlabel="epoch", ylabel="test accuracy (%)")
+    right.set_title(f"{accuracies[-1]:.2f} %", loc="right", fontsize=10)
     for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    uncluttered(left, right)
     return saved(figure, path)
 
 
@@ -50,14 +46,7 @@ def receptive_fields(
     if fields is None:
         return None
     columns = math.ceil(math.sqrt(len(fields)))
-    rows = math.ceil(len(fields) / columns)
-    figure, grid = plt.subplots(rows, columns, figsize=(0.6 * columns, 0.6 * rows + 0.5), squeeze=False)
-    figure.suptitle(title, fontsize=9)
-    for axes in grid.flat:
-        axes.axis("off")
-    for axes, field in zip(grid.flat, fields, strict=False):
-        axes.imshow(_image(field), cmap="RdBu_r", vmin=-1, vmax=1)
-    return saved(figure, path)
+    return _tiles([_image(field) for field in fields], columns, 0.55, title, path, **SIGNED)
 
 
 def neurons(history: list[dict[str, Any]], wins: dict[str, Tensor], title: str, path: Path) -> Path | None:
@@ -82,8 +71,8 @@ def neurons(history: list[dict[str, Any]], wins: dict[str, Tensor], title: str, 
         above.fill_between(epochs, least, most, alpha=0.25, linewidth=0)
         above.plot(epochs, mean, marker=".")
         above.set(xlabel="epoch", ylabel="‖w‖: mean, range")
-        above.set_title(name, fontsize=9)
-        above.xaxis.set_major_locator(MaxNLocator(integer=True))
+        above.set_title(f"layer {name}", fontsize=9)
+        above.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         share = (100 * wins[name]).sort(descending=True).values.tolist()
         dead = share.count(0)
         below.bar(range(len(share)), share, width=1.0, color="tab:green")
@@ -165,18 +154,10 @@ def misclassified(images: Tensor, labels: Tensor, predicted: Tensor, title: str,
     """Images N×C×H×W of the wrong answers, each with its class and what it was taken for."""
     if not len(images):
         return None
-    columns = min(8, len(images))
-    rows = math.ceil(len(images) / columns)
-    figure, grid = plt.subplots(
-        rows, columns, figsize=(1.1 * columns + 0.4, 1.25 * rows + 0.5), layout="constrained", squeeze=False
-    )
-    figure.suptitle(f"{title}: class → predicted", fontsize=9)
-    for axes in grid.flat:
-        axes.axis("off")
-    for axes, image, label, guess in zip(grid.flat, images, labels.tolist(), predicted.tolist(), strict=False):
-        axes.imshow(image.permute(1, 2, 0).squeeze(2).numpy(), cmap="Greys")
-        axes.set_title(f"{label} → {guess}", fontsize=8)
-    return saved(figure, path)
+    shown = [image.permute(1, 2, 0).squeeze(2).numpy() for image in images]
+    captions = [f"{label} → {guess}" for label, guess in zip(labels.tolist(), predicted.tolist(), strict=True)]
+    title = f"{title}: class → predicted"
+    return _tiles(shown, min(8, len(images)), 1.0, title, path, gap=0.25, captions=captions, cmap="Greys")
 
 
 def fields_over_time(
@@ -189,16 +170,30 @@ def fields_over_time(
     shown = [fields for epoch in epochs if (fields := _as_images(snapshots[epoch], shape)) is not None]
     if not shown:
         return None
-    rows = len(shown[0])
-    figure, grid = plt.subplots(
-        rows, len(shown), figsize=(0.7 * len(shown) + 0.6, 0.7 * rows + 0.7), layout="constrained", squeeze=False
-    )
-    figure.suptitle(title, fontsize=9)
-    for column, (epoch, fields) in enumerate(zip(epochs, shown, strict=True)):
-        grid[0][column].set_title(f"epoch {epoch}" if epoch else "start", fontsize=7)
-        for row, field in enumerate(fields):
-            grid[row][column].imshow(_image(field), cmap="RdBu_r", vmin=-1, vmax=1)
-            grid[row][column].axis("off")
+    captions = [f"epoch {epoch}" if epoch else "start" for epoch in epochs]
+    images = [_image(field) for neuron in zip(*shown, strict=True) for field in neuron]
+    return _tiles(images, len(shown), 0.65, title, path, captions=captions, **SIGNED)
+
+
+def _tiles(
+    images: list[Any], columns: int, side: float, title: str, path: Path, *,
+    gap: float = 0.07, captions: Sequence[str] = (), **scale: Any,
+) -> Path:  # fmt: skip
+    """Images of ``side`` inches, row by row, the first of them captioned. In one axes: many take seconds."""
+    rows, head, margin = math.ceil(len(images) / columns), 0.5 if captions else 0.3, 0.07
+    inner = columns * (side + margin) - margin
+    width, height = max(inner + 2 * margin, 0.075 * len(title)), head + rows * (side + gap) - gap + margin
+    figure = plt.figure(figsize=(width, height))
+    figure.suptitle(title, fontsize=9, y=1 - 0.15 / height, va="center")
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.axis("off")
+    for i, image in enumerate(images):
+        row, column = divmod(i, columns)
+        x, y = (width - inner) / 2 + column * (side + margin), head + row * (side + gap)
+        axes.imshow(image, extent=(x, x + side, y + side, y), **scale)
+        if i < len(captions):
+            axes.text(x + side / 2, y - 0.03, captions[i], ha="center", va="bottom", fontsize=8)
+    axes.set(xlim=(0, width), ylim=(height, 0))
     return saved(figure, path)
 
 

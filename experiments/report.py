@@ -347,11 +347,13 @@ def curves(cells: list[Cell]) -> Figure:
             mean = [statistics.fmean(values) for values in seen]
             axes.plot(along, mean, color=colour, label=cell.label, marker="." if len(along) < 30 else None)
             axes.fill_between(along, list(map(min, seen)), list(map(max, seen)), color=colour, alpha=0.2, linewidth=0)
-        axes.set(xlabel=label, xscale="linear" if key == "epoch" else "log")
+        shown = [line[key] for cell in cells for run in cell.runs for line in run.history]
+        wide = min(shown) > 0 and max(shown) > 10 * min(shown)  # labels within a decade would overlap
+        axes.set(xlabel=label, xscale="log" if wide and key != "epoch" else "linear")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     grid[0].set_ylabel("test accuracy (%)")
-    grid[0].xaxis.set_major_locator(MaxNLocator(integer=True))
+    grid[0].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
     return figure
 

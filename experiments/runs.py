@@ -55,9 +55,12 @@ def new_folder(config: DictConfig) -> Path:
 
 
 def _check(config: DictConfig) -> None:
-    for name, least in {"epochs": 0, "batch_size": 1, "seed": 0}.items():
+    for name, least in {"epochs": 1, "batch_size": 1, "seed": 0}.items():
         if not isinstance(config[name], int) or config[name] < least:
             raise ValueError(f"{name}={config[name]} must be an integer >= {least}")
+    for name in ("amp", "data.augment.flip"):
+        if not isinstance(value := OmegaConf.select(config, name, default=False), bool):
+            raise ValueError(f"{name}={value} must be true or false")
     if config.threads is not None and (not isinstance(config.threads, int) or config.threads < 1):
         raise ValueError(f"threads={config.threads} must be an integer >= 1, or null")
 

@@ -42,7 +42,7 @@ class Competition(nn.Module):
         try:
             import snntorch
         except ImportError:
-            raise ValueError("model=spiking takes its neurons from snntorch: pip install 'bioopt[spiking]'") from None
+            raise ValueError("model=spiking takes its neurons from snntorch: pip install -e '.[spiking]'") from None
         self.adaptation = adaptation
         self.lif = snntorch.Leaky(beta, threshold=torch.full((neurons,), float(threshold)), reset_mechanism="none")
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor, nn
@@ -63,7 +64,7 @@ def _train(
         images = images.hold_out(config.data.validation)
         print(f"data.validation: 'test' below means the last {config.data.validation} training images", flush=True)
     augment = data.Augment(**config.data.augment)
-    if config.epochs and not images.batches(config.batch_size):
+    if not images.batches(config.batch_size):
         raise ValueError(
             f"batch_size={config.batch_size} is larger than the {len(images.train_labels)} training images"
         )
@@ -185,7 +186,7 @@ def _train(
         trained = sum(p.numel() for name, p in model.named_parameters() if covered[name] != "frozen")
         summary = _summary(config, log.history, seconds, passes, trained_images, trained, device, commit)
         title = f"{config.optimizer.name}, {config.model.name}, {config.data.name}, seed {config.seed}"
-        made = [pictures.curves(log.history, title, folder / "curves.png")] if log.history else []
+        made = [pictures.curves(log.history, title, folder / "curves.png")]
         fields = pictures.receptive_fields(
             model, images.shape, f"first layer: {title}", folder / "receptive_fields.png"
         )
@@ -274,7 +275,10 @@ def plastic_epochs(config: DictConfig, model: nn.Module, areas: list[Area]) -> i
 def readout_phase(config: DictConfig, head: nn.Module, features: data.Features, cost: Cost, plastic: int) -> Phase:
     """The second phase: the readout alone, by ``readout.optimizer`` and the cost that it has had."""
     head.requires_grad_(True)
-    optimizer = instantiate(config.readout.optimizer, head.parameters(), _convert_="all")
+    try:
+        optimizer = instantiate(config.readout.optimizer, head.parameters(), _convert_="all")
+    except InstantiationException as error:
+        raise ValueError(f"readout.optimizer={config.readout.optimizer}: {error.__cause__ or error}") from error
     batch_size = config.readout.batch_size
     total = (config.epochs - plastic) * features.batches(batch_size)
     schedule = build_schedule(config.readout.schedule, optimizer, total)
@@ -391,8 +395,8 @@ def _summary(
         "data": config.data.name,
         "seed": config.seed,
         "evaluated_on": f"the last {config.data.validation} training images" if config.data.validation else "test set",
-        "test_accuracy": accuracies[-1] if accuracies else None,
-        "best_test_accuracy": max(accuracies, default=None),
+        "test_accuracy": accuracies[-1],
+        "best_test_accuracy": max(accuracies),
         "epochs": config.epochs,
         "seconds": seconds,
         "forward_passes": passes,
@@ -407,9 +411,10 @@ def _told(summary: dict[str, Any], coverage: dict[str, str]) -> list[str]:
     by_rule: dict[str, list[str]] = {}
     for parameter, rule in coverage.items():
         by_rule.setdefault(rule, []).append(parameter)
+    widest = max(28, *map(len, by_rule))
     return [
         "\nwhat trains what",
-        *[f"  {rule:<28} {', '.join(parameters)}" for rule, parameters in by_rule.items()],
+        *[f"  {rule:<{widest}} {', '.join(parameters)}" for rule, parameters in by_rule.items()],
         f"\ntest accuracy {summary['test_accuracy']:.2%} (best {summary['best_test_accuracy']:.2%}) after "
         f"{summary['epochs']} epochs, {summary['seconds']:.0f} s, {summary['forward_passes']:,} forward passes",
     ]

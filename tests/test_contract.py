@@ -371,6 +371,10 @@ def test_a_closure_may_return_a_number(rule: type) -> None:
     assert isinstance(loss, float)
     with pytest.raises(RuntimeError, match="returned None"):
         optimizer.step(lambda: None)
+    with pytest.raises(TypeError, match="the closure returned a tuple; it must return the loss"):
+        optimizer.step(lambda: (0.0, 1.0))
+    with pytest.raises(TypeError, match=f"{rule.__name__}: .* a function that runs the model .* not a torch"):
+        optimizer.step(F.cross_entropy(model(batch()[0]), batch()[1]))
 
 
 @every_optimizer

@@ -112,7 +112,7 @@ def test_augmentation_against_a_loop() -> None:
         assert torch.equal(got[i], padded[:, dy[i] : dy[i] + 8, dx[i] : dx[i] + 8])
     assert torch.equal(data.Augment()(images, generator), images)
     for name in ("crop", "rotate", "scale", "elastic"):
-        with pytest.raises(ValueError, match=rf"data\.augment\.{name}=-1 must be >= 0"):
+        with pytest.raises(ValueError, match=rf"data\.augment\.{name}=-1 must be an? \w+ >= 0"):
             data.Augment(**{name: -1})
 
 
@@ -176,7 +176,7 @@ def test_predictions_are_averaged_over_views_of_a_test_image() -> None:
     assert data.Features(digits, trunk, data.Augment()).kept
     with pytest.raises(ValueError, match=r"data\.augment\.views=3, but without another augmentation all views"):
         data.Augment(views=3)
-    with pytest.raises(ValueError, match=r"data\.augment\.views=0 must be >= 1"):
+    with pytest.raises(ValueError, match=r"data\.augment\.views=0 must be an integer >= 1"):
         data.Augment(views=0)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import experiments
 from experiments.training import run
 
 from .commands import ROOT
@@ -74,6 +75,17 @@ def test_a_rule_of_your_own_runs_as_written(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.syspath_prepend(tmp_path)
     summary = run(config(f"hydra.searchpath=[file://{tmp_path}]", "optimizer=mine", *TINY, f"run_dir={tmp_path}/run"))
     assert summary["optimizer"] == yaml.safe_load(options)["name"]
+
+
+def test_an_experiment_of_your_own_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = ROOT / "docs/experiments.md"
+    ((_, code), (_, options)) = blocks(page, "python|yaml")
+    (tmp_path / "walk.py").write_text(code)
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/walk.yaml").write_text(options)
+    monkeypatch.setattr(experiments, "__path__", [*experiments.__path__, str(tmp_path)])
+    chosen = [f"hydra.searchpath=[file://{tmp_path}]", "experiment=walk", "task.width=3", "logger.mode=disabled"]
+    assert run(config(*chosen, f"run_dir={tmp_path}/run"))["measured"]["farthest"] > 0
 
 
 @pytest.mark.usefixtures("undrawn")

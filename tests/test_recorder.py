@@ -179,3 +179,16 @@ def test_no_graph_and_no_activity_outlives_the_step() -> None:
     gc.collect()  # once, for its time: models and optimizers are still there
     for rule, *_, seen in kept:
         assert all(ref() is None for pair in seen for ref in pair), rule.__name__
+
+
+def test_two_rules_at_one_layer_are_refused_until_one_is_closed() -> None:
+    model, x, y = mlp(), torch.randn(5, 6, dtype=torch.float64), torch.randint(4, (5,))
+    first, second = bioopt.Hebbian(model, lr=0.1), bioopt.Hebbian(model, lr=0.1)
+    with pytest.raises(RuntimeError, match=r"layer '0' is watched by two rules at once: close\(\)"):
+        model(x)
+    model.eval()
+    model(x)  # nothing learns
+    model.train()
+    first.close()
+    F.cross_entropy(model(x), y).backward()
+    second.step()

@@ -281,7 +281,17 @@ def test_a_run_with_wandb_offline(tmp_path: Path) -> None:
     [
         (["optimizer.lr=-1"], "optimizer=hebbian: Hebbian: lr=-1 must be"),
         (["optimizer=sgd", "optimizer.lr=-1"], "optimizer=sgd: Invalid learning rate: -1"),
-        (["epochs=-1"], "epochs=-1 must be an integer >= 0"),
+        (["epochs=-1"], "epochs=-1 must be an integer >= 1"),
+        (["model.width=0"], "model=cnn: model.width=0 must be an integer >= 1"),
+        (["model.hidden=64"], "model=cnn: model.hidden=64 must be a list of integers >= 1, such as [128]"),
+        (["frozen=0"], "frozen=0 must be a list of parts, such as [0]"),
+        (["optimizer=stdp"], "It wants model=spiking"),
+        (["readout.optimizer.lr=abc", "plastic_epochs=1", "epochs=2"], "readout.optimizer={'_target_'"),
+        (["amp=maybe"], "amp=maybe must be true or false"),
+        (["data.augment.flip=sometimes"], "data.augment.flip=sometimes must be true or false"),
+        (["epochs=0"], "epochs=0 must be an integer >= 1"),
+        (["data.augment.rotate=abc"], "data.augment.rotate=abc must be a number >= 0"),
+        (["data.augment.crop=0.5"], "data.augment.crop=0.5 must be an integer >= 0"),
         (["epochs=many"], "epochs=many must be an integer"),
         (["batch_size=0"], "batch_size=0"),
         (["batch_size=5000"], "batch_size=5000 is larger than the 1437 training images"),
@@ -308,12 +318,20 @@ def test_mistakes_are_told_in_a_sentence(
     assert "\n" not in str(error.value)
 
 
+def test_a_rule_without_its_network_names_what_is_missing(tmp_path: Path) -> None:
+    common = ["optimizer=reward_stdp", "model=spiking", "logger.mode=disabled", f"run_dir={tmp_path / 'run'}"]
+    with pytest.raises(ValueError, match=r"It wants model\.readout=groups$"):
+        run(config(*common))
+
+
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
         (["optimizer.lr=-1"], "error: optimizer=hebbian: Hebbian: lr=-1 must be a finite number >= 0"),
         (["optimizer.nonsense=1"], "Could not override 'optimizer.nonsense'"),
         (["optimizer=hebian"], "Could not find 'optimizer/hebian'"),
+        (["resume=nothing"], "error: resume=nothing goes on with the options of that run; leave out "),
+        (["optimizer._target_=bioopt.Hebian"], "Are you sure that 'Hebian' is importable from module 'bioopt'"),
     ],
 )
 def test_mistakes_end_the_command_without_a_traceback(overrides: list[str], says: str, tmp_path: Path) -> None:
