@@ -115,13 +115,22 @@ def find_synapses(module: nn.Module, prefix: str = "") -> list[Synapse]:
     Frozen layers (``weight.requires_grad`` is false) are passed over.
 
     Raises:
-        ValueError: for a layer that has a weight matrix of its own but is no known synapse.
+        ValueError: for a layer that has a weight matrix of its own but is no known synapse, or whose weight is no
+            parameter.
     """
     found = []
     for name, layer in module.named_modules(prefix=prefix):
         own = [p for p in layer.parameters(recurse=False) if p.requires_grad]
         if type(layer) in _CHANNEL_DIM:
-            if layer.weight.requires_grad:
+            if own and not isinstance(layer.weight, nn.Parameter):
+                raise ValueError(
+                    f"layer '{name}' of type {type(layer).__name__} makes its weight anew of other parameters (by "
+                    "prune, or the older spectral_norm or weight_norm of torch.nn.utils), and only a weight that is "
+                    "itself a parameter can learn. Undo that (prune.remove, remove_spectral_norm, remove_weight_norm), "
+                    "train the layer with another optimizer through bioopt.Mixed, or freeze it with "
+                    "requires_grad_(False)."
+                )
+            if isinstance(layer.weight, nn.Parameter) and layer.weight.requires_grad:
                 found.append(Synapse(name or type(layer).__name__, layer, _CHANNEL_DIM[type(layer)]))
         elif any(p.ndim > 1 for p in own):
             known = ", ".join(t.__name__ for t in _CHANNEL_DIM)

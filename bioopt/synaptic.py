@@ -316,7 +316,7 @@ class SynapticRule(LearningRule):
                 f"{name}: target of shape {tuple(target.shape)} and type {target.dtype} must be class labels, one a "
                 f"sample, or have the shape {tuple(u.shape)} of the readout '{synapse.name}'"
             )
-        if not 0 <= int(target.min()) <= int(target.max()) < classes:
+        if target.numel() and not 0 <= int(target.min()) <= int(target.max()) < classes:
             raise ValueError(f"{name}: target has labels outside 0 to {classes - 1}, the neurons of '{synapse.name}'")
         rest = 1 / max(classes - 1, 1)
         hot = torch.zeros_like(u, dtype=torch.promote_types(u.dtype, torch.float32)).sub_(rest)
@@ -396,7 +396,7 @@ class SynapticRule(LearningRule):
                 f"before step(), or in the closure; {COMPILED}"
             )
         readout = self._readout
-        if readout is not None and readout.layer.training:
+        if readout is not None and readout.layer.training and readout.weight.requires_grad:
             if readout not in fired:
                 raise RuntimeError(f"{name}: the readout '{readout.name}' did not fire; name another by readout_layer=")
             if fired[-1] is not readout:
@@ -412,7 +412,8 @@ class SynapticRule(LearningRule):
                 )
         if not self._silent_checked:
             self._silent_checked = True
-            silent = [s.name for s in self._recorder.synapses.values() if s not in fired and s.layer.training]
+            awake = [s for s in self._recorder.synapses.values() if s.layer.training and s.weight.requires_grad]
+            silent = [s.name for s in awake if s not in fired]
             if silent:
                 warnings.warn(f"{name}: did not fire and learn nothing: {', '.join(silent)}", stacklevel=_outside())
 

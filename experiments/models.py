@@ -153,7 +153,8 @@ class Whiten(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images N×C×H×W of the same shape."""
         if self.training and self.seen < self.patches:
-            self._learn(x)
+            with torch.autocast(x.device.type, enabled=False):  # sums over all patches are too much for half
+                self._learn(x.to(self.covariance.dtype))
         margin = self.size // 2
         return F.conv2d(F.pad(x, [margin, margin, margin, margin], mode="reflect"), self.filter)
 

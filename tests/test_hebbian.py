@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.prune import l1_unstructured
 
 import bioopt
 from bioopt.recorder import find_synapses
@@ -314,6 +315,26 @@ def test_a_global_modulator_gates_learning() -> None:
         optimizer.step(lambda: layer(x).sum())
 
 
+def test_the_sign_of_the_modulator_counts_where_the_pass_was_made() -> None:
+    layer, x = nn.Linear(6, 8), 3 * torch.randn(50, 6)
+    optimizer = bioopt.Hebbian(layer, 0.5, readout=None)
+    grads = []
+    for at_step in (-1.0, 1.0):
+        optimizer.modulator = -1.0
+        layer(x)
+        optimizer.modulator = at_step
+        optimizer.estimate()
+        assert layer.weight.grad is not None
+        grads.append(layer.weight.grad)
+    assert torch.equal(*grads)
+    layer(x)  # of a positive one; the negative one is forgotten
+    optimizer.estimate()
+    assert layer.weight.grad is not None
+    torch.testing.assert_close(
+        -layer.weight.grad, hebbian_twin(layer.double(), x.double(), 1.0, 0.5).float(), rtol=1e-3, atol=1e-4
+    )
+
+
 def test_competitions_that_cannot_be_are_refused() -> None:
     lonely = nn.Linear(4, 1)
     for rule in (bioopt.Hebbian, bioopt.SoftHebb, bioopt.KrotovHopfield, bioopt.AntiHebbian):
@@ -562,6 +583,51 @@ def test_an_event_without_a_batch_is_a_batch_of_one(rule: type) -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("options", [{"competition": "hard"}, {"competition": "k"}])
+def test_the_strongest_of_an_event_without_a_batch(options: dict) -> None:
+    x = torch.randn(6)
+    results = []
+    for event in (x, x.unsqueeze(0)):
+        torch.manual_seed(0)
+        layer = nn.Linear(6, 5)
+        bioopt.Hebbian(layer, 0.1, readout=None, **options).step(lambda layer=layer, event=event: layer(event).sum())
+        results.append(layer.weight.detach())
+    torch.testing.assert_close(*results)
+
+
+def test_a_teacher_of_an_empty_batch_teaches_nothing() -> None:
+    model = mlp()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = bioopt.Hebbian(model, 0.1, readout="teacher")
+    optimizer.target = torch.zeros(0, dtype=torch.long)
+    model(torch.zeros(0, 6, dtype=torch.float64))
+    optimizer.step()
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+def test_a_readout_frozen_later_rests_while_the_others_learn() -> None:
+    model, x = mlp(), torch.randn(5, 6, dtype=torch.float64)
+    optimizer = bioopt.Hebbian(model, 0.1)
+    model[-1].requires_grad_(False)
+    before = [p.detach().clone() for p in (model[0].weight, model[-1].weight)]
+    optimizer.step(lambda: model(x).square().mean())
+    assert not torch.equal(model[0].weight, before[0])
+    assert torch.equal(model[-1].weight, before[1])
+
+
+def test_bcm_measures_its_threshold_in_single_precision() -> None:
+    """Squares of half precision are 0 below 2e-4 and infinite above 256."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(6, 5, bias=False), torch.randn(64, 6)
+    optimizer = bioopt.BCM(layer, 0.0, readout=None)
+    for scale in (1e-3, 1e-3):  # one step makes the threshold, the next divides by it
+        with torch.autocast("cpu", torch.float16):
+            layer(scale * x)
+        optimizer.step()
+    threshold = optimizer.state["rule"]["running"][0]
+    torch.testing.assert_close(threshold, (layer(1e-3 * x) ** 2).mean(0).detach(), rtol=0.02, atol=0)
+
+
 def test_oja_finds_the_principal_component() -> None:
     torch.manual_seed(0)
     x = torch.randn(500, 6, dtype=torch.float64) @ torch.randn(6, 6, dtype=torch.float64)
@@ -672,6 +738,14 @@ def test_models_that_cannot_be_trained_are_refused() -> None:
         ValueError, match=r"layer '1' of type MultiheadAttention.*register_synapse.*Mixed.*requires_grad_"
     ):
         bioopt.Hebbian(attention, 0.1)
+    for made_anew in (
+        l1_unstructured(nn.Linear(4, 4), "weight", 0.5),
+        nn.utils.spectral_norm(nn.Linear(4, 4)),
+    ):
+        with pytest.raises(ValueError, match=r"layer '1' of type Linear makes its weight anew.*Undo.*Mixed.*freeze"):
+            bioopt.Hebbian(nn.Sequential(nn.Linear(4, 4), made_anew), 0.1)
+        frozen = nn.Sequential(nn.Linear(4, 4), made_anew.requires_grad_(False))
+        assert len(bioopt.Hebbian(frozen, 0.1, readout=None).param_groups[0]["params"]) == 1
     attention[1].requires_grad_(False)
     assert len(bioopt.Hebbian(attention, 0.1, readout=None).param_groups[0]["params"]) > 0
     with pytest.raises(ValueError, match=r"only plastic layer, '0', is the readout.*readout=None"):

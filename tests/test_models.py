@@ -73,6 +73,12 @@ def test_whitened_images_have_no_correlations_left() -> None:
     assert most(white) < 0.25
     assert torch.equal(layer.eval()(smooth), white)
     assert layer.state_dict()["seen"] == 200 * 6 * 6
+    half = models.Whiten(3, floor=1e-3)
+    with torch.autocast("cpu", torch.float16):
+        half(10 * smooth)
+    single = models.Whiten(3, floor=1e-3)
+    single(10 * smooth)
+    assert torch.equal(half.filter, single.filter)
     small = models.Whiten(3, patches=100)
     small(smooth)
     learned = small.filter.clone()

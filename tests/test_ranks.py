@@ -35,9 +35,19 @@ def machine() -> nn.Sequential:
     return nn.Sequential(nn.Sigmoid(), bioopt.nn.RBM(6, 5), nn.Linear(5, 4)).double()
 
 
+def modulated(model: nn.Module, group: dist.ProcessGroup | None) -> bioopt.Hebbian:
+    """One sample is told the opposite, on one of the ranks: all must take the same decay."""
+    rule = bioopt.Hebbian(model, 0.1, readout=None, process_group=group)
+    modulator = torch.ones(len(X)).double()
+    modulator[1] = -0.5
+    rule.modulator = modulator if group is None else modulator[dist.get_rank(group) :: 2]
+    return rule
+
+
 # rule -> (network, does each rank see a share of the batch?)
 CASES = {
     "Hebbian": (plain, True, lambda m, g: bioopt.Hebbian(m, 0.1, readout_lr=0.5, process_group=g)),
+    "Hebbian, modulated": (plain, True, modulated),
     "SoftHebb": (plain, True, lambda m, g: bioopt.SoftHebb(m, 0.1, process_group=g)),
     "BCM": (plain, True, lambda m, g: bioopt.BCM(m, 0.1, process_group=g)),
     "Oja": (plain, True, lambda m, g: bioopt.Oja(m, 0.1, readout=None, process_group=g)),

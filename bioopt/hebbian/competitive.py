@@ -122,6 +122,7 @@ class Hebbian(SynapticRule):
             "decay": decay,
         }
         self.modulator: float | Tensor = 1.0
+        self._reversed = False  # whether it was negative in a pass since the last step
         super().__init__(params, lr, readout=readout, own=own, **options)
 
     def least_neurons(self, group: dict[str, Any]) -> tuple[int, str]:
@@ -142,7 +143,7 @@ class Hebbian(SynapticRule):
             if kind == "k" or (kind == "hard" and not losers):
                 best, which = strongest(strength, synapse, group["k"] if kind == "k" else 1)
                 s = few(which, _first_wins(softmax_(best, -1), losers), synapse)
-                activity = u.movedim(u.ndim + synapse.channel_dim, -1).flatten(0, -2)
+                activity = u.movedim(u.ndim + synapse.channel_dim, -1).reshape(-1, len(synapse.weight))
                 s.told.mul_(activity.gather(1, s.neurons))
             else:
                 s = compete(strength, synapse, lambda pooled, dim: _shares(pooled, dim, kind, losers)).mul_(u)
@@ -162,6 +163,7 @@ class Hebbian(SynapticRule):
                 )
         elif m == 1:
             return s
+        self._reversed |= not bool((torch.as_tensor(m) >= 0).all())
         if isinstance(s, Few):
             if isinstance(m, Tensor):
                 events = len(s.told) // max(1, m.numel())
@@ -170,6 +172,18 @@ class Hebbian(SynapticRule):
         if isinstance(m, Tensor):
             m = m.to(s).view(-1, *[1] * (s.ndim - 1))
         return s * m
+
+    def forget(self) -> None:
+        """The signs of the modulators so far."""
+        self._reversed = False
+
+    def _reversed_anywhere(self, device: torch.device) -> bool:
+        """Whether any rank has had a negative modulator: all must take the same decay."""
+        if self.process_group is None:
+            return self._reversed
+        ranks = torch.tensor([float(self._reversed)], device=device)
+        self._sum_over_ranks([ranks])
+        return bool(ranks.item())
 
     def update(self, product: Tensor, signal: Tensor | None, synapse: Synapse, group: dict[str, Any]) -> Tensor:
         """``(I + lr C)⁻¹ (P - C W)`` in each pool, no step longer than ``‖W‖``; without decay ``P``."""
@@ -181,7 +195,7 @@ class Hebbian(SynapticRule):
         if group["decay"] == "own":
             said = torch.diag_embed(said.diagonal(dim1=-2, dim2=-1))
         change = rows.baddbmm_(said, weight, alpha=-1)
-        if not group["losers"] and torch.as_tensor(self.modulator).min() >= 0:
+        if not group["losers"] and not self._reversed_anywhere(rows.device):
             system = torch.eye(said.shape[-1], dtype=rows.dtype, device=rows.device) + group["lr"] * said
             change = torch.linalg.solve(system, change)
         return weight_shaped(cut(change, weight, group["lr"]).to(product.dtype), synapse)

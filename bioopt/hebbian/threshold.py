@@ -54,7 +54,9 @@ class BCM(SynapticRule):
 
     def statistic(self, u: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor:
         """``Σ u²``."""
-        return over_events(u.square(), u.ndim + synapse.channel_dim, synapse.weight.dtype)
+        # At least in single precision: squares of half are out of its range both ways.
+        wide = u.to(torch.promote_types(u.dtype, torch.float32))
+        return over_events(wide.square(), u.ndim + synapse.channel_dim)
 
     def advance(self, before: Tensor | None, mean: Tensor, group: dict[str, Any]) -> Tensor:
         """The threshold follows the mean squared activity."""
@@ -63,6 +65,7 @@ class BCM(SynapticRule):
     def signal(self, u: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor:
         """``u (u - θ) / θ``."""
         threshold = self.running(synapse)
+        u = u.to(torch.promote_types(u.dtype, torch.float32))
         if threshold is None:
             return u * (u - 1)
         told = u * along_channels(1 / threshold.clamp(min=1e-12), u, synapse)
