@@ -551,7 +551,7 @@ def no_plastic_layer(rule: str) -> str:
     """The message for a model that a rule cannot train."""
     return (
         f"{rule}: the model has no plastic layer: no Linear, Conv1d, Conv2d or Conv3d (or a type given to "
-        "bioopt.register_synapse) whose weight has requires_grad=True"
+        "bioopt.register_synapse) whose weight has requires_grad=True. Lazy layers are such after a first forward pass"
     )
 
 

@@ -628,6 +628,22 @@ def test_bcm_measures_its_threshold_in_single_precision() -> None:
     torch.testing.assert_close(threshold, (layer(1e-3 * x) ** 2).mean(0).detach(), rtol=0.02, atol=0)
 
 
+@pytest.mark.parametrize("competition", ["soft", "k"])
+def test_a_large_inverse_temperature_is_one_in_half_precision(competition: str) -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(6, 5, bias=False), torch.randn(64, 6)
+    optimizer = bioopt.Hebbian(layer, 0.1, inverse_temperature=1e6, competition=competition, readout=None)
+    with torch.autocast("cpu", torch.float16):
+        layer(x)
+    optimizer.estimate()
+    half = layer.weight.grad
+    optimizer.close()
+    sharp = bioopt.Hebbian(layer, 0.1, competition="hard", readout=None)
+    layer(x)
+    sharp.estimate()
+    torch.testing.assert_close(half, layer.weight.grad, rtol=0, atol=2e-3)
+
+
 def test_oja_finds_the_principal_component() -> None:
     torch.manual_seed(0)
     x = torch.randn(500, 6, dtype=torch.float64) @ torch.randn(6, 6, dtype=torch.float64)
@@ -729,7 +745,7 @@ def test_models_that_cannot_be_trained_are_refused() -> None:
         bioopt.Hebbian(mlp().parameters(), 0.1)
     with pytest.raises(TypeError, match="needs the model"):
         bioopt.Hebbian(list(mlp().named_parameters()), 0.1)
-    with pytest.raises(ValueError, match="no plastic layer"):
+    with pytest.raises(ValueError, match=r"no plastic layer.* Lazy layers are such after"):
         bioopt.Hebbian(nn.Sequential(nn.Flatten(), nn.ReLU()), 0.1)
     with pytest.raises(ValueError, match="no plastic layer"):
         bioopt.Hebbian(mlp().requires_grad_(False), 0.1)

@@ -139,7 +139,8 @@ class Hebbian(SynapticRule):
             s = u
         else:
             scale = group["inverse_temperature"] / synapse.weight.flatten(1).norm(dim=1).clamp(min=1e-12)
-            strength = u * along_channels(scale, u, synapse)
+            wide = u.to(torch.promote_types(u.dtype, torch.float32))  # a large inverse temperature is too much for half
+            strength = wide * along_channels(scale, wide, synapse)
             if kind == "k" or (kind == "hard" and not losers):
                 best, which = strongest(strength, synapse, group["k"] if kind == "k" else 1)
                 s = few(which, _first_wins(softmax_(best, -1), losers), synapse)
