@@ -347,18 +347,20 @@ class SynapticRule(LearningRule):
             readout = [p for p in self.readout_parameters() if p.grad is not None]
             device = self._trained()[0].device
             loss = torch.zeros((), device=device) if losses is None else losses.mean()
-            # Not rounded to half precision: the counts are large.
-            events = [torch.tensor(float(sums.events), device=device) for sums in self._sums.values()]
+            # Not in half precision: the counts are large. On the device only where other ranks are to add theirs.
+            where = None if self.process_group is None else device
+            events = torch.tensor([float(sums.events) for sums in self._sums.values()], device=where)
             products = [t for s in self._sums.values() for t in (s.product, s.signal, s.statistic) if t is not None]
-            self._sum_over_ranks([loss, *events, *products, *[p.grad for p in readout if p.grad is not None]])
-            require_finite(self, "the loss", [loss])
+            self._sum_over_ranks([loss, events, *products, *[p.grad for p in readout if p.grad is not None]])
+            if losses is not None:
+                require_finite(self, "the loss", [loss])
             running = dict(self._own_state.get("running", {}))
             grads: dict[Tensor, Tensor] = {}
             for p in readout:
                 assert p.grad is not None
                 grads[p] = p.grad / self._ranks[1] if self.process_group is not None else p.grad
-            for (synapse, sums), count in zip(self._sums.items(), events, strict=True):
-                if not sums.events and not count.item():  # it ran, but no sample came its way
+            for (synapse, sums), count in zip(self._sums.items(), events.tolist(), strict=True):
+                if not count:  # it ran, but no sample came its way
                     continue
                 mean = None if sums.signal is None else sums.signal / count
                 product, statistic = sums.product.div_(count), sums.statistic
