@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .optimizer import NON_NEGATIVE, POSITIVE, Constraint, require_in_range
+from .optimizer import NON_NEGATIVE, POSITIVE, Constraint, in_full, require_in_range
 
 __all__ = [
     "UNLABELLED",
@@ -254,7 +254,7 @@ class SupervisedContrastive(Cost):
                 f"SupervisedContrastive is told class labels, N integers, not targets of {targets.dtype} and shape "
                 f"{tuple(targets.shape)}"
             )
-        z = F.normalize(_in_full(outputs.flatten(1)), dim=1)
+        z = F.normalize(in_full(outputs.flatten(1)), dim=1)
         known = targets != UNLABELLED
         other = ~torch.eye(len(z), dtype=torch.bool, device=z.device) & known & known.unsqueeze(1)
         alike = other & (targets == targets.unsqueeze(1))
@@ -332,7 +332,7 @@ class Slowness(Cost):
 
     def of_each(self, outputs: Tensor, targets: Tensor | None, steps: int) -> Tensor:
         """N costs."""
-        u = _in_full(outputs.flatten(1))
+        u = in_full(outputs.flatten(1))
         z = (u - u.mean(0)) * (u.var(0, correction=0) + 1e-6).rsqrt()
         change = z.unflatten(0, (-1, steps)).diff(dim=1).square().mean(2)
         costs = (F.pad(change, (1, 0)) + F.pad(change, (0, 1))).flatten() * (steps / (2 * (steps - 1)))
@@ -421,8 +421,3 @@ def _squared_distance(name: str, outputs: Tensor, targets: Tensor | None) -> Ten
             f"readout=torch.nn.Linear(..., {wanted.shape[1]})"
         )
     return F.mse_loss(said, wanted.to(said.dtype), reduction="none").mean(1)
-
-
-def _in_full(outputs: Tensor) -> Tensor:
-    """Not in half precision, whose sums over many neurons are coarse."""
-    return outputs.to(torch.promote_types(outputs.dtype, torch.float32))

@@ -537,6 +537,11 @@ def backward_where_missing(losses: Tensor, params: list[Tensor]) -> None:
             torch.autograd.backward(losses.mean(), inputs=[p for p in params if p.requires_grad])
 
 
+def in_full(values: Tensor) -> Tensor:
+    """At least in single precision: half is too coarse for sums over many neurons, and too narrow for squares."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def mean_over_samples(losses: Tensor) -> Tensor:
     """The loss of each sample: the mean over all dimensions but the first."""
     return losses.flatten(1).mean(1) if losses.ndim > 1 else losses

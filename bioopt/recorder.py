@@ -122,7 +122,10 @@ def find_synapses(module: nn.Module, prefix: str = "") -> list[Synapse]:
     for name, layer in module.named_modules(prefix=prefix):
         own = [p for p in layer.parameters(recurse=False) if p.requires_grad]
         if type(layer) in _CHANNEL_DIM:
-            if own and not isinstance(layer.weight, nn.Parameter):
+            if isinstance(layer.weight, nn.Parameter):
+                if layer.weight.requires_grad:
+                    found.append(Synapse(name or type(layer).__name__, layer, _CHANNEL_DIM[type(layer)]))
+            elif own:
                 raise ValueError(
                     f"layer '{name}' of type {type(layer).__name__} makes its weight anew of other parameters (by "
                     "prune, or the older spectral_norm or weight_norm of torch.nn.utils), and only a weight that is "
@@ -130,8 +133,6 @@ def find_synapses(module: nn.Module, prefix: str = "") -> list[Synapse]:
                     "train the layer with another optimizer through bioopt.Mixed, or freeze it with "
                     "requires_grad_(False)."
                 )
-            if isinstance(layer.weight, nn.Parameter) and layer.weight.requires_grad:
-                found.append(Synapse(name or type(layer).__name__, layer, _CHANNEL_DIM[type(layer)]))
         elif any(p.ndim > 1 for p in own):
             known = ", ".join(t.__name__ for t in _CHANNEL_DIM)
             raise ValueError(
@@ -222,14 +223,13 @@ class _Hook:
         self._method = method
 
     @property
-    def awake(self) -> Recorder | None:
-        """Its recorder, if that is there and awake."""
-        recorder = self._recorder() if self._recorder is not None else None
-        return recorder if recorder is not None and recorder._visit is not None else None
+    def recorder(self) -> Recorder | None:
+        """Whose it is, if that is still there."""
+        return None if self._recorder is None else self._recorder()
 
     @torch.compiler.disable(reason=IN_PYTHON)  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any) -> Any:
-        recorder = self._recorder() if self._recorder is not None else None
+        recorder = self.recorder
         return None if recorder is None else getattr(recorder, self._method)(*args)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
@@ -354,8 +354,8 @@ class Recorder:
         self._firing.append(None)
         if self._visit is None or not layer.training or not synapse.weight.requires_grad:
             return None
-        hooks = [hook for hook in layer._forward_pre_hooks.values() if isinstance(hook, _Hook)]
-        if any(hook.awake not in (None, self) for hook in hooks):
+        watching = [hook.recorder for hook in layer._forward_pre_hooks.values() if isinstance(hook, _Hook)]
+        if any(other not in (None, self) and other._visit is not None for other in watching):
             raise RuntimeError(
                 f"layer '{synapse.name}' is watched by two rules at once: close() the one that is not to learn from it "
                 "any more, or give each its own part of the model (bioopt.Mixed)"

@@ -25,7 +25,8 @@ from .data import Images
 from .pictures import saved
 from .problems import POSED
 from .report import interval, with_interval
-from .tasks import Task, require_counts
+from .runs import require_counts
+from .tasks import Task
 
 
 class Architectures(Task):

@@ -25,7 +25,8 @@ from . import building, data, models, problems, training
 from .areas import Area
 from .pictures import saved
 from .report import interval, with_interval
-from .tasks import Task, require_counts
+from .runs import require_counts
+from .tasks import Task
 
 CHUNK = 1000  # test images at a time, and those of a measurement of time
 

@@ -18,7 +18,8 @@ from bioopt.nn import Hopfield, ModernHopfield, SpikingHopfield
 
 from .data import load
 from .pictures import saved, uncluttered
-from .tasks import Task, require_counts
+from .runs import require_counts
+from .tasks import Task
 
 THEORY = 0.138  # patterns a neuron, where their number goes to infinity: Amit, Gutfreund & Sompolinsky (1985)
 CUES = 40  # at most so many patterns of a memory are recalled

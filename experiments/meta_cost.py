@@ -27,7 +27,8 @@ from .logs import write_whole
 from .pictures import saved, uncluttered
 from .problems import POSED
 from .report import interval, percent, with_interval
-from .tasks import Task, require_counts
+from .runs import require_counts
+from .tasks import Task
 
 LEAST = 0.02  # a smaller share is none: it would take time and hardly be told
 LOOPS = {"optuna": "Optuna", "perturbation": "perturbation"}  # the outer loops, as pictures call them

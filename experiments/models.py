@@ -17,6 +17,8 @@ from torch import nn
 from bioopt.nn import RBM, Attention, Gate
 from bioopt.recorder import find_synapses
 
+from .runs import require_counts
+
 Shape = tuple[int, int, int]
 
 
@@ -30,7 +32,7 @@ def cnn(shape: Shape, classes: int, *, width: int, kernel: int, hidden: Sequence
         kernel: the convolutions' size.
         hidden: neurons of linear layers with ReLU between the convolutions and the readout.
     """
-    _check(width=width, kernel=kernel)
+    require_counts(of="model.", width=width, kernel=kernel)
     channels, height, wide = shape
     if height < 4 or wide < 4:
         raise ValueError(f"model=cnn pools twice, so it needs images of at least 4×4 pixels, not {height}×{wide}")
@@ -51,12 +53,6 @@ def cnn(shape: Shape, classes: int, *, width: int, kernel: int, hidden: Sequence
 def mlp(shape: Shape, classes: int, *, hidden: Sequence[int]) -> nn.Module:
     """A multilayer perceptron with ReLU."""
     return nn.Sequential(nn.Flatten(), *_perceptron(math.prod(shape), hidden, classes))
-
-
-def _check(**options: int) -> None:
-    for name, value in options.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"model.{name}={value} must be an integer >= 1")
 
 
 def _perceptron(inputs: int, hidden: Sequence[int], outputs: int) -> list[nn.Module]:

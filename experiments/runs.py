@@ -54,10 +54,16 @@ def new_folder(config: DictConfig) -> Path:
     return folder
 
 
+def require_counts(least: int = 1, of: str = "task.", **options: Any) -> None:
+    """Raise where one of these options, of a task or of what else, is no whole number, or too small."""
+    for name, value in options.items():
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{of}{name}={value} must be an integer >= {least}")
+
+
 def _check(config: DictConfig) -> None:
-    for name, least in {"epochs": 1, "batch_size": 1, "seed": 0}.items():
-        if not isinstance(config[name], int) or config[name] < least:
-            raise ValueError(f"{name}={config[name]} must be an integer >= {least}")
+    require_counts(of="", epochs=config.epochs, batch_size=config.batch_size)
+    require_counts(0, of="", seed=config.seed)
     for name in ("amp", "data.augment.flip"):
         if not isinstance(value := OmegaConf.select(config, name, default=False), bool):
             raise ValueError(f"{name}={value} must be true or false")

@@ -19,7 +19,8 @@ from . import building, data, training
 from .areas import Area
 from .pictures import saved, uncluttered
 from .report import interval, percent
-from .tasks import Task, require_counts
+from .runs import require_counts
+from .tasks import Task
 
 #: what is compared, as pictures call it, and its colour; B comes between, and the last two start where it ends
 PHASES = {

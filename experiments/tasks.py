@@ -17,13 +17,6 @@ from .runs import Progress, circumstances, random_state
 from .sweeps import resolved
 
 
-def require_counts(least: int = 1, **options: Any) -> None:
-    """Raise where one of a task's options is no whole number, or too small."""
-    for name, value in options.items():
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"task.{name}={value} must be an integer >= {least}")
-
-
 class Task(ABC):
     """An experiment in rounds, after each of which it can be interrupted and go on.
 

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
@@ -24,9 +24,15 @@ from experiments import pictures
 
 ROOT = Path(__file__).parent.parent
 SERVER = multiprocessing.get_context("forkserver")
-PRELOADED = ["experiments.training", "experiments.report", "sklearn.datasets", "sklearn.model_selection"]
+SERVER.set_forkserver_preload(
+    ["experiments.training", "experiments.report", "sklearn.datasets", "sklearn.model_selection"]
+)
 
-DRAWN = ["curves", "neurons", "receptive_fields"]  # by every run; most of the time of a tiny one
+
+def undraw(put: Callable[[object, str, object], None] = setattr) -> None:
+    """Without the pictures that every run has: most of its time, where it is tiny and nobody looks at them."""
+    for name in ("curves", "neurons", "receptive_fields"):
+        put(pictures, name, lambda *drawn: drawn[-1])
 
 
 class Begun(NamedTuple):
@@ -68,7 +74,6 @@ def appears(folder: Path, pattern: str, command: Begun) -> None:
 
 
 def begun(name: str, *arguments: str, cwd: Path, **environment: str) -> Begun:
-    SERVER.set_forkserver_preload(PRELOADED)
     said = Path(tempfile.mkdtemp(prefix="said-", dir=cwd.parent))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     process = SERVER.Process(target=_perform, args=([str(ROOT / name), *arguments], str(cwd), environment, said))
@@ -91,8 +96,7 @@ def _perform(command: list[str], cwd: str, environment: dict[str, str], said: Pa
         os.dup2(os.open(said / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     multiprocessing.util.spawnv_passfds = _forked
     if "logger.mode=offline" not in command:  # whose W&B takes them
-        for name in DRAWN:
-            setattr(pictures, name, lambda *drawn: drawn[-1])
+        undraw()
     sys.argv = command
     runpy.run_path(command[0], run_name="__main__")
 

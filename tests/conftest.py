@@ -30,10 +30,7 @@ def network_of_the_rule(request: pytest.FixtureRequest, monkeypatch: pytest.Monk
 
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run without the pictures that every run has: most of its time, where it is tiny and nobody looks at them."""
-    from experiments import pictures
+    """Runs leave out the pictures that every run has."""
+    from .commands import undraw
 
-    from .commands import DRAWN
-
-    for name in DRAWN:
-        monkeypatch.setattr(pictures, name, lambda *drawn: drawn[-1])
+    undraw(monkeypatch.setattr)

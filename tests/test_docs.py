@@ -29,6 +29,13 @@ def blocks(page: Path, languages: str) -> list[tuple[str, str]]:
     return re.findall(rf"```({languages})\n(.*?)```", page.read_text(), re.DOTALL)
 
 
+def written(folder: Path, texts: dict[str, str]) -> None:
+    """Files of a user's own."""
+    for name, text in texts.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+
+
 def without_numbers(text: str) -> list[str]:
     return re.sub(r"\d[\d.]*", "#", text).split()
 
@@ -69,9 +76,7 @@ def test_commands_compose_and_quote_their_records() -> None:
 def test_a_rule_of_your_own_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = ROOT / "docs/your_own_rule.md"
     ((_, code), (_, options)) = blocks(page, "python|yaml")
-    (tmp_path / "mine.py").write_text(code)
-    (tmp_path / "optimizer").mkdir()
-    (tmp_path / "optimizer/mine.yaml").write_text(options)
+    written(tmp_path, {"mine.py": code, "optimizer/mine.yaml": options})
     monkeypatch.syspath_prepend(tmp_path)
     summary = run(config(f"hydra.searchpath=[file://{tmp_path}]", "optimizer=mine", *TINY, f"run_dir={tmp_path}/run"))
     assert summary["optimizer"] == yaml.safe_load(options)["name"]
@@ -80,9 +85,7 @@ def test_a_rule_of_your_own_runs_as_written(tmp_path: Path, monkeypatch: pytest.
 def test_an_experiment_of_your_own_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = ROOT / "docs/experiments.md"
     ((_, code), (_, options)) = blocks(page, "python|yaml")
-    (tmp_path / "walk.py").write_text(code)
-    (tmp_path / "experiment").mkdir()
-    (tmp_path / "experiment/walk.yaml").write_text(options)
+    written(tmp_path, {"walk.py": code, "experiment/walk.yaml": options})
     monkeypatch.setattr(experiments, "__path__", [*experiments.__path__, str(tmp_path)])
     chosen = [f"hydra.searchpath=[file://{tmp_path}]", "experiment=walk", "task.width=3", "logger.mode=disabled"]
     assert run(config(*chosen, f"run_dir={tmp_path}/run"))["measured"]["farthest"] > 0
@@ -93,9 +96,7 @@ def test_a_cost_of_your_own_runs_as_written(tmp_path: Path, monkeypatch: pytest.
     page = ROOT / "docs/costs.md"
     code = next(block for _, block in blocks(page, "python") if block.startswith("# robust.py"))
     ((_, options),) = blocks(page, "yaml")
-    (tmp_path / "robust.py").write_text(code)
-    (tmp_path / "cost").mkdir()
-    (tmp_path / "cost/absolute_error.yaml").write_text(options)
+    written(tmp_path, {"robust.py": code, "cost/absolute_error.yaml": options})
     monkeypatch.syspath_prepend(tmp_path)
     chosen = [f"hydra.searchpath=[file://{tmp_path}]", "cost=absolute_error", "optimizer=sgd", *TINY, "epochs=20"]
     summary = run(config(*chosen, f"run_dir={tmp_path}/run"))

@@ -14,8 +14,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import bioopt
 
-from .commands import PRELOADED, SERVER
-
 X = torch.randn(12, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(12) % 4
 
@@ -129,7 +127,6 @@ def worker(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder = tmp_path_factory.mktemp("ranks")
-    SERVER.set_forkserver_preload(PRELOADED)
     mp.start_processes(worker, (str(folder),), nprocs=2, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..optimizer import NON_NEGATIVE, POSITIVE, POSITIVE_INT, Constraint, Params
+from ..optimizer import NON_NEGATIVE, POSITIVE, POSITIVE_INT, Constraint, Params, in_full
 from ..recorder import Synapse, rows_seen
 from ..synaptic import Few, SynapticRule
 from .pools import (
@@ -139,7 +139,7 @@ class Hebbian(SynapticRule):
             s = u
         else:
             scale = group["inverse_temperature"] / synapse.weight.flatten(1).norm(dim=1).clamp(min=1e-12)
-            wide = u.to(torch.promote_types(u.dtype, torch.float32))  # a large inverse temperature is too much for half
+            wide = in_full(u)
             strength = wide * along_channels(scale, wide, synapse)
             if kind == "k" or (kind == "hard" and not losers):
                 best, which = strongest(strength, synapse, group["k"] if kind == "k" else 1)
@@ -178,13 +178,13 @@ class Hebbian(SynapticRule):
         """The signs of the modulators so far."""
         self._reversed = False
 
-    def _reversed_anywhere(self, device: torch.device) -> bool:
-        """Whether any rank has had a negative modulator: all must take the same decay."""
-        if self.process_group is None:
-            return self._reversed
-        ranks = torch.tensor([float(self._reversed)], device=device)
-        self._sum_over_ranks([ranks])
-        return bool(ranks.item())
+    @torch.no_grad()
+    def _collect(self, losses: Tensor | None = None) -> tuple[dict[Tensor, Tensor], dict[str, Any]]:
+        if self.process_group is not None:  # all ranks must take the same decay
+            ranks = torch.tensor([float(self._reversed)], device=self._trained()[0].device)
+            self._sum_over_ranks([ranks])
+            self._reversed = bool(ranks.item())
+        return super()._collect(losses)
 
     def update(self, product: Tensor, signal: Tensor | None, synapse: Synapse, group: dict[str, Any]) -> Tensor:
         """``(I + lr C)⁻¹ (P - C W)`` in each pool, no step longer than ``‖W‖``; without decay ``P``."""
@@ -196,7 +196,7 @@ class Hebbian(SynapticRule):
         if group["decay"] == "own":
             said = torch.diag_embed(said.diagonal(dim1=-2, dim2=-1))
         change = rows.baddbmm_(said, weight, alpha=-1)
-        if not group["losers"] and not self._reversed_anywhere(rows.device):
+        if not group["losers"] and not self._reversed:
             system = torch.eye(said.shape[-1], dtype=rows.dtype, device=rows.device) + group["lr"] * said
             change = torch.linalg.solve(system, change)
         return weight_shaped(cut(change, weight, group["lr"]).to(product.dtype), synapse)

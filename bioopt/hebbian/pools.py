@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..optimizer import in_full
 from ..recorder import Synapse
 from ..synaptic import Few
 
@@ -14,10 +15,10 @@ from ..synaptic import Few
 def compete(u: Tensor, synapse: Synapse, outcome: Callable[[Tensor, int], Tensor]) -> Tensor:
     """``outcome(pooled, dim)``, of ``u``'s shape, where ``pooled`` has the neurons of one pool along ``dim``.
 
-    At least in single precision: half would be too coarse for sums over many neurons.
+    At least in single precision.
     """
     channel = u.ndim + synapse.channel_dim
-    u = u.to(torch.promote_types(u.dtype, torch.float32))
+    u = in_full(u)
     last = u.movedim(channel, -1)
     if last.is_contiguous():  # how a channels-last network lays them out: twice as fast as along dimension 1
         pooled = last.view(*last.shape[:-1], synapse.pools, -1)
@@ -28,7 +29,7 @@ def compete(u: Tensor, synapse: Synapse, outcome: Callable[[Tensor, int], Tensor
 
 def strongest(u: Tensor, synapse: Synapse, k: int) -> tuple[Tensor, Tensor]:
     """The activity of the ``k`` strongest neurons of each pool, events × pools × k, and which of the pool they are."""
-    last = u.movedim(u.ndim + synapse.channel_dim, -1).to(torch.promote_types(u.dtype, torch.float32))
+    last = in_full(u.movedim(u.ndim + synapse.channel_dim, -1))
     activity, which = last.reshape(-1, synapse.pools, last.shape[-1] // synapse.pools).topk(k, -1)
     return activity, which
 
@@ -83,7 +84,7 @@ def in_pools(tensor: Tensor, synapse: Synapse) -> Tensor:
     """`rows_of` as pools × neurons × inputs, at least in single precision (solvers want that)."""
     rows = rows_of(tensor, synapse)
     rows = rows.view(synapse.pools, -1, rows.shape[1])
-    return rows.to(torch.promote_types(rows.dtype, torch.float32))
+    return in_full(rows)
 
 
 def together(rows: Tensor, weight: Tensor, signal: Tensor | None, synapse: Synapse) -> Tensor:

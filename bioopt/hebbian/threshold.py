@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..optimizer import Constraint, Params
+from ..optimizer import Constraint, Params, in_full
 from ..recorder import Synapse
 from ..synaptic import SynapticRule, over_events
 from .pools import along_channels, rows_of, weight_shaped
@@ -54,9 +54,7 @@ class BCM(SynapticRule):
 
     def statistic(self, u: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor:
         """``Σ u²``."""
-        # At least in single precision: squares of half are out of its range both ways.
-        wide = u.to(torch.promote_types(u.dtype, torch.float32))
-        return over_events(wide.square(), u.ndim + synapse.channel_dim)
+        return over_events(in_full(u).square(), u.ndim + synapse.channel_dim)
 
     def advance(self, before: Tensor | None, mean: Tensor, group: dict[str, Any]) -> Tensor:
         """The threshold follows the mean squared activity."""
@@ -65,7 +63,7 @@ class BCM(SynapticRule):
     def signal(self, u: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor:
         """``u (u - θ) / θ``."""
         threshold = self.running(synapse)
-        u = u.to(torch.promote_types(u.dtype, torch.float32))
+        u = in_full(u)
         if threshold is None:
             return u * (u - 1)
         told = u * along_channels(1 / threshold.clamp(min=1e-12), u, synapse)
