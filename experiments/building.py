@@ -22,13 +22,18 @@ from . import data
 COSTS = Path(__file__).parent.parent / "conf" / "cost"
 
 
+def made(option: str, spec: Any, *args: Any, **options: Any) -> Any:
+    """What ``_target_`` makes; what is wrong with it is told by the option that asked for it."""
+    try:
+        return instantiate(spec, *args, _convert_="all", **options)
+    except InstantiationException as error:
+        raise ValueError(f"{option}: {error.__cause__ or error}") from error
+
+
 def build_model(config: DictConfig, images: data.Images) -> nn.Module:
     """The network of ``model=``, for the shape and classes of the data."""
     options = {k: v for k, v in config.model.items() if k != "name"}
-    try:
-        model: nn.Module = instantiate(options, shape=images.shape, classes=images.classes, _convert_="all")
-    except InstantiationException as error:
-        raise ValueError(f"model={config.model.name}: {error.__cause__ or error}") from error
+    model: nn.Module = made(f"model={config.model.name}", options, shape=images.shape, classes=images.classes)
     return model.to(memory_format=torch.channels_last)  # half the time
 
 

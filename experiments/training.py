@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor, nn
@@ -24,7 +23,7 @@ from bioopt.recorder import find_synapses
 
 from . import data, logs, pictures, tasks
 from .areas import Area, build_areas, split
-from .building import build_model, build_schedule, freeze
+from .building import build_model, build_schedule, freeze, made
 from .diagnostics import Diagnostics
 from .ranks import Ranks
 from .runs import Progress, choose_device, circumstances, code_version, new_folder, random_state, saved
@@ -275,10 +274,7 @@ def plastic_epochs(config: DictConfig, model: nn.Module, areas: list[Area]) -> i
 def readout_phase(config: DictConfig, head: nn.Module, features: data.Features, cost: Cost, plastic: int) -> Phase:
     """The second phase: the readout alone, by ``readout.optimizer`` and the cost that it has had."""
     head.requires_grad_(True)
-    try:
-        optimizer = instantiate(config.readout.optimizer, head.parameters(), _convert_="all")
-    except InstantiationException as error:
-        raise ValueError(f"readout.optimizer={config.readout.optimizer}: {error.__cause__ or error}") from error
+    optimizer = made(f"readout.optimizer={config.readout.optimizer}", config.readout.optimizer, head.parameters())
     batch_size = config.readout.batch_size
     total = (config.epochs - plastic) * features.batches(batch_size)
     schedule = build_schedule(config.readout.schedule, optimizer, total)
