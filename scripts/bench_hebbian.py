@@ -6,7 +6,8 @@
 `bioopt.SoftHebb` on the trunk stands beside the trunk's own forward pass (the floor is 2: a forward pass and one
 product as large), beside its approximation in which only the strongest neurons of an event learn (in the blocks where
 that pays, all but the first), and beside the same formula computed as the paper's demonstration does it: each product
-is a convolution of the inputs with the activities, batch and channels exchanged. All take turns; medians are compared.
+is a convolution of the inputs with the activities, batch and channels exchanged. On a GPU, where small batches wait for
+Python, also beside itself as a CUDA graph. All take turns; medians are compared.
 """
 
 from __future__ import annotations
@@ -69,6 +70,21 @@ def approximate(model: nn.Sequential, x: Tensor) -> Callable[[], object]:
     return plastic(model, x, STRONGEST)
 
 
+def captured(model: nn.Sequential, x: Tensor) -> Callable[[], object]:
+    """One step of `bioopt.SoftHebb`, replayed as a CUDA graph: the same kernels, without Python between them."""
+    step = plastic(model, x)
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):  # plain steps first, as PyTorch asks
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
 def by_convolution(model: nn.Sequential, x: Tensor) -> Callable[[], object]:
     """The same formula with each product as a convolution of inputs with activities."""
 
@@ -117,7 +133,8 @@ def agree(width: float, device: torch.device) -> float:
 def measure(batch: int, width: float, device: torch.device, seconds: float) -> dict[str, float]:
     """Median seconds of each step, all taking turns."""
     x = torch.randn(batch, *SHAPE, device=device).to(memory_format=torch.channels_last)
-    step = {name: make(trunk(width, device), x) for name, make in STEPS.items()}
+    steps = STEPS | ({"bioopt.SoftHebb, as a CUDA graph": captured} if device.type == "cuda" else {})
+    step = {name: make(trunk(width, device), x) for name, make in steps.items()}
     return {name: milliseconds / 1000 for name, milliseconds in take_turns(step, device, seconds).items()}
 
 

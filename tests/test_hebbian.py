@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.prune import l1_unstructured
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import bioopt
 from bioopt.recorder import find_synapses
-from bioopt.synaptic import Few, local_product
+from bioopt.synaptic import Few, SynapticRule, local_product
+from scripts import bench_hebbian
 from scripts.bench_step import allocated
 
 from .rules import ONE_PASS, ORDINARY, mlp
@@ -626,6 +631,62 @@ def test_bcm_measures_its_threshold_in_single_precision() -> None:
         optimizer.step()
     threshold = optimizer.state["rule"]["running"][0]
     torch.testing.assert_close(threshold, (layer(1e-3 * x) ** 2).mean(0).detach(), rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("rule", [rule for rule in ONE_PASS if rule in ORDINARY])
+def test_a_step_that_is_captured_reads_nothing_off_the_device(rule: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a CUDA graph needs it. Tensors without values stand for the device: to read one raises."""
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10), nn.Linear(10, 4))
+        x, y = torch.empty(5, 3, 8, 8), torch.empty(5, dtype=torch.long)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # which knows no such device
+    monkeypatch.setattr(torch, "autocast", lambda *args, **options: contextlib.nullcontext())
+    optimizer = rule(model, lr=0.01)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
+        step()  # a plain step reads a number: whether all are finite
+    monkeypatch.setattr(bioopt.optimizer, "is_captured", lambda tensors: True)
+    if rule.advance is not SynapticRule.advance:  # a running value
+        with pytest.raises(RuntimeError, match="has a memory"):
+            step()
+    else:
+        devices = _Devices()
+        with devices:
+            step()
+        assert not devices.crossed
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_replayed_step_is_a_plain_one() -> None:
+    device = torch.device("cuda")
+    x = torch.randn(4, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
+    one, two = (bench_hebbian.trunk(0.1, device) for _ in range(2))
+    replay, step = bench_hebbian.captured(one, x), bench_hebbian.plastic(two, x)
+    replay()
+    for _ in range(4):  # three before the capture
+        step()
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+class _Devices(TorchDispatchMode):
+    """Watches for operations that bring something from one device to another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.crossed: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor)]
+        if len({t.device for t in tensors}) > 1:
+            self.crossed.append(str(func))
+        return result
 
 
 @pytest.mark.parametrize("competition", ["soft", "k"])

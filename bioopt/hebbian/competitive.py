@@ -198,7 +198,7 @@ class Hebbian(SynapticRule):
         change = rows.baddbmm_(said, weight, alpha=-1)
         if not group["losers"] and not self._reversed:
             system = torch.eye(said.shape[-1], dtype=rows.dtype, device=rows.device) + group["lr"] * said
-            change = torch.linalg.solve(system, change)
+            change, _ = torch.linalg.solve_ex(system, change)  # which does not wait for the device
         return weight_shaped(cut(change, weight, group["lr"]).to(product.dtype), synapse)
 
 
@@ -344,8 +344,10 @@ class KrotovHopfield(SynapticRule):
     def signal(self, u: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor | Few:
         """``g``."""
         best, which = strongest(u, synapse, group["rank"])
-        told = best.new_tensor([1.0, -group["anti_hebbian"]]).expand(*best.shape[:2], 2)
-        return few(which[..., [0, -1]], told, synapse)
+        two = torch.stack([which[..., 0], which[..., -1]], -1)
+        told = torch.ones_like(two, dtype=best.dtype)
+        told[..., 1] = -group["anti_hebbian"]
+        return few(two, told, synapse)
 
     def update(self, product: Tensor, signal: Tensor | None, synapse: Synapse, group: dict[str, Any]) -> Tensor:
         """``D / max|D|``."""
