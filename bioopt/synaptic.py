@@ -485,7 +485,7 @@ def _product_of_few(weight: Tensor, u: Tensor, s: Few) -> Tensor:
     positions, few = u[0, 0].numel(), s.neurons.shape[1]
     down, across = (torch.arange(n, device=u.device) * d for n, d in zip(u.shape[2:], made._saved_stride, strict=True))
     every = torch.arange(outputs, device=u.device)
-    total = weight.new_zeros(outputs, *kernel, inputs)
+    total = weight.new_empty(outputs, *kernel, inputs)
     # So many samples at a time that they fit into the cache, unless that is little beside what they add up to.
     step = 1 + max(500_000, weight.numel() // 2) // (inputs * positions)
     for start in range(0, len(u), step):
@@ -499,7 +499,11 @@ def _product_of_few(weight: Tensor, u: Tensor, s: Few) -> Tensor:
         seen, first = corner[order // few], torch.searchsorted(neuron, every)
         for i, j in itertools.product(*map(range, kernel)):
             pixel = seen + (i * made._saved_dilation[0] * width + j * made._saved_dilation[1])
-            total[:, i, j] += F.embedding_bag(pixel, pixels, first, mode="sum", per_sample_weights=told)
+            bags = F.embedding_bag(pixel, pixels, first, mode="sum", per_sample_weights=told)
+            if start:
+                total[:, i, j] += bags
+            else:
+                total[:, i, j] = bags
     return total.permute(0, 3, 1, 2)
 
 

@@ -156,14 +156,14 @@ def _flat(parts: Any, prefix: str = "") -> dict[str, dict[str, Any]]:
 
 
 def build_schedule(
-    name: str, optimizer: torch.optim.Optimizer, total: int
+    name: str, optimizer: torch.optim.Optimizer, total: int, option: str = "schedule"
 ) -> torch.optim.lr_scheduler.LRScheduler | None:
-    """The learning rate over ``total`` steps, by its option ``schedule=cosine|constant|halving``."""
+    """The learning rate over ``total`` steps, by its ``option=cosine|constant|halving``."""
     if name == "constant":
         return None
     if name == "halving":
         at = [int(total * fraction) for fraction in (0.2, 0.35, 0.5, 0.6, 0.7, 0.8, 0.9)]
         return torch.optim.lr_scheduler.MultiStepLR(optimizer, at, gamma=0.5)
     if name != "cosine":
-        raise ValueError(f"schedule={name} must be cosine, constant or halving")
+        raise ValueError(f"{option}={name} must be cosine, constant or halving")
     return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(total, 1))

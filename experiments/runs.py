@@ -63,6 +63,7 @@ def require_counts(least: int = 1, of: str = "task.", **options: Any) -> None:
 
 def _check(config: DictConfig) -> None:
     require_counts(of="", epochs=config.epochs, batch_size=config.batch_size)
+    require_counts(of="readout.", batch_size=config.readout.batch_size)
     require_counts(0, of="", seed=config.seed)
     for name in ("amp", "data.augment.flip"):
         if not isinstance(value := OmegaConf.select(config, name, default=False), bool):

@@ -77,6 +77,8 @@ def _train(
     if splits and config.batch_size % ranks.count:
         raise ValueError(f"batch_size={config.batch_size} cannot be shared by {ranks.count} ranks alike")
     plastic = plastic_epochs(config, model, plastic_areas)
+    if plastic < config.epochs:  # a mistake in its options shall not wait for the end of the first phase
+        readout_phase(config, nn.Linear(1, 1, device="meta"), images, plastic_areas[-1].cost, plastic)
     total = plastic * images.batches(config.batch_size)
     for area in plastic_areas:
         area.scheduler = build_schedule(config.schedule, area.optimizer, total)
@@ -271,14 +273,18 @@ def plastic_epochs(config: DictConfig, model: nn.Module, areas: list[Area]) -> i
     return int(config.plastic_epochs)
 
 
-def readout_phase(config: DictConfig, head: nn.Module, features: data.Features, cost: Cost, plastic: int) -> Phase:
+def readout_phase(
+    config: DictConfig, head: nn.Module, source: data.Images | data.Features, cost: Cost, plastic: int
+) -> Phase:
     """The second phase: the readout alone, by ``readout.optimizer`` and the cost that it has had."""
     head.requires_grad_(True)
     optimizer = made(f"readout.optimizer={config.readout.optimizer}", config.readout.optimizer, head.parameters())
     batch_size = config.readout.batch_size
-    total = (config.epochs - plastic) * features.batches(batch_size)
-    schedule = build_schedule(config.readout.schedule, optimizer, total)
-    return Phase(head, [Area("", head, cost, optimizer, schedule)], features, batch_size)
+    if not source.batches(batch_size):
+        raise ValueError(f"readout.batch_size={batch_size} is larger than the training set")
+    total = (config.epochs - plastic) * source.batches(batch_size)
+    schedule = build_schedule(config.readout.schedule, optimizer, total, "readout.schedule")
+    return Phase(head, [Area("", head, cost, optimizer, schedule)], source, batch_size)
 
 
 def close(areas: list[Area]) -> None:

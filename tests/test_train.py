@@ -276,6 +276,9 @@ def test_a_run_with_wandb_offline(tmp_path: Path) -> None:
     assert list(folder.rglob("*.png"))
 
 
+LATER = ["plastic_epochs=1", "epochs=1000"]  # told before the first of so many, and not between them
+
+
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
@@ -286,7 +289,10 @@ def test_a_run_with_wandb_offline(tmp_path: Path) -> None:
         (["model.hidden=64"], "model=cnn: model.hidden=64 must be a list of integers >= 1, such as [128]"),
         (["frozen=0"], "frozen=0 must be a list of parts, such as [0]"),
         (["optimizer=stdp"], "It wants model=spiking"),
-        (["readout.optimizer.lr=abc", "plastic_epochs=1", "epochs=2"], "readout.optimizer={'_target_'"),
+        (["readout.optimizer.lr=abc", *LATER], "readout.optimizer={'_target_'"),
+        (["readout.schedule=linear", *LATER], "readout.schedule=linear must be cosine, constant or halving"),
+        (["readout.batch_size=0"], "readout.batch_size=0 must be an integer >= 1"),
+        (["readout.batch_size=5000", *LATER], "readout.batch_size=5000 is larger than the training set"),
         (["amp=maybe"], "amp=maybe must be true or false"),
         (["data.augment.flip=sometimes"], "data.augment.flip=sometimes must be true or false"),
         (["epochs=0"], "epochs=0 must be an integer >= 1"),

@@ -14,9 +14,9 @@ from .pools import (
     along_channels,
     compete,
     cut,
+    decay_own_,
     few,
     in_pools,
-    own_power,
     rows_of,
     softmax_,
     strongest,
@@ -288,9 +288,9 @@ class SoftHebb(SynapticRule):
     def update(self, product: Tensor, signal: Tensor | None, synapse: Synapse, group: dict[str, Any]) -> Tensor:
         """``D / max|D| · √|‖w‖ - 1|``."""
         change, weight = rows_of(product, synapse), rows_of(synapse.weight.detach(), synapse)
-        change.addcmul_(own_power(change, weight, signal, synapse), weight, value=-1)
+        largest = decay_own_(change, weight, signal, synapse)
         pace = (weight.norm(dim=1, keepdim=True) - 1).abs_().sqrt_()
-        return weight_shaped(change.mul_(pace / _largest(change)), synapse)
+        return weight_shaped(change.mul_(pace / largest), synapse)
 
 
 class KrotovHopfield(SynapticRule):
@@ -352,11 +352,4 @@ class KrotovHopfield(SynapticRule):
     def update(self, product: Tensor, signal: Tensor | None, synapse: Synapse, group: dict[str, Any]) -> Tensor:
         """``D / max|D|``."""
         change, weight = rows_of(product, synapse), rows_of(synapse.weight.detach(), synapse)
-        change.addcmul_(own_power(change, weight, signal, synapse), weight, value=-1)
-        return weight_shaped(change.div_(_largest(change)), synapse)
-
-
-def _largest(change: Tensor) -> Tensor:
-    """The largest absolute entry, for one pass over memory."""
-    low, high = torch.aminmax(change)
-    return torch.maximum(high, -low).clamp(min=1e-30)
+        return weight_shaped(change.div_(decay_own_(change, weight, signal, synapse)), synapse)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..recorder import Synapse
 from ..synaptic import SynapticRule
-from .pools import cut, in_pools, own_power, rows_of, together, weight_shaped
+from .pools import cut, decay_own_, in_pools, rows_of, together, weight_shaped
 
 
 class Oja(SynapticRule):
@@ -36,8 +36,7 @@ class Oja(SynapticRule):
     def update(self, product: Tensor, signal: Tensor | None, synapse: Synapse, group: dict[str, Any]) -> Tensor:
         """``(⟨u x⟩ - ⟨u²⟩ w) / (1 + lr ⟨u²⟩)``."""
         change, weight = rows_of(product, synapse), rows_of(synapse.weight.detach(), synapse)
-        power = own_power(change, weight, signal, synapse)
-        change.addcmul_(power, weight, value=-1).div_(1 + group["lr"] * power)
+        decay_own_(change, weight, signal, synapse, group["lr"])
         return weight_shaped(change, synapse)
 
 

@@ -95,14 +95,25 @@ def together(rows: Tensor, weight: Tensor, signal: Tensor | None, synapse: Synap
     return products
 
 
-def own_power(rows: Tensor, weight: Tensor, signal: Tensor | None, synapse: Synapse) -> Tensor:
-    """``⟨s_k u_k⟩`` of each neuron, as a column beside the rows."""
-    few = max(1, 2**20 // rows.shape[1])  # whose products are small beside the weights
-    pairs = zip(torch.split(rows, few), torch.split(weight, few), strict=True)
-    power = torch.cat([torch.linalg.vecdot(row, w) for row, w in pairs]).unsqueeze(1)
-    if signal is not None and synapse.bias is not None:
-        power += (signal * synapse.bias.detach()).view(-1, 1)
-    return power
+def decay_own_(rows: Tensor, weight: Tensor, signal: Tensor | None, synapse: Synapse, lr: float = 0.0) -> Tensor:
+    """Take ``⟨s_k u_k⟩ w_k`` of each neuron from its row, in place, and return the largest absolute entry that is left.
+
+    With ``lr``, as much of the new weights as that takes a step to.
+    """
+    said = None if signal is None or synapse.bias is None else (signal * synapse.bias.detach()).unsqueeze(1)
+    few = max(1, 2**22 // rows.shape[1])  # whose products take little memory
+    ends: list[Tensor] = []
+    for start in range(0, len(rows), few):
+        some = slice(start, start + few)
+        row, w = rows[some], weight[some]
+        power = torch.linalg.vecdot(row, w).unsqueeze(1)
+        if said is not None:
+            power += said[some]
+        row.addcmul_(power, w, value=-1)
+        if lr:
+            row.div_(1 + lr * power)
+        ends += torch.aminmax(row)
+    return torch.stack(ends).abs_().max().clamp_(min=1e-30)
 
 
 def cut(change: Tensor, weight: Tensor, lr: float) -> Tensor:
