@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
+from yaml import YAMLError
 
 from .sweeps import resolved
 
@@ -32,9 +34,11 @@ def saved(folder: Path) -> DictConfig:
         raise ValueError(f"resume={folder} is not a run's folder: it has no config.yaml")
     if (folder / "summary.json").exists():
         raise ValueError(f"resume={folder} has finished: see its summary.json")
-    config = OmegaConf.load(folder / "config.yaml")
-    assert isinstance(config, DictConfig)
-    return config
+    with contextlib.suppress(YAMLError):
+        config = OmegaConf.load(folder / "config.yaml")
+        if isinstance(config, DictConfig) and {"optimizer", "model", "data", "task", "readout"} <= set(config):
+            return config
+    raise ValueError(f"resume={folder} is not a run's folder: its config.yaml was not written by train.py")
 
 
 def new_folder(config: DictConfig) -> Path:

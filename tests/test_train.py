@@ -324,6 +324,13 @@ def test_mistakes_are_told_in_a_sentence(
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("text", ["learning_rate: 0.1\n", "[1, 2", "- 1\n", "a: ${b}\n"])
+def test_resume_of_a_folder_with_another_s_configuration(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"is not a run's folder: its config\.yaml was not written by train\.py"):
+        run(config(f"resume={tmp_path}"))
+
+
 def test_a_rule_without_its_network_names_what_is_missing(tmp_path: Path) -> None:
     common = ["optimizer=reward_stdp", "model=spiking", "logger.mode=disabled", f"run_dir={tmp_path / 'run'}"]
     with pytest.raises(ValueError, match=r"It wants model\.readout=groups$"):
