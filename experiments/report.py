@@ -245,7 +245,7 @@ def percent(values: list[float], sign: str = "") -> str:
     if not values:
         return ""
     half = interval(values)
-    return f"{100 * statistics.fmean(values):{sign}.2f}" + ("" if half is None else f" ± {100 * half:.2f}")
+    return f"{100 * statistics.fmean(values):{sign}z.2f}" + ("" if half is None else f" ± {100 * half:.2f}")
 
 
 def plain(values: list[float]) -> str:
