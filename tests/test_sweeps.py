@@ -14,7 +14,7 @@ import torch
 import yaml
 from hydra import compose, initialize_config_dir
 
-from experiments.report import NothingToReport, report
+from experiments.report import NothingToReport, percent, report
 from experiments.sweeps import cell, name_of
 
 from .commands import ROOT, fresh, script, started, train
@@ -54,6 +54,11 @@ def sweep(tmp_path: Path) -> Path:
         finished(runs / f"b{seed}", "hebbian", seed, [0.5, 0.75, rule])
         finished(runs / f"c{seed}", "random_trunk", seed, [0.4, trunk])
     return runs
+
+
+def test_a_difference_that_rounds_to_nothing_has_no_minus() -> None:
+    assert percent([-0.00003], "+") == "+0.00"
+    assert percent([-0.00006], "+") == "-0.01"
 
 
 def test_the_report_compares_cells_and_pairs_controls_by_seed(sweep: Path, tmp_path: Path) -> None:
