@@ -82,7 +82,12 @@ def captured(model: nn.Sequential, x: Tensor) -> Callable[[], object]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    return graph.replay
+
+    def replay() -> object:
+        graph.replay()
+        return step  # and with it the model, whose memory the graph works on
+
+    return replay
 
 
 def by_convolution(model: nn.Sequential, x: Tensor) -> Callable[[], object]:
