@@ -17,6 +17,7 @@ from .pools import (
     decay_own_,
     few,
     in_pools,
+    largest,
     rows_of,
     softmax_,
     strongest,
@@ -288,9 +289,9 @@ class SoftHebb(SynapticRule):
     def update(self, product: Tensor, signal: Tensor | None, synapse: Synapse, group: dict[str, Any]) -> Tensor:
         """``D / max|D| · √|‖w‖ - 1|``."""
         change, weight = rows_of(product, synapse), rows_of(synapse.weight.detach(), synapse)
-        largest = decay_own_(change, weight, signal, synapse)
+        decay_own_(change, weight, signal, synapse)
         pace = (weight.norm(dim=1, keepdim=True) - 1).abs_().sqrt_()
-        return weight_shaped(change.mul_(pace / largest), synapse)
+        return weight_shaped(change.mul_(pace / largest(change)), synapse)
 
 
 class KrotovHopfield(SynapticRule):
@@ -352,4 +353,5 @@ class KrotovHopfield(SynapticRule):
     def update(self, product: Tensor, signal: Tensor | None, synapse: Synapse, group: dict[str, Any]) -> Tensor:
         """``D / max|D|``."""
         change, weight = rows_of(product, synapse), rows_of(synapse.weight.detach(), synapse)
-        return weight_shaped(change.div_(decay_own_(change, weight, signal, synapse)), synapse)
+        decay_own_(change, weight, signal, synapse)
+        return weight_shaped(change.div_(largest(change)), synapse)

@@ -95,14 +95,10 @@ def together(rows: Tensor, weight: Tensor, signal: Tensor | None, synapse: Synap
     return products
 
 
-def decay_own_(rows: Tensor, weight: Tensor, signal: Tensor | None, synapse: Synapse, lr: float = 0.0) -> Tensor:
-    """Take ``⟨s_k u_k⟩ w_k`` of each neuron from its row, in place, and return the largest absolute entry that is left.
-
-    With ``lr``, as much of the new weights as that takes a step to.
-    """
+def decay_own_(rows: Tensor, weight: Tensor, signal: Tensor | None, synapse: Synapse, lr: float = 0.0) -> None:
+    """Take ``⟨s_k u_k⟩ w_k`` of each neuron from its row, in place; with ``lr``, of the weights after the step."""
     said = None if signal is None or synapse.bias is None else (signal * synapse.bias.detach()).unsqueeze(1)
     few = max(1, 2**22 // rows.shape[1])  # whose products take little memory
-    ends: list[Tensor] = []
     for start in range(0, len(rows), few):
         some = slice(start, start + few)
         row, w = rows[some], weight[some]
@@ -112,8 +108,12 @@ def decay_own_(rows: Tensor, weight: Tensor, signal: Tensor | None, synapse: Syn
         row.addcmul_(power, w, value=-1)
         if lr:
             row.div_(1 + lr * power)
-        ends += torch.aminmax(row)
-    return torch.stack(ends).abs_().max().clamp_(min=1e-30)
+
+
+def largest(change: Tensor) -> Tensor:
+    """The largest absolute entry, for one pass over memory."""
+    low, high = torch.aminmax(change)
+    return torch.maximum(high, -low).clamp(min=1e-30)
 
 
 def cut(change: Tensor, weight: Tensor, lr: float) -> Tensor:
