@@ -11,7 +11,7 @@ from .nn.rbm import RBM, bernoulli
 from .noise import NoiseSource
 from .optimizer import POSITIVE_INT, SEED, Constraint, Params, named_modules_of, unique
 from .recorder import Synapse
-from .synaptic import SynapticRule, synapses_of
+from .synaptic import Sums, SynapticRule, synapses_of
 
 __all__ = ["ContrastiveDivergence"]
 
@@ -91,6 +91,7 @@ class ContrastiveDivergence(SynapticRule):
         self._rbms: dict[nn.Module, RBM] = {}
         self._noise = NoiseSource()
         self._firings = 0  # since the last step
+        self._advanced_chains: dict[int, Tensor] = {}
         super().__init__(params, lr, readout=readout, own={"steps": steps}, **options)
         self._own_state = {"seed": seed, "step": 0, "chains": {}}
 
@@ -124,15 +125,15 @@ class ContrastiveDivergence(SynapticRule):
             for machine in module.modules()
             if isinstance(machine, RBM)
         }
-        synapses = [s for s in synapses_of(type(self).__name__, group["params"]) if s.layer in inside]
+        synapses = [s for s in synapses_of(type(self).__name__, group["params"], self._exclusion) if s.layer in inside]
         if not synapses:
             raise ValueError(
                 "ContrastiveDivergence: the model has no bioopt.nn.RBM that is not frozen, and nothing else learns by "
                 "this rule. Build one, bioopt.nn.RBM(visible, hidden), or choose another rule"
             )
-        if self._readout is not None and any(s.layer is self._readout.layer for s in synapses):
+        for name in (s.name for s in synapses if s.layer in self._readouts):
             raise ValueError(
-                f"ContrastiveDivergence: the last layer, '{self._readout.name}', belongs to an RBM, and would learn as "
+                f"ContrastiveDivergence: the last layer, '{name}', belongs to an RBM, and would learn as "
                 f"a readout: write readout=None, or put a Linear after it"
             )
         named: list[tuple[str, Tensor]] = []
@@ -148,10 +149,10 @@ class ContrastiveDivergence(SynapticRule):
         super()._begin()
         self._firings = 0
 
-    def _gather(self, synapse: Synapse, u: Tensor) -> None:
-        super()._gather(synapse, u)
-        if synapse is self._readout or self.persistent:
-            return
+    def _measure(self, synapse: Synapse, u: Tensor) -> Sums:
+        sums = super()._measure(synapse, u)
+        if synapse.layer in self._readouts or self.persistent:
+            return sums
         v = self._visible(synapse)
         steps, state = self.param_groups[synapse.group]["steps"], self._own_state
         generator = self._noise.stream(
@@ -159,20 +160,24 @@ class ContrastiveDivergence(SynapticRule):
         )
         self._firings += 1
         h = bernoulli(torch.sigmoid(u.detach()).reshape(-1, u.shape[-1]), generator)  # known from the data already
-        self._unlearn(synapse, self._dream(synapse, h, steps, generator), 1.0)
+        self._unlearn(sums, synapse, self._dream(synapse, h, steps, generator), 1.0)
+        return sums
+
+    def _settle(self) -> None:
+        super()._settle()
+        self._advanced_chains = dict(self._own_state["chains"])
+        for synapse, sums in self._sums.items() if self.persistent else ():
+            if synapse.layer not in self._readouts:
+                chains = self._advanced_chains
+                chains[synapse.index] = v = self._advanced(synapse, chains.get(synapse.index))
+                self._unlearn(sums, synapse, v, sums.events / len(v))
 
     @torch.no_grad()
     def _collect(self, losses: Tensor | None = None) -> tuple[dict[Tensor, Tensor], dict[str, Any]]:
         state = self._own_state
-        chains: dict[int, Tensor] = dict(state["chains"])
-        if self.persistent:
-            for synapse, sums in self._sums.items():
-                if synapse is not self._readout:
-                    chains[synapse.index] = v = self._advanced(synapse, chains.get(synapse.index))
-                    self._unlearn(synapse, v, sums.events / len(v))
         self._firings = 0
         grads, _ = super()._collect(losses)
-        return grads, {"seed": state["seed"], "step": state["step"] + 1, "chains": chains}
+        return grads, {"seed": state["seed"], "step": state["step"] + 1, "chains": self._advanced_chains}
 
     def _advanced(self, synapse: Synapse, v: Tensor | None) -> Tensor:
         """The persistent chains, so many steps later."""
@@ -196,9 +201,8 @@ class ContrastiveDivergence(SynapticRule):
         return v
 
     @torch.no_grad()
-    def _unlearn(self, synapse: Synapse, v: Tensor, share: float) -> None:
+    def _unlearn(self, sums: Sums, synapse: Synapse, v: Tensor, share: float) -> None:
         """Take what a sample says, times ``share``, from what the data have said."""
-        sums = self._sums[synapse]
         with torch.autocast(v.device.type, enabled=False):
             h = self._rbms[synapse.layer].hidden_given(v)
             sums.product.addmm_(h.T, v, alpha=-share)

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .optimizer import Closure, LearningRule, Probe, backward_where_missing
+from .optimizer import Closure, LearningRule, Probe, backward_where_missing, restoring_grad_mode, settled
 from .synaptic import SynapticRule
 
 __all__ = ["diagnose"]
@@ -55,12 +55,17 @@ def diagnose(optimizer: LearningRule, closure: Closure, samples: int = 4) -> dic
         """From the same random state each time, and without a trace."""
         nonlocal evaluations
         with torch.random.fork_rng(sorted({p.device.index for p in params if p.device.type == "cuda"})):
-            probe = Probe(closure, params, optimizer._closure_needs_grad, optimizer._norms)
-            try:
-                return probe.run(type(optimizer).__name__, what)
-            finally:
-                evaluations = probe.count
-                probe.restart()
+            probe = Probe(closure, params, optimizer._known, optimizer._undo)
+            optimizer._undo += [probe.restart, optimizer._recorder.restoring(), restoring_grad_mode()]
+
+            def work() -> _T:
+                nonlocal evaluations
+                try:
+                    return probe.run(type(optimizer).__name__, what)
+                finally:
+                    evaluations = probe.count
+
+            return settled(optimizer._undo, work)
 
     def gradient(probe: Probe) -> dict[Tensor, Tensor]:
         for p in params:

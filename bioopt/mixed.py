@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,14 @@ from torch.optim import Optimizer
 
 from .optimizer import (
     Closure,
+    Known,
     LearningRule,
     Probe,
     backward_where_missing,
     refuse_scaler,
     require_finite,
+    restoring_grad_mode,
+    settled,
     unhooked_step,
 )
 from .recorder import IN_PYTHON
@@ -66,12 +69,13 @@ class Mixed(Optimizer):
                     )
                 owners[p] = name
         self.optimizers = optimizers
-        self._norms: WeakKeyDictionary[nn.Module, None] = WeakKeyDictionary()
-        self._closure_needs_grad = False
+        self._known = Known()
+        self._undo: list[Callable[[], None]] = []
         self.forward_passes = 0  # as of a rule
         self._traced = False
         for rule in self._rules():
-            self._norms.update(rule._norms)
+            self._known.modules.update(rule._known.modules)
+            rule._undo = self._undo
         # What all members know by default: schedulers look for `momentum` there.
         common = set.intersection(*(set(member.defaults) for member in optimizers))
         super().__init__([{"params": list(owners)}], {name: optimizers[0].defaults[name] for name in common})
@@ -95,37 +99,46 @@ class Mixed(Optimizer):
     @torch.compiler.disable(reason=IN_PYTHON)  # type: ignore[untyped-decorator]
     def estimate(self, closure: Closure | None = None) -> Any:
         """Write ``p.grad = -Δw`` for every member's parameters, and change nothing else."""
+        return settled(self._undo, lambda: self._estimate_once(closure))
+
+    def _estimate_once(self, closure: Closure | None) -> Any:
         loss: Any = None
         self._link()
-        try:
-            if closure is None:
-                grads: dict[Tensor, Tensor] = {}
-                own_states: dict[LearningRule, dict[str, Any]] = {}
-                for member in self.optimizers:
-                    if isinstance(member, LearningRule):
-                        estimate, own_states[member] = member._collect()
-                    else:
-                        estimate = _grads(member)
-                    grads |= estimate
-            else:
-                probe = Probe(closure, self._trained(), self._closure_needs_grad, self._norms)
-                try:
-                    with torch.no_grad():
-                        loss, grads, own_states = probe.run("Mixed", self._estimate)
-                finally:
-                    probe.close()
-                self._closure_needs_grad = probe.always_grad
-                loss = loss if probe.returns_tensor else loss.item()
-            self.forward_passes = 0 if closure is None else probe.made
-            require_finite(self, "an update", list(grads.values()))
-            for rule in self._rules():
-                rule._own_state = own_states.get(rule, rule._own_state)
-            for p in self._trained():
-                p.grad = grads.get(p)
-        finally:
-            for rule in self._rules():
-                rule._recorder.reset()
+        self._undo += [*(rule._recorder.restoring() for rule in self._rules()), restoring_grad_mode()]
+        for rule in self._rules():
+            rule._require_same_parameters()
+        if closure is None:
+            grads: dict[Tensor, Tensor] = {}
+            own_states: dict[LearningRule, dict[str, Any]] = {}
+            for member in self.optimizers:
+                if isinstance(member, LearningRule):
+                    estimate, own_states[member] = member._collect()
+                else:
+                    estimate = _grads(member)
+                grads |= estimate
+        else:
+            probe = Probe(closure, self._trained(), self._known, self._undo)
+            with torch.no_grad():
+                loss, grads, own_states = probe.run("Mixed", self._estimate)
+            loss = loss if probe.returns_tensor else loss.item()
+        require_finite(self, "an update", list(grads.values()))
+        self.forward_passes = 0 if closure is None else probe.made
+        for rule in self._rules():
+            rule._look_for_silent()
+            rule._own_state = own_states.get(rule, rule._own_state)
+        for p in self._trained():
+            p.grad = grads.get(p)
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As of torch and of each member."""
+        for member in self.optimizers:
+            member.zero_grad(set_to_none)
+
+    def discard(self) -> None:
+        """Let every rule drop what it has gathered since the last step."""
+        for rule in self._rules():
+            rule.discard()
 
     @torch.compiler.disable(reason=IN_PYTHON)  # type: ignore[untyped-decorator]
     @torch.no_grad()
@@ -145,8 +158,11 @@ class Mixed(Optimizer):
         super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """The members' own state dicts, in order."""
-        return {"optimizers": [member.state_dict() for member in self.optimizers]}
+        """The members' own state dicts, in order, and their names."""
+        return {
+            "optimizers": [member.state_dict() for member in self.optimizers],
+            "names": [type(member).__name__ for member in self.optimizers],
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned; nothing is changed if it does not fit."""
@@ -155,6 +171,12 @@ class Mixed(Optimizer):
         own_sizes = [[len(g["params"]) for g in m.param_groups] for m in self.optimizers]
         if sizes != own_sizes:
             raise ValueError(f"Mixed: the loaded state has parameters per group {sizes}, this optimizer {own_sizes}")
+        own = [type(member).__name__ for member in self.optimizers]
+        if state_dict.get("names", own) != own:
+            raise ValueError(f"Mixed: the loaded state is that of {state_dict['names']}, this optimizer has {own}")
+        for member, state in zip(self.optimizers, theirs, strict=True):
+            if isinstance(member, LearningRule):
+                member._require_own(state)
         for member, state in zip(self.optimizers, theirs, strict=True):
             member.load_state_dict(state)
         self._link()
@@ -174,7 +196,12 @@ class Mixed(Optimizer):
                     named or [f"optimizers[{i}].params[{j}]" for j in range(len(_params(member)))],
                     type(member).__name__,
                 )
-            covered |= {name: label for name, label in own.items() if label != "frozen" or name not in covered}
+            learned = {name for name, label in own.items() if label not in ("frozen", "excluded")}
+            covered |= {
+                name: label
+                for name, label in own.items()
+                if name in learned or covered.get(name, "frozen") == "frozen" or name not in covered
+            }
         return covered
 
     def close(self) -> None:
@@ -213,7 +240,7 @@ class Mixed(Optimizer):
             by_gradient = [p for m in plain for p in _params(m)] + [p for r in synaptic for p in r.readout_parameters()]
             loss = probe(grad=bool(by_gradient))
             require_finite(self, "the loss", [loss.detach()])
-            backward_where_missing(loss, by_gradient)
+            backward_where_missing(loss, by_gradient, [r._recorder.anchor for r in synaptic if r.readout_parameters()])
             self._check_reached(plain, synaptic)
             losses.append(loss.detach())
             for optimizer in plain:

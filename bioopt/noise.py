@@ -41,7 +41,12 @@ class NoiseSource:
 
 def fill_normal_(tensor: Tensor, generator: torch.Generator) -> Tensor:
     """Fill a tensor with standard normal numbers, in the order of its memory."""
-    _in_memory_order(tensor).normal_(generator=generator)
+    ordered = _in_memory_order(tensor)
+    if ordered.ndim == 1:
+        ordered.normal_(generator=generator)
+    else:  # torch draws other numbers where there are gaps
+        dense = torch.empty(ordered.shape, dtype=tensor.dtype, device=tensor.device)
+        ordered.copy_(dense.normal_(generator=generator))
     return tensor
 
 
@@ -58,7 +63,10 @@ def fill_rademacher_(tensor: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _in_memory_order(tensor: Tensor) -> Tensor:
-    """Flat, whatever the memory format: torch fills a channels-last tensor as such eight times slower."""
+    """Flat, whatever the memory format: torch fills a channels-last tensor as such eight times slower.
+
+    A tensor with gaps in its memory, such as a slice of a larger one, keeps its dimensions, in the order of memory.
+    """
     order = sorted(range(tensor.ndim), key=lambda d: (tensor.stride(d), tensor.size(d)), reverse=True)
     ordered = tensor.permute(order)
-    return ordered.view(-1) if ordered.is_contiguous() else tensor
+    return ordered.view(-1) if ordered.is_contiguous() else ordered

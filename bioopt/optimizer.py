@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import inspect
 import math
+import threading
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, ClassVar, TypeAlias, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -20,10 +22,9 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
-from .recorder import IN_DDP, IN_PYTHON, Recorder, Synapse
+from .recorder import IN_DDP, IN_PYTHON, Exclusion, Recorder, Synapse, is_known
 
 __all__ = ["Closure", "LearningRule", "Params", "Probe"]
 
@@ -42,6 +43,9 @@ Estimate: TypeAlias = tuple[Tensor, dict[Tensor, Tensor], dict[str, Any]]
 _T = TypeVar("_T")
 Constraint: TypeAlias = tuple[Callable[[Any], bool], str]
 
+NAME = "rule"  # the key of a state_dict under which it names its rule
+SCHEDULERS = ("initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr", "params", "param_names")
+UNFROZEN = "it was frozen when the optimizer was built: optimizer.add_param_group({'params': layer})"
 RULE = "rule"  # the key of `optimizer.state` under which a rule keeps what is not any parameter's own
 
 NON_NEGATIVE: Constraint = (lambda v: math.isfinite(v) and v >= 0, "a finite number >= 0")
@@ -76,12 +80,14 @@ def named_modules_of(params: Any) -> list[tuple[str, nn.Module]]:
     return []
 
 
-def named_parameters_of(params: Any) -> list[Any]:
+def named_parameters_of(params: Any, excluded: Exclusion | None = None) -> list[Any]:
     """What ``torch.optim`` wants: ``(name, parameter)`` where modules or names were given, else bare parameters."""
     modules = named_modules_of(params)
     if not modules:
         return [params] if isinstance(params, Tensor) else list(params)
-    return unique([named for prefix, module in modules for named in module.named_parameters(prefix)])
+    left_out = excluded.params if excluded is not None else set()
+    named = [named for prefix, module in modules for named in module.named_parameters(prefix)]
+    return unique([(name, p) for name, p in named if p not in left_out])
 
 
 def unique(named: Sequence[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
@@ -116,9 +122,11 @@ class LearningRule(Optimizer, ABC):
             with the rule, so that its momentum, weight decay, schedulers and checkpoints are PyTorch's own.
         descent_options: keywords of ``descent``.
         process_group: ``None`` for no communication; otherwise the ranks that take a step together.
+        exclude: what to leave alone: module types, modules, or names of modules or parameters. `coverage` lists them.
 
     Raises:
-        ValueError: a hyperparameter out of its range, named with its value.
+        ValueError: a hyperparameter out of its range, named with its value; an excluded name that is not there; a
+            complex parameter.
     """
 
     #: range of each hyperparameter, checked for every param group
@@ -134,13 +142,26 @@ class LearningRule(Optimizer, ABC):
         descent: type[Optimizer],
         descent_options: dict[str, Any],
         process_group: ProcessGroup,
+        exclude: Iterable[Any] | Exclusion = (),
     ) -> None:
         groups = groups_of(params)
         self.process_group = process_group
         self._recorder = Recorder()
         self._modules: list[tuple[str, nn.Module]] = []
-        self._norms: WeakKeyDictionary[nn.Module, None] = WeakKeyDictionary()
-        self._closure_needs_grad = False  # an ordinary closure was given: its backward() must not fail
+        self._homes: dict[Tensor, tuple[nn.Module, str, str]] = {}  # of each parameter its layer, and its names
+        self._exclude: tuple[Any, ...] = ()
+        if isinstance(exclude, Exclusion):
+            self._exclusion = exclude
+        else:
+            self._exclude = (exclude,) if isinstance(exclude, str | type | nn.Module) else tuple(exclude)
+            given = [pair for group in groups for pair in named_modules_of(group["params"])]
+            self._exclusion = Exclusion.of(type(self).__name__, self._exclude, given)
+        self._once_frozen: list[tuple[str, nn.Module]] = []  # layers that were frozen when they were given
+        self._silent: dict[Synapse, str] = {}  # layers that learn nothing, and why
+        self._unfrozen: set[nn.Module] = set()  # of the once frozen, those warned of
+        self._checked: tuple[Any, ...] = ()
+        self._known = Known()
+        self._undo: list[Callable[[], None]] = []
         self.forward_passes = 0  # that the last estimate took, checks included
         self._check(defaults)
         if inspect.signature(descent.step).parameters["closure"].default is inspect.Parameter.empty:
@@ -203,30 +224,35 @@ class LearningRule(Optimizer, ABC):
     @torch.compiler.disable(reason=IN_PYTHON)  # type: ignore[untyped-decorator]
     def estimate(self, closure: Closure | None = None) -> Any:
         """The first half of `step`: write ``p.grad = -Δw`` for every parameter of the rule, and change nothing else."""
+        return settled(self._undo, lambda: self._estimate_once(closure))
+
+    def _estimate_once(self, closure: Closure | None) -> Any:
         loss: Any = None
-        try:
-            if closure is None:
-                grads, own_state = self._collect()
-            else:
-                probe = Probe(closure, self._trained(), self._closure_needs_grad, self._norms)
-                try:
-                    with torch.no_grad():
-                        loss, grads, own_state = probe.run(type(self).__name__, self._estimate)
-                finally:
-                    probe.close()
-                self._closure_needs_grad = probe.always_grad
-                loss = loss if probe.returns_tensor else loss.item()
-            if own_state and is_captured(self._trained()):
-                raise RuntimeError(
-                    f"{type(self).__name__} has a memory, which every replay of a CUDA graph would find as it was when "
-                    "the graph was captured: take plain steps"
-                )
-            self.forward_passes = 0 if closure is None else probe.made
-            self._write(grads)
-            self._own_state = own_state
-        finally:
-            self._recorder.reset()
+        self._undo += [self._recorder.restoring(), restoring_grad_mode()]
+        self._require_same_parameters()
+        if closure is None:
+            grads, own_state = self._collect()
+        else:
+            probe = Probe(closure, self._trained(), self._known, self._undo)
+            with torch.no_grad():
+                loss, grads, own_state = probe.run(type(self).__name__, self._estimate)
+            loss = loss if probe.returns_tensor else loss.item()
+        if own_state and is_captured(self._trained()):
+            raise RuntimeError(
+                f"{type(self).__name__} has a memory, which every replay of a CUDA graph would find as it was when "
+                "the graph was captured: take plain steps"
+            )
+        require_finite(self, "an update", list(grads.values()))
+        self.forward_passes = 0 if closure is None else probe.made
+        self._look_for_silent()
+        for p in self._trained():
+            p.grad = grads.get(p)
+        self._own_state = own_state
         return loss
+
+    def discard(self) -> None:
+        """Drop what has been gathered since the last step: the next step will not learn from it."""
+        self._recorder.discard()
 
     @torch.compiler.disable(reason=IN_PYTHON)  # type: ignore[untyped-decorator]
     @torch.no_grad()
@@ -242,17 +268,34 @@ class LearningRule(Optimizer, ABC):
         group = dict(param_group)
         self._check({**self.defaults, **group})
         modules = named_modules_of(group["params"])
+        if self._modules and self._exclude:  # a later group
+            kinds = [kind for kind in self._exclude if isinstance(kind, type)]
+            later = Exclusion.of(type(self).__name__, kinds, modules)
+            self._exclusion.layers.update(later.layers)
+            self._exclusion.params.update(later.params)
         group["params"], synapses = self._select(group)
+        self._require_real(group["params"])
         super().add_param_group(group)
         for synapse in synapses:
             synapse.group = len(self.param_groups) - 1
             self._recorder.watch(synapse)
         known = {m for _, module in self._modules for m in module.modules()}
         self._modules += [(prefix, module) for prefix, module in modules if module not in known]
-        self._norms.update({m: None for _, module in modules for m in module.modules() if isinstance(m, _NormBase)})
+        mine = set(self.param_groups[-1]["params"])
+        for prefix, module in modules:
+            for name, layer in module.named_modules(prefix=prefix):
+                self._known.modules[layer] = None
+                for attribute, p in layer._parameters.items():
+                    if p in mine:
+                        self._homes.setdefault(p, (layer, attribute, ".".join(filter(None, (name, attribute)))))
+                if synapses and is_known(layer) and not layer.weight.requires_grad:
+                    self._once_frozen.append((name, layer))
 
     def coverage(self, model: nn.Module | None = None) -> dict[str, str]:
-        """Which rule trains each parameter: its name -> the rule's name, or ``"frozen"``.
+        """Which rule trains each parameter: its name -> the rule's name, or why it is not trained.
+
+        That is ``"frozen"``, ``"excluded"``, or, from the first step on, ``"silent: ..."`` with the reason why the
+        layer, which the rule would train, does not learn.
 
         Args:
             model: whose names to use and whose parameters to list; by default those that the rule was given.
@@ -261,6 +304,12 @@ class LearningRule(Optimizer, ABC):
         for group in self.param_groups:
             label = type(self).__name__ + (f" readout ({group['readout']})" if group.get("readout") else "")
             labels |= {p: label if p.requires_grad else "frozen" for p in group["params"]}
+        for synapse, reason in self._silent.items():
+            labels |= dict.fromkeys(synapse.parameters(), f"silent: {reason}")
+        for _, layer in self._once_frozen:
+            if layer not in self._recorder.synapses:
+                labels |= {p: f"silent: {UNFROZEN}" for p in layer.parameters(False) if p.requires_grad}
+        labels |= dict.fromkeys(self._exclusion.params, "excluded")
         names = self._names() if model is None else {p: name for name, p in model.named_parameters()}
         return {name: labels.get(p, "frozen") for p, name in names.items()}
 
@@ -315,11 +364,102 @@ class LearningRule(Optimizer, ABC):
         else:
             self.state.pop(RULE, None)  # type: ignore[call-overload]
 
-    def _write(self, grads: dict[Tensor, Tensor]) -> None:
-        """Set ``.grad`` of all parameters of the rule, those without an estimate to ``None``."""
-        require_finite(self, "an update", list(grads.values()))
-        for p in self._trained():
-            p.grad = grads.get(p)
+    def _require_real(self, params: Iterable[Any]) -> None:
+        """Raise for complex parameters: a rule would see their real part alone."""
+        for i, entry in enumerate(params):
+            name, p = entry if isinstance(entry, tuple) else (f"params[{i}]", entry)
+            if isinstance(p, Tensor) and p.is_complex():
+                raise ValueError(
+                    f"{type(self).__name__}: parameter '{name}' is complex ({p.dtype}), and rules learn real weights: "
+                    f"keep its real and imaginary parts as parameters (torch.view_as_real), or exclude=['{name}']"
+                )
+
+    def _require_same_parameters(self) -> None:
+        """Raise where a parameter is no longer the one that its layer had when the optimizer was built."""
+        for p, (layer, attribute, name) in self._homes.items():
+            if layer._parameters.get(attribute) is p:
+                continue
+            if layer not in self._recorder.synapses and any(q is p for q in layer.parameters()):
+                continue  # pruned or parametrized: what is learned is still the parameter beneath
+            how, way_out = (
+                "replaced",
+                "Build the optimizer after the model has its parameters (to_empty gives new ones)",
+            )
+            if f"{attribute}_orig" in layer._parameters or hasattr(layer, "parametrizations"):
+                how = "pruned, parametrized or normalised"
+                way_out = f"Undo that, or build the optimizer after it with exclude=['{name.rpartition('.')[0]}']"
+            raise RuntimeError(
+                f"{type(self).__name__}: parameter '{name}' was {how} after the optimizer was built, so that the layer "
+                f"no longer uses the one that is trained. {way_out}"
+            )
+
+    def _claimed(self) -> Iterable[Synapse]:
+        """The synapses that learn only if they fire."""
+        return self._recorder.synapses.values()
+
+    def _look_for_silent(self) -> None:
+        """Once, and again whenever a layer was frozen, unfrozen or switched: warn of those that learn nothing."""
+        fired, synapses = self._recorder.fired, list(self._claimed())
+        for synapse in [s for s in self._silent if s in fired]:
+            del self._silent[synapse]
+        now = (
+            *((s.weight.requires_grad, s.layer.training) for s in synapses),
+            *(layer.weight.requires_grad for _, layer in self._once_frozen),
+        )
+        if now == self._checked:
+            return
+        self._checked = now
+        inside = {m for _, module in self._modules for m in module.modules()}
+        told: list[str] = []
+        for s in synapses:
+            if s in fired or s in self._silent or not s.weight.requires_grad:
+                continue
+            if s.layer not in inside:
+                reason = "it was replaced in the model after the optimizer was built: build the optimizer anew"
+            elif not s.layer.training:
+                reason = "it is in evaluation mode: call train()"
+            else:
+                reason = "it did not run, or something else used its weight without calling it"
+            self._silent[s] = reason
+            told.append(f"'{s.name}' ({reason})")
+        for name, layer in self._once_frozen:
+            unfrozen = layer.weight.requires_grad and layer not in self._recorder.synapses and layer in inside
+            if unfrozen and layer not in self._unfrozen:
+                self._unfrozen.add(layer)
+                told.append(f"'{name}' ({UNFROZEN})")
+        if told:
+            warnings.warn(
+                f"{type(self).__name__}: did not fire and learn nothing: {', '.join(told)}. exclude=[...] leaves "
+                "layers out without this warning",
+                stacklevel=_outside(),
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of torch, with the rule's name."""
+        return {**super().state_dict(), NAME: type(self).__name__}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned.
+
+        Raises:
+            ValueError: the state of another rule, or of groups of other sizes. Nothing is changed then.
+        """
+        self._require_own(state_dict)
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != NAME})
+
+    def _require_own(self, state_dict: dict[str, Any]) -> None:
+        own, theirs = type(self).__name__, state_dict.get(NAME)
+        if theirs is not None and theirs != own:
+            raise ValueError(f"{own}: the state is that of {theirs}; load it into {theirs}, or start {own} anew")
+        if theirs is not None:
+            return
+        for group in state_dict.get("param_groups", []):  # of an older version, or of another optimizer
+            known = {*self.defaults, *self.param_groups[0], *SCHEDULERS}
+            if wrong := sorted({*self.defaults} - {*group} or {*group} - known):
+                raise ValueError(
+                    f"{own}: the state names no rule, and its options are not those of {own} (look at "
+                    f"{', '.join(wrong)}): it is that of another optimizer"
+                )
 
     @property
     def _ranks(self) -> tuple[int, int]:
@@ -338,6 +478,44 @@ class LearningRule(Optimizer, ABC):
             tensor.copy_(total.view_as(tensor))
 
 
+def settled(undo: list[Callable[[], None]], work: Callable[[], _T]) -> _T:
+    """Do some work, and undo what it has put on the list, last first, whatever happens; interrupts wait for that.
+
+    An interrupt (Ctrl-C) can come between any two steps, in the middle of undoing as well; an entry may be called
+    again after it was called in part or in whole.
+    """
+    try:
+        return work()
+    finally:
+        interrupt: BaseException | None = None
+        failure: Exception | None = None
+        while undo:
+            try:
+                undo[-1]()
+                undo.pop()
+            except (KeyboardInterrupt, SystemExit) as error:
+                interrupt = error
+            except Exception as error:
+                failure = failure or error
+                undo.pop()
+        if interrupt is not None or failure is not None:
+            raise interrupt or failure  # type: ignore[misc]
+
+
+def restoring_grad_mode() -> Callable[[], None]:
+    """What puts grad mode back as it is now: an interrupted ``with torch.no_grad()`` may not."""
+    return partial(torch._C._set_grad_enabled, torch.is_grad_enabled())
+
+
+class Known:
+    """What an optimizer has found out about its closure."""
+
+    def __init__(self) -> None:
+        self.modules: WeakKeyDictionary[nn.Module, None] = WeakKeyDictionary()  #: that it may run
+        self.code: Any = None  #: what was evaluated when they were looked for
+        self.needs_grad = False  #: it calls ``backward()`` in any case
+
+
 class _NoGraph(Exception):
     """A closure called ``backward()`` where it was evaluated without a graph."""
 
@@ -346,36 +524,41 @@ class Probe:
     """One closure, evaluated several times under the same circumstances.
 
     Every evaluation starts from the same global random state (all see the same dropout masks), half-precision
-    copies of weights are made anew, and batch-norm statistics end as the first evaluation leaves them.
+    copies of weights are made anew, and the buffers of all modules in training mode (statistics of batch norm, vectors
+    of spectral norm, counters) end as the first evaluation leaves them.
 
     Args:
         closure: runs the model and returns the loss.
         params: the parameters it depends on, for their devices.
-        always_grad: whether the closure is known to call ``backward()`` in any case.
-        norms: the batch-norm layers known so far; those that are found are added. (A compiled model shows them
-            only while it is compiled.)
+        known: what is known about the closure; what is found is added. Modules are looked for while a new closure is
+            evaluated for the first time: bare parameters do not show them, a compiled model only while it is compiled.
+        undo: takes what must be undone in the end (`settled`).
 
     Attributes:
         made: all evaluations, those before a restart included.
     """
 
     def __init__(
-        self,
-        closure: Closure,
-        params: Iterable[Tensor],
-        always_grad: bool = False,
-        norms: WeakKeyDictionary[nn.Module, None] | None = None,
+        self, closure: Closure, params: Iterable[Tensor], known: Known, undo: list[Callable[[], None]]
     ) -> None:
-        self.always_grad = always_grad
-        self._norms = WeakKeyDictionary() if norms is None else norms
         self.returns_tensor = True
         self._closure = closure
-        self._devices = sorted({p.device for p in params if p.device.type != "cpu"}, key=str)
+        self._known = known
+        self._undo = undo
+        self._params = list(params)
+        self._devices = sorted({p.device for p in self._params if p.device.type != "cpu"}, key=str)
         self._random: list[Tensor] = []
         self._count = 0
         self.made = 0
-        self._before: dict[nn.Module, list[Tensor]] = {}
-        self._after: dict[nn.Module, list[Tensor]] = {}
+        self._before: dict[nn.Module, _Buffers] = {}
+        self._after: dict[nn.Module, _Buffers] = {}
+        self._attributes: dict[nn.Module, dict[str, Any]] = {}
+        undo.append(self.close)
+
+    @property
+    def always_grad(self) -> bool:
+        """Whether the closure is known to call ``backward()`` in any case."""
+        return self._known.needs_grad
 
     def __call__(self, *, grad: bool = False, copies: int = 1) -> Tensor:
         """Evaluate once; with ``grad`` the value keeps its graph, otherwise none is built if the closure allows.
@@ -404,14 +587,19 @@ class Probe:
     def _evaluate(self, grad: bool, copies: int = 1) -> Tensor:
         self._restart_random()
         if self._count == 0:
-            self._before = {m: _statistics(m) for m in self._norms if m.training}
+            self._before = {m: _Buffers(m) for m in self._known.modules if m.training}
         elif not self._after:
-            self._after = {m: _statistics(m) for m in self._before}
+            self._after = {m: _Buffers(m) for m in self._before}
         torch.clear_autocast_cache()  # or all evaluations would share one half-precision copy of the weights
-        watch = nn.modules.module.register_module_forward_pre_hook(self._remember) if self._count == 0 else None
+        code = getattr(self._closure, "__code__", type(self._closure))
+        watch = None
+        if self._count == 0 and self._known.code is not code:
+            watch = nn.modules.module.register_module_forward_pre_hook(self._looking())
+            self._undo.append(watch.remove)
         try:
             with torch.set_grad_enabled(grad or self.always_grad):
                 value = self._closure()
+            self._known.code = code
         except RuntimeError as error:
             if grad or self.always_grad or "does not require grad" not in str(error):
                 raise
@@ -419,6 +607,7 @@ class Probe:
         finally:
             if watch is not None:
                 watch.remove()
+                self._undo.remove(watch.remove)
         self._count += copies
         self.made += copies
         if value is None:
@@ -444,8 +633,12 @@ class Probe:
             return estimate(self)
         except _NoGraph:
             self.restart()
-        self.always_grad = True
-        result = estimate(self)
+        self._known.needs_grad = True
+        try:
+            result = estimate(self)
+        except BaseException:
+            self._known.needs_grad = False
+            raise
         warnings.warn(
             f"{rule} needs no backward pass, but the closure calls backward(). To save it, write: "
             "if loss.requires_grad: loss.backward()",
@@ -454,15 +647,27 @@ class Probe:
         return result
 
     def close(self) -> None:
-        """Leave batch-norm statistics as one evaluation does."""
+        """Leave buffers as one evaluation does."""
         _restore(self._after)
 
     def agree(self, group: ProcessGroup) -> None:
-        """Take the batch-norm statistics of the first rank, which made the first evaluation."""
-        if group is not None:
-            for values in (self._after or {m: _statistics(m) for m in self._before}).values():
-                for value in values:
-                    dist.broadcast(value, group=group, group_src=0)
+        """Take the buffers of the first rank, which made the first evaluation."""
+        if group is None:
+            return
+        self._after = self._after or {m: _Buffers(m) for m in self._before}
+        for buffers in self._after.values():
+            for _, value in buffers.held():
+                dist.broadcast(value, group=group, group_src=0)
+
+    def moved(self) -> list[str]:
+        """Attributes of modules, no buffers, that hold other tensors than when a new closure was first evaluated."""
+        found = []
+        for module, before in self._attributes.items():
+            now = _tensors(module)
+            found += [
+                f"{type(module).__name__}.{name}" for name in now if name not in before or now[name] != before[name]
+            ]
+        return list(dict.fromkeys(found))
 
     def _restart_random(self) -> None:
         if not self._random:
@@ -473,12 +678,61 @@ class Probe:
             for device, state in zip(self._devices, self._random[1:], strict=True):
                 torch.get_device_module(device).set_rng_state(state, device)
 
-    def _remember(self, module: nn.Module, args: Any) -> None:
-        if isinstance(module, nn.parallel.DistributedDataParallel):
-            raise RuntimeError(IN_DDP)
-        if isinstance(module, _NormBase) and module.training and module not in self._before:
-            self._before[module] = _statistics(module)
-            self._norms[module] = None
+    def _looking(self) -> Callable[[nn.Module, Any], None]:
+        """A hook on all modules, which looks at what runs on this thread alone."""
+        thread, trained = threading.get_ident(), set(self._params)
+
+        def look(module: nn.Module, args: Any) -> None:
+            if threading.get_ident() != thread:
+                return
+            if isinstance(module, nn.parallel.DistributedDataParallel):
+                raise RuntimeError(IN_DDP)
+            if in_dual_level() and not torch._C._is_fwd_grad_enabled() and trained & set(module.parameters(False)):
+                raise RuntimeError(NO_TANGENT)
+            self._known.modules[module] = None
+            self._attributes.setdefault(module, _tensors(module))
+            if module.training and module not in self._before:
+                self._before[module] = _Buffers(module)
+
+        return torch.compiler.disable(look, reason=IN_PYTHON)  # type: ignore[no-any-return]
+
+
+NO_TANGENT = "a layer runs where forward AD is switched off, as in checkpoint(..., use_reentrant=True)"
+
+
+def in_dual_level() -> bool:
+    """Whether a level of forward-mode differentiation is open."""
+    return forward_ad._current_level >= 0
+
+
+def _tensors(module: nn.Module) -> dict[str, tuple[int, int | None]]:
+    """The tensors that a module keeps as plain attributes, by identity and version."""
+    return {name: (id(v), _version(v)) for name, v in vars(module).items() if isinstance(v, Tensor)}
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
+class _Buffers:
+    """The buffers of a module as they are now."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._saved = {name: None if b is None else (b, b.clone()) for name, b in module._buffers.items()}
+
+    def held(self) -> list[tuple[Tensor, Tensor]]:
+        """Each buffer, and its value then."""
+        return [pair for pair in self._saved.values() if pair is not None]
+
+    def restore(self, module: nn.Module) -> None:
+        """Put the values back, in the tensors that held them."""
+        for buffer, value in self.held():
+            buffer.copy_(value)
+        if module._buffers.keys() != self._saved.keys():
+            for name in module._buffers.keys() - self._saved.keys():
+                del module._buffers[name]
+        for name, pair in self._saved.items():
+            module._buffers[name] = None if pair is None else pair[0]
 
 
 def refuse_scaler(optimizer: Optimizer) -> bool:
@@ -545,12 +799,15 @@ def _largest(optimizer: Optimizer) -> str:
     return f"The largest weights are '{name}', of norm {norm:.3g} with lr={lr:g}: try lr={lr / 10:g}"
 
 
-def backward_where_missing(losses: Tensor, params: list[Tensor]) -> None:
-    """Send the mean loss backward, if the closure has not done so itself."""
+def backward_where_missing(losses: Tensor, params: list[Tensor], anchors: Sequence[Tensor] = ()) -> None:
+    """Send the mean loss backward, if the closure has not done so itself, to these parameters and to the cuts above.
+
+    ``anchors``: of the recorders whose synapses shall notice.
+    """
     if losses.requires_grad and all(p.grad is None for p in params):
         # No graph leads there when the closure's own backward freed it; then a gradient has arrived.
         with torch.enable_grad():
-            torch.autograd.backward(losses.mean(), inputs=[p for p in params if p.requires_grad])
+            torch.autograd.backward(losses.mean(), inputs=[*(p for p in params if p.requires_grad), *anchors])
 
 
 def in_full(values: Tensor) -> Tensor:
@@ -576,15 +833,10 @@ def no_plastic_layer(rule: str) -> str:
     )
 
 
-def _statistics(module: nn.Module) -> list[Tensor]:
-    return [b.clone() for b in module.buffers(recurse=False)]
-
-
-def _restore(saved: dict[nn.Module, list[Tensor]]) -> None:
+def _restore(saved: dict[nn.Module, _Buffers]) -> None:
     with torch.no_grad():
-        for module, values in saved.items():
-            for buffer, value in zip(module.buffers(recurse=False), values, strict=True):
-                buffer.copy_(value)
+        for module, buffers in saved.items():
+            buffers.restore(module)
 
 
 def _outside() -> int:

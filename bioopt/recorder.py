@@ -14,11 +14,12 @@ A *synapse* here is a layer that joins presynaptic activity ``x`` to postsynapti
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -35,6 +36,7 @@ _CHANNEL_DIM: dict[type[nn.Module], int] = {
     nn.Conv2d: -3,
     nn.Conv3d: -4,
 }
+_TORCHS_OWN = frozenset(_CHANNEL_DIM)  # whose W x + b needs no proof
 
 
 IN_PYTHON = "learning rules run in Python, around the compiled layers: leave fullgraph=True out"
@@ -70,6 +72,11 @@ def register_synapse(layer_type: type[nn.Module], channel_dim: int) -> None:
             f"register_synapse({layer_type.__name__}): channel_dim={channel_dim} must be negative, counted from the end"
         )
     _CHANNEL_DIM[layer_type] = channel_dim
+
+
+def is_known(layer: nn.Module) -> bool:
+    """Whether a layer is of a type that rules watch, and its weight a parameter."""
+    return type(layer) in _CHANNEL_DIM and isinstance(layer.weight, nn.Parameter)
 
 
 @dataclass(eq=False)
@@ -109,38 +116,145 @@ class Synapse:
         return [p for _, p in self.named_parameters()]
 
 
+UNKNOWN = "not a known synapse"
+
+
+class Unwatchable(NamedTuple):
+    """A layer that no rule can watch, and why."""
+
+    name: str
+    layer: nn.Module
+    reason: str
+    parameters: tuple[str, ...] = ()  #: the names to exclude in place of the layer, which holds other layers as well
+
+
 def find_synapses(module: nn.Module, prefix: str = "") -> list[Synapse]:
     """All plastic synapses of a module in registration order, shared layers once.
 
     Frozen layers (``weight.requires_grad`` is false) are passed over.
 
     Raises:
-        ValueError: for a layer that has a weight matrix of its own but is no known synapse, or whose weight is no
-            parameter.
+        ValueError: for layers that have a weight matrix of their own but are no known synapses, or whose weight is no
+            parameter. All are named.
     """
-    found = []
+    found, unwatchable = survey(module, prefix)
+    if unwatchable:
+        raise ValueError(refusal("A learning rule", unwatchable))
+    return found
+
+
+def survey(
+    module: nn.Module, prefix: str = "", excluded: Exclusion | None = None
+) -> tuple[list[Synapse], list[Unwatchable]]:
+    """The plastic synapses of a module in registration order, and the layers that cannot be watched."""
+    found, unwatchable = [], []
+    left_out = excluded or Exclusion.none()
     for name, layer in module.named_modules(prefix=prefix):
-        own = [p for p in layer.parameters(recurse=False) if p.requires_grad]
-        if type(layer) in _CHANNEL_DIM:
+        if layer in left_out.layers:
+            continue
+        own = [(n, p) for n, p in layer.named_parameters(recurse=False) if p.requires_grad and p not in left_out.params]
+        kind = type(layer)
+        if kind in _CHANNEL_DIM:
             if isinstance(layer.weight, nn.Parameter):
                 if layer.weight.requires_grad:
-                    found.append(Synapse(name or type(layer).__name__, layer, _CHANNEL_DIM[type(layer)]))
+                    found.append(Synapse(name or kind.__name__, layer, _CHANNEL_DIM[kind]))
             elif own:
-                raise ValueError(
-                    f"layer '{name}' of type {type(layer).__name__} makes its weight anew of other parameters (by "
-                    "prune, or the older spectral_norm or weight_norm of torch.nn.utils), and only a weight that is "
-                    "itself a parameter can learn. Undo that (prune.remove, remove_spectral_norm, remove_weight_norm), "
-                    "train the layer with another optimizer through bioopt.Mixed, or freeze it with "
-                    "requires_grad_(False)."
+                reason = (
+                    "its weight is made anew of other parameters at each pass; undo that by prune.remove, "
+                    "remove_spectral_norm or remove_weight_norm of torch.nn.utils"
                 )
-        elif any(p.ndim > 1 for p in own):
-            known = ", ".join(t.__name__ for t in _CHANNEL_DIM)
-            raise ValueError(
-                f"layer '{name}' of type {type(layer).__name__} has weights but is not a known synapse ({known}). "
-                f"Either bioopt.register_synapse({type(layer).__name__}, channel_dim=...) if it computes W x + b, "
-                "or train it with another optimizer through bioopt.Mixed, or freeze it with requires_grad_(False)."
-            )
-    return found
+                unwatchable.append(Unwatchable(name, layer, reason))
+        elif any(p.ndim > 1 for _, p in own):
+            inside = [child for child in layer.modules() if type(child) in _CHANNEL_DIM]
+            names = tuple(".".join(filter(None, (name, n))) for n, p in own if p.ndim > 1) if inside else ()
+            unwatchable.append(Unwatchable(name, layer, UNKNOWN, names))
+    return found, unwatchable
+
+
+def refusal(rule: str, unwatchable: list[Unwatchable]) -> str:
+    """The message about layers that cannot be watched: all of them, and the line that excludes them."""
+    whole = [one.layer for one in unwatchable if not one.parameters]
+    unwatchable = [
+        one for one in unwatchable if not any(one.layer is not w and one.layer in w.modules() for w in whole)
+    ]
+    alone = {type(one.layer) for one in unwatchable if one.reason == UNKNOWN and not one.parameters}
+    names = [
+        repr(name) for one in unwatchable if type(one.layer) not in alone for name in one.parameters or (one.name,)
+    ]
+    types = [f"torch.nn.{t.__name__}" if getattr(nn, t.__name__, None) is t else t.__name__ for t in alone]
+    told = "; ".join(
+        f"layer '{one.name}' of type {type(one.layer).__name__}"
+        + (f" with {', '.join(one.parameters)}" if one.parameters else "")
+        + f" ({one.reason})"
+        for one in unwatchable
+    )
+    known = (
+        f"It knows {', '.join(t.__name__ for t in _CHANNEL_DIM)}; give another type that computes W x + b to "
+        "bioopt.register_synapse(type, channel_dim=...). "
+    )
+    them = "them" if unwatchable[1:] else "it"
+    return (
+        f"{rule} cannot train {told}. {known if alone else ''}To leave {them} untrained, or to another optimizer of "
+        f"bioopt.Mixed, write exclude=[{', '.join([*sorted(types), *names])}], or freeze {them} with "
+        "requires_grad_(False)"
+    )
+
+
+class Exclusion(NamedTuple):
+    """What a rule is to leave alone."""
+
+    layers: set[nn.Module]  #: excluded modules, with all that is inside them
+    params: set[Tensor]  #: their parameters, and those excluded by name
+
+    @classmethod
+    def none(cls) -> Exclusion:
+        """Nothing."""
+        return cls(set(), set())
+
+    @classmethod
+    def of(cls, rule: str, exclude: Iterable[Any], given: Iterable[tuple[str, nn.Module]]) -> Exclusion:
+        """Resolve ``exclude`` (types, modules, names of modules or parameters) among the modules that were given.
+
+        Raises:
+            TypeError: an entry of another type; names where no modules were given.
+            ValueError: a name, or a module, that is not among those given.
+        """
+        if isinstance(exclude, str | type | nn.Module):
+            exclude = [exclude]
+        entries, excluded = list(exclude), cls.none()
+        if not entries:
+            return excluded
+        modules: dict[str, nn.Module] = {}
+        params: dict[str, Tensor] = {}
+        for prefix, module in given:
+            modules |= dict(module.named_modules(prefix=prefix))
+            params |= dict(module.named_parameters(prefix=prefix))
+        if not modules:
+            raise TypeError(f"{rule}: exclude={entries} needs modules to look in: give the model, not its parameters")
+        roots: list[nn.Module] = []
+        for entry in entries:
+            if isinstance(entry, type) and issubclass(entry, nn.Module):
+                roots += [m for m in modules.values() if type(m) is entry]
+            elif isinstance(entry, nn.Module) and entry in modules.values():
+                roots.append(entry)
+            elif isinstance(entry, str) and entry in modules:
+                roots.append(modules[entry])
+            elif isinstance(entry, str) and entry in params:
+                excluded.params.add(params[entry])
+            elif isinstance(entry, str | nn.Module):
+                shown = repr(entry) if isinstance(entry, str) else f"a {type(entry).__name__}"
+                raise ValueError(
+                    f"{rule}: exclude has {shown}, which is no module or parameter of the model; names are those of "
+                    "model.named_modules() and model.named_parameters()"
+                )
+            else:
+                raise TypeError(
+                    f"{rule}: exclude has {entry!r}; it takes module types, modules, and names of modules or parameters"
+                )
+        for root in roots:
+            excluded.layers.update(root.modules())
+            excluded.params.update(root.parameters())
+        return excluded
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,20 +309,32 @@ def rows_seen(synapse: Synapse, u: Tensor) -> Rows | None:
     return rows
 
 
-class _Anchor(torch.autograd.Function):
-    """Gives a detached tensor a graph that ends here, so that a user's ``loss.backward()`` has something to do.
+class _Cut(torch.autograd.Function):
+    """Hands ``u`` on unchanged, and in the backward pass notes that the pass has arrived, and lets no gradient through.
 
-    In place and not a leaf, so that it costs nothing and ``ReLU(inplace=True)`` may follow.
+    What entered the layer is linked by a gradient of None, so that a backward pass goes on to the layers below and
+    finds out that they, too, have taken part in its loss; None costs nothing there. In place and not a leaf, so that
+    it costs nothing in the forward pass either and ``ReLU(inplace=True)`` may follow.
     """
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, anchor: Tensor) -> Tensor:
+    def forward(ctx: Any, u: Tensor, firing: Firing | None, *links: Tensor) -> Tensor:
+        ctx.firing = firing
+        ctx.links = len(links)
+        ctx.set_materialize_grads(False)
         ctx.mark_dirty(u)
         return u
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
-        return None, None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        (gradient,) = grads
+        firing: Firing | None = ctx.firing
+        kept = None
+        if firing is not None:
+            kept = gradient if firing.synapse.is_readout else None  # for its own parameters
+            if (recorder := firing.recorder()) is not None:
+                recorder.reached(firing, gradient)
+        return kept, None, *[None] * ctx.links
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *others: Any) -> Tensor:
@@ -216,7 +342,7 @@ class _Anchor(torch.autograd.Function):
 
 
 class _Hook:
-    """A forward hook that neither keeps the recorder alive nor survives a copy of the model."""
+    """A forward hook that does not keep the recorder alive. Copies of the model lack it, see `_Unwatched`."""
 
     def __init__(self, recorder: Recorder | None = None, method: str = "") -> None:
         self._recorder = weakref.ref(recorder) if recorder is not None else None
@@ -232,11 +358,47 @@ class _Hook:
         recorder = self.recorder
         return None if recorder is None else getattr(recorder, self._method)(*args)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
-        return _Hook()
 
-    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
-        return _Hook, ()
+_HOOK_TABLES = {
+    "_forward_pre_hooks": ("_forward_pre_hooks_with_kwargs",),
+    "_forward_hooks": ("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+}
+
+
+class _Unwatched:
+    """The ``__getstate__`` of a watched module: copies and saved models carry no hook of ours.
+
+    On the instance, since the module's class is the user's, and in place of a special table of hooks, since handles
+    of other people's hooks refer to the tables that are there.
+    """
+
+    name = "__getstate__"
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = weakref.ref(module)
+        module.__dict__.setdefault(self.name, self)
+
+    def __call__(self) -> dict[str, Any]:
+        module = self._module()
+        assert module is not None  # it is being copied
+        given = type(module).__getstate__(module)
+        state = dict(given if isinstance(given, dict) else module.__dict__)
+        state.pop(self.name, None)
+        for table, flags in _HOOK_TABLES.items():
+            hooks = state.get(table) or {}
+            ours = {key for key, hook in hooks.items() if isinstance(hook, _Hook)}
+            for name in (table, *flags):
+                kept = [(key, value) for key, value in (state.get(name) or {}).items() if key not in ours]
+                state[name] = OrderedDict(kept)
+        return state
+
+    def remove(self) -> None:
+        """Once nothing of ours is left on the module."""
+        module = self._module()
+        if module is not None and not any(
+            isinstance(hook, _Hook) for table in _HOOK_TABLES for hook in getattr(module, table).values()
+        ):
+            module.__dict__.pop(self.name, None)
 
 
 def _identity(tensor: Tensor) -> Tensor:
@@ -249,14 +411,27 @@ def _in_backward() -> bool:
 
 Visit = Callable[[Synapse, Tensor], Tensor | None]
 Hear = Callable[[Synapse, Tensor, Tensor], None]
+Confirm = Callable[["Firing"], None]
 
 
-@dataclass
-class _Firing:
+@dataclass(eq=False)
+class Firing:
+    """One pass through a synapse.
+
+    A rule that learns from a loss puts what the firing is to teach into ``pending``, where it waits for a backward
+    pass to arrive (`Recorder.confirm`). The graph of the loss holds the firing, so that it ends with a loss that is
+    thrown away.
+    """
+
     synapse: Synapse
-    hidden: saved_tensors_hooks | None  # None: the output is not cut
-    grad_mode: bool
-    x: Tensor | None
+    recorder: weakref.ref[Recorder]
+    grad_mode: bool  #: whether the model ran with gradients
+    x: Tensor | None = None  #: what entered, detached; until the layer has run
+    window: int = 0  #: of `Recorder.discard`
+    pending: Any = None
+    hidden: saved_tensors_hooks | None = None  # None: the output is not cut
+    raw: list[Tensor] = field(default_factory=list)  # what entered, with its graph; until the layer has run
+    call: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # the arguments, where the layer is to be verified
 
 
 class Recorder:
@@ -268,10 +443,14 @@ class Recorder:
             as if nothing watched it. Held weakly where it is a bound method.
         anchored: whether the detached outputs handed on require grad, so that a loss made of nothing else can
             still be sent through ``backward()``.
+        linked: whether a backward pass goes on, without a gradient, to the layers below, and is noted there.
+        confirm: called with a firing when a backward pass arrives there. Held weakly where it is a bound method.
         hear: called with ``(synapse, x, s)`` as the ``neurons`` of an awake synapse have spoken: what entered it and
             what they made of it (the first of their outputs), in place of ``visit``. Held weakly where it is a bound
             method.
+        firing: that of the synapse which is being visited, or whose neurons have just spoken.
         presynaptic: what entered the synapse that is being visited.
+        bypassed: synapses that a gradient has reached past every readout -> whether they also lead to one.
         fired: the synapses that fired since `reset`, in order of first firing, with the last one to fire at the end.
         beneath: parameters trained by gradients, seen below a cut since `reset` (filled while ``trace`` is set).
     """
@@ -279,15 +458,21 @@ class Recorder:
     def __init__(self) -> None:
         self.synapses: dict[nn.Module, Synapse] = {}
         self.anchored = False
+        self.linked = False
         self.trace = False
-        self.presynaptic: Tensor | None = None
+        self.firing: Firing | None = None
         self.fired: dict[Synapse, None] = {}
         self.beneath: set[Tensor] = set()
+        self.bypassed: dict[Synapse, bool] = {}
+        self.window = 0
         self._visit: Callable[[], Visit | None] | None = None
         self._hear: Callable[[], Hear | None] | None = None
-        self._awaited: dict[Synapse, tuple[Tensor, torch.Size]] = {}  # what entered, of those whose neurons are due
-        self._firing: list[_Firing | None] = []
-        self._anchor = torch.zeros((), requires_grad=True)
+        self._confirm: Callable[[], Confirm | None] | None = None
+        self._awaited: dict[Synapse, tuple[Firing, torch.Size]] = {}  # the firings of those whose neurons are due
+        self._firings: list[Firing | None] = []
+        self._ends: list[Any] = []  # weak references to the nodes of the readouts that have fired
+        self._verified: set[nn.Module] = set()
+        self.anchor = torch.zeros((), requires_grad=True)
         self._handles: list[Any] = []
         # Not bound to self: the hooks must go when the recorder does.
         self.close = weakref.finalize(self, _remove, self._handles)
@@ -300,9 +485,16 @@ class Recorder:
         self._handles.append(layer.register_forward_pre_hook(_Hook(self, "_before"), with_kwargs=True))
         # always_call, so that a layer that raises leaves grad mode as it was.
         self._handles.append(layer.register_forward_hook(_Hook(self, "_after"), always_call=True))
+        self._handles.append(_Unwatched(layer))
         others = [other for other in self.synapses.values() if other is not synapse]
         if synapse.neurons is not None and all(other.neurons is not synapse.neurons for other in others):
             self._handles.append(synapse.neurons.register_forward_hook(_Hook(self, "_spoken")))
+            self._handles.append(_Unwatched(synapse.neurons))
+
+    @property
+    def presynaptic(self) -> Tensor | None:
+        """What entered the synapse that is being visited."""
+        return None if self.firing is None else self.firing.x
 
     @property
     def visit(self) -> Visit | None:
@@ -322,6 +514,47 @@ class Recorder:
     def hear(self, hear: Hear | None) -> None:
         self._hear = _weakly(hear)
 
+    @property
+    def confirm(self) -> Confirm | None:
+        """What happens as a backward pass arrives at a firing."""
+        return None if self._confirm is None else self._confirm()
+
+    @confirm.setter
+    def confirm(self, confirm: Confirm | None) -> None:
+        self._confirm = _weakly(confirm)
+
+    def reached(self, firing: Firing, gradient: Tensor | None) -> None:
+        """A backward pass has arrived at a firing: without a gradient through a readout, with one past all of them."""
+        if firing.window != self.window:  # discarded
+            return
+        if gradient is not None and not firing.synapse.is_readout and firing.synapse not in self.bypassed:
+            captured = gradient.is_cuda and torch.cuda.is_current_stream_capturing()
+            if not captured and bool(gradient.any()):  # some functions of a user's own make zeros of None
+                self.bypassed[firing.synapse] = self._leads_to_readout(firing.synapse)
+        confirm = self.confirm
+        if confirm is not None:
+            with torch.no_grad():
+                confirm(firing)
+
+    def _leads_to_readout(self, synapse: Synapse) -> bool:
+        ends = [node for node in (end() for end in self._ends) if node is not None]
+        return any(getattr(node, "firing", None) and node.firing.synapse is synapse for node in _graph(ends))
+
+    def restoring(self) -> Callable[[], None]:
+        """What leaves the recorder as it is now, with no firing under way."""
+        before = self._visit
+
+        def restore() -> None:
+            self._visit = before
+            self.reset()
+
+        return restore
+
+    def discard(self) -> None:
+        """No firing up to now will count any more, whatever backward pass may reach it."""
+        self.window += 1
+        self.reset()
+
     @contextmanager
     def visiting(self, visit: Visit | None) -> Iterator[None]:
         """Visit with something else, or sleep, for a while."""
@@ -336,8 +569,11 @@ class Recorder:
         """Forget what has fired."""
         self.fired.clear()
         self.beneath.clear()
-        self._firing.clear()
+        self.bypassed.clear()
+        self.firing = None
+        self._firings.clear()
         self._awaited.clear()
+        self._ends.clear()
 
     def missing(self) -> str:
         """The first synapse whose neurons have not spoken since it fired, and what to do; empty where all have."""
@@ -351,7 +587,7 @@ class Recorder:
 
     def _before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         synapse = self.synapses[layer]
-        self._firing.append(None)
+        self._firings.append(None)
         if self._visit is None or not layer.training or not synapse.weight.requires_grad:
             return None
         watching = [hook.recorder for hook in layer._forward_pre_hooks.values() if isinstance(hook, _Hook)]
@@ -371,59 +607,69 @@ class Recorder:
             for value in (*args, *kwargs.values()):
                 if isinstance(value, Tensor):
                     self.beneath |= _leaves(value)
+        grad_mode = torch.is_grad_enabled()
+        firing = Firing(synapse, weakref.ref(self), grad_mode, window=self.window)
+        if self.linked and grad_mode:
+            firing.raw = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.requires_grad]
         args = tuple(_detached(a) for a in args)
         kwargs = {k: _detached(v) for k, v in kwargs.items()}
-        grad_mode = torch.is_grad_enabled()
-        hidden = None
+        if type(layer) not in _TORCHS_OWN and layer not in self._verified:
+            firing.call = args, kwargs
         if not synapse.is_readout:
             # A graph of the layer's own, out of reach of activation checkpointing around it; with autocast, not
             # through a half-precision copy of the weight that was cached without a graph.
-            hidden = saved_tensors_hooks(_identity, _identity)
-            hidden.__enter__()
+            firing.hidden = saved_tensors_hooks(_identity, _identity)
+            firing.hidden.__enter__()
             torch.set_grad_enabled(True)
             if torch.is_autocast_enabled(synapse.weight.device.type):
                 torch.clear_autocast_cache()
-        x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-        self._firing[-1] = _Firing(synapse, hidden, grad_mode, x)
+        firing.x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        self._firings[-1] = firing
         return args, kwargs
 
     def _after(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor | None) -> Tensor | None:
-        firing = self._firing.pop() if self._firing else None
+        firing = self._firings.pop() if self._firings else None
         if firing is None:
             return None
         synapse = firing.synapse
         if firing.hidden is not None:
             firing.hidden.__exit__(None, None, None)
             torch.set_grad_enabled(firing.grad_mode)
+            firing.hidden = None
         if output is None:  # the layer raised
             return None
         if _in_backward():  # activation checkpointing replays the layer: cut again, but it has fired already
-            return None if synapse.is_readout else self._hand_on(output)
+            return self._hand_on(output, firing)
+        if firing.call is not None:
+            _verify(synapse, output, *firing.call)
+            self._verified.add(layer)
+            firing.call = None
         self.fired.pop(synapse, None)
         self.fired[synapse] = None
         if synapse.is_readout:
-            return None
+            return self._hand_on(output, firing)
         if synapse.neurons is not None:
             if synapse in self._awaited:
                 missing = self.missing()
                 self._awaited.clear()
                 raise RuntimeError(missing)
             if firing.x is not None:
-                self._awaited[synapse] = firing.x, output.shape
-            return self._hand_on(output)
+                self._awaited[synapse] = firing, output.shape
+            return self._hand_on(output, firing)
         visit = self.visit
-        self.presynaptic = firing.x
+        self.firing = firing
         try:
             other = visit(synapse, output) if visit is not None else None
         finally:
-            self.presynaptic = None
-        return self._hand_on(output if other is None else other)
+            self.firing = None
+            firing.x = None
+        return self._hand_on(output if other is None else other, firing)
 
-    def _spoken(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _spoken(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         due = [synapse for synapse in self._awaited if synapse.neurons is module]
-        hear = self.hear
+        hear, linked = self.hear, None
         for synapse in due:
-            x, shape = self._awaited.pop(synapse)
+            firing, shape = self._awaited.pop(synapse)
             spikes = output[0] if isinstance(output, tuple | list) and output else output
             if not isinstance(spikes, Tensor) or spikes.shape != shape:
                 found = tuple(spikes.shape) if isinstance(spikes, Tensor) else type(spikes).__name__
@@ -432,14 +678,109 @@ class Recorder:
                     f"its outputs, {tuple(shape)} (alone, or first in a tuple), not {found}; name other neurons: "
                     f"neurons={{'{synapse.name}': ...}}"
                 )
-            if hear is not None:
-                hear(synapse, x, spikes.detach())
+            x, firing.x = firing.x, None
+            if hear is not None and x is not None:
+                self.firing = firing
+                try:
+                    hear(synapse, x, spikes.detach())
+                finally:
+                    self.firing = None
+            if firing.pending is None or not firing.grad_mode:
+                continue
+            # Spikes need not have a graph: what they lead to is linked to the synapse here.
+            if linked is not None:  # to another one that drives the same neurons
+                firing.raw = [*firing.raw, linked]
+            linked = self._hand_on(spikes.clone(), firing)
+            firing.raw = []
+        if linked is None:
+            return None
+        if not isinstance(output, tuple | list):
+            return linked
+        outputs = [linked, *output[1:]]
+        return output._make(outputs) if hasattr(output, "_make") else type(output)(outputs)
 
-    def _hand_on(self, u: Tensor) -> Tensor:
-        u = _detached(u)
-        if self.anchored and torch.is_grad_enabled():
-            u = _Anchor.apply(u, self._anchor)
-        return u
+    def _hand_on(self, u: Tensor, firing: Firing) -> Tensor:
+        readout = firing.synapse.is_readout
+        raw, firing.raw = firing.raw, firing.raw if firing.synapse.neurons is not None else []
+        if readout:
+            if not (raw and firing.grad_mode and u.requires_grad):
+                return u
+            u = u.clone() if u._is_view() else u
+        else:
+            u = _detached(u)
+            if not (self.anchored and torch.is_grad_enabled()):
+                return u
+            raw = [self.anchor, *raw]
+        waits = readout or (self.linked and (firing.pending is not None or firing.synapse.neurons is not None))
+        linked: Tensor = _Cut.apply(u, firing if waits else None, *raw)
+        if readout:
+            self._ends = [end for end in self._ends if end() is not None] + [weakref.ref(linked.grad_fn)]
+        return linked
+
+
+def _graph(ends: Iterable[Any]) -> Iterator[Any]:
+    """All nodes of a graph that lie behind these, each once."""
+    seen, todo = set(), list(ends)
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        yield node
+        todo += [n for n, _ in node.next_functions if n is not None]
+
+
+class _Plain(nn.Module):
+    """A layer called past its hooks."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.layer.forward(*args, **kwargs)
+
+
+@torch.no_grad()
+def _verify(synapse: Synapse, u: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise where a layer of a registered type is not ``u = W x + b`` with its neurons along the dimension given.
+
+    With half of the rows of ``W`` doubled and the others zero, half of the neurons must double what they make of
+    ``x``, and the others give their bias alone.
+    """
+    layer, weight, bias = synapse.layer, synapse.weight, synapse.bias
+    kind, channel = type(layer).__name__, synapse.channel_dim
+    wrong = ""
+    if u.ndim < -channel or u.shape[channel] != len(weight):
+        wrong = f"has {len(weight)} rows of weights, but gave an output of shape {tuple(u.shape)}"
+    elif u.numel():
+        rows = torch.arange(len(weight), device=weight.device) % 2 == 0
+        factor = rows.to(weight.dtype) * 2
+        once = _called(layer, weight.detach(), args, kwargs)
+        alone = _called(layer, weight.detach() * 0, args, kwargs)
+        double = _called(layer, weight.detach() * factor.view(-1, *[1] * (weight.ndim - 1)), args, kwargs)
+        shape = [-1, *[1] * (-channel - 1)]
+        wanted = torch.where(rows.view(shape), 2 * (once - alone), 0) + alone
+        offset = alone if bias is None else alone - bias.detach().view(shape)
+        coarse = max(torch.finfo(t.dtype).eps for t in (u, weight)) ** 0.5
+        size = once.abs().max().clamp(min=torch.finfo(u.dtype).tiny)
+        if not bool(((double - wanted).abs().max() <= 4 * coarse * size) & (offset.abs().max() <= coarse * size)):
+            wrong = "computes something else"
+    if wrong:
+        raise RuntimeError(
+            f"layer '{synapse.name}' of type {kind} was registered as u = W x + b with its neurons along dimension "
+            f"{channel} and a row of W for each, but it {wrong}. Correct bioopt.register_synapse({kind}, "
+            f"channel_dim=...), or leave it out by exclude=[{kind}]"
+        )
+
+
+def _called(layer: nn.Module, weight: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The output with another weight; buffers and the random state stay as they are."""
+    state = {f"layer.{name}": b.clone() for name, b in layer.named_buffers()} | {"layer.weight": weight}
+    devices = [weight.device] if weight.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        output: Tensor = torch.func.functional_call(_Plain(layer), state, args, kwargs)
+    return output
 
 
 def _detached(value: Any) -> Any:
@@ -467,14 +808,4 @@ def _leaves(value: Tensor) -> set[Tensor]:
     """The leaf tensors that a gradient at ``value`` would reach."""
     if value.grad_fn is None:
         return {value} if value.requires_grad else set()
-    leaves: set[Tensor] = set()
-    seen, todo = set(), [value.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            leaves.add(node.variable)
-        todo += [n for n, _ in node.next_functions if n is not None]
-    return leaves
+    return {node.variable for node in _graph([value.grad_fn]) if hasattr(node, "variable")}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import weakref
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -24,9 +25,9 @@ from .optimizer import (
     require_finite,
     unique,
 )
-from .perturbation.base import MICRO_BATCHES, UNFIRED
+from .perturbation.base import MICRO_BATCHES, UNFIRED, ambiguous
 from .recorder import Synapse, rows_seen
-from .synaptic import SynapticRule, synapses_of
+from .synaptic import Sums, SynapticRule, synapses_of
 
 __all__ = ["STDP", "RewardSTDP"]
 
@@ -162,6 +163,7 @@ class STDP(SynapticRule):
     ) -> None:
         self.carry = carry
         self._trains: dict[Synapse, Traces] = {}
+        self._sequences: dict[Synapse, weakref.ref[Sums]] = {}
         self._finder = _Finder(type(self).__name__, neurons)
         own = {
             "tau_plus": tau_plus,
@@ -192,6 +194,7 @@ class STDP(SynapticRule):
     def forget(self) -> None:
         """Traces end with the step."""
         self._trains.clear()
+        self._sequences.clear()
 
     def kept(self) -> dict[str, Any]:
         """Traces that are carried on."""
@@ -209,17 +212,39 @@ class STDP(SynapticRule):
     def _pair(self, synapse: Synapse, x: Tensor, s: Tensor) -> None:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             group = self.param_groups[synapse.group]
+            sums = self._sequence(synapse)
             traces = self._trains.get(synapse)
             first = traces is None
             if traces is None and synapse.index in self._own_state.get("traces", {}):
                 traces = Traces(*(t.to(x.device) for t in self._own_state["traces"][synapse.index]))
             moment, self._trains[synapse] = _advance(type(self).__name__, synapse, x, s, traces, group, NEW)
-            events = moment.s.numel() // len(synapse.weight) if first else 0
-            up, down = self._total(synapse, (2, *synapse.weight.shape), moment.x.dtype, events)
+            sums.events += moment.s.numel() // len(synapse.weight) if first else 0
+            up, down = sums.product
             _add_product(up, synapse, moment.s, moment.pre, group["a_plus"])
             _add_product(down, synapse, moment.post, moment.x, group["a_minus"])
             if group["x_target"]:
                 _add_product(down, synapse, moment.s, torch.ones_like(moment.x), group["a_plus"] * group["x_target"])
+
+    def _sequence(self, synapse: Synapse) -> Sums:
+        """What a firing adds its pairs to: the sums of the sequence under way.
+
+        They count as one, when a backward pass reaches any firing of the sequence, and go with its loss.
+        """
+        firing = self._recorder.firing
+        assert firing is not None
+        if not self._waits(firing):
+            if synapse not in self._sums:
+                self._sums[synapse] = _no_pairs(synapse)
+            return self._sums[synapse]
+        under_way = self._sequences.get(synapse)
+        sums = None if under_way is None else under_way()
+        if under_way is not None and sums is None:  # its loss was thrown away
+            self._trains.pop(synapse, None)
+        if sums is None or sums.counted:
+            sums = _no_pairs(synapse)
+            self._sequences[synapse] = weakref.ref(sums)
+        self._count(synapse, sums)
+        return sums
 
 
 class RewardSTDP(LearningRule):
@@ -260,6 +285,7 @@ class RewardSTDP(LearningRule):
         reward_rate: :math:`r` in (0, 1], how fast the expected reward follows.
         credit: ``"sample"`` or ``"global"``. A scalar loss is global by itself.
         neurons: as in `STDP`.
+        exclude: what to leave alone: module types, modules, or names of modules or parameters.
         descent: the `torch.optim` class that makes the step; its options as further keywords.
         process_group: average over these ranks, each of which has its share of the batch.
 
@@ -296,6 +322,7 @@ class RewardSTDP(LearningRule):
         reward_rate: float = 0.1,  # r
         credit: str = "sample",
         neurons: Neurons | None = None,
+        exclude: Iterable[Any] = (),
         descent: type[torch.optim.Optimizer] = torch.optim.SGD,
         process_group: ProcessGroup = None,
         **descent_options: Any,
@@ -320,7 +347,12 @@ class RewardSTDP(LearningRule):
             "w_max": w_max,
         }
         super().__init__(
-            params, defaults, descent=descent, descent_options=descent_options, process_group=process_group
+            params,
+            defaults,
+            descent=descent,
+            descent_options=descent_options,
+            process_group=process_group,
+            exclude=exclude,
         )
         if not self._trained():
             raise ValueError(no_plastic_layer(name))
@@ -333,7 +365,7 @@ class RewardSTDP(LearningRule):
     def _select(self, group: dict[str, Any]) -> tuple[list[Any], list[Synapse]]:
         name = type(self).__name__
         _check_bounds(name, {**self.defaults, **group})
-        synapses = synapses_of(name, group["params"])
+        synapses = synapses_of(name, group["params"], self._exclusion)
         self._finder.find(synapses, group["params"])
         return unique([(f"{s.name}.weight", s.weight) for s in synapses]), synapses
 
@@ -382,6 +414,12 @@ class RewardSTDP(LearningRule):
                 f"{type(self).__name__}(credit='sample'): the neurons of layer '{synapse.name}' gave spikes of shape "
                 f"{tuple(last.shape)} where there are {len(surprise)} losses, one a sample, so their first dimension "
                 f"is not the sample. Use credit='global'; or, {MICRO_BATCHES}"
+            )
+        if surprise.ndim and ambiguous(synapse, last.shape, len(surprise)):
+            raise RuntimeError(
+                f"{type(self).__name__}(credit='sample'): the neurons of layer '{synapse.name}' gave spikes of shape "
+                f"{tuple(last.shape)}, in which more than one dimension is as long as the batch of {len(surprise)}, so "
+                "that samples cannot be told from the other. Take a batch of another size, or credit='global'"
             )
         fading = math.exp(-group["dt"] / group["tau_e"])
         told = surprise.to(moments[-1].pre.dtype) / (last.numel() // len(synapse.weight))
@@ -442,6 +480,13 @@ class _Finder:
             "torch.nn and returns 0 or 1 for each of its outputs, such as snntorch.Leaky; if it stands elsewhere, name "
             f"it: neurons={{'{synapse.name}': ...}}"
         )
+
+
+def _no_pairs(synapse: Synapse) -> Sums:
+    """Of strengthening and weakening pairs."""
+    dtype = torch.promote_types(synapse.weight.dtype, torch.float32)
+    product = torch.zeros((2, *synapse.weight.shape), dtype=dtype, device=synapse.weight.device)
+    return Sums(product, None, None, 0)
 
 
 def _check_bounds(rule: str, group: dict[str, Any]) -> None:

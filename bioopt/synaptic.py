@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import warnings
 from abc import abstractmethod
+from collections import deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -28,13 +30,15 @@ from .optimizer import (
     require_finite,
     unique,
 )
-from .recorder import COMPILED, Synapse, find_synapses
+from .recorder import COMPILED, Exclusion, Firing, Synapse, Unwatchable, refusal, survey
+
+UNPROVEN = 1024  # firings that are kept until the first backward pass shows whether it reaches them
 
 __all__ = ["Few", "SynapticRule", "synapses_of"]
 
 
-def synapses_of(rule: str, params: Any) -> list[Synapse]:
-    """The plastic synapses of the module or modules given as ``params``.
+def surveyed(rule: str, params: Any, excluded: Exclusion | None = None) -> tuple[list[Synapse], list[Unwatchable]]:
+    """The plastic synapses of the module or modules given as ``params``, and the layers that cannot be watched.
 
     Raises:
         TypeError: if bare parameters were given.
@@ -52,10 +56,27 @@ def synapses_of(rule: str, params: Any) -> list[Synapse]:
                 f"never come: write {rule}(model.module, ..., process_group=torch.distributed.group.WORLD)"
             )
     found: dict[nn.Module, Synapse] = {}
+    unwatchable: dict[nn.Module, Unwatchable] = {}
     for prefix, module in modules:
-        for synapse in find_synapses(module, prefix):
+        synapses, others = survey(module, prefix, excluded)
+        for synapse in synapses:
             found.setdefault(synapse.layer, synapse)
-    return list(found.values())
+        for other in others:
+            unwatchable.setdefault(other.layer, other)
+    return list(found.values()), list(unwatchable.values())
+
+
+def synapses_of(rule: str, params: Any, excluded: Exclusion | None = None) -> list[Synapse]:
+    """The plastic synapses of the module or modules given as ``params``.
+
+    Raises:
+        TypeError: if bare parameters were given.
+        ValueError: for layers that cannot be watched, all of them in one message.
+    """
+    found, unwatchable = surveyed(rule, params, excluded)
+    if unwatchable:
+        raise ValueError(refusal(rule, unwatchable))
+    return found
 
 
 class Few(NamedTuple):
@@ -78,14 +99,24 @@ class Few(NamedTuple):
         return self.told.new_zeros(size).index_add_(0, self.neurons.flatten(), self.told.flatten())
 
 
-@dataclass
-class _Sums:
-    """What one synapse has gathered since the last step, summed over samples and positions."""
+@dataclass(eq=False)
+class Sums:
+    """What one synapse has gathered, summed over samples and positions."""
 
-    product: Tensor  # Σ s xᵀ, of the weight's shape
-    signal: Tensor | None  # Σ s, of the bias's shape
-    statistic: Tensor | None  # what the rule's running value follows
-    events: int  # their number
+    product: Tensor  #: Σ s xᵀ, of the weight's shape
+    signal: Tensor | None  #: Σ s, of the bias's shape
+    statistic: Tensor | None  #: what the rule's running value follows
+    events: int  #: their number
+    counted: bool = False  #: whether they have been added to what the next step learns from
+
+    def add(self, other: Sums) -> None:
+        """Add another firing's, in place."""
+        self.product += other.product
+        self.events += other.events
+        if self.signal is not None and other.signal is not None:
+            self.signal += other.signal
+        if self.statistic is not None and other.statistic is not None:
+            self.statistic += other.statistic
 
 
 class SynapticRule(LearningRule):
@@ -96,6 +127,11 @@ class SynapticRule(LearningRule):
     *event*), is formed at once and summed, so no activity outlives its layer; `update` makes ``Δw`` out of it.
     Every synapse is cut: no error signal passes. A rule with a memory (a threshold, say) implements `statistic` and
     `advance` as well, and reads it by `running`.
+
+    Where the readout learns from the loss, a firing counts once, when a backward pass reaches it: what a loss that is
+    thrown away would have taught is not learned. ``zero_grad()`` drops what backward passes have brought since the
+    last step, so that ``loss.backward(); optimizer.zero_grad()`` skips a batch; `discard` drops all. Firings without
+    gradients (`torch.no_grad`), and all firings where no readout learns from a loss, count at once.
 
     Only weights learn, and what a rule adds by `others`; biases of the trunk and the affine parameters of normalisation
     layers stay frozen.
@@ -110,8 +146,10 @@ class SynapticRule(LearningRule):
             others.
         readout_lr: learning rate of the readout; by default that of the group it stands in. The ``lr`` of a group
             that holds nothing else goes before it.
-        readout_layer: the readout, by name or as a module; by default the last synapse in registration order.
+        readout_layer: the readout, by name or as a module, or a list of several (with ``"delta"``), each of which
+            learns from the part of the loss that reaches it; by default the last synapse in registration order.
         readout_options: further options of the readout's param group, such as ``{"momentum": 0.9}``.
+        exclude: layers to leave alone: types, modules, or names of modules or parameters.
         descent: the `torch.optim` class that makes the step; its options as further keywords.
         process_group: average the products over these ranks, each of which has its share of the batch.
         own: hyperparameters of the rule, which may differ between groups (for subclasses).
@@ -136,8 +174,9 @@ class SynapticRule(LearningRule):
         *,
         readout: str | None = "delta",
         readout_lr: float | None = None,
-        readout_layer: str | nn.Module | None = None,
+        readout_layer: str | nn.Module | Sequence[str | nn.Module] | None = None,
         readout_options: dict[str, Any] | None = None,
+        exclude: Iterable[Any] = (),
         descent: type[Optimizer] = SGD,
         process_group: ProcessGroup = None,
         own: dict[str, Any] | None = None,
@@ -149,40 +188,63 @@ class SynapticRule(LearningRule):
             raise ValueError(f"{name}: readout={readout!r} must be 'delta', 'teacher' or None")
         if readout_lr is not None and not NON_NEGATIVE[0](readout_lr):
             raise ValueError(f"{name}: readout_lr={readout_lr!r} must be {NON_NEGATIVE[1]}")
-        self._sums: dict[Synapse, _Sums] = {}
-        self._silent_checked = False
-        self._readout: Synapse | None = None
+        self._sums: dict[Synapse, Sums] = {}  # of firings that have counted at once
+        self._confirmed: dict[Synapse, Sums] = {}  # of those that a backward pass has reached
+        self._unproven: dict[Synapse, deque[Firing]] = {}  # firings of synapses that no backward pass ever reached
+        self._backward = -1  # the last backward pass that has reached a firing
+        self._proven: set[Synapse] = set()
+        self._unreachable: set[Synapse] = set()
+        self._warned_of: set[Synapse] = set()
+        self._readouts: dict[nn.Module, Synapse] = {}
         self._by_loss = readout == "delta"
         self.target: Tensor | None = None
         groups = groups_of(params)
-        synapses = [synapses_of(name, g["params"]) for g in groups]
+        given = [pair for group in groups for pair in named_modules_of(group["params"])]
+        excluded = Exclusion.of(name, exclude, given)
+        surveys = [surveyed(name, group["params"], excluded) for group in groups]
+        synapses = [found for found, _ in surveys]
+        unwatchable = [other for _, others in surveys for other in others]
         everything = [s for group in synapses for s in group]
         if not everything:
-            raise ValueError(no_plastic_layer(name))
+            raise ValueError(refusal(name, unwatchable) if unwatchable else no_plastic_layer(name))
         if readout is not None:
-            self._readout = _choose_readout(name, everything, readout_layer)
-            if len(everything) == 1:
+            if readout_layer is None and excluded.layers:
+                _require_last(name, given, everything, excluded)
+            readouts = _choose_readouts(name, everything, readout_layer)
+            if len(readouts) > 1 and readout == "teacher":
+                raise ValueError(f"{name}: readout='teacher' takes one readout, not readout_layer={readout_layer!r}")
+            self._readouts = {s.layer: s for s in readouts}
+            self._require_watchable(groups, synapses, unwatchable, defaults)
+            if len(everything) == len(readouts):
+                only = f"'{readouts[0].name}', is the readout" if len(readouts) == 1 else "all, are readouts"
                 raise ValueError(
-                    f"{name}: the only plastic layer, '{self._readout.name}', is the readout, which learns in "
+                    f"{name}: the only plastic layer, {only}, which learns in "
                     f"a way of its own: no layer is left to {name}. Give a deeper model, or readout=None"
                 )
-            home, near = next((g, f) for g, f in zip(groups, synapses, strict=True) if self._readout in f)
-            if readout_lr is None or (near == [self._readout] and "lr" in home):
-                readout_lr = home.get("lr", lr)
-            group = {**home, "lr": readout_lr, **(readout_options or {}), "params": self._readout.layer}
-            group["readout"] = readout
-            groups = [g for g, found in zip(groups, synapses, strict=True) if found != [self._readout]] + [group]
+            kept = [g for g, s in zip(groups, synapses, strict=True) if any(x.layer not in self._readouts for x in s)]
+            for one in readouts:
+                home, near = next((g, f) for g, f in zip(groups, synapses, strict=True) if one in f)
+                rate = readout_lr
+                if rate is None or (all(s.layer in self._readouts for s in near) and "lr" in home):
+                    rate = home.get("lr", lr)
+                kept.append({**home, "lr": rate, **(readout_options or {}), "params": one.layer, "readout": readout})
+            groups = kept
         elif any(option is not None for option in (readout_lr, readout_layer, readout_options)):
             raise ValueError(f"{name}: readout_lr, readout_layer and readout_options need a readout, not readout=None")
+        else:
+            self._require_watchable(groups, synapses, unwatchable, defaults)
         super().__init__(
             groups,
             {**defaults, "readout": None},
             descent=descent,
             descent_options=descent_options,
             process_group=process_group,
+            exclude=excluded,
         )
-        self._recorder.anchored = not self._by_loss
+        self._recorder.anchored = True
+        self._recorder.linked = self._by_loss
         self._recorder.visit = self._gather
+        self._recorder.confirm = self._confirm
 
     # -- what a rule implements ---------------------------------------------------------------------------------
 
@@ -244,31 +306,48 @@ class SynapticRule(LearningRule):
 
     # -- one pass -----------------------------------------------------------------------------------------------
 
+    def _require_watchable(
+        self,
+        groups: list[dict[str, Any]],
+        synapses: list[list[Synapse]],
+        unwatchable: list[Unwatchable],
+        defaults: dict[str, Any],
+    ) -> None:
+        """Raise for all layers at once that the rule cannot train."""
+        wrong = {other.layer: other for other in unwatchable}
+        for group, found in zip(groups, synapses, strict=True):
+            least, reason = self.least_neurons({**defaults, **group})
+            for s in found:
+                if (size := len(s.weight) // s.pools) < least and s.layer not in self._readouts:
+                    of = f"it has {size}" + " in each group" * (s.pools > 1)
+                    told = f"{reason} takes at least {least} neurons, but {of}"
+                    wrong.setdefault(s.layer, Unwatchable(s.name, s.layer, told))
+        if wrong:
+            raise ValueError(refusal(type(self).__name__, list(wrong.values())))
+
     def _select(self, group: dict[str, Any]) -> tuple[list[Any], list[Synapse]]:
         if group.get("readout"):
-            assert self._readout is not None
-            self._readout.is_readout = self._by_loss
+            readout = self._readouts[group["params"]]
+            readout.is_readout = self._by_loss
             if self._by_loss:
-                return self._readout.named_parameters(), [self._readout]
-            return [(f"{self._readout.name}.weight", self._readout.weight)], [self._readout]
-        synapses = synapses_of(type(self).__name__, group["params"])
-        synapses = [s for s in synapses if self._readout is None or s.layer is not self._readout.layer]
-        least, reason = self.least_neurons({**self.defaults, **group})
-        for s in synapses:
-            if (size := len(s.weight) // s.pools) < least:
-                raise ValueError(
-                    f"{type(self).__name__}: {reason} takes at least {least} neurons, but layer '{s.name}' "
-                    f"has {size}" + (" in each group" if s.pools > 1 else "")
-                )
+                return readout.named_parameters(), [readout]
+            return [(f"{readout.name}.weight", readout.weight)], [readout]
+        synapses = synapses_of(type(self).__name__, group["params"], self._exclusion)
+        synapses = [s for s in synapses if s.layer not in self._readouts]
+        self._require_watchable([group], [synapses], [], self.defaults)
         self.follow(synapses, group)
         return unique([(f"{s.name}.weight", s.weight) for s in synapses]), synapses
 
     def _gather(self, synapse: Synapse, u: Tensor) -> None:
+        self._count(synapse, self._measure(synapse, u))
+
+    def _measure(self, synapse: Synapse, u: Tensor) -> Sums:
+        """The sums of one firing."""
         with torch.no_grad():
             group = self.param_groups[synapse.group]
             channel = u.ndim + synapse.channel_dim
             statistic: Tensor | None
-            if synapse is self._readout:
+            if synapse.layer in self._readouts:
                 taught = self._taught(u, synapse)
                 s: Tensor | Few = taught
                 statistic = over_events(taught * taught, channel)
@@ -279,25 +358,53 @@ class SynapticRule(LearningRule):
         total: Tensor | None = None
         if synapse.bias is not None:
             total = s.total(u.shape[channel]) if isinstance(s, Few) else over_events(s, channel, product.dtype)
-        events = u.numel() // u.shape[channel]
-        sums = self._sums.get(synapse)
-        if sums is None:
-            self._sums[synapse] = _Sums(product, total, statistic, events)
-        else:
-            sums.product += product
-            sums.events += events
-            if total is not None and sums.signal is not None:
-                sums.signal += total
-            if statistic is not None and sums.statistic is not None:
-                sums.statistic += statistic
+        return Sums(product, total, statistic, u.numel() // u.shape[channel])
 
-    def _total(self, synapse: Synapse, shape: tuple[int, ...], dtype: torch.dtype, events: int) -> Tensor:
-        """The sum of a synapse's products, for a rule that adds to it itself, after so many more events."""
-        if synapse not in self._sums:
-            empty = torch.zeros(shape, dtype=dtype, device=synapse.weight.device)
-            self._sums[synapse] = _Sums(empty, None, None, 0)
-        self._sums[synapse].events += events
-        return self._sums[synapse].product
+    def _count(self, synapse: Synapse, sums: Sums) -> None:
+        """Let the sums of a firing count: at once, or when a backward pass reaches it."""
+        firing = self._recorder.firing
+        if firing is None or not self._waits(firing):
+            _merge(self._sums, synapse, sums)
+            return
+        firing.pending = sums
+        if synapse not in self._proven:
+            self._unproven.setdefault(synapse, deque(maxlen=UNPROVEN)).append(firing)
+
+    def _waits(self, firing: Firing) -> bool:
+        """Whether a firing counts only when a backward pass reaches it."""
+        awake = any(s.layer.training and s.weight.requires_grad for s in self._readouts.values())
+        return self._by_loss and awake and firing.grad_mode and firing.synapse not in self._unreachable
+
+    def _confirm(self, firing: Firing) -> None:
+        """A backward pass has reached a firing."""
+        backward = torch._C._current_graph_task_id()
+        if backward > self._backward:  # a new pass; model.zero_grad() as well has dropped what earlier ones brought
+            self._backward = backward
+            if all(p.grad is None for p in self.readout_parameters()):
+                self._confirmed.clear()
+        sums: Sums | None = firing.pending
+        firing.pending = None
+        if sums is not None:
+            self._proven.add(firing.synapse)
+            self._unproven.pop(firing.synapse, None)
+            if not sums.counted:
+                _merge(self._confirmed, firing.synapse, sums)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As of torch; also drops what backward passes have brought since the last step."""
+        super().zero_grad(set_to_none)
+        self._confirmed.clear()
+
+    def discard(self) -> None:
+        """Drop all that has fired since the last step, whether or not a backward pass has reached it."""
+        super().discard()
+        self._clear()
+
+    def _clear(self) -> None:
+        self._sums.clear()
+        self._confirmed.clear()
+        self._unproven.clear()
+        self.forget()
 
     def _taught(self, u: Tensor, synapse: Synapse) -> Tensor:
         """The target in the place of the readout's activity."""
@@ -324,12 +431,11 @@ class SynapticRule(LearningRule):
 
     def readout_parameters(self) -> list[Tensor]:
         """The parameters that learn from the loss."""
-        return list(self._readout.parameters()) if self._readout is not None and self._by_loss else []
+        return [p for s in self._readouts.values() for p in s.parameters()] if self._by_loss else []
 
     def _begin(self) -> None:
         """Before an evaluation whose records alone count."""
-        self._sums.clear()
-        self.forget()
+        self._clear()
         self._recorder.reset()
         for p in self._trained():
             p.grad = None
@@ -337,20 +443,21 @@ class SynapticRule(LearningRule):
     def _estimate(self, probe: Probe) -> Estimate:
         self._begin()
         losses = probe(grad=self._by_loss)
-        backward_where_missing(losses, self.readout_parameters())
+        backward_where_missing(losses, self.readout_parameters(), [self._recorder.anchor])
         return losses.detach(), *self._collect(losses.detach())
 
     @torch.no_grad()
     def _collect(self, losses: Tensor | None = None) -> tuple[dict[Tensor, Tensor], dict[str, Any]]:
         try:
-            self._check_fired()
+            self._settle()
+            gathered = sorted(self._sums.items(), key=lambda item: item[0].index)  # alike on all ranks
             readout = [p for p in self.readout_parameters() if p.grad is not None]
             device = self._trained()[0].device
             loss = torch.zeros((), device=device) if losses is None else losses.mean()
             # Not in half precision: the counts are large. On the device only where other ranks are to add theirs.
             where = None if self.process_group is None else device
-            events = torch.tensor([float(sums.events) for sums in self._sums.values()], device=where)
-            products = [t for s in self._sums.values() for t in (s.product, s.signal, s.statistic) if t is not None]
+            events = torch.tensor([float(sums.events) for _, sums in gathered], device=where)
+            products = [t for _, s in gathered for t in (s.product, s.signal, s.statistic) if t is not None]
             self._sum_over_ranks([loss, events, *products, *[p.grad for p in readout if p.grad is not None]])
             if losses is not None:
                 require_finite(self, "the loss", [loss])
@@ -359,14 +466,14 @@ class SynapticRule(LearningRule):
             for p in readout:
                 assert p.grad is not None
                 grads[p] = p.grad / self._ranks[1] if self.process_group is not None else p.grad
-            for (synapse, sums), count in zip(self._sums.items(), events.tolist(), strict=True):
+            for (synapse, sums), count in zip(gathered, events.tolist(), strict=True):
                 if not count:  # it ran, but no sample came its way
                     continue
                 mean = None if sums.signal is None else sums.signal / count
                 product, statistic = sums.product.div_(count), sums.statistic
                 statistic = None if statistic is None else statistic / count
                 with torch.autocast(device.type, enabled=False):
-                    if synapse is self._readout:
+                    if synapse.layer in self._readouts:
                         assert statistic is not None  # ⟨t²⟩
                         weight = synapse.weight.detach()
                         change = product - statistic.to(weight.dtype).view(-1, *[1] * (weight.ndim - 1)) * weight
@@ -376,7 +483,7 @@ class SynapticRule(LearningRule):
                 fits = change.stride() == synapse.weight.stride()
                 grad = change.neg_() if fits else torch.neg(change, out=torch.empty_like(synapse.weight))
                 grads[synapse.weight] = grads[synapse.weight] + grad if synapse.weight in grads else grad
-                if synapse is self._readout:
+                if synapse.layer in self._readouts:
                     continue
                 group = self.param_groups[synapse.group]
                 for p, other in self.others(mean, statistic, synapse, group).items():
@@ -386,38 +493,94 @@ class SynapticRule(LearningRule):
                     running |= {} if value is None else {synapse.index: value}
             return grads, ({"running": running} if running else {}) | self.kept()
         finally:
-            self._sums.clear()
-            self.forget()
+            self._clear()
             self.target = None  # an old one shall not teach a new batch
+
+    def _settle(self) -> None:
+        """Bring together all that counts, after a check that the pass was one to learn from."""
+        self._check_fired()
+        for synapse, sums in self._confirmed.items():
+            _merge(self._sums, synapse, sums)
+        self._confirmed.clear()
 
     def _check_fired(self) -> None:
         name, fired = type(self).__name__, list(self._recorder.fired)
+        if not fired and self._confirmed:  # a backward pass through what fired before the last step
+            return
         if not fired:
             raise RuntimeError(
                 f"{name}: no synapse has fired since the last step. Run the model in training mode (model.train()) "
                 f"before step(), or in the closure; {COMPILED}"
             )
-        readout = self._readout
-        if readout is not None and readout.layer.training and readout.weight.requires_grad:
-            if readout not in fired:
-                raise RuntimeError(f"{name}: the readout '{readout.name}' did not fire; name another by readout_layer=")
-            if fired[-1] is not readout:
-                raise RuntimeError(
-                    f"{name}: layer '{fired[-1].name}' fires after the readout '{readout.name}', which must be last. "
-                    f"Write readout_layer='{fired[-1].name}'"
-                )
-            if self._by_loss and all(p.grad is None for p in readout.parameters()):
-                raise RuntimeError(
-                    f"{name}: the readout '{readout.name}' learns from the loss, but no gradient has reached it: call "
-                    "loss.backward() before step(), or give step() a closure that returns the loss. readout=None "
-                    "makes a network without a loss"
-                )
-        if not self._silent_checked:
-            self._silent_checked = True
-            awake = [s for s in self._recorder.synapses.values() if s.layer.training and s.weight.requires_grad]
-            silent = [s.name for s in awake if s not in fired]
-            if silent:
-                warnings.warn(f"{name}: did not fire and learn nothing: {', '.join(silent)}", stacklevel=_outside())
+        readouts = [s for s in self._readouts.values() if s.layer.training and s.weight.requires_grad]
+        if not readouts:
+            return
+        names = ", ".join(f"'{s.name}'" for s in readouts)
+        many = len(readouts) > 1
+        if not any(s in fired for s in readouts):
+            none = f"none of the readouts {names} fired" if many else f"the readout {names} did not fire"
+            raise RuntimeError(f"{name}: {none}; name another by readout_layer=")
+        if fired[-1] not in readouts:
+            raise RuntimeError(
+                f"{name}: layer '{fired[-1].name}' fires after the readout {names}, which must be last. "
+                f"Write readout_layer='{fired[-1].name}'"
+            )
+        if not self._by_loss:
+            return
+        lost = [s.name for s, leads in self._recorder.bypassed.items() if not leads]
+        if lost:
+            others = [s.name for s in self._recorder.synapses.values() if s.layer in self._readouts or s.name in lost]
+            raise RuntimeError(
+                f"{name}: the loss reaches {_layers(lost)} past the readout {names}, and {name} lets no error pass "
+                "there, so that this part of the loss would teach nothing. If this is another head of the network, "
+                f"write readout_layer={others}; or give it to another optimizer of bioopt.Mixed"
+            )
+        if all(p.grad is None for s in readouts for p in s.parameters()):
+            raise RuntimeError(
+                f"{name}: the readout{'s' * many} {names} learn{'s' * (not many)} from the loss, but no gradient has "
+                f"reached {'them' if many else 'it'}: call loss.backward() before step(), or give step() a closure "
+                "that returns the loss. readout=None makes a network without a loss"
+            )
+        both = [s.name for s, leads in self._recorder.bypassed.items() if leads and s not in self._warned_of]
+        if both:
+            self._warned_of |= set(self._recorder.bypassed)
+            warnings.warn(
+                f"{name}: a part of the loss reaches {_layers(both)} past the readout {names} (a penalty on activity, "
+                "or a connection to the scores). No error passes there: that part teaches nothing",
+                stacklevel=_outside(),
+            )
+        self._count_unreachable(names)
+
+    def _count_unreachable(self, names: str) -> None:
+        """Let layers that no backward pass can reach count without one, and say so."""
+        found = [s for s in self._unproven if s not in self._proven]
+        for synapse in found:
+            self._unreachable.add(synapse)
+            for firing in self._unproven.pop(synapse):
+                waits = firing.pending is not None and firing.window == self._recorder.window
+                if waits and not firing.pending.counted:
+                    _merge(self._sums, synapse, firing.pending)
+        if found:
+            warnings.warn(
+                f"{type(self).__name__}: the loss was sent backward, but did not reach "
+                f"{_layers([s.name for s in found])}: between {'them' if found[1:] else 'it'} and the readout {names} "
+                "something has no gradient (a comparison, argmax, detach()), or the output was not used. All that "
+                "fires there counts at once, also for a loss that is then thrown away",
+                stacklevel=_outside(),
+            )
+
+
+def _merge(total: dict[Synapse, Sums], synapse: Synapse, sums: Sums) -> None:
+    """Add sums to those of a synapse."""
+    sums.counted = True
+    if synapse in total:
+        total[synapse].add(sums)
+    else:
+        total[synapse] = sums
+
+
+def _layers(names: list[str]) -> str:
+    return f"layer{'s' * (len(names) > 1)} " + ", ".join(f"'{name}'" for name in names)
 
 
 def over_events(values: Tensor, channel: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -513,12 +676,27 @@ def _padded(made: Any, start: int, count: int) -> Tensor:
     return F.pad(made._saved_input[start : start + count], pad).permute(0, 2, 3, 1)
 
 
-def _choose_readout(rule: str, synapses: list[Synapse], wanted: str | nn.Module | None) -> Synapse:
+def _choose_readouts(rule: str, synapses: list[Synapse], wanted: Any) -> list[Synapse]:
     if wanted is None:
-        return synapses[-1]
-    for synapse in synapses:
-        if wanted is synapse.layer or wanted == synapse.name:
-            return synapse
-    raise ValueError(
-        f"{rule}: readout_layer={wanted!r} is not one of the synapses: {', '.join(s.name for s in synapses)}"
-    )
+        return synapses[-1:]
+    chosen: list[Synapse] = []
+    for one in [wanted] if isinstance(wanted, str | nn.Module) else list(wanted):
+        found = [synapse for synapse in synapses if one is synapse.layer or one == synapse.name]
+        if not found:
+            raise ValueError(
+                f"{rule}: readout_layer={one!r} is not one of the synapses: {', '.join(s.name for s in synapses)}"
+            )
+        chosen += [synapse for synapse in found if synapse not in chosen]
+    if not chosen:
+        raise ValueError(f"{rule}: readout_layer={wanted!r} names no layer; readout=None makes a network without one")
+    return chosen
+
+
+def _require_last(rule: str, given: list[tuple[str, nn.Module]], synapses: list[Synapse], excluded: Exclusion) -> None:
+    """Raise where the layer that would be the readout is excluded."""
+    last = [synapse for prefix, module in given for synapse in survey(module, prefix)[0]][-1]
+    if last.layer in excluded.layers:
+        raise ValueError(
+            f"{rule}: exclude leaves out '{last.name}', the last layer, which would be the readout. Name another by "
+            f"readout_layer='{synapses[-1].name}', or write readout=None"
+        )

@@ -343,18 +343,18 @@ def test_the_sign_of_the_modulator_counts_where_the_pass_was_made() -> None:
 def test_competitions_that_cannot_be_are_refused() -> None:
     lonely = nn.Linear(4, 1)
     for rule in (bioopt.Hebbian, bioopt.SoftHebb, bioopt.KrotovHopfield, bioopt.AntiHebbian):
-        with pytest.raises(ValueError, match="takes at least 2 neurons, but layer 'Linear' has 1"):
+        with pytest.raises(ValueError, match=r"layer 'Linear' .*takes at least 2 neurons, but it has 1"):
             rule(lonely, 0.1, readout=None)
     with pytest.raises(ValueError, match="SoftHebb: k=1 must be an integer >= 2, or None"):
         bioopt.SoftHebb(nn.Linear(4, 5), 0.1, k=1, readout=None)
-    with pytest.raises(ValueError, match="SoftHebb: k=6 takes at least 6 neurons, but layer 'Linear' has 5"):
+    with pytest.raises(ValueError, match=r"SoftHebb .*layer 'Linear' .*k=6 takes at least 6 neurons, but it has 5"):
         bioopt.SoftHebb(nn.Linear(4, 5), 0.1, k=6, readout=None)
     assert bioopt.Hebbian(lonely, 0.1, competition="none", readout=None)
-    with pytest.raises(ValueError, match="k=6 takes at least 6 neurons, but layer 'Linear' has 5"):
+    with pytest.raises(ValueError, match=r"layer 'Linear' .*k=6 takes at least 6 neurons, but it has 5"):
         bioopt.Hebbian(nn.Linear(4, 5), 0.1, competition="k", k=6, readout=None)
     with pytest.raises(ValueError, match="k=6 takes at least 6 neurons"):  # in a group, too
         bioopt.Hebbian([{"params": nn.Linear(4, 5), "competition": "k", "k": 6}], 0.1, readout=None)
-    with pytest.raises(ValueError, match="rank=4 takes at least 4 neurons, but layer 'Conv2d' has 3 in each group"):
+    with pytest.raises(ValueError, match=r"layer 'Conv2d' .*rank=4 takes at least 4 neurons, but it has 3 in each"):
         bioopt.KrotovHopfield(nn.Conv2d(2, 6, 3, groups=2), 0.1, rank=4, readout=None)
     for option in ({"competition": "fierce"}, {"decay": "slow"}, {"losers": -1}, {"k": 0}, {"inverse_temperature": 0}):
         with pytest.raises(ValueError, match=f"Hebbian: {next(iter(option))}="):
@@ -819,7 +819,7 @@ def test_models_that_cannot_be_trained_are_refused() -> None:
         l1_unstructured(nn.Linear(4, 4), "weight", 0.5),
         nn.utils.spectral_norm(nn.Linear(4, 4)),
     ):
-        with pytest.raises(ValueError, match=r"layer '1' of type Linear makes its weight anew.*Undo.*Mixed.*freeze"):
+        with pytest.raises(ValueError, match=r"layer '1' of type Linear .*is made anew.*undo.*Mixed.*freeze"):
             bioopt.Hebbian(nn.Sequential(nn.Linear(4, 4), made_anew), 0.1)
         frozen = nn.Sequential(nn.Linear(4, 4), made_anew.requires_grad_(False))
         assert len(bioopt.Hebbian(frozen, 0.1, readout=None).param_groups[0]["params"]) == 1
@@ -832,7 +832,7 @@ def test_models_that_cannot_be_trained_are_refused() -> None:
 def test_a_layer_that_never_fires_is_named() -> None:
     model = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
     optimizer = bioopt.Hebbian(model, 0.1, readout=None)
-    with pytest.warns(UserWarning, match="did not fire and learn nothing: 1"):
+    with pytest.warns(UserWarning, match="did not fire and learn nothing: '1'"):
         optimizer.step(lambda: model[0](torch.randn(3, 4)).sum())
 
 

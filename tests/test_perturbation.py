@@ -905,7 +905,7 @@ def test_sigma_below_the_precision_of_a_weight_is_explained() -> None:
     assert model.weight.item() == 1.0
     everywhere = bioopt.WeightPerturbation(model, 0.1, sigma=1e-5)
     with pytest.raises(
-        RuntimeError, match=r"sigma=1e-05 changes no weight in its precision .*bfloat16; try sigma=0\.008"
+        RuntimeError, match=r"sigma=1e-05 moves no weight, in the precision of .*bfloat16; try sigma=0\.06"
     ):
         everywhere.step(lambda: model(torch.ones(1, 1, dtype=torch.bfloat16)).float().sum())
     assert model.weight.item() == 1.0

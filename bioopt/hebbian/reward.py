@@ -101,7 +101,7 @@ class RewardHebbian(NoisyActivity):
         with self._recorder.visiting(self._injection(rank, noise, records)):
             losses = probe()
         require_finite(self, "the loss", [losses])
-        per_sample = self._per_sample(records, losses)
+        per_sample = self._per_sample(records, losses, probe)
         surprise, expected = unexpected(self, losses, per_sample, self.reward_rate)
         told = surprise / len(surprise) if per_sample else surprise
 

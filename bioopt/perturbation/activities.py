@@ -127,7 +127,7 @@ class NodePerturbation(NoisyActivity):
 
         with self._recorder.visiting(record):
             clean = probe()
-        per_sample = self._per_sample(records, clean)
+        per_sample = self._per_sample(records, clean, probe)
 
         mine, alone = self._share("samples", self.samples), self._ranks[1] == 1
         signals: list[Tensor] = []

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +34,7 @@ from ..synaptic import synapses_of
 FILL = {"normal": fill_normal_, "rademacher": fill_rademacher_}
 MICRO_BATCHES = "if the closure runs several micro-batches, estimate each by itself, add up their .grad, and descend"
 UNFIRED = f"no layer has fired; run the model in training mode (model.train()); {COMPILED}"
+HALF = (torch.float16, torch.bfloat16)
 PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 DISTRIBUTION: Constraint = (lambda v: v in FILL, f"one of {', '.join(FILL)}")
 
@@ -46,6 +48,7 @@ class Perturbation(LearningRule):
         seed: of all noise.
         descent: the `torch.optim` class that makes the step; its options as further keywords.
         process_group: the ranks that share the work of a step. All see the same batch; only losses travel.
+        exclude: what to leave alone: module types, modules, or names of modules or parameters.
     """
 
     def __init__(
@@ -54,13 +57,19 @@ class Perturbation(LearningRule):
         defaults: dict[str, Any],
         *,
         seed: int = 0,
+        exclude: Iterable[Any] = (),
         descent: type[Optimizer] = SGD,
         process_group: ProcessGroup = None,
         **descent_options: Any,
     ) -> None:
         self._noise = NoiseSource()
         super().__init__(
-            params, defaults, descent=descent, descent_options=descent_options, process_group=process_group
+            params,
+            defaults,
+            descent=descent,
+            descent_options=descent_options,
+            process_group=process_group,
+            exclude=exclude,
         )
         self._check_value("seed", seed, SEED)
         self._own_state = {"seed": seed, "step": 0}
@@ -69,7 +78,7 @@ class Perturbation(LearningRule):
         return {**self._own_state, "step": self._own_state["step"] + 1}
 
     def _select_weights(self, group: dict[str, Any]) -> tuple[list[Any], list[Synapse]]:
-        return named_parameters_of(group["params"]), []
+        return named_parameters_of(group["params"], self._exclusion), []
 
     def _plastic(self) -> list[tuple[Tensor, dict[str, Any]]]:
         """Parameters that are not frozen, each with its group."""
@@ -88,13 +97,29 @@ class Perturbation(LearningRule):
     def _require_repeatable(self, probe: Probe) -> None:
         with self._recorder.visiting(lambda synapse, u: None):
             one, two = probe(), probe()
+        self._compare(probe, one, two)
         probe.restart()
+
+    def _compare(self, probe: Probe, one: Tensor, two: Tensor) -> None:
+        """Raise where two evaluations under the same circumstances differ."""
+        if one.shape == two.shape and torch.equal(one, two):
+            return
+        moved = probe.moved()
+        state = (
+            f"Its modules keep tensors besides parameters and buffers ({', '.join(moved)}), which an evaluation "
+            "changes: reset them at the start of the closure. "
+        )
         if one.shape != two.shape or not torch.allclose(one, two, rtol=1e-3, atol=1e-6, equal_nan=True):
             raise RuntimeError(
                 f"{type(self).__name__} compares losses, but the closure is not repeatable: from one random state and "
-                f"the same weights it gave {one.float().mean().item():.6g} and {two.float().mean().item():.6g}. Draw "
-                "the batch before step(closure), not inside; take random numbers in the model from torch's global "
-                "generators"
+                f"the same weights it gave {one.float().mean().item():.6g} and {two.float().mean().item():.6g}. "
+                f"{state if moved else ''}Draw the batch before step(closure), not inside; take random numbers in the "
+                "model from torch's global generators"
+            )
+        if moved:
+            warnings.warn(
+                f"{type(self).__name__} compares losses, and two evaluations of the closure differ a little. {state}",
+                stacklevel=_outside(),
             )
 
     def _directions(
@@ -123,15 +148,39 @@ class Perturbation(LearningRule):
 
         return draw
 
+    def _require_change(self, option: str, plastic: list[tuple[Tensor, dict[str, Any]]], saved: list[Tensor]) -> None:
+        """Raise where a perturbation has moved no weight, in the precision that it has; warn where too few moved."""
+        count = moved = 0
+        worst, least = 0.0, 0.0
+        for (p, group), w in zip(plastic, saved, strict=True):
+            kept = int((p == w).sum())
+            count, moved = count + p.numel(), moved + p.numel() - kept
+            if group[option] > 0 and kept > worst:
+                worst, least = kept, 8 * torch.finfo(w.dtype).eps * w.float().square().mean().sqrt().item()
+                value, dtype = group[option], w.dtype
+        if not worst or count - moved <= count / 10:
+            return
+        share = f"{moved / count:.0%} of the weights" if moved else "no weight"
+        what = (
+            f"{type(self).__name__}: {option}={value} moves {share}, in the precision of {dtype}; "
+            f"try {option}={least:.1g}"
+        )
+        if not moved:
+            raise RuntimeError(what)
+        warnings.warn(what, stacklevel=_outside())
+
     @contextmanager
     def _restored(self, params: list[Tensor]) -> Iterator[list[Tensor]]:
         """Gives a copy of the parameters, from which they are put back at the end, bit for bit, whatever happens."""
         saved = [p.detach().clone() for p in params]
+        undo = partial(_put_back, params, saved)
+        self._undo.append(undo)
         try:
             yield saved
         finally:
-            for p, w in zip(params, saved, strict=True):
-                p.copy_(w)
+            if undo in self._undo:  # else `settled` was here first
+                undo()
+                self._undo.remove(undo)
 
     def _gathered(
         self,
@@ -182,6 +231,12 @@ class Perturbation(LearningRule):
         return range(rank, count, ranks)
 
 
+@torch.no_grad()
+def _put_back(params: list[Tensor], saved: list[Tensor]) -> None:
+    for p, w in zip(params, saved, strict=True):
+        p.copy_(w)
+
+
 class Record(NamedTuple):
     """One firing of a synapse."""
 
@@ -224,6 +279,8 @@ class NoisyActivity(Perturbation):
         self._check_value("distribution", distribution, DISTRIBUTION)
         self.credit = credit
         self.distribution = distribution
+        self._swallowing: set[Synapse] = set()  # layers whose precision has been warned of
+        self._first_is_sample: set[tuple[Synapse, torch.Size]] = set()  # shapes for which that is proven
         self._recorder.anchored = True
 
     def _draws(self, sample: int) -> Callable[[Tensor], Tensor]:
@@ -245,7 +302,7 @@ class NoisyActivity(Perturbation):
                 )
 
     def _select_synapses(self, group: dict[str, Any]) -> tuple[list[Any], list[Synapse]]:
-        synapses = synapses_of(type(self).__name__, group["params"])
+        synapses = synapses_of(type(self).__name__, group["params"], self._exclusion)
         return unique([named for s in synapses for named in s.named_parameters()]), synapses
 
     def _injection(
@@ -267,12 +324,32 @@ class NoisyActivity(Perturbation):
 
         def inject(synapse: Synapse, u: Tensor) -> Tensor:
             record = Record.of(synapse, u)
-            noise.append(draw(record.empty()))
+            drawn = draw(record.empty())
             if records is not None:
                 records.append(record)
-            return torch.add(u.detach(), record.own(noise[-1]), alpha=self._width(synapse) if width is None else width)
+            sigma = self._width(synapse) if width is None else width
+            noisy = torch.add(u.detach(), record.own(drawn), alpha=sigma)
+            if u.dtype in HALF and record.rows is None:  # credit goes to the noise that the precision allowed
+                drawn = noisy.float().sub_(u.detach()).div_(sigma)
+                self._require_noise(synapse, drawn, u, sigma)
+            noise.append(drawn)
+            return noisy
 
         return inject
+
+    def _require_noise(self, synapse: Synapse, noise: Tensor, u: Tensor, sigma: float) -> None:
+        """Warn, at the first step, where half precision swallows more than a tenth of the noise."""
+        if self._own_state["step"] or synapse in self._swallowing or not noise.numel():
+            return
+        kept = (noise != 0).float().mean().item()
+        if kept < 0.9:
+            self._swallowing.add(synapse)
+            least = 8 * torch.finfo(u.dtype).eps * u.detach().float().square().mean().sqrt().item()
+            warnings.warn(
+                f"{type(self).__name__}: sigma={sigma:g} reaches {kept:.0%} of the activity of layer '{synapse.name}', "
+                f"in the precision of {u.dtype}; try sigma={least:.1g}",
+                stacklevel=_outside(),
+            )
 
     def _credit(
         self,
@@ -310,8 +387,12 @@ class NoisyActivity(Perturbation):
                 grads[p] = grads[p] + g if p in grads else g
         return grads
 
-    def _per_sample(self, records: list[Record], losses: Tensor) -> bool:
-        """Whether each sample is credited by itself; a scalar loss credits all together."""
+    def _per_sample(self, records: list[Record], losses: Tensor, probe: Probe) -> bool:
+        """Whether each sample is credited by itself; a scalar loss credits all together.
+
+        Where another dimension of an output is as long as the batch (a sequence, say), noise on half of the first one
+        shows whether that is the sample: the losses of the other half must stay.
+        """
         if not records:
             raise RuntimeError(f"{type(self).__name__}: {UNFIRED}")
         if self.credit == "global" or losses.ndim == 0:
@@ -324,7 +405,44 @@ class NoisyActivity(Perturbation):
                     f"{shape} where there are {len(losses)} losses, one a sample, so its first dimension is "
                     f"not the sample. Use credit='global'; or, {MICRO_BATCHES}"
                 )
+        doubtful = {
+            (record.synapse, record.u.shape)
+            for record in records
+            if record.rows is None and ambiguous(record.synapse, record.u.shape, len(losses))
+        } - self._first_is_sample
+        for synapse, shape in doubtful:
+            self._require_sample_first(synapse, shape, losses, probe)
         return True
+
+    def _require_sample_first(self, synapse: Synapse, shape: torch.Size, losses: Tensor, probe: Probe) -> None:
+        disturbed = torch.arange(len(losses), device=losses.device) % 2 == 0
+
+        def disturb(firing: Synapse, u: Tensor) -> Tensor | None:
+            if firing is not synapse or u.shape != shape:
+                return None
+            scale = u.detach().float().square().mean().sqrt().to(u.dtype)
+            return u.detach() + scale * disturbed.to(u).view(-1, *[1] * (u.ndim - 1))
+
+        with self._recorder.visiting(lambda firing, u: None):
+            before = mean_over_samples(probe()).double()
+        with self._recorder.visiting(disturb):
+            change = (mean_over_samples(probe()).double() - before).abs()
+        own, other = change[disturbed].mean(), change[~disturbed].mean()
+        if other > own / 2:
+            raise RuntimeError(
+                f"{type(self).__name__}(credit='sample'): layer '{synapse.name}' gave an output of shape "
+                f"{tuple(shape)}, in which more than one dimension is as long as the batch of {len(losses)}, and a "
+                "change of one half of its first dimension changes the losses of the other half: the first dimension "
+                "is not the sample (a sequence comes first?). Put samples first, or use credit='global'"
+            )
+        self._first_is_sample.add((synapse, shape))
+
+
+def ambiguous(synapse: Synapse, shape: torch.Size, samples: int) -> bool:
+    """Whether another dimension of a layer's output than the first could count the samples."""
+    channel = len(shape) + synapse.channel_dim
+    others = [size for d, size in enumerate(shape) if d not in (0, channel)]
+    return samples in others and type(synapse.layer) not in PLAIN[1:]  # convolutions take samples first
 
 
 def compared(one: Tensor, other: Tensor) -> Tensor:

@@ -11,12 +11,14 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from ..optimizer import (
+    NO_TANGENT,
     POSITIVE,
     POSITIVE_INT,
     Estimate,
     Params,
     Probe,
     _outside,
+    in_dual_level,
     mean_loss,
 )
 from ..recorder import Synapse
@@ -124,8 +126,10 @@ class ForwardGradient(NoisyActivity):
         total: Tensor | None = None
         for sample in self._share("samples", self.samples):
             outcome = self._slope(probe, sample, exact, differences)
+            if total is not None and len(found) == 1 and not self._own_state["step"]:
+                self._compare(probe, total, outcome[0])  # at the same weights
             found[sample] = mean_loss(outcome)
-            total = outcome[0] if total is None else total + outcome[0]
+            total = outcome[0].clone() if total is None else total + outcome[0]
         assert total is not None  # no rank is without a sample
         slopes = self._gathered(found, self.samples, ("the loss", "the slope of the loss"), total)[:, 1]
         grads = [torch.zeros_like(p) for p in params]
@@ -145,6 +149,8 @@ class ForwardGradient(NoisyActivity):
             draw = self._draws(sample)
 
             def tilt(synapse: Synapse, u: Tensor) -> Tensor:
+                if not torch._C._is_fwd_grad_enabled():
+                    raise RuntimeError(NO_TANGENT)
                 primal, tangent = forward_ad.unpack_dual(u)
                 records.append(Record.of(synapse, u))
                 noise.append(draw(records[-1].empty()))
@@ -169,7 +175,7 @@ class ForwardGradient(NoisyActivity):
         mine = {i: self._slope(probe, i, exact, differences) for i in self._share("samples", self.samples)}
         outcomes = self._gathered(mine, self.samples, ("the loss", "the slope of the loss"))
         losses = outcomes[0, 0]
-        per_sample = self._per_sample(records, losses)
+        per_sample = self._per_sample(records, losses, probe)
         signals: list[Tensor] = []
         for sample, slope in enumerate(outcomes[:, 1]):
             drawn = noise if sample == max(mine) else self._drawn_again(sample, records)
@@ -187,6 +193,7 @@ class ForwardGradient(NoisyActivity):
         """The losses and their slopes along one direction, stacked."""
         if not self._by_differences:
             reason = "the closure returned a loss without one"
+            self._undo.append(_leave_dual_level)
             try:
                 with forward_ad.dual_level():
                     losses, slopes = exact(sample)
@@ -196,6 +203,8 @@ class ForwardGradient(NoisyActivity):
                 if "forward AD" not in str(error) and "jvp" not in str(error):
                     raise
                 reason = str(error).splitlines()[0]
+            finally:
+                self._undo.remove(_leave_dual_level)
             self._by_differences = True
             probe.restart()
             self._require_repeatable(probe)
@@ -205,3 +214,9 @@ class ForwardGradient(NoisyActivity):
                 stacklevel=_outside(),
             )
         return torch.stack(differences(sample))
+
+
+def _leave_dual_level() -> None:
+    """After an interrupt between opening and closing it."""
+    if in_dual_level():
+        forward_ad.exit_dual_level()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..optimizer import POSITIVE, POSITIVE_INT, Constraint, Estimate, Params, Probe, require_finite
 from ..recorder import Synapse
-from .base import MICRO_BATCHES, NoisyActivity, Record, credit_of
+from .base import HALF, MICRO_BATCHES, NoisyActivity, Record, credit_of
 
 _CONVOLVE: dict[type, Callable[..., Tensor]] = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 
@@ -115,7 +115,7 @@ class RankOnePerturbation(NoisyActivity):
             routed = list(dict.fromkeys(record.synapse for record in records if record.rows is not None))
             if routed:
                 seen[sample] = torch.stack([kept[1][synapse].seen for synapse in routed]).double()
-        per_sample = self._per_sample(records, losses[next(iter(losses))][0])
+        per_sample = self._per_sample(records, losses[next(iter(losses))][0], probe)
         outcomes = self._gathered(losses, self.samples)
         changes = outcomes[:, 0] - outcomes[:, 1]
         require_finite(self, "the loss", [changes])
@@ -168,7 +168,10 @@ class RankOnePerturbation(NoisyActivity):
             assert x is not None
             a, b, c, _ = members[synapse]
             said = _said(synapse, x.detach(), record.own(a), record.own(b), None if c is None else record.own(c))
-            return torch.add(u.detach(), said.to(u.dtype), alpha=sign * self._width(synapse))
+            disturbed = torch.add(u.detach(), said.to(u.dtype), alpha=sign * self._width(synapse))
+            if u.dtype in HALF:
+                self._require_noise(synapse, disturbed - u.detach(), u, self._width(synapse))
+            return disturbed
 
         return disturb
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import accumulate
 from typing import Any, ClassVar
 
@@ -138,7 +138,7 @@ class WeightPerturbation(Perturbation):
                 for z, w, (_, group) in zip(tried, saved, plastic, strict=True):
                     z.mul_(group["sigma"]).add_(w)
                 if member == mine[0] and self._own_state["step"] == 0:
-                    self._require_change(plastic, saved)
+                    self._require_change("sigma", plastic, saved)
                 plus = probe()
                 if clean is not None:
                     found[member] = compared(plus, clean)
@@ -156,28 +156,21 @@ class WeightPerturbation(Perturbation):
             shaped = SHAPE[self.shaping](sides.flatten()).view(sides.shape)
             change = shaped[:, 0] - shaped[:, 1] if clean is None else shaped[:, 0]
         factors = (change / (self.population * (1 if clean is not None else 2))).tolist()
-        grads = saved  # no longer needed
+        # Credit goes to the change that a weight's precision really allowed.
+        grads = [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in saved]
+        del saved
         for member, factor in enumerate(factors):
-            into = grads if member == 0 else None
-            again = self._directions(member, params, into, fill)
-            for z, g, (_, group) in zip(again, grads, plastic, strict=True):
-                if member == 0:
-                    z.mul_(factor / group["sigma"])
-                else:
-                    g.add_(z, alpha=factor / group["sigma"])
+            again = self._directions(member, params, fill=fill)
+            for z, g, (p, group) in zip(again, grads, plastic, strict=True):
+                sigma = group["sigma"]
+                up = z.mul_(sigma).add_(p)
+                down = p if clean is not None else torch.add(up.neg(), p, alpha=2)
+                width = sigma if clean is not None else 2 * sigma
+                g.add_(up.to(g.dtype).sub_(down), alpha=factor / width / sigma)
         probe.agree(self.process_group)
         loss = clean if total is None else total / (2 * self.population)
         assert loss is not None
-        return loss, dict(zip(params, grads, strict=True)), self._next_state()
-
-    def _require_change(self, plastic: list[tuple[Tensor, dict[str, Any]]], saved: list[Tensor]) -> None:
-        if all(torch.equal(p, w) for (p, _), w in zip(plastic, saved, strict=True)):
-            largest = max(saved, key=lambda w: w.abs().max().item())
-            least = largest.abs().max().item() * torch.finfo(largest.dtype).eps
-            raise RuntimeError(
-                f"WeightPerturbation: sigma={plastic[0][1]['sigma']} changes no weight in its precision of "
-                f"{largest.dtype}; try sigma={least:.1g}"
-            )
+        return loss, {p: g.to(p.dtype) for p, g in zip(params, grads, strict=True)}, self._next_state()
 
 
 class SerialPerturbation(Perturbation):
@@ -248,7 +241,7 @@ class SerialPerturbation(Perturbation):
         named, _ = self._select_weights(group)
         if not self.batched:
             return named, []
-        synapses = synapses_of("SerialPerturbation(batched=True)", group["params"])
+        synapses = synapses_of("SerialPerturbation(batched=True)", group["params"], self._exclusion)
         known = {p for s in synapses if type(s.layer) is nn.Linear for p in s.parameters()}
         for name, p in named:
             if p.requires_grad and p not in known:
@@ -257,6 +250,10 @@ class SerialPerturbation(Perturbation):
                     "use batched=False, or freeze it"
                 )
         return named, synapses
+
+    def _claimed(self) -> Iterable[Synapse]:
+        """None, where weights themselves are changed."""
+        return super()._claimed() if self.batched else ()
 
     def _visits(self, total: int) -> list[int]:
         """The order of the current sweep, made once a sweep."""
@@ -307,18 +304,16 @@ class SerialPerturbation(Perturbation):
         """What each change did to the loss, and the sum of the losses to both sides."""
         found: dict[int, Tensor] = {}
         total: Tensor | None = None
-        for i, (p, at, sigma) in places.items():
-            value = p[at].clone()
-            up, down = value + sigma, value - sigma
-            try:
-                p[at] = up
+        with self._restored([p for p, _ in self._plastic()]):
+            for i, (p, at, sigma) in places.items():
+                value = p[at].clone()
+                p[at] = value + sigma
                 plus = probe()
                 if clean is None:
-                    p[at] = down
+                    p[at] = value - sigma
                     minus = probe()
                     total = plus + minus if total is None else total.add_(plus).add_(minus)
                 found[i] = compared(plus, minus if clean is None else clean)
-            finally:
                 p[at] = value
         return found, total
 
@@ -426,6 +421,8 @@ class HillClimbing(Perturbation):
             for i in mine:
                 for z, w, (_, group) in zip(self._directions(i, params, params), saved, plastic, strict=True):
                     z.mul_(group["lr"]).add_(w)
+                if i == mine[0] and self._own_state["step"] == 0:
+                    self._require_change("lr", plastic, saved)
                 found[i] = compared(probe(), clean)
         changes = self._gathered(found, self.tries)[:, 2]
         best = int(changes.argmin())

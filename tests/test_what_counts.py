@@ -1,0 +1,403 @@
+"""Which firings a rule with a readout learns from: those whose loss was sent backward, each once."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import bioopt
+
+from .rules import ONE_PASS, batch, cnn, make, mlp, same, weights
+
+X, Y = torch.randn(8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 4
+one_pass = pytest.mark.parametrize("rule", ONE_PASS, ids=lambda rule: rule.__name__)
+
+
+def after(
+    play: Callable[[nn.Module, bioopt.SynapticRule], None],
+    network: Callable[[], nn.Module] = mlp,
+    rule: type = bioopt.Hebbian,
+    **options: object,
+) -> list[Tensor]:
+    """The weights after some steps."""
+    model = network()
+    play(model, rule(model, 0.1, **options))
+    return weights(model)
+
+
+def good(model: nn.Module, optimizer: bioopt.SynapticRule, steps: int = 1) -> None:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        F.cross_entropy(model(X), Y).backward()
+        optimizer.step()
+
+
+def discarded(model: nn.Module, optimizer: bioopt.SynapticRule) -> None:
+    model(X + 50)
+    good(model, optimizer)
+
+
+def discarded_later(model: nn.Module, optimizer: bioopt.SynapticRule) -> None:
+    optimizer.zero_grad()
+    loss = F.cross_entropy(model(X), Y)
+    model(X + 50)
+    loss.backward()
+    model(X + 70)
+    optimizer.step()
+
+
+def skipped_without_backward(model: nn.Module, optimizer: bioopt.SynapticRule) -> None:
+    for x in (X * torch.nan, X):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), Y)
+        if not loss.isfinite():
+            continue
+        loss.backward()
+        optimizer.step()
+
+
+def skipped_after_backward(model: nn.Module, optimizer: bioopt.SynapticRule) -> None:
+    for x in (X + 50, X - 50, X):
+        F.cross_entropy(model(x), Y).backward()
+        if x is not X:
+            optimizer.zero_grad()
+            continue
+        optimizer.step()
+
+
+def skipped_by_the_model(model: nn.Module, optimizer: bioopt.SynapticRule) -> None:
+    F.cross_entropy(model(X + 50), Y).backward()
+    model.zero_grad()
+    F.cross_entropy(model(X), Y).backward()
+    optimizer.step()
+
+
+def discarded_by_name(model: nn.Module, optimizer: bioopt.SynapticRule) -> None:
+    loss = F.cross_entropy(model(X + 50), Y)
+    optimizer.discard()
+    loss.backward()  # too late
+    good(model, optimizer)
+
+
+def sent_backward_twice(model: nn.Module, optimizer: bioopt.SynapticRule) -> None:
+    optimizer.zero_grad()
+    out = model(X)
+    loss = F.cross_entropy(out, Y)
+    (loss / 2).backward(retain_graph=True)
+    (loss / 2).backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "play",
+    [discarded, discarded_later, skipped_without_backward, skipped_after_backward, skipped_by_the_model,
+     discarded_by_name, sent_backward_twice],
+)  # fmt: skip
+@pytest.mark.parametrize("first", [False, True], ids=["later", "at the first step"])
+def test_what_is_thrown_away_teaches_nothing(play, first: bool) -> None:
+    wanted = after(lambda model, optimizer: good(model, optimizer, 1 if first else 3))
+    got = after(lambda model, optimizer: (None if first else good(model, optimizer, 2), play(model, optimizer)))
+    for a, b in zip(wanted, got, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+@one_pass
+def test_every_rule_skips_a_discarded_batch(rule: type) -> None:
+    results = []
+    for discard in (False, True):
+        model = cnn(dropout=0.0)
+        optimizer = make(rule, model, readout="delta")
+        for i in range(3):
+            if discard and i:  # STDP takes what comes before the first backward pass for one sequence
+                kept = copy.deepcopy(model[1].state_dict())
+                model(3 * batch(10 + i)[0])
+                model[1].load_state_dict(kept)
+                if isinstance(optimizer, bioopt.ContrastiveDivergence):
+                    optimizer._firings = 0  # its samples are drawn by the number of the firing
+            optimizer.zero_grad()
+            F.cross_entropy(model(batch(i)[0]), batch(i)[1]).backward()
+            optimizer.step()
+        results.append(weights(model))
+    assert same(*results)
+
+
+def test_accumulation_counts_each_micro_batch_once() -> None:
+    def play(model: nn.Module, optimizer: bioopt.SynapticRule) -> None:
+        optimizer.zero_grad()
+        for x, y in zip(X.split(2), Y.split(2), strict=True):
+            (F.cross_entropy(model(x), y) / 4).backward()
+        optimizer.step()
+
+    for a, b in zip(after(good), after(play), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+class Siamese(nn.Module):
+    """The same trunk twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk, self.head = nn.Linear(3, 5).double(), nn.Linear(10, 4).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.cat([torch.tanh(self.trunk(half)) for half in x.chunk(2, 1)], 1))
+
+
+def test_siamese_trunks_learn_from_both_sides() -> None:
+    class Together(Siamese):
+        def forward(self, x: Tensor) -> Tensor:
+            one, two = torch.tanh(self.trunk(torch.cat(x.chunk(2, 1)))).chunk(2)
+            return self.head(torch.cat([one, two], 1))
+
+    for a, b in zip(after(good, Siamese), after(good, Together), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+class Recurrent(nn.Module):
+    """A readout at each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.cell, self.head = nn.Linear(6, 5).double(), nn.Linear(5, 4).double()
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        h, scores = torch.zeros(len(x), 5, dtype=x.dtype), []
+        for _ in range(3):
+            h = torch.tanh(self.cell(torch.cat([x[:, :1], h], 1)))
+            scores.append(self.head(h))
+        return scores
+
+
+@pytest.mark.parametrize("steps", [[2], [0, 1, 2]])
+def test_a_loss_on_some_steps_of_a_recurrent_network_reaches_all_before(steps: list[int]) -> None:
+    model = Recurrent()
+    optimizer = bioopt.Hebbian(model, 0.1)
+
+    def loss() -> Tensor:
+        scores = model(X)
+        return sum(F.cross_entropy(scores[step], Y) for step in steps)
+
+    loss().backward()
+    (sums,) = optimizer._confirmed.values()
+    assert sums.events == 24  # 3 firings of 8 samples
+    model.eval()
+    (wanted,) = torch.autograd.grad(loss(), model.head.weight)
+    torch.testing.assert_close(model.head.weight.grad, wanted)
+    model.train()
+    before = model.cell.weight.clone()
+    optimizer.step()
+    assert not torch.equal(before, model.cell.weight)
+
+
+def test_a_loss_on_an_early_step_alone() -> None:
+    model = Recurrent()
+    optimizer = bioopt.Hebbian(model, 0.1)
+    F.cross_entropy(model(X)[0], Y).backward()
+    (sums,) = optimizer._confirmed.values()
+    assert sums.events == 8  # the later firings had no part in it
+    optimizer.step()
+
+
+def test_without_gradients_a_firing_counts_at_once() -> None:
+    model, twin = mlp(sizes=(6, 5, 5, 4)), mlp(sizes=(6, 5, 5, 4))
+    optimizer, other = bioopt.Hebbian(model, 0.1), bioopt.Hebbian(twin, 0.1)
+    with torch.no_grad():
+        hidden = model[:4](X)
+    optimizer.zero_grad()  # does not drop it
+    F.cross_entropy(model[4:](hidden), Y).backward()
+    optimizer.step()
+    good(twin, other)
+    assert same(weights(model), weights(twin))
+
+
+@pytest.mark.parametrize("readout", [None, "frozen"])
+def test_where_nothing_learns_from_a_loss_all_counts_at_once(readout: str | None) -> None:
+    model = mlp(sizes=(6, 5, 5, 4))
+    optimizer = bioopt.Hebbian(model, 0.1, **({"readout": None} if readout is None else {}))
+    if readout == "frozen":
+        model[4].requires_grad_(False)
+    model(X)
+    optimizer.zero_grad()
+    model(X)
+    assert {synapse.name: sums.events for synapse, sums in optimizer._sums.items()} == dict.fromkeys(
+        ("0", "2") if readout else ("0", "2", "4"), 16
+    )
+    optimizer.discard()
+    with pytest.raises(RuntimeError, match="no synapse has fired"):
+        optimizer.step()
+
+
+def test_layers_that_no_gradient_reaches_count_at_once_which_is_said_once() -> None:
+    class Steps(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x > 0).to(x.dtype)
+
+    model = nn.Sequential(nn.Linear(6, 5), Steps(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+    twin = copy.deepcopy(model)
+    optimizer, other = bioopt.Hebbian(model, 0.1), bioopt.Hebbian(twin[:3], 0.1, readout=None)
+    with pytest.warns(UserWarning, match=r"did not reach layer '0': between it and the readout '4' .* counts at once"):
+        good(model, optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        good(model, optimizer)
+    for _ in range(2):
+        twin(X)
+        other.step()
+    assert same(weights(model[:3]), weights(twin[:3]))
+
+
+def test_reentrant_checkpointing_counts_at_once() -> None:
+    results = []
+    for checkpointed in (False, True):
+        model = mlp(sizes=(6, 5, 5, 4))
+        optimizer = bioopt.Hebbian(model, 0.1)
+        for _ in range(2):
+            x = X.clone().requires_grad_()
+            hidden = checkpoint(model[:4], x, use_reentrant=True) if checkpointed else model[:4](x)
+            F.cross_entropy(model[4](hidden), Y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(weights(model))
+    assert same(*results)
+
+
+def test_no_gradient_crosses_a_cut() -> None:
+    """None links the layers: what lies between them gets no gradient, batch norm included."""
+    model = nn.Sequential(
+        nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(inplace=True), nn.Linear(5, 5), nn.BatchNorm1d(5), nn.Linear(5, 4)
+    ).double()
+    bioopt.Hebbian(model, 0.1)
+    optimizer = bioopt.Hebbian(model, 0.1)
+    x = X.clone().requires_grad_()
+    F.cross_entropy(model(x), Y).backward()
+    assert x.grad is None
+    assert [name for name, p in model.named_parameters() if p.grad is not None] == ["5.weight", "5.bias"]
+    optimizer.close()
+
+
+# -- several readouts -----------------------------------------------------------------------------------------
+
+
+class ActorCritic(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk, self.policy, self.value = (nn.Linear(6, n).double() for n in (6, 4, 1))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = torch.tanh(self.trunk(x))
+        return self.policy(hidden), self.value(hidden)
+
+
+def both(model: nn.Module) -> Tensor:
+    policy, value = model(X)
+    return F.cross_entropy(policy, Y) + value.square().mean()
+
+
+def test_a_second_head_is_named_and_learns_where_it_is_a_readout() -> None:
+    model = ActorCritic()
+    before = weights(model)
+    optimizer = bioopt.Hebbian(model, 0.1)
+    with pytest.raises(
+        RuntimeError,
+        match=r"reaches layer 'policy' past the readout 'value'.*readout_layer=\['policy', 'value'\].*Mixed",
+    ):
+        optimizer.step(lambda: both(model))
+    assert same(before, weights(model))
+    optimizer.close()
+    optimizer = bioopt.Hebbian(model, 0.1, readout_layer=["policy", model.value], readout_lr=0.2)
+    assert optimizer.coverage(model) == {
+        "trunk.weight": "Hebbian", "trunk.bias": "frozen",
+        "policy.weight": "Hebbian readout (delta)", "policy.bias": "Hebbian readout (delta)",
+        "value.weight": "Hebbian readout (delta)", "value.bias": "Hebbian readout (delta)",
+    }  # fmt: skip
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.2, 0.2]
+    twin = copy.deepcopy(model).eval()
+    both(twin).backward()
+    optimizer.estimate(lambda: both(model))
+    for name in ("policy", "value"):
+        torch.testing.assert_close(getattr(model, name).weight.grad, getattr(twin, name).weight.grad)
+    losses = [optimizer.step(lambda: both(model)).item() for _ in range(20)]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_a_head_may_rest_and_mistakes_are_told() -> None:
+    model = ActorCritic()
+    optimizer = bioopt.Hebbian(model, 0.1, readout_layer=["policy", "value"])
+    for head in (0, 1):
+        optimizer.step(lambda head=head: model(X)[head].square().mean())
+    optimizer.zero_grad()
+    model(X)
+    with pytest.raises(RuntimeError, match=r"readouts 'policy', 'value' learn from the loss, but no gradient"):
+        optimizer.step()
+    with pytest.raises(ValueError, match=r"readout_layer='critic' is not one of the synapses: trunk, policy, value"):
+        bioopt.Hebbian(model, 0.1, readout_layer=["policy", "critic"])
+    with pytest.raises(ValueError, match=r"readout_layer=\[\] names no layer"):
+        bioopt.Hebbian(model, 0.1, readout_layer=[])
+    with pytest.raises(ValueError, match="the only plastic layer, all, are readouts"):
+        bioopt.Hebbian(model, 0.1, readout_layer=["trunk", "policy", "value"])
+    with pytest.raises(ValueError, match="readout='teacher' takes one readout"):
+        bioopt.Hebbian(model, 0.1, readout="teacher", readout_layer=["policy", "value"])
+
+
+def test_auxiliary_heads_of_a_torchvision_model() -> None:
+    torchvision = pytest.importorskip("torchvision")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its initialisation
+        model = torchvision.models.GoogLeNet(num_classes=5, init_weights=False)
+    x, y = torch.randn(2, 3, 64, 64), torch.tensor([0, 1])
+
+    def closure() -> Tensor:
+        out = model(x)
+        return sum(F.cross_entropy(scores, y) for scores in (out.logits, out.aux_logits1, out.aux_logits2))
+
+    optimizer = bioopt.Oja(model, 1e-4)
+    with pytest.raises(RuntimeError, match=r"readout_layer=\['aux1.fc2', 'aux2.fc2', 'fc'\]"):
+        optimizer.step(closure)
+    optimizer.close()
+    optimizer = bioopt.Oja(model, 1e-4, readout_layer=["aux1.fc2", "aux2.fc2", "fc"])
+    optimizer.step(closure)
+    assert all(p.grad is not None for p in model.aux1.fc2.parameters())
+
+
+def test_a_penalty_on_activity_is_told_once() -> None:
+    model = mlp(sizes=(6, 5, 5, 4))
+    optimizer = bioopt.Hebbian(model, 0.1)
+
+    def closure() -> Tensor:
+        hidden = model[:2](X)
+        return F.cross_entropy(model[2:](hidden), Y) + hidden.abs().mean()
+
+    with pytest.warns(UserWarning, match="reaches layer '0' past the readout '4' .*teaches nothing"):
+        optimizer.step(closure)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step(closure)
+
+
+def test_zeros_that_a_function_makes_of_no_gradient_are_no_second_loss() -> None:
+    """Functions of a user's own see zeros where there is no gradient, unless they ask for None."""
+
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x: Tensor) -> Tensor:
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, grad: Tensor) -> Tensor:
+            assert grad is not None
+            return 2 * grad
+
+    model = mlp(sizes=(6, 5, 5, 4))
+    optimizer = bioopt.Hebbian(model, 0.1)
+    optimizer.step(lambda: F.cross_entropy(model[2:](Double.apply(model[:2](X))), Y))
+    assert not optimizer._unreachable
