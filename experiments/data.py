@@ -339,7 +339,7 @@ def _check_content(images: Tensor, labels: Tensor, test_labels: Tensor) -> list[
     odd = [f"channel {number} of {channels} is constant, and enters the network as zeros" for number in dead]
     if len(present) < classes:
         unused = sorted(set(range(classes)).difference(present))
-        odd.append(f"no image has the label {_listed(unused)}, so that outputs of the network stay unused")
+        odd.append(f"labels go up to {present[-1]}, but no training image has {_listed(unused)}")
     return odd
 
 
