@@ -69,8 +69,8 @@ class Run:
 
     def _check(self) -> None:
         """Refuse a run that lacks what a report needs, or has something else in its place."""
-        _require("summary.json", self.summary, "an integer", lambda v: isinstance(v, int) and _number(v), "seed")
-        _require("summary.json", self.summary, "a number", lambda v: v is None or _number(v), *AVERAGED)
+        _require("summary.json", self.summary, "an integer", lambda v: isinstance(v, int) and number(v), "seed")
+        _require("summary.json", self.summary, "a number", lambda v: v is None or number(v), *AVERAGED)
         if "task" in self.summary:
             _require("summary.json", self.summary, "text", _is_text, "task")
             _require("summary.json", self.summary, "numbers by their name", _measured, "measured")
@@ -81,9 +81,9 @@ class Run:
         _require("config.yaml", self.options, "text", lambda v: v is None or _is_text(v), "model.name", "cost.name")
         _require("summary.json", self.summary, "text", _is_text, "evaluated_on")
         _require("summary.json", self.summary, "a number from 0 to 1", _fraction, "test_accuracy")
-        for number, line in enumerate(self.history, 1):
-            where = f"line {number} of metrics.jsonl"
-            _require(where, line, "a number", _number, "epoch", "seconds", "forward_passes")
+        for i, line in enumerate(self.history, 1):
+            where = f"line {i} of metrics.jsonl"
+            _require(where, line, "a number", number, "epoch", "seconds", "forward_passes")
             _require(where, line, "a number from 0 to 1", _fraction, "test_accuracy")
 
 
@@ -117,13 +117,13 @@ def _require(name: str, values: dict[str, Any], kind: str, fits: Callable[[Any],
             raise ValueError(f"it is damaged: {key} in {name} is {wrong}")
 
 
-def _number(value: Any) -> bool:
+def number(value: Any) -> bool:
     """Whether it is a number that can be averaged and drawn."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e100
 
 
 def _fraction(value: Any) -> bool:
-    return _number(value) and 0 <= value <= 1
+    return number(value) and 0 <= value <= 1
 
 
 def _is_text(value: Any) -> bool:
@@ -133,7 +133,7 @@ def _is_text(value: Any) -> bool:
 def _measured(value: Any) -> bool:
     """Whether it is what a task measured: numbers, of which some may be infinite or NaN."""
     return isinstance(value, dict) and all(
-        v is None or _number(v) or (isinstance(v, float) and not math.isfinite(v)) for v in value.values()
+        v is None or number(v) or (isinstance(v, float) and not math.isfinite(v)) for v in value.values()
     )
 
 
@@ -451,7 +451,7 @@ def document(title: str, header: list[str], rows: list[list[str]], notes: str, s
 
 def spreadsheet(value: Any) -> Any:
     """A cell of the CSV file; text that a spreadsheet would take for a formula has an apostrophe before it."""
-    if value is None or _number(value):
+    if value is None or number(value):
         return value
     text = str(value)
     return f"'{text}" if unicodedata.normalize("NFKC", text).lstrip()[:1] in set("=+-@") else text

@@ -59,7 +59,7 @@ def edited(file: Path, path: tuple[str, ...], *odd: Any) -> None:
     values = inside = yaml.safe_load(file.read_text())
     for key in path[:-1]:
         inside = inside[key]
-    inside.pop(path[-1])
+    inside.pop(path[-1], None)
     inside.update(dict.fromkeys(path[-1:], *odd) if odd else {})
     file.write_text((yaml.safe_dump if file.suffix == ".yaml" else json.dumps)(values) + "\n")
 
