@@ -197,8 +197,9 @@ class Augment:
     def __post_init__(self) -> None:
         for name, least in {"crop": 0, "rotate": 0, "scale": 0, "elastic": 0, "views": 1, "frames": 1}.items():
             value, whole = getattr(self, name), name in ("crop", "views", "frames")
-            if not isinstance(value, int if whole else int | float) or not value >= least:
-                kind = "an integer" if whole else "a number"
+            kind = "an integer" if whole else "a number"
+            fits = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+            if not fits or not least <= value < math.inf:
                 raise ValueError(f"data.augment.{name}={value} must be {kind} >= {least}")
         if self.views > 1 and not (self.crop or self.flip or self.rotate or self.scale or self.elastic):
             raise ValueError(
@@ -260,9 +261,12 @@ def load(name: str, root: str | Path, device: torch.device | str = "cpu") -> Ima
     if name == "digits":
         tensors = _digits()
     else:
-        path = Path(root) / f"{name}.safetensors"
+        if not isinstance(root, str | Path):
+            raise ValueError(f"data.root={root} must be a folder")
+        root = Path(root).expanduser()  # "~" after "data.root=" has reached no shell
+        path = root / f"{name}.safetensors"
         if not path.exists():
-            _fetch(name, Path(root), path)
+            _fetch(name, root, path)
         tensors = _read(name, path)
     return Images(name, **{key: tensors[key].to(device) for key in SPLITS})
 

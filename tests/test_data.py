@@ -125,6 +125,9 @@ def test_augmentation_against_a_loop() -> None:
     for name in ("crop", "rotate", "scale", "elastic"):
         with pytest.raises(ValueError, match=rf"data\.augment\.{name}=-1 must be an? \w+ >= 0"):
             data.Augment(**{name: -1})
+        for wrong in (math.inf, math.nan, True, "3"):
+            with pytest.raises(ValueError, match=rf"data\.augment\.{name}={wrong} must be an? \w+ >= 0"):
+                data.Augment(**{name: wrong})  # type: ignore[arg-type]
 
 
 def test_images_are_turned_and_stretched_about_their_centre() -> None:
@@ -412,6 +415,14 @@ def test_a_root_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(FileNotFoundError, match=r"data\.root=.*file cannot be written \(.*\); set data\.root="):
         data.load("mnist", tmp_path / "file")
+
+
+def test_a_root_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_file(tensors(), tmp_path / "mine.safetensors")
+    assert data.load("mine", "~").shape == (3, 8, 8)
+    with pytest.raises(ValueError, match=r"data\.root=None must be a folder"):
+        data.load("mine", None)  # type: ignore[arg-type]
 
 
 def test_damaged_originals_are_named(tmp_path: Path) -> None:
