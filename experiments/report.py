@@ -140,6 +140,8 @@ def _measured(value: Any) -> bool:
 def printable(value: Any) -> Any:
     """The same with line breaks, control characters and the like as escapes, in all its strings."""
     if isinstance(value, str):
+        if value.isprintable():
+            return value
         return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in value)
     if isinstance(value, dict):
         return {printable(key): printable(each) for key, each in value.items()}
