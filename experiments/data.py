@@ -1,8 +1,8 @@
 """Image data sets as tensors: loaded once, kept on the device, indexed and augmented in batches.
 
-A data set is one file, ``<root>/<name>.safetensors``, with ``train_images`` (uint8, N×C×H×W), ``train_labels``,
-``test_images`` and ``test_labels``. Where it is missing, torchvision fetches the original and the file is written;
-``digits`` needs no file, it comes with scikit-learn.
+A data set is one file, ``<root>/<name>.safetensors``, with ``train_images`` (uint8, N×C×H×W), ``train_labels``
+(integers from 0), ``test_images`` and ``test_labels``, and is checked once, when it is loaded. Where it is missing,
+torchvision fetches the original and the file is written; ``digits`` needs no file, it comes with scikit-learn.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -28,7 +28,11 @@ TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CI
 
 @dataclass
 class Images:
-    """A data set on a device: uint8 images N×C×H×W, integer labels, and the scale that standardises a channel."""
+    """A data set on a device: uint8 images N×C×H×W, integer labels, and the scale that standardises a channel.
+
+    A channel that is the same in all training images carries nothing: its scale is infinite, so that it enters the
+    network as zeros.
+    """
 
     name: str
     train_images: Tensor
@@ -41,6 +45,8 @@ class Images:
         shape = (1, len(channels), 1, 1)
         self.mean = torch.stack([c.mean() for c in channels]).view(shape)
         self.std = torch.stack([c.std() for c in channels]).view(shape)
+        for channel in constant_channels(self.train_images):
+            self.std[:, channel] = math.inf
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -57,18 +63,25 @@ class Images:
         """The training set without its last ``count`` images, which take the test set's place: to choose settings by.
 
         Raises:
-            ValueError: fewer than none, or no image would be left to train on.
+            ValueError: not a number of images that leaves some to train on, or too few are left to learn from.
         """
-        kept = len(self.train_labels) - count
-        if count < 0 or kept < 1:
-            raise ValueError(f"data.validation={count} must be >= 0 and below the {kept + count} training images")
-        return Images(
-            self.name,
-            self.train_images[:kept],
-            self.train_labels[:kept],
-            self.train_images[kept:],
-            self.train_labels[kept:],
-        )
+        images, labels = self.train_images, self.train_labels
+        if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count < len(labels):
+            raise ValueError(
+                f"data.validation={count} must be an integer >= 0 and below the {len(labels)} training images"
+            )
+        if not count:
+            return self
+        kept = len(labels) - count
+        held = Images(self.name, images[:kept], labels[:kept], images[kept:], labels[kept:])
+        try:
+            _check_content(held.train_images, held.train_labels, held.test_labels)
+        except ValueError as error:
+            raise ValueError(
+                f"data.validation={count} holds out the last {count} training images, and of the {kept} that are left "
+                f"{error}; hold out fewer, or shuffle the training set"
+            ) from None
+        return held
 
     def prepare(self, images: Tensor) -> Tensor:
         """Network input: float, channels last, zero mean and unit variance in each channel over the training set."""
@@ -184,8 +197,9 @@ class Augment:
     def __post_init__(self) -> None:
         for name, least in {"crop": 0, "rotate": 0, "scale": 0, "elastic": 0, "views": 1, "frames": 1}.items():
             value, whole = getattr(self, name), name in ("crop", "views", "frames")
-            if not isinstance(value, int if whole else int | float) or not value >= least:
-                kind = "an integer" if whole else "a number"
+            kind = "an integer" if whole else "a number"
+            fits = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+            if not fits or not least <= value < math.inf:
                 raise ValueError(f"data.augment.{name}={value} must be {kind} >= {least}")
         if self.views > 1 and not (self.crop or self.flip or self.rotate or self.scale or self.elastic):
             raise ValueError(
@@ -242,53 +256,140 @@ def load(name: str, root: str | Path, device: torch.device | str = "cpu") -> Ima
 
     Raises:
         FileNotFoundError: it is missing and could not be fetched.
-        ValueError: its file is damaged, or there is no such data set.
+        ValueError: its file is damaged, nothing can be learned from it, or there is no such data set.
     """
     if name == "digits":
         tensors = _digits()
     else:
-        path = Path(root) / f"{name}.safetensors"
+        if not isinstance(root, str | Path):
+            raise ValueError(f"data.root={root} must be a folder")
+        root = Path(root).expanduser()  # "~" after "data.root=" has reached no shell
+        path = root / f"{name}.safetensors"
         if not path.exists():
-            _fetch(name, Path(root), path)
+            _fetch(name, root, path)
         tensors = _read(name, path)
     return Images(name, **{key: tensors[key].to(device) for key in SPLITS})
 
 
+def constant_channels(images: Tensor) -> list[int]:
+    """The channels that have one and the same value in all pixels of all images."""
+    return [
+        number
+        for number, channel in enumerate(images.transpose(0, 1))
+        # Usually the first image answers it: the rest is looked at only as long as nothing differs.
+        if all(bool((part == channel[0, 0, 0]).all()) for part in (channel[:1], *channel.split(1000)))
+    ]
+
+
 def _read(name: str, path: Path) -> dict[str, Tensor]:
-    way_out = f"delete {path} and run again to fetch data set '{name}' anew"
+    if name in TORCHVISION:
+        way_out = f"delete {path} and run again to fetch data set '{name}' anew"
+    else:
+        way_out = f"write {path} again, or choose another data set"
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged ({error}); {way_out}") from None
+        raise ValueError(f"{path} is damaged ({_first_line(error)}); {way_out}") from None
     missing = [key for key in SPLITS if key not in tensors]
     if missing:
         raise ValueError(f"{path} is damaged (no {', '.join(missing)}); {way_out}")
     for split in ("train", "test"):
         images, labels = tensors[f"{split}_images"], tensors[f"{split}_labels"]
-        if images.dtype != torch.uint8 or images.ndim != 4 or labels.shape != (len(images),) or not len(images):
+        wrong = images.dtype != torch.uint8 or images.ndim != 4 or labels.shape != (len(images),)
+        if wrong or not images.numel():
             raise ValueError(
                 f"{path} is damaged ({split}_images is {images.dtype} {tuple(images.shape)} and {split}_labels "
-                f"{tuple(labels.shape)}, not uint8 (N, C, H, W) and (N,)); {way_out}"
+                f"{tuple(labels.shape)}, not uint8 (N, C, H, W) and (N,), none of them 0); {way_out}"
             )
-        tensors[f"{split}_labels"] = labels.long()
+    try:
+        for split in ("train", "test"):
+            tensors[f"{split}_labels"] = _whole_labels(f"{split}_labels", tensors[f"{split}_labels"])
+        shapes = [tuple(tensors[f"{split}_images"].shape[1:]) for split in ("train", "test")]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"the training images are {shapes[0]} (C, H, W), but the test images {shapes[1]}")
+        odd = _check_content(tensors["train_images"], tensors["train_labels"], tensors["test_labels"])
+    except ValueError as error:
+        raise ValueError(f"data set '{name}' cannot be learned: {error}; {way_out}") from None
+    for line in odd:
+        print(f"warning: data set '{name}', {path}: {line}", flush=True)
     return tensors
 
 
-def _fetch(name: str, root: Path, path: Path) -> None:
-    """Bring a data set through torchvision and keep it as one file."""
-    import torchvision
+def _whole_labels(key: str, labels: Tensor) -> Tensor:
+    """Labels as int64; of floats, only such as stand for an integer."""
+    if labels.is_complex():
+        raise ValueError(f"{key} is {labels.dtype}, but labels are integers")
+    whole = labels.long()
+    if labels.is_floating_point() and (wrong := labels.double() != whole).any():
+        raise ValueError(f"{key} has {labels[wrong][0].item():g}, but labels are integers")
+    if (whole < 0).any():
+        raise ValueError(f"{key} has {int(whole.min())}, but labels are integers from 0")
+    return whole
 
+
+def _check_content(images: Tensor, labels: Tensor, test_labels: Tensor) -> list[str]:
+    """Refuse a training set from which nothing can be learned, and say what is odd about one."""
+    dead, channels = constant_channels(images), images.shape[1]
+    if len(dead) == channels:
+        raise ValueError("all training images are the same, each pixel of a channel like the others")
+    present = labels.unique().tolist()
+    classes = present[-1] + 1
+    if classes > len(labels):
+        raise ValueError(f"the label {present[-1]} would mean {classes} classes of {len(labels)} training images")
+    if len(present) == 1:
+        raise ValueError(f"all training images have the label {present[0]}")
+    if absent := sorted({*test_labels.unique().tolist()}.difference(present)):
+        raise ValueError(f"no training image has the label {_listed(absent)}, but test images have")
+    odd = [f"channel {number} of {channels} is constant, and enters the network as zeros" for number in dead]
+    if len(present) < classes:
+        unused = sorted(set(range(classes)).difference(present))
+        odd.append(f"labels go up to {present[-1]}, but no training image has {_listed(unused)}")
+    return odd
+
+
+def _listed(numbers: list[int]) -> str:
+    """The numbers, of many the first few."""
+    return ", ".join(map(str, numbers[:5])) + (f" and {len(numbers) - 5} others" if len(numbers) > 5 else "")
+
+
+def _fetch(name: str, root: Path, path: Path) -> None:
+    """Bring a data set through torchvision and keep it as one file; of several processes, one does, the others wait."""
     if name not in TORCHVISION:
         raise FileNotFoundError(f"data set '{name}' is not at {path}, and only {', '.join(TORCHVISION)} can be fetched")
-    source = getattr(torchvision.datasets, TORCHVISION[name])
+    lock = FileLock(root / f".{name}.lock")
     try:
         root.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(f"waiting for another process that fetches data set '{name}' to {root}", flush=True)
+            lock.acquire()
+    except OSError as error:
+        raise FileNotFoundError(
+            f"data set '{name}' is not at {path}, and data.root={root} cannot be written ({_first_line(error)}); "
+            "set data.root=<folder that can>, or use data=digits, which needs none"
+        ) from None
+    try:
+        if not path.exists():  # by now the other process may have written it
+            _write(_from_torchvision(name, root, path), path)
+    finally:
+        lock.release()
+
+
+def _from_torchvision(name: str, root: Path, path: Path) -> dict[str, Tensor]:
+    import torchvision
+
+    source = getattr(torchvision.datasets, TORCHVISION[name])
+    try:
         with contextlib.redirect_stdout(io.StringIO()):
             parts = [source(root, train=train, download=True) for train in (True, False)]
-    except Exception as error:
+    except Exception as error:  # of the network, the disk, or torchvision's readers, which do not name the file
+        originals = root / TORCHVISION[name]
+        damaged = f" If {originals} is damaged, delete it and run again." if any(originals.rglob("*-ubyte")) else ""
         raise FileNotFoundError(
-            f"data set '{name}' is not at {path} and could not be downloaded ({_first_line(error)}). Connect to the "
-            f"network, put the file there, set data.root=<folder that holds it>, or use data=digits, which needs none"
+            f"data set '{name}' is not at {path} and could not be fetched ({_first_line(error)}). Connect to the "
+            "network, put the file there, set data.root=<folder that holds it>, or use data=digits, which needs none."
+            + damaged
         ) from None
     tensors: dict[str, Tensor] = {}
     for split, part in zip(("train", "test"), parts, strict=True):
@@ -296,9 +397,21 @@ def _fetch(name: str, root: Path, path: Path) -> None:
         images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
         tensors[f"{split}_images"] = images.contiguous()
         tensors[f"{split}_labels"] = torch.as_tensor(part.targets, dtype=torch.uint8)
-    whole = path.with_suffix(f".{os.getpid()}.part")
-    save_file(tensors, whole)
-    whole.replace(path)
+    return tensors
+
+
+def _write(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a data set's file, whole or not at all."""
+    part = path.with_suffix(".part")
+    try:
+        save_file(tensors, part)
+        part.replace(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} cannot be written ({_first_line(error)}); make room there, or set data.root=<another folder>"
+        ) from None
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _first_line(error: Exception) -> str:

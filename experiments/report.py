@@ -7,8 +7,12 @@ import html
 import io
 import json
 import math
+import re
 import statistics
-from collections.abc import Iterable
+import textwrap
+import unicodedata
+import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -22,9 +26,12 @@ from . import sweeps
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 CONTROLS = ("sgd", "random_trunk")
+FILES = ("config.yaml", "summary.json", "metrics.jsonl", "error.txt")  # a folder with one of them is a run's
+# Of a training run's summary, what the report averages; older runs lack some.
+AVERAGED = ("epochs", "seconds", "images_per_second", "forward_passes", "peak_memory_bytes", "trained_parameters")
 
 
 class NothingToReport(ValueError):
@@ -48,21 +55,97 @@ class Run:
             ValueError: the run has not finished, or its files are damaged.
         """
         if (folder / "error.txt").exists():
-            raise ValueError(f"it failed: {(folder / 'error.txt').read_text().strip().splitlines()[-1]}")
-        try:
-            options = sweeps.cell(yaml.safe_load((folder / "config.yaml").read_text()))
-            summary = json.loads((folder / "summary.json").read_text())
-            lines = (folder / "metrics.jsonl").read_text()
-            if not lines.endswith("\n"):
-                raise ValueError("metrics.jsonl is cut off in a line")
-            history = [json.loads(line) for line in lines.splitlines()]
-        except FileNotFoundError as error:
-            raise ValueError(f"it has no {Path(error.filename).name} (yet)") from None
-        except (ValueError, AttributeError, yaml.YAMLError) as error:
-            raise ValueError(f"it is damaged: {' '.join(str(error).split())}") from None
-        if "task" not in summary and (not history or summary.get("test_accuracy") is None):
+            lines = _text(folder / "error.txt", errors="replace").strip().splitlines()
+            raise ValueError(f"it failed: {lines[-1] if lines else 'error.txt, which should say why, is empty'}")
+        options = sweeps.cell(_mapping("config.yaml", _text(folder / "config.yaml"), yaml.safe_load))
+        summary = _mapping("summary.json", _text(folder / "summary.json"), json.loads)
+        lines = _text(folder / "metrics.jsonl").split("\n")
+        if lines.pop():
+            raise ValueError("it is damaged: metrics.jsonl is cut off in a line")
+        history = [_mapping(f"line {i} of metrics.jsonl", line, json.loads) for i, line in enumerate(lines, 1)]
+        run = cls(folder, options, summary, history)
+        run._check()
+        return run
+
+    def _check(self) -> None:
+        """Refuse a run that lacks what a report needs, or has something else in its place."""
+        _require("summary.json", self.summary, "an integer", lambda v: isinstance(v, int) and number(v), "seed")
+        _require("summary.json", self.summary, "a number", lambda v: v is None or number(v), *AVERAGED)
+        if "task" in self.summary:
+            _require("summary.json", self.summary, "text", _is_text, "task")
+            _require("summary.json", self.summary, "numbers by their name", _measured, "measured")
+            return
+        if not self.history or self.summary.get("test_accuracy") is None:
             raise ValueError("it trained for no epoch")
-        return cls(folder, options, summary, history)
+        _require("config.yaml", self.options, "text", _is_text, "optimizer.name", "data.name")
+        _require("config.yaml", self.options, "text", lambda v: v is None or _is_text(v), "model.name", "cost.name")
+        _require("summary.json", self.summary, "text", _is_text, "evaluated_on")
+        _require("summary.json", self.summary, "a number from 0 to 1", _fraction, "test_accuracy")
+        for i, line in enumerate(self.history, 1):
+            where = f"line {i} of metrics.jsonl"
+            _require(where, line, "a number", number, "epoch", "seconds", "forward_passes")
+            _require(where, line, "a number from 0 to 1", _fraction, "test_accuracy")
+
+
+def _text(path: Path, errors: str = "strict") -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors=errors)
+    except FileNotFoundError:
+        raise ValueError(f"it has no {path.name} (yet)") from None
+    except OSError as error:
+        raise ValueError(f"its {path.name} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"it is damaged: {path.name} is not UTF-8 text") from None
+
+
+def _mapping(name: str, text: str, parse: Callable[[str], Any]) -> dict[str, Any]:
+    """What a file holds under names, with strings that can be shown."""
+    try:
+        found = printable(parse(text))
+        json.dumps(found, sort_keys=True)  # nothing but plain values: runs are told apart by this
+    except Exception as error:  # YAML's parser lets through whatever a value raises: IndexError, RecursionError
+        raise ValueError(f"it is damaged: {name}: {' '.join(str(error).split())}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"it is damaged: {name} holds {json.dumps(found)[:60]}, not values by name")
+    return found
+
+
+def _require(name: str, values: dict[str, Any], kind: str, fits: Callable[[Any], bool], *keys: str) -> None:
+    for key in keys:
+        if not fits(value := values.get(key)):
+            wrong = f"{value!r:.60}, not {kind}" if key in values else "missing"
+            raise ValueError(f"it is damaged: {key} in {name} is {wrong}")
+
+
+def number(value: Any) -> bool:
+    """Whether it is a number that can be averaged and drawn."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e100
+
+
+def _fraction(value: Any) -> bool:
+    return number(value) and 0 <= value <= 1
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _measured(value: Any) -> bool:
+    """Whether it is what a task measured: numbers, of which some may be infinite or NaN."""
+    return isinstance(value, dict) and all(
+        v is None or number(v) or (isinstance(v, float) and not math.isfinite(v)) for v in value.values()
+    )
+
+
+def printable(value: Any) -> Any:
+    """The same with line breaks, control characters and the like as escapes, in all its strings."""
+    if isinstance(value, str):
+        if value.isprintable():
+            return value
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in value)
+    if isinstance(value, dict):
+        return {printable(key): printable(each) for key, each in value.items()}
+    return [printable(each) for each in value] if isinstance(value, list) else value
 
 
 @dataclass
@@ -112,29 +195,46 @@ def report(paths: Iterable[Path], out: Path, accuracy: float | None = None) -> s
         The table for a terminal, and what was left out.
 
     Raises:
-        NothingToReport: no finished run, or runs on different data.
+        NothingToReport: no finished run, runs on different data, or a folder that cannot be written.
     """
     runs, skipped = find(paths)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        made = report_tasks if any("task" in run.summary for run in runs) else report_training
+        shown, main = made(runs, skipped, out, accuracy)
+    except OSError as error:
+        raise NothingToReport(f"the report cannot be written to {out}: {error.strerror or error}") from None
     left_out = "".join(f"\nleft out: {line}" for line in skipped)
-    if any("task" in run.summary for run in runs):
-        return report_tasks(runs, out) + left_out
+    return f"\n{shown}{left_out}\nreport: {out / main}"
+
+
+def report_training(runs: list[Run], skipped: list[str], out: Path, accuracy: float | None) -> tuple[str, str]:
+    """The comparison of training runs: the table for a terminal, and the name of the page.
+
+    Raises:
+        NothingToReport: runs on different data.
+    """
     cells = group(runs)
     target = accuracy if accuracy is not None else _first_target(cells)
     header, rows = table(cells, target)
-    out.mkdir(parents=True, exist_ok=True)
-    validation = " (held-out training images)" if cells[0].options["data.validation"] else ""
+    validation = " (held-out training images)" if cells[0].options.get("data.validation") else ""
     title = f"{cells[0].options['data.name']}{validation}: {len(runs)} runs of {len(cells)} kinds"
     figures = {"curves": curves(cells), "accuracy": bars(cells)}
-    for name, figure in figures.items():
-        figure.savefig(out / f"{name}.png", dpi=120)
     notes = _notes(cells, target)
-    (out / "report.md").write_text(f"# {title}\n\n{markdown(header, rows)}\n\n{notes}\n")
-    with (out / "report.csv").open("w", newline="") as file:
-        csv.writer(file).writerows(numbers(cells, target))
-    (out / "report.html").write_text(page(title, header, rows, notes, figures, skipped))
-    for figure in figures.values():
-        plt.close(figure)
-    return f"\n{title}\n{aligned(header, rows)}{left_out}\nreport: {out / 'report.html'}"
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # of scripts that the font lacks
+            for name, figure in figures.items():
+                figure.savefig(out / f"{name}.png", dpi=120)
+            whole = page(title, header, rows, notes, figures, skipped)
+    finally:
+        for figure in figures.values():
+            plt.close(figure)
+    (out / "report.html").write_text(whole, encoding="utf-8")
+    (out / "report.md").write_text(document(title, header, rows, notes, skipped), encoding="utf-8")
+    with (out / "report.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([spreadsheet(value) for value in row] for row in numbers(cells, target))
+    return f"{title}\n{aligned(header, rows)}", "report.html"
 
 
 def find(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
@@ -143,13 +243,15 @@ def find(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
     for path in paths:
         if not path.is_dir():
             raise NothingToReport(f"{path} is not a folder")
-    folders = dict.fromkeys(config.parent for path in paths for config in sorted(path.rglob("config.yaml")))
+    folders = dict.fromkeys(
+        folder for path in paths for folder in sorted({file.parent for name in FILES for file in path.rglob(name)})
+    )
     runs, skipped = [], []
     for folder in folders:
         try:
             runs.append(Run.read(folder))
         except ValueError as error:
-            skipped.append(f"{folder}: {error}")
+            skipped.append(printable(f"{folder}: {error}"))
     if not runs:
         why = f" ({'; '.join(skipped)})" if skipped else ""
         raise NothingToReport(f"no finished run in {', '.join(map(str, paths))}{why}")
@@ -184,8 +286,8 @@ def _cells(runs: list[Run]) -> list[Cell]:
     return [Cell([found[seed] for seed in sorted(found)]) for found in by_options.values()]
 
 
-def report_tasks(runs: list[Run], out: Path) -> str:
-    """The numbers of an experiment of rounds, a column for each choice of options: ``report.md``, and for a terminal.
+def report_tasks(runs: list[Run], skipped: list[str], out: Path, accuracy: float | None = None) -> tuple[str, str]:
+    """The numbers of an experiment of rounds, a column for each choice of options: for a terminal, and ``report.md``.
 
     Raises:
         NothingToReport: different experiments.
@@ -202,10 +304,9 @@ def report_tasks(runs: list[Run], out: Path) -> str:
         found = [[run.summary["measured"].get(name) for run in cell.runs] for cell in cells]
         rows.append([name.replace("_", " "), *["" if None in each else plain(each) for each in found]])
     rows.append(["seconds", *[_mean(cell.each("seconds"), ".1f") for cell in cells]])
-    out.mkdir(parents=True, exist_ok=True)
     notes = "Means ± 95 % confidence intervals over seeds (Student's t)."
-    (out / "report.md").write_text(f"# {names[0]}\n\n{markdown(header, rows)}\n\n{notes}\n")
-    return f"\n{aligned(header, rows)}\nreport: {out / 'report.md'}"
+    (out / "report.md").write_text(document(names[0], header, rows, notes, skipped), encoding="utf-8")
+    return aligned(header, rows), "report.md"
 
 
 def control(cell: Cell, cells: list[Cell], name: str) -> Cell | None:
@@ -226,8 +327,8 @@ def control(cell: Cell, cells: list[Cell], name: str) -> Cell | None:
 
 
 def interval(values: list[float]) -> float | None:
-    """Half the 95 % confidence interval of the mean; none for a single value."""
-    if len(values) < 2:
+    """Half the 95 % confidence interval of the mean; none for a single value, or where one is not finite."""
+    if len(values) < 2 or not all(map(math.isfinite, values)):
         return None
     from scipy.special import stdtrit  # Student's quantile, without the second that scipy.stats takes to load
 
@@ -250,6 +351,8 @@ def percent(values: list[float], sign: str = "") -> str:
 
 def plain(values: list[float]) -> str:
     """The mean of numbers, with its interval."""
+    if not all(map(math.isfinite, values)):
+        return readable(sum(values) / len(values))  # infinite, or NaN
     half = interval(values)
     return readable(statistics.fmean(values)) + ("" if half is None else f" ± {readable(half)}")
 
@@ -284,7 +387,7 @@ def table(cells: list[Cell], target: float) -> tuple[list[str], list[list[str]]]
         rows.append(
             [cell.label, percent(cell.each("test_accuracy")), str(len(cell.runs))]
             + ["" if other is None else percent(cell.gap(other), "+") for other in controls]
-            + [str(cell.options["epochs"]), _mean(cell.each("seconds"), ".1f")]
+            + [str(cell.options.get("epochs", "")), _mean(cell.each("seconds"), ".1f")]
             + [_mean(cell.each("images_per_second"), ",.0f"), _mean(cell.each("forward_passes"), ",.0f"), to]
             + [_mean([v / 2**20 for v in cell.each("peak_memory_bytes")], ",.0f")]
             + [_mean(cell.each("trained_parameters"), ",.0f")]
@@ -301,15 +404,15 @@ def numbers(cells: list[Cell], target: float) -> list[list[Any]]:
     for cell in cells:
         for run in cell.runs:
             to = Cell([run]).seconds_to(target)
-            named = [run.summary[key] for key in ("optimizer", "model", "data", "seed")]
+            named = [run.summary.get(key) for key in ("optimizer", "model", "data", "seed")]
             values = [run.summary.get(key) for key in keys]
-            rows.append([cell.label, *named, *values, to[0] if to else None, str(run.folder)])
+            rows.append([cell.label, *named, *values, to[0] if to else None, printable(str(run.folder))])
     return rows
 
 
 def _notes(cells: list[Cell], target: float) -> str:
-    devices = sorted({str(run.summary["device"]) for cell in cells for run in cell.runs})
-    commits = sorted({str(run.summary["commit"]) for cell in cells for run in cell.runs})
+    devices = sorted({str(run.summary.get("device")) for cell in cells for run in cell.runs})
+    commits = sorted({str(run.summary.get("commit")) for cell in cells for run in cell.runs})
     return (
         "Test accuracy after the last epoch: mean ± 95 % confidence interval over seeds (Student's t). Differences are "
         "paired by seed, in points; the random trunk is the same network with everything but its readout frozen at the "
@@ -330,8 +433,30 @@ def aligned(header: list[str], rows: list[list[str]]) -> str:
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
     """For a README."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    cells = [[markdown_text(cell) for cell in line] for line in (header, *rows)]
+    lines = [cells[0], ["---", *["---:"] * (len(header) - 1)], *cells[1:]]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def markdown_text(text: str) -> str:
+    """Text that Markdown shows as it is, in a table too: no HTML, links, emphasis or formulas."""
+    text = re.sub(r"[\\`*|$~]|(?<!\w)_|_(?!\w)|(?<=\])\(", r"\\\g<0>", printable(text))
+    return html.escape(text, quote=False)
+
+
+def document(title: str, header: list[str], rows: list[list[str]], notes: str, skipped: list[str]) -> str:
+    """The report for a README."""
+    left_out = [f"- {markdown_text(line)}" for line in skipped]
+    parts = [f"# {markdown_text(title)}", markdown(header, rows), markdown_text(notes)]
+    return "\n\n".join([*parts, *(["## Left out", "\n".join(left_out)] if skipped else [])]) + "\n"
+
+
+def spreadsheet(value: Any) -> Any:
+    """A cell of the CSV file; text that a spreadsheet would take for a formula has an apostrophe before it."""
+    if value is None or number(value):
+        return value
+    text = str(value)
+    return f"'{text}" if unicodedata.normalize("NFKC", text).lstrip()[:1] in set("=+-@") else text
 
 
 def curves(cells: list[Cell]) -> Figure:
@@ -345,22 +470,45 @@ def curves(cells: list[Cell]) -> Figure:
             along = [statistics.fmean(line[key] for line in lines) for lines in epochs]
             seen = [[100 * line["test_accuracy"] for line in lines] for lines in epochs]
             mean = [statistics.fmean(values) for values in seen]
-            axes.plot(along, mean, color=colour, label=cell.label, marker="." if len(along) < 30 else None)
+            axes.plot(along, mean, color=colour, marker="." if len(along) < 30 else None)
             axes.fill_between(along, list(map(min, seen)), list(map(max, seen)), color=colour, alpha=0.2, linewidth=0)
         shown = [line[key] for cell in cells for run in cell.runs for line in run.history]
-        wide = min(shown) > 0 and max(shown) > 10 * min(shown)  # labels within a decade would overlap
-        axes.set(xlabel=label, xscale="log" if wide and key != "epoch" else "linear")
+        wide = min(shown) > 0 and max(shown) > 10 * min(shown)
+        axes.set(xlabel=label)
+        if wide and key != "epoch":
+            axes.set_xscale("log")
+            steps = (1, 2, 5) if max(shown) < 100 * min(shown) else (1,)
+            axes.xaxis.set_major_locator(LogLocator(subs=steps))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     grid[0].set_ylabel("test accuracy (%)")
     grid[0].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
+    labels = [_caption(cell) for cell in cells]
+    longest = max(len(line) for label in labels for line in label.splitlines())
+    legend = figure.legend(
+        grid[0].lines,
+        [str(number) for number in range(len(cells))],
+        loc="outside lower center",
+        ncols=max(1, min(6, 150 // (longest + 8))),
+        frameon=False,
+    )
+    for text, label in zip(legend.get_texts(), labels, strict=True):  # only now: "_" would hide an entry
+        text.set(text=label, parse_math=False)
     return figure
+
+
+def _caption(cell: Cell) -> str:
+    """A label for pictures, in lines that leave room for what they name."""
+    return "\n".join(textwrap.wrap(cell.label, 48, max_lines=3, placeholder=" …")) or "…"
 
 
 def bars(cells: list[Cell]) -> Figure:
     """Final test accuracy: mean, 95 % confidence interval, and each seed as a point."""
-    figure, axes = plt.subplots(figsize=(8, 0.9 + 0.42 * len(cells)), layout="constrained")
+    labels = [_caption(cell) for cell in cells]
+    each = max(0.42, 0.18 * max(label.count("\n") + 1 for label in labels))
+    figure, axes = plt.subplots(figsize=(8, 0.9 + each * len(cells)), layout="constrained")
     lowest = 100.0
     for row, (colour, cell) in enumerate(zip(_colours(cells), cells, strict=True)):
         points = [100 * value for value in cell.each("test_accuracy")]
@@ -369,7 +517,7 @@ def bars(cells: list[Cell]) -> Figure:
         axes.barh(row, mean, color=colour, alpha=0.5, xerr=half, error_kw={"capsize": 3, "elinewidth": 1})
         axes.plot(points, [row] * len(points), "o", color=colour, markersize=4, markeredgecolor="black")
         axes.annotate(f"{mean:.2f}", (100, row), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9)
-    axes.set_yticks(range(len(cells)), [cell.label for cell in cells])
+    axes.set_yticks(range(len(cells)), labels, parse_math=False)
     axes.invert_yaxis()
     start = max(0, math.floor(lowest - 0.15 * (100 - lowest) - 1))
     axes.set(xlabel="test accuracy (%)" + (f"; the axis starts at {start}" if start else ""), xlim=(start, 100))

@@ -14,13 +14,13 @@ import json
 import shlex
 import shutil
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from experiments import sweeps
-from experiments.report import interval, percent, plain
+from experiments.logs import write_json, write_whole
+from experiments.report import Run, interval, markdown_text, number, percent, plain
 
 ROOT = Path(__file__).parent.parent
 RECORDS = ROOT / "experiments" / "records"
@@ -32,36 +32,68 @@ USUAL = {
 
 
 def record(name: str, runs: list[Path]) -> None:
-    """Write one record from finished runs that differ in nothing but their seed."""
-    summaries = [json.loads((run / "summary.json").read_text()) for run in runs]
-    configs = [sweeps.cell(yaml.safe_load((run / "config.yaml").read_text())) for run in runs]
-    if any(config != configs[0] for config in configs):
+    """Write one record from finished runs that differ in nothing but their seed.
+
+    Raises:
+        SystemExit: one of them cannot be recorded; nothing is written.
+    """
+    if not runs or name in ("", ".", "..") or Path(name).name != name:
+        raise SystemExit(
+            f"error: a record is a plain name and the folders of its runs, not {name} with {len(runs)} runs"
+        )
+    found = sorted(map(read, runs), key=lambda run: run.summary["seed"])
+    summaries, options = [run.summary for run in found], found[0].options
+    if any(run.options != options for run in found):
         raise SystemExit(f"error: the runs of record {name} differ in more than their seed")
-    runs = [run for _, run in sorted(zip((s["seed"] for s in summaries), runs, strict=True))]
-    summaries.sort(key=lambda summary: summary["seed"])
+    if len({summary["seed"] for summary in summaries}) < len(found):
+        raise SystemExit(f"error: two runs of record {name} have the same seed")
     first = summaries[0]
-    result = {"task": first["task"]} if "task" in first else described(first, changes(configs[0])[1])
+    result = {"task": first["task"]} if "task" in first else described(first, changes(options)[1])
     result["seeds"] = [summary["seed"] for summary in summaries]
     if "task" in first:
-        result["measured"] = {key: [summary["measured"][key] for summary in summaries] for key in first["measured"]}
+        result["measured"] = measured(name, [summary["measured"] for summary in summaries], first["measured"])
     else:
         accuracies = [summary["test_accuracy"] for summary in summaries]
         result |= {"test_accuracy": accuracies, "mean": statistics.fmean(accuracies), "ci95": interval(accuracies)}
-        more = [key for key in first if key not in USUAL]  # of `afterwards`
-        result |= {"measured": {key: [summary[key] for summary in summaries] for key in more}} if more else {}
+        more = [key for key in first if key not in USUAL and number(first[key])]  # of `afterwards`
+        result |= {"measured": measured(name, summaries, more)} if more else {}
         result |= {"epochs": first["epochs"], "forward_passes": first["forward_passes"]}
     result |= {
         "device": first["device"],
         "seconds": statistics.fmean(summary["seconds"] for summary in summaries),
         "commit": ", ".join(sorted({str(summary["commit"]) for summary in summaries})),
-        "command": command(*changes(configs[0], experiment_of(configs[0])), result["seeds"]),
+        "command": command(*changes(options, experiment_of(options)), result["seeds"]),
     }
     folder = RECORDS / name
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    for picture in runs[0].glob("*.png"):
+    write_json(folder / "result.json", result)
+    for picture in found[0].folder.glob("*.png"):
         if picture.name != "neurons.png" and picture.stat().st_size < 300_000:
             shutil.copy(picture, folder / picture.name)
+
+
+def read(folder: Path) -> Run:
+    """A finished run that has all that a record needs."""
+    try:
+        run = Run.read(folder)
+    except ValueError as error:
+        raise SystemExit(f"error: {folder}: {error}") from None
+    needed = {"seconds", "device", "commit"}
+    if "task" not in run.summary:
+        needed |= USUAL - {"images_per_second", "evaluated_on", "peak_memory_bytes", "torch", "trained_parameters"}
+    # Outside a git checkout there is no commit.
+    if missing := sorted(k for k in needed if run.summary.get(k) is None and not (k == "commit" and k in run.summary)):
+        raise SystemExit(f"error: {folder}: it is damaged: summary.json has no {', '.join(missing)}")
+    return run
+
+
+def measured(name: str, summaries: list[dict[str, Any]], keys: Iterable[str]) -> dict[str, list[float]]:
+    """A number for each run under each of these keys."""
+    found = {key: [summary.get(key) for summary in summaries] for key in keys}
+    for key, values in found.items():
+        if not all(map(number, values)):
+            raise SystemExit(f"error: the runs of record {name} have {key}={values}, not a number each")
+    return found
 
 
 def described(summary: dict[str, Any], changed: dict[str, Any]) -> dict[str, Any]:
@@ -122,7 +154,7 @@ def command(choices: list[str], changed: dict[str, Any], seeds: list[int]) -> st
 
 def tables() -> str:
     """One table a data set, the best first, with the difference to the random trunk on the same seeds."""
-    kept = {path.parent.name: json.loads(path.read_text()) for path in sorted(RECORDS.glob("*/result.json"))}
+    kept = {path.parent.name: stored(path) for path in sorted(RECORDS.glob("*/result.json"))}
     results = [result for result in kept.values() if "task" not in result]
     text = [
         "# Measured results\n",
@@ -130,24 +162,26 @@ def tables() -> str:
         "confidence interval over the seeds; the difference to the random trunk is paired by seed.\n",
     ]
     for data in sorted({result["data"] for result in results}):
-        text += [f"## {data}\n"]
+        text += [f"## {markdown_text(data)}\n"]
         text += [
             "| model | optimizer | test accuracy | seeds | minus random trunk | epochs | forward passes | s a run |"
         ]
         text += ["|---|---|---:|---:|---:|---:|---:|---:|"]
         for result in sorted((r for r in results if r["data"] == data), key=lambda r: (r["model"], -r["mean"])):
             text += [
-                f"| {network(result)} | {result['optimizer']} | {percent(result['test_accuracy'])} "
-                f"| {len(result['seeds'])} | {to_random(result, results)} | {result['epochs']} "
-                f"| {result['forward_passes']:,} | {result['seconds']:.0f} |"
+                f"| {markdown_text(network(result))} | {markdown_text(result['optimizer'])} "
+                f"| {percent(result['test_accuracy'])} | {len(result['seeds'])} | {to_random(result, results)} "
+                f"| {result['epochs']} | {result['forward_passes']:,} | {result['seconds']:.0f} |"
             ]
         text += [""]
     measuring = {name: result["measured"] for name, result in kept.items() if "measured" in result}
     if measuring:
         text += ["## Experiments, and what was measured after training\n", "| record | | mean ± 95 % | seeds |"]
         text += ["|---|---|---:|---:|"]
-    for name, measured in measuring.items():
-        text += [f"| {name} | {what.replace('_', ' ')} | {plain(v)} | {len(v)} |" for what, v in measured.items()]
+    for name, numbers in measuring.items():
+        names = [markdown_text(what.replace("_", " ")) for what in numbers]
+        rows = zip(names, numbers.values(), strict=True)
+        text += [f"| {markdown_text(name)} | {what} | {plain(v)} | {len(v)} |" for what, v in rows]
     text += [
         *([""] if measuring else []),
         "## Commands\n",
@@ -156,6 +190,28 @@ def tables() -> str:
         "```",
     ]
     return "\n".join(text) + "\n"
+
+
+def stored(path: Path) -> dict[str, Any]:
+    """What a record holds.
+
+    Raises:
+        SystemExit: it is damaged.
+    """
+    needed = {"seeds": list, "command": str}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if "task" not in found:
+            needed |= dict.fromkeys(("data", "model", "optimizer"), str) | {"test_accuracy": list, "mean": float}
+            needed |= {"epochs": int, "forward_passes": int, "seconds": float}
+        wrong = [key for key, kind in needed.items() if not isinstance(found.get(key), kind)]
+        lists = [*found.get("measured", {}).values(), found.get("test_accuracy", [0])]
+        wrong += ["measured"] * (not all(values and all(map(number, values)) for values in lists))
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise SystemExit(f"error: {path} is damaged: {error}") from None
+    if wrong:
+        raise SystemExit(f"error: {path} is damaged: see its {', '.join(wrong)}")
+    return found
 
 
 def network(result: dict[str, Any]) -> str:
@@ -185,7 +241,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.name:
         record(options.name, options.runs)
-    (RECORDS / "README.md").write_text(tables())
+    write_whole(RECORDS / "README.md", tables())
 
 
 if __name__ == "__main__":

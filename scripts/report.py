@@ -20,6 +20,8 @@ def main() -> None:
     parser.add_argument("--accuracy", type=float, help="in %%, of the column 'time to'")
     parser.add_argument("--out", type=Path, help="where to write; by default the folder that holds all of RUNS")
     options = parser.parse_args()
+    if options.accuracy is not None and not 0 <= options.accuracy <= 100:
+        parser.error(f"--accuracy {options.accuracy:g} must be from 0 to 100")
     out = options.out or Path(os.path.commonpath([path.resolve() for path in options.runs]))
     if options.out is None and (out / "config.yaml").exists():
         out = out.parent  # a run's own folder is never changed

@@ -28,17 +28,25 @@ CONF = str(Path(__file__).parent.parent / "conf")
 def suggest(trial: Any, override: Override) -> str:
     """One option as Optuna would have it next."""
     key, sweep = override.key_or_group, override.value()
-    if isinstance(sweep, IntervalSweep):
-        whole = isinstance(sweep.start, int) and isinstance(sweep.end, int)
-        draw = trial.suggest_int if whole else trial.suggest_float
-        return f"{key}={draw(key, sweep.start, sweep.end, log='log' in sweep.tags)}"
-    return f"{key}={trial.suggest_categorical(key, list(override.sweep_string_iterator()))}"
+    try:
+        if isinstance(sweep, IntervalSweep):
+            whole = isinstance(sweep.start, int) and isinstance(sweep.end, int)
+            draw = trial.suggest_int if whole else trial.suggest_float
+            return f"{key}={draw(key, sweep.start, sweep.end, log='log' in sweep.tags)}"
+        return f"{key}={trial.suggest_categorical(key, list(override.sweep_string_iterator()))}"
+    except ValueError as error:
+        raise ValueError(
+            f"{override.input_line} cannot be searched ({str(error).rstrip('.')}); correct the range, or where this "
+            "study has had another one, begin a new study by --name"
+        ) from None
 
 
 def composed(overrides: list[str]) -> dict[str, Any]:
     """The configuration of a run, with images held out."""
     with initialize_config_dir(CONF, version_base="1.3"):
         config = compose("config", overrides)
+        if config.task is not None:
+            raise ValueError(f"experiment={config.task.name} measures no test accuracy to search by")
         if not config.data.validation:
             config.data.validation = 300 if config.data.name == "digits" else 10_000
     return resolved(config)
@@ -51,6 +59,8 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=20, help="that finish, those of before included")
     parser.add_argument("--name", help="of the study; by default made of the options")
     chosen = parser.parse_args()
+    if chosen.trials < 1:
+        parser.error(f"--trials {chosen.trials} must be at least 1")
     try:
         import optuna
     except ImportError:
@@ -64,13 +74,19 @@ def main() -> None:
     if not searched:
         parser.exit(1, "error: nothing to search: write an option as interval(a, b), say, or a,b,c\n")
 
-    folder = Path("runs") / (chosen.name or name_of(chosen.options))
-    folder.mkdir(parents=True, exist_ok=True)
+    name = chosen.name or name_of(chosen.options)
+    if Path(name).name != name or name == "..":
+        parser.exit(1, f"error: --name {name} must be a plain name, of a folder in runs/\n")
+    folder = Path("runs") / name
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(
-        storage=f"sqlite:///{folder / 'study.db'}", study_name=folder.name, load_if_exists=True,
-        direction="maximize",
-    )  # fmt: skip
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        study = optuna.create_study(
+            storage=f"sqlite:///{folder / 'study.db'}", study_name=name, load_if_exists=True, direction="maximize"
+        )
+    except Exception as error:  # of the disk, of SQLAlchemy, of Optuna's tables
+        why = str(error).splitlines()[0]
+        parser.exit(1, f"error: {folder / 'study.db'} cannot be used ({why}); choose another --name\n")
     # Another seed each time: a study that goes on does not draw its first points again.
     study.sampler = optuna.samplers.TPESampler(seed=len(study.trials), n_startup_trials=5)
     for trial in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):  # interrupted: once more
@@ -94,7 +110,9 @@ def main() -> None:
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
             if len(study.trials) >= 3 * chosen.trials:
                 break
-        except (HydraException, OmegaConfBaseException) as error:
+        except KeyboardInterrupt:  # as a killed one: once more when the search goes on
+            parser.exit(130, "\ninterrupted; the same command goes on from here\n")
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
             parser.exit(1, f"error: {error}\n")
     done = len(study.get_trials(states=[finished]))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import resource
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from filelock import FileLock
 from safetensors.torch import save_file
 
 from experiments import data
@@ -59,9 +64,15 @@ def test_training_images_are_held_out() -> None:
     assert (len(held.train_labels), len(held.test_labels)) == (1137, 300)
     assert torch.equal(held.test_images, digits.train_images[1137:])
     assert torch.equal(held.train_images, digits.train_images[:1137])
-    for count in (-1, 1437):
-        with pytest.raises(ValueError, match=f"data.validation={count} must be"):
-            digits.hold_out(count)
+    assert digits.hold_out(0) is digits
+    for count in (-1, 1437, 0.5, True):
+        with pytest.raises(ValueError, match=f"data.validation={count} must be an integer"):
+            digits.hold_out(count)  # type: ignore[arg-type]
+    by_class = digits.train_labels.argsort()
+    digits.train_labels, digits.train_images = digits.train_labels[by_class], digits.train_images[by_class]
+    says = r"data\.validation=200 .* of the 1237 that are left no training image has the label 9, but .*hold out fewer"
+    with pytest.raises(ValueError, match=says):
+        digits.hold_out(200)
 
 
 def test_features_stand_in_for_images() -> None:
@@ -114,6 +125,9 @@ def test_augmentation_against_a_loop() -> None:
     for name in ("crop", "rotate", "scale", "elastic"):
         with pytest.raises(ValueError, match=rf"data\.augment\.{name}=-1 must be an? \w+ >= 0"):
             data.Augment(**{name: -1})
+        for wrong in (math.inf, math.nan, True, "3"):
+            with pytest.raises(ValueError, match=rf"data\.augment\.{name}={wrong} must be an? \w+ >= 0"):
+                data.Augment(**{name: wrong})  # type: ignore[arg-type]
 
 
 def test_images_are_turned_and_stretched_about_their_centre() -> None:
@@ -218,7 +232,7 @@ def test_fetched_once_through_torchvision(
     if name == "cifar10":  # height × width × channels in torchvision
         assert images.train_images[0, 1, 0, 0] == 1
         assert images.train_images[0, 0, 0, 1] == 3
-    assert [p.name for p in (tmp_path / "new").iterdir()] == [f"{name}.safetensors"]
+    assert {p.name for p in (tmp_path / "new").iterdir()} <= {f"{name}.safetensors", f".{name}.lock"}
     again = data.load(name, tmp_path / "new")
     assert fetched == [True, False]
     assert torch.equal(images.train_images, again.train_images)
@@ -276,3 +290,146 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
             save_file(content, path)
         with pytest.raises(ValueError, match=r"mnist\.safetensors is damaged .*delete .*'mnist' anew"):
             data.load("mnist", tmp_path)
+
+
+def test_a_damaged_file_of_one_s_own_is_not_fetched(tmp_path: Path) -> None:
+    (tmp_path / "mine.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"mine\.safetensors is damaged .*write .*mine\.safetensors again, or choose"):
+        data.load("mine", tmp_path)
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(ValueError, match=r"folder\.safetensors is damaged"):
+        data.load("folder", tmp_path)
+
+
+CONSTANT = torch.full((6, 3, 8, 8), 7, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"train_images": CONSTANT}, "all training images are the same"),
+        (
+            {"test_images": CONSTANT[:4, :1]},
+            r"training images are \(3, 8, 8\) \(C, H, W\), but the test images \(1, 8, 8",
+        ),
+        ({"test_images": CONSTANT[:4, :, :7]}, r"but the test images \(3, 7, 8\)"),
+        (
+            {"train_labels": torch.tensor([0, 1, 2, -100, 1, 2])},
+            "train_labels has -100, but labels are integers from 0",
+        ),
+        ({"test_labels": torch.tensor([0, 1, 2, 0.7])}, "test_labels has 0.7, but labels are integers"),
+        ({"test_labels": torch.tensor([0, 1, 2, math.nan])}, "test_labels has nan, but labels are integers"),
+        (
+            {"test_labels": torch.zeros(4, dtype=torch.cfloat)},
+            "test_labels is torch.complex64, but labels are integers",
+        ),
+        ({"test_labels": torch.tensor([0, 1, 3, 255])}, "no training image has the label 3, 255, but test images have"),
+        ({"train_labels": torch.full((6,), 255)}, "the label 255 would mean 256 classes of 6 training images"),
+        ({"train_labels": torch.full((6,), 1)}, "all training images have the label 1"),
+        ({"test_labels": torch.zeros(3)}, r"is damaged .*test_labels \(3,\)"),
+        ({"train_images": CONSTANT[:, :, :0]}, r"is damaged .*train_images is torch.uint8 \(6, 3, 0, 8\)"),
+    ],
+)
+def test_what_cannot_be_learned_is_named_at_loading(
+    changed: dict[str, torch.Tensor], says: str, tmp_path: Path
+) -> None:
+    save_file({key: value.contiguous() for key, value in (tensors() | changed).items()}, tmp_path / "mine.safetensors")
+    with pytest.raises(ValueError, match=rf"{says}.*; write {tmp_path}/mine\.safetensors again, or choose") as error:
+        data.load("mine", tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_constant_channel_enters_as_zeros(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = tensors()
+    good["train_images"][:, 1] = 211  # whose mean in float32 is not exact
+    save_file(good, tmp_path / "mine.safetensors")
+    images = data.load("mine", tmp_path)
+    told = capsys.readouterr().out
+    assert told.startswith(f"warning: data set 'mine', {tmp_path}/mine.safetensors: channel 1 of 3 is constant")
+    assert told.count("\n") == 1
+    for part in (images.train_images, images.test_images):  # the test images have something in it
+        assert images.prepare(part)[:, 1].count_nonzero() == 0
+    assert images.prepare(images.train_images)[:, 2].std() == pytest.approx(1)
+
+
+def test_a_late_difference_makes_a_channel() -> None:
+    images = torch.zeros(2500, 2, 4, 4, dtype=torch.uint8)
+    images[-1, 0, 3, 3] = 1
+    assert data.constant_channels(images) == [1]
+
+
+def test_labels_that_have_gaps_or_are_floats_are_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = tensors()
+    good["train_labels"] = torch.tensor([0.0, 1.0, 3.0, 0.0, 1.0, 3.0])
+    good["test_labels"] = torch.tensor([0, 1, 3, 0])
+    save_file(good, tmp_path / "mine.safetensors")
+    images = data.load("mine", tmp_path)
+    assert images.classes == 4
+    assert images.train_labels.dtype == torch.long
+    assert "labels go up to 3, but no training image has 2\n" in capsys.readouterr().out
+
+
+def test_the_check_costs_next_to_nothing() -> None:
+    images = torch.randint(0, 256, (5000, 3, 32, 32), dtype=torch.uint8).repeat(10, 1, 1, 1)  # as large as CIFAR-10
+    labels = torch.arange(50_000) % 10
+    begin = time.process_time()
+    assert data._check_content(images, labels, labels) == []
+    assert time.process_time() - begin < 0.05
+
+
+def test_of_two_that_fetch_at_once_the_second_reads_what_the_first_wrote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fetched = fake(monkeypatch, "mnist", (20, 28, 28))
+    found: list[data.Images] = []
+    threads = [threading.Thread(target=lambda: found.append(data.load("mnist", tmp_path))) for _ in range(3)]
+    told, deadline = "", time.monotonic() + 20
+    with FileLock(tmp_path / ".mnist.lock"):  # a fourth, which fails to fetch it
+        for thread in threads:
+            thread.start()
+        while told.count("waiting for another process that fetches data set 'mnist'") < 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+            told += capsys.readouterr().out
+    for thread in threads:
+        thread.join()
+    assert fetched == [True, False]
+    assert len(found) == 3
+    assert all(torch.equal(images.train_images, found[0].train_images) for images in found)
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake(monkeypatch, "mnist", (200, 28, 28))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))  # of any file, from here on
+    try:
+        with pytest.raises(ValueError, match=r"mnist\.safetensors cannot be written \(.*\); make room there, or set"):
+            data.load("mnist", tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert {p.name for p in tmp_path.iterdir()} <= {".mnist.lock"}
+    assert data.load("mnist", tmp_path).shape == (1, 28, 28)
+
+
+def test_a_root_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileNotFoundError, match=r"data\.root=.*file cannot be written \(.*\); set data\.root="):
+        data.load("mnist", tmp_path / "file")
+
+
+def test_a_root_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_file(tensors(), tmp_path / "mine.safetensors")
+    assert data.load("mine", "~").shape == (3, 8, 8)
+    with pytest.raises(ValueError, match=r"data\.root=None must be a folder"):
+        data.load("mine", None)  # type: ignore[arg-type]
+
+
+def test_damaged_originals_are_named(tmp_path: Path) -> None:
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for stem in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        (raw / f"{stem}-ubyte").write_bytes(np.array([0x803, 5, 28, 28], ">i4").tobytes() + b"cut off")
+    with pytest.raises(FileNotFoundError, match=r"could not be fetched .*\. If .*MNIST is damaged, delete it and run"):
+        data.load("mnist", tmp_path)
+    assert not (tmp_path / "mnist.safetensors").exists()

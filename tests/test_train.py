@@ -206,7 +206,7 @@ def test_local_rules_have_a_phase_of_the_trunk_by_default_on_cifar10() -> None:
 def test_a_validation_split_takes_the_place_of_the_test_set(tmp_path: Path) -> None:
     summary = run(config(*TINY, "data.validation=300", f"run_dir={tmp_path / 'run'}"))
     assert summary["evaluated_on"] == "the last 300 training images"
-    with pytest.raises(ValueError, match=r"data.validation=2000 must be >= 0 and below the 1437 training images"):
+    with pytest.raises(ValueError, match=r"data.validation=2000 must be an integer >= 0 and below the 1437"):
         run(config(*TINY, "data.validation=2000", f"run_dir={tmp_path / 'run'}"))
 
 

@@ -1,0 +1,73 @@
+"""`scripts/tune.py`: what ends a search before it begins, or within it, in a sentence."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+
+from scripts import tune
+
+
+@pytest.fixture
+def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """The exit code of a search, and what it wrote to standard error; its runs reach what ``result`` is."""
+    monkeypatch.chdir(tmp_path)
+
+    def of(*arguments: str, result: float | BaseException = 0.5) -> tuple[int, str]:
+        def isolated(config: Any) -> dict[str, float]:
+            if isinstance(result, BaseException):
+                raise result
+            return {"test_accuracy": result}
+
+        monkeypatch.setattr(tune, "isolated", isolated)
+        monkeypatch.setattr(sys, "argv", ["tune.py", "optimizer=sgd", *arguments])
+        try:
+            tune.main()
+        except SystemExit as end:
+            return end.code, capsys.readouterr().err  # type: ignore[return-value]
+        return 0, capsys.readouterr().err
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["optimizer.lr=interval(2.0, 1.0)"], "optimizer.lr=interval(2.0, 1.0) cannot be searched (`low <= high` must"),
+        (["optimizer.lr=tag(log, interval(0.0, 1.0))"], "cannot be searched (`low > 0` must hold"),
+        (["optimizer.lr=1,2", "experiment=savings"], "error: experiment=savings measures no test accuracy"),
+        (["optimizer.lr=1,2", "--name", "../x"], "error: --name ../x must be a plain name"),
+        (["optimizer.lr=1,2", "--name", "bad"], "study.db cannot be used ((sqlite3.DatabaseError) file is not a"),
+        (["optimizer.lr=1,2", "--trials", "0"], "error: --trials 0 must be at least 1"),
+    ],
+)
+def test_a_search_that_cannot_be_is_told(arguments: list[str], says: str, search: Any, tmp_path: Path) -> None:
+    (tmp_path / "runs" / "bad").mkdir(parents=True)
+    (tmp_path / "runs" / "bad" / "study.db").write_text("this is no data base, but a line of text")
+    code, told = search(*arguments)
+    assert code in (1, 2)
+    assert says in told
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]
+
+
+def test_other_values_need_another_study(search: Any) -> None:
+    assert search("optimizer.lr=1,2", "--name", "one", "--trials", "1") == (0, "")
+    code, told = search("optimizer.lr=1,3", "--name", "one", "--trials", "2")
+    assert code == 1
+    assert "optimizer.lr=1,3 cannot be searched" in told
+    assert "begin a new study by --name" in told
+
+
+def test_an_interrupted_search_goes_on_with_the_same_trial(search: Any, tmp_path: Path) -> None:
+    command = ("optimizer.lr=interval(0.1, 1.0)", "--name", "one", "--trials", "1")
+    code, told = search(*command, result=KeyboardInterrupt())
+    assert (code, told) == (130, "\ninterrupted; the same command goes on from here\n")
+    assert search(*command) == (0, "")
+    study = optuna.load_study(study_name="one", storage=f"sqlite:///{tmp_path}/runs/one/study.db")
+    first, second = study.trials
+    assert first.params == second.params
+    assert second.value == 0.5
