@@ -149,13 +149,10 @@ class LearningRule(Optimizer, ABC):
         self._recorder = Recorder()
         self._modules: list[tuple[str, nn.Module]] = []
         self._homes: dict[Tensor, tuple[nn.Module, str, str]] = {}  # of each parameter its layer, and its names
-        self._exclude: tuple[Any, ...] = ()
-        if isinstance(exclude, Exclusion):
-            self._exclusion = exclude
-        else:
-            self._exclude = (exclude,) if isinstance(exclude, str | type | nn.Module) else tuple(exclude)
+        if not isinstance(exclude, Exclusion):
             given = [pair for group in groups for pair in named_modules_of(group["params"])]
-            self._exclusion = Exclusion.of(type(self).__name__, self._exclude, given)
+            exclude = Exclusion.of(type(self).__name__, exclude, given)
+        self._exclusion = exclude
         self._once_frozen: list[tuple[str, nn.Module]] = []  # layers that were frozen when they were given
         self._silent: dict[Synapse, str] = {}  # layers that learn nothing, and why
         self._unfrozen: set[nn.Module] = set()  # of the once frozen, those warned of
@@ -268,11 +265,9 @@ class LearningRule(Optimizer, ABC):
         group = dict(param_group)
         self._check({**self.defaults, **group})
         modules = named_modules_of(group["params"])
-        if self._modules and self._exclude:  # a later group
-            kinds = [kind for kind in self._exclude if isinstance(kind, type)]
-            later = Exclusion.of(type(self).__name__, kinds, modules)
-            self._exclusion.layers.update(later.layers)
-            self._exclusion.params.update(later.params)
+        for layer in (layer for _, module in modules for layer in module.modules()):
+            if type(layer) in self._exclusion.kinds:
+                self._exclusion.add(layer)
         group["params"], synapses = self._select(group)
         self._require_real(group["params"])
         super().add_param_group(group)

@@ -205,11 +205,12 @@ class Exclusion(NamedTuple):
 
     layers: set[nn.Module]  #: excluded modules, with all that is inside them
     params: set[Tensor]  #: their parameters, and those excluded by name
+    kinds: set[type[nn.Module]]  #: of layers, also of those given later
 
     @classmethod
     def none(cls) -> Exclusion:
         """Nothing."""
-        return cls(set(), set())
+        return cls(set(), set(), set())
 
     @classmethod
     def of(cls, rule: str, exclude: Iterable[Any], given: Iterable[tuple[str, nn.Module]]) -> Exclusion:
@@ -234,6 +235,7 @@ class Exclusion(NamedTuple):
         roots: list[nn.Module] = []
         for entry in entries:
             if isinstance(entry, type) and issubclass(entry, nn.Module):
+                excluded.kinds.add(entry)
                 roots += [m for m in modules.values() if type(m) is entry]
             elif isinstance(entry, nn.Module) and entry in modules.values():
                 roots.append(entry)
@@ -252,9 +254,13 @@ class Exclusion(NamedTuple):
                     f"{rule}: exclude has {entry!r}; it takes module types, modules, and names of modules or parameters"
                 )
         for root in roots:
-            excluded.layers.update(root.modules())
-            excluded.params.update(root.parameters())
+            excluded.add(root)
         return excluded
+
+    def add(self, module: nn.Module) -> None:
+        """Exclude a module with all that is inside it."""
+        self.layers.update(module.modules())
+        self.params.update(module.parameters())
 
 
 @dataclass(frozen=True, eq=False)

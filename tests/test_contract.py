@@ -193,6 +193,34 @@ def test_goes_on_bit_for_bit_from_a_checkpoint(build, descent) -> None:
     assert same(weights(whole), weights(model))
 
 
+@every_rule
+def test_the_state_of_another_rule_is_refused_by_both_names(rule: type) -> None:
+    model = mlp(dtype=torch.float32)
+    options = {"readout": None} if rule in ONE_PASS else {}
+    optimizer = make(rule, model, **options)
+    own = optimizer.state_dict()
+    assert own["rule"] == rule.__name__
+    optimizer.load_state_dict(own)
+    optimizer.load_state_dict({key: value for key, value in own.items() if key != "rule"})  # of an older version
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=rf"{rule.__name__}: the state is that of Other; load it into Other"):
+        optimizer.load_state_dict({**own, "rule": "Other"})
+    foreign = torch.optim.Adam(model.parameters(), 0.1).state_dict()
+    with pytest.raises(ValueError, match=rf"{rule.__name__}: the state names no rule, and its options are not those"):
+        optimizer.load_state_dict(foreign)
+    assert equal_state(before, optimizer.state_dict())
+
+
+def test_mixed_refuses_the_state_of_other_members() -> None:
+    model, other = cnn(), cnn()
+    one = bioopt.Mixed(bioopt.Oja(model[:5], 0.1, readout=None), torch.optim.Adam(model[5:].parameters(), lr=0.1))
+    two = bioopt.Mixed(bioopt.Sanger(other[:5], 0.1, readout=None), torch.optim.Adam(other[5:].parameters(), lr=0.1))
+    with pytest.raises(
+        ValueError, match=r"state is that of \['Sanger', 'Adam'\], this optimizer has \['Oja', 'Adam'\]"
+    ):
+        one.load_state_dict(two.state_dict())
+
+
 @every_optimizer
 def test_the_model_can_be_copied_and_pickled_while_watched(build) -> None:
     model = cnn(dropout=0.0)

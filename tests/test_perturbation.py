@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import bioopt
 from bioopt.noise import NoiseSource, fill_normal_, fill_rademacher_
@@ -988,3 +991,206 @@ def test_noise_fills_any_memory_format_alike(fill) -> None:
     flat = fill(torch.empty(360), source.stream(cpu, 1))
     last = fill(torch.empty(3, 5, 4, 6).to(memory_format=torch.channels_last), source.stream(cpu, 1))
     assert torch.equal(last.permute(0, 2, 3, 1).flatten(), flat)
+
+
+# -- weights with gaps, tangents, precision, sequences ----------------------------------------------------------
+
+
+def sliced(kind: str) -> Tensor:
+    """A 5×20 weight in some other place in memory."""
+    weight = torch.randn(5, 20, generator=torch.Generator().manual_seed(1))
+    if kind == "slice":
+        return torch.cat([weight, weight], 1)[:, :20]
+    if kind == "every other":
+        return weight.repeat_interleave(2, 1)[:, ::2]
+    if kind == "transposed slice":
+        return torch.cat([weight, weight], 0).T.contiguous().T[:5]
+    return weight.T.contiguous().T
+
+
+@pytest.mark.parametrize("kind", ["slice", "every other", "transposed slice", "transposed"])
+@pytest.mark.parametrize("rule", [bioopt.WeightPerturbation, bioopt.HillClimbing, bioopt.ForwardGradient])
+@pytest.mark.parametrize("distribution", ["normal", "rademacher"])
+def test_a_weight_with_gaps_in_memory_is_credited_as_it_was_perturbed(kind: str, rule: type, distribution: str) -> None:
+    x, y = torch.randn(64, 20, generator=torch.Generator().manual_seed(0)), torch.arange(64) % 5
+    model = nn.Linear(20, 5)
+    model.weight = nn.Parameter(sliced(kind))
+    assert not (kind != "transposed" and torch.empty_like(model.weight).stride() == model.weight.stride())
+    loss = F.cross_entropy(model(x), y)
+    if rule is bioopt.HillClimbing:
+        optimizer = rule(model.parameters(), 0.01, tries=20)
+        for _ in range(5):
+            optimizer.step(lambda: F.cross_entropy(model(x), y, reduction="none"))
+        assert F.cross_entropy(model(x), y) < loss - 0.02  # each step keeps what it has tried
+        return
+    options = {"sigma": 1e-3, "population": 600} if rule is bioopt.WeightPerturbation else {"samples": 600}
+    (true,) = torch.autograd.grad(loss, model.weight)
+    optimizer = rule(model.parameters(), 0.0, distribution=distribution, **options)
+    optimizer.estimate(lambda: F.cross_entropy(model(x), y, reduction="none"))
+    assert F.cosine_similarity(true.flatten(), model.weight.grad.flatten(), 0) > 0.85
+
+
+@pytest.mark.parametrize("space", ["weights", "activities"])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_activation_checkpointing_drops_no_tangent(space: str, reentrant: bool) -> None:
+    model = mlp(sizes=(6, 5, 5, 4))
+    x, y = torch.randn(8, 6, dtype=torch.float64), torch.arange(8) % 4
+    results = []
+    for checkpointed in (False, True):
+
+        def closure(checkpointed: bool = checkpointed) -> Tensor:
+            hidden = checkpoint(model[:4], x, use_reentrant=reentrant) if checkpointed else model[:4](x)
+            return F.cross_entropy(model[4](hidden), y, reduction="none")
+
+        optimizer = bioopt.ForwardGradient(model, 0.1, samples=2, space=space, difference=1e-5)
+        if checkpointed and reentrant:
+            with pytest.warns(
+                UserWarning, match=r"forward AD is switched off.*use_reentrant=True.*central differences"
+            ):
+                optimizer.estimate(closure)
+        else:
+            optimizer.estimate(closure)
+        results.append([p.grad.clone() for p in model.parameters()])
+        optimizer.close()
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("antithetic", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_credit_goes_to_the_change_that_a_weight_could_hold(antithetic: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = mlp(dtype=dtype)
+    x, y = torch.randn(8, 6).to(dtype), torch.randint(4, (8,))
+    sigma, seen = 0.004, []
+
+    def closure() -> Tensor:
+        seen.append(weights(model))
+        return F.cross_entropy(model(x).float(), y, reduction="none")
+
+    optimizer = bioopt.WeightPerturbation(model, 0.1, sigma=sigma, population=3, antithetic=antithetic)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer.estimate(closure)
+    seen = seen[2:]  # after the look whether it is repeatable
+    losses = []
+    with torch.no_grad():
+        clean = weights(model)
+        for values in seen:
+            for p, value in zip(model.parameters(), values, strict=True):
+                p.copy_(value)
+            losses.append(F.cross_entropy(model(x).float(), y).double())
+        for p, value in zip(model.parameters(), clean, strict=True):
+            p.copy_(value)
+    for i, p in enumerate(model.parameters()):
+        wanted = torch.zeros(p.shape, dtype=torch.float64)
+        for m in range(3):
+            one, two = (2 * m, 2 * m + 1) if antithetic else (m + 1, 0)
+            width = 2 * sigma if antithetic else sigma
+            moved = seen[one][i].double() - seen[two][i].double()
+            wanted += (losses[one] - losses[two]) / width * moved / width / 3
+        coarse = torch.finfo(dtype).eps if dtype is not torch.float32 else 2e-3
+        torch.testing.assert_close(p.grad.double(), wanted, rtol=4 * coarse, atol=1e-4)
+
+
+@pytest.mark.parametrize(("rule", "option"), [(bioopt.WeightPerturbation, "sigma"), (bioopt.HillClimbing, "lr")])
+def test_a_perturbation_that_the_precision_swallows_is_warned_of(rule: type, option: str) -> None:
+    torch.manual_seed(0)
+    model = mlp(sizes=(6, 40, 4), dtype=torch.bfloat16)
+    x, y = torch.randn(8, 6, dtype=torch.bfloat16), torch.randint(4, (8,))
+
+    def step(value: float) -> None:
+        options = {"lr": 0.1, "sigma": 0.1} if option == "sigma" else {}
+        optimizer = rule(model, **{**options, option: value})
+        optimizer.step(lambda: F.cross_entropy(model(x).float(), y, reduction="none"))
+
+    with pytest.warns(UserWarning, match=rf"{option}=0.001 moves \d+% of the weights.*bfloat16; try {option}=") as told:
+        step(1e-3)
+    advised = float(re.search(rf"try {option}=([\d.e-]+)", str(told[0].message))[1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(advised)
+
+
+@pytest.mark.parametrize("rule", [bioopt.NodePerturbation, bioopt.RewardHebbian, bioopt.RankOnePerturbation])
+def test_noise_that_half_precision_swallows_is_warned_of(rule: type) -> None:
+    torch.manual_seed(0)
+    model = mlp(sizes=(6, 40, 4), dtype=torch.bfloat16)
+    x, y = torch.randn(8, 6, dtype=torch.bfloat16), torch.randint(4, (8,))
+    optimizer = rule(model, 0.1, sigma=1e-4)
+    with pytest.warns(UserWarning, match=r"sigma=0.0001 reaches \d+% of the activity of layer '[02]'.*try sigma="):
+        optimizer.step(lambda: F.cross_entropy(model(x).float(), y, reduction="none"))
+    optimizer.close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rule(model, 0.1, sigma=0.3).step(lambda: F.cross_entropy(model(x).float(), y, reduction="none"))
+
+
+def test_noise_in_half_precision_is_credited_as_it_was_added() -> None:
+    """Activities of some 100 swallow most of the noise in bfloat16; what is left is what the loss has seen."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 4)).to(torch.bfloat16)
+    with torch.no_grad():
+        model[2].bias.fill_(40.0)
+    x, y = torch.randn(64, 6, dtype=torch.bfloat16), torch.randint(4, (64,))
+    (true,) = torch.autograd.grad(F.cross_entropy(model(x).float(), y), model[2].weight)
+    optimizer = bioopt.NodePerturbation(model, 0.0, sigma=0.3, samples=200)
+    with pytest.warns(UserWarning, match=r"reaches 7\d% of the activity of layer '2'"):
+        optimizer.estimate(lambda: F.cross_entropy(model(x).float(), y, reduction="none"))
+    assert F.cosine_similarity(true.float().flatten(), model[2].weight.grad.float().flatten(), 0) > 0.9
+
+
+class Sequences(nn.Module):
+    """Scores of whole sequences, with time or samples first."""
+
+    def __init__(self, first: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.time = 0 if first == "time" else 1
+        self.mix, self.head = nn.Linear(6, 16), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.mix(x)).mean(self.time))
+
+
+@pytest.mark.parametrize(
+    ("rule", "options"),
+    [(bioopt.NodePerturbation, {"sigma": 1e-3, "samples": 60}), (bioopt.RewardHebbian, {"sigma": 1.0}),
+     (bioopt.ForwardGradient, {"space": "activities", "samples": 60}), (bioopt.RankOnePerturbation, {"sigma": 1e-3})],
+)  # fmt: skip
+def test_a_sequence_as_long_as_the_batch_is_told_from_it(rule: type, options: dict[str, Any]) -> None:
+    x, y = torch.randn(8, 8, 6), torch.randint(5, (8,))
+    model = Sequences("time")
+    optimizer = rule(model, 0.0, **options)
+    before = weights(model)
+    with pytest.raises(RuntimeError, match=r"layer 'mix' gave .*\(8, 8, 16\).*the first dimension is not the sample"):
+        optimizer.step(lambda: F.cross_entropy(model(x), y, reduction="none"))
+    assert same(before, weights(model))
+    model = Sequences("batch")
+    model.head.requires_grad_(False)  # its noise would hide that of the other layer
+    optimizer = rule(model, 0.0, **options)
+    (true,) = torch.autograd.grad(F.cross_entropy(model.eval()(x), y), model.mix.weight)
+    model.train()
+    state = torch.get_rng_state()
+    for _ in range(2):
+        passes = optimizer.forward_passes
+        optimizer.estimate(lambda: F.cross_entropy(model(x), y, reduction="none"))
+        optimizer.descend()
+    assert torch.equal(state, torch.get_rng_state())
+    assert passes - optimizer.forward_passes >= 2  # it was looked at once
+    if "samples" in options:
+        assert F.cosine_similarity(true.flatten(), model.mix.weight.grad.flatten(), 0) > 0.4
+
+
+def test_the_losses_of_different_directions_agree_on_the_clean_loss() -> None:
+    model, calls = mlp(), 0
+
+    def closure() -> Tensor:
+        nonlocal calls
+        calls += 1
+        return model(torch.full((2, 6), float(calls), dtype=torch.float64)).sum(1)
+
+    optimizer = bioopt.ForwardGradient(model, 0.1, samples=2)
+    with pytest.raises(RuntimeError, match="ForwardGradient compares losses, but the closure is not repeatable"):
+        optimizer.step(closure)

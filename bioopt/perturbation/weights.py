@@ -384,6 +384,7 @@ class HillClimbing(Perturbation):
         lr: the standard deviation of a change, in units of the weights.
         tries: changes to try a step.
         seed: of the changes; with the step and the try it fixes each.
+        exclude: what to leave alone: module types, modules, or names of modules or parameters.
         process_group: split the tries over these ranks, which all see the same batch; only losses travel.
 
     Raises:
@@ -402,9 +403,10 @@ class HillClimbing(Perturbation):
         *,
         tries: int = 1,
         seed: int = 0,
+        exclude: Iterable[Any] = (),
         process_group: ProcessGroup = None,
     ) -> None:
-        super().__init__(params, {"lr": lr}, seed=seed, process_group=process_group)
+        super().__init__(params, {"lr": lr}, seed=seed, exclude=exclude, process_group=process_group)
         self._check_value("tries", tries, POSITIVE_INT)
         self.tries = tries
 

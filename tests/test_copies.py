@@ -1,0 +1,119 @@
+"""Copies and saved models carry no trace of the rules that watch the model; other people's hooks stay."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bioopt
+
+from .rules import NETWORKS, RULES, batch, cnn, hooks, make, steps
+
+WATCHING = [rule for rule in RULES if rule.__name__ not in ("WeightPerturbation", "SerialPerturbation", "HillClimbing")]
+every_watching_rule = pytest.mark.parametrize("rule", WATCHING, ids=lambda rule: rule.__name__)
+
+
+def traces(model: nn.Module) -> list[str]:
+    """What an unwatched module would not have."""
+    tables = [name for name in vars(nn.Linear(1, 1)) if "hook" in name]
+    found = [f"{n}.{t}" for n, m in model.named_modules() for t in tables if getattr(m, t)]
+    return found + [n for n, m in model.named_modules() if "__getstate__" in vars(m)]
+
+
+@every_watching_rule
+def test_copies_are_as_if_nothing_had_watched(rule: type) -> None:
+    model = cnn()
+    optimizer = make(rule, model)
+    steps(optimizer, model, 1)
+    watched = hooks(model)
+    for _ in range(3):  # of copies, too
+        other = copy.deepcopy(model)
+        assert not traces(other)
+        generation = make(rule, other)
+        steps(generation, other, 1)
+        layer = next((m for m in other.modules() if m._forward_hooks), nn.ReLU())
+        assert not traces(copy.copy(layer))
+        assert not traces(pickle.loads(pickle.dumps(other)))
+        assert hooks(other) == watched
+        generation.close()
+        assert not traces(other)
+    assert hooks(model) == watched
+
+
+@pytest.mark.parametrize("rule", [r for r in WATCHING if r not in NETWORKS], ids=lambda rule: rule.__name__)
+def test_a_saved_model_does_not_name_bioopt(rule: type) -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 4))
+    optimizer = make(rule, model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    assert b"bioopt" not in file.getvalue()
+    assert b"bioopt" not in pickle.dumps(model)
+    file.seek(0)
+    assert not traces(torch.load(file, weights_only=False))
+    optimizer.close()
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_scripts_exports_and_whole_graphs_of_a_copy() -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4))
+    optimizer = bioopt.Hebbian(model, 0.1)
+    other, x = copy.deepcopy(model), torch.randn(3, 6)
+    wanted = other(x)
+    assert torch.equal(torch.jit.script(other)(x), wanted)
+    assert torch.equal(torch.export.export(other, (x,)).module()(x), wanted)
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(other, backend="eager", fullgraph=True)(x), wanted)
+    del optimizer
+
+
+class Named(nn.Linear):
+    """Has a ``__getstate__`` of its own."""
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**vars(self), "seen": True}
+
+
+def notice(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    module.noticed = True
+
+
+def test_hooks_of_other_people_stay_and_can_be_removed() -> None:
+    bioopt.register_synapse(Named, channel_dim=-1)
+    model = nn.Sequential(Named(4, 3), nn.Linear(3, 2))
+    before = model[0].register_forward_hook(notice)
+    optimizer = bioopt.NodePerturbation(model, 0.1, sigma=0.1)
+    after = model[0].register_forward_hook(notice, always_call=True)
+    other = copy.deepcopy(model)
+    assert list(other[0]._forward_hooks.values()) == [notice, notice]
+    assert len(other[0]._forward_hooks_always_called) == 1
+    assert other[0].seen
+    other(torch.randn(2, 4))
+    assert other[0].noticed
+    before.remove()
+    after.remove()
+    optimizer.close()
+    assert not traces(model)
+    assert not hooks(model)
+
+
+def test_two_watchers_of_one_layer() -> None:
+    model = cnn()
+    first, second = bioopt.Hebbian(model, 0.1), bioopt.NodePerturbation(model, 0.1, sigma=0.1)
+    first.close()
+    assert not traces(copy.deepcopy(model))
+    second.close()
+    assert not traces(model)
+
+
+def test_a_copy_of_a_watched_module_learns_as_any() -> None:
+    model = cnn()
+    optimizer = bioopt.Hebbian(model, 0.1)
+    other = copy.deepcopy(model)
+    other(batch()[0]).sum().backward()
+    assert other[0].weight.grad is not None
+    optimizer.close()

@@ -1,0 +1,232 @@
+"""Rules claim only what they can train: layers that never fire, that changed, that are excluded."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+
+import bioopt
+
+from .rules import ONE_PASS, ORDINARY, make, mlp
+
+PARAMETERS = [bioopt.WeightPerturbation, bioopt.SerialPerturbation, bioopt.HillClimbing]
+FIRING = [rule for rule in ORDINARY if rule not in PARAMETERS]
+X, Y = torch.randn(8, 6, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 4
+every_rule = pytest.mark.parametrize("rule", ORDINARY, ids=lambda rule: rule.__name__)
+firing_rule = pytest.mark.parametrize("rule", FIRING, ids=lambda rule: rule.__name__)
+
+
+def build(rule: type, model: nn.Module, **options: Any) -> bioopt.LearningRule:
+    """A rule of activities, where it has a choice."""
+    return make(rule, model, **({"space": "activities"} if rule is bioopt.ForwardGradient else {}), **options)
+
+
+def losses(model: nn.Module) -> Callable[[], Tensor]:
+    return lambda: F.cross_entropy(model(X), Y, reduction="none")
+
+
+def network() -> nn.Sequential:
+    return mlp(sizes=(6, 5, 5, 4), dtype=torch.float32)
+
+
+class ByWeight(nn.Module):
+    """Uses a layer's weight without calling it, as attention blocks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.hidden, self.head = nn.Linear(6, 5), nn.Linear(5, 5), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.hidden(torch.tanh(F.linear(x, self.mix.weight, self.mix.bias)))))
+
+
+@firing_rule
+def test_layers_that_do_not_fire_are_named_once_and_not_claimed(rule: type) -> None:
+    model = ByWeight()
+    optimizer = build(rule, model)
+    with pytest.warns(UserWarning, match=rf"{rule.__name__}: .*learn nothing: 'mix' \(it did not run, or .*its weight"):
+        optimizer.step(losses(model))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step(losses(model))
+    covered = optimizer.coverage(model)
+    assert covered["mix.weight"].startswith("silent: it did not run")
+    assert covered["hidden.weight"] == rule.__name__
+
+
+@firing_rule
+def test_a_layer_that_is_switched_is_told_of_again(rule: type) -> None:
+    model = network()
+    optimizer = build(rule, model)
+    optimizer.step(losses(model))
+    model[2].eval()
+    with pytest.warns(UserWarning, match=r"learn nothing: '2' \(it is in evaluation mode: call train\(\)\)"):
+        optimizer.step(losses(model))
+    assert "evaluation mode" in optimizer.coverage()["2.weight"]
+    model[2].train()
+    optimizer.step(losses(model))
+    assert optimizer.coverage()["2.weight"] == rule.__name__
+    model[2].weight.requires_grad_(False)  # on purpose
+    optimizer.step(losses(model))
+    assert optimizer.coverage()["2.weight"] == "frozen"
+
+
+@firing_rule
+def test_a_layer_unfrozen_later_is_told_of_and_can_be_added(rule: type) -> None:
+    model = network()
+    model[0].requires_grad_(False)
+    optimizer = build(rule, model)
+    optimizer.step(losses(model))
+    assert optimizer.coverage(model)["0.weight"] == "frozen"
+    model[0].requires_grad_(True)
+    with pytest.warns(UserWarning, match=r"'0' \(it was frozen when the optimizer was built: .*add_param_group"):
+        optimizer.step(losses(model))
+    assert optimizer.coverage(model)["0.weight"].startswith("silent: it was frozen")
+    optimizer.add_param_group({"params": model[0]})
+    before = model[0].weight.clone()
+    optimizer.step(losses(model))
+    assert optimizer.coverage(model)["0.weight"] == rule.__name__
+    assert not torch.equal(before, model[0].weight)
+
+
+@firing_rule
+def test_a_module_that_was_replaced_is_told_of(rule: type) -> None:
+    model = network()
+    optimizer = build(rule, model)
+    model[0] = nn.Linear(6, 5)
+    with pytest.warns(UserWarning, match=r"'0' \(it was replaced in the model"):
+        optimizer.step(losses(model))
+
+
+@every_rule
+@pytest.mark.parametrize("change", ["replace", "prune", "parametrize", "to_empty"])
+def test_parameters_that_were_exchanged_are_an_error(rule: type, change: str) -> None:
+    model = network()
+    if change == "to_empty":
+        model = model.to("meta")
+    optimizer = build(rule, model)
+    if change == "replace":
+        model[2].weight = nn.Parameter(torch.randn(5, 5))
+    elif change == "prune":
+        prune.l1_unstructured(model[2], "weight", 0.5)
+    elif change == "parametrize":
+        parametrizations.spectral_norm(model[2])
+    else:
+        model.to_empty(device="cpu")
+        for p in model.parameters():
+            nn.init.normal_(p)
+    if change in ("prune", "parametrize") and rule in PARAMETERS:
+        before = [p.detach().clone() for p in model.parameters()]
+        for _ in range(20):
+            optimizer.step(losses(model))  # the parameter beneath is still the one that is trained
+        assert any(not torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
+        return
+    name = "'0.weight'" if change == "to_empty" else "'2.weight'"
+    way_out = "Build the optimizer after" if change in ("replace", "to_empty") else r"Undo that, .*exclude=\['2'\]"
+    with pytest.raises(RuntimeError, match=rf"{rule.__name__}: parameter {name} was .*{way_out}"):
+        optimizer.step(losses(model))
+
+
+# -- exclude --------------------------------------------------------------------------------------------------
+
+
+class Positions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.places = nn.Parameter(torch.zeros(1, 6))
+        self.attention = nn.MultiheadAttention(6, 2)
+        self.one, self.two, self.head = nn.Linear(6, 5), nn.Linear(5, 5), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.places
+        x = x + self.attention(x, x, x)[0]
+        return self.head(torch.tanh(self.two(torch.tanh(self.one(x)))))
+
+
+@firing_rule
+def test_one_error_names_all_layers_with_the_line_that_excludes_them(rule: type) -> None:
+    model = Positions()
+    with pytest.raises(ValueError, match=rf"{rule.__name__} cannot train") as refused:
+        build(rule, model)
+    told = str(refused.value)
+    assert "'attention' of type MultiheadAttention" in told
+    assert "type Positions with places" in told
+    line = told[told.index("exclude=") : told.index("], or freeze") + 1]
+    assert line == "exclude=[torch.nn.MultiheadAttention, 'places']"
+    optimizer = eval(f"build(rule, model, {line})")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer.step(losses(model))
+    covered = optimizer.coverage(model)
+    for name, p in model.named_parameters():
+        excluded = name.startswith(("attention", "places"))
+        assert (covered[name] == "excluded") == excluded
+        assert torch.equal(p, before[name]) or not excluded
+    assert covered["one.weight"] == rule.__name__
+
+
+def test_depthwise_layers_are_named_together() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3, groups=6), nn.Conv2d(6, 6, 3, groups=6), nn.Embedding(3, 4),
+        nn.Flatten(), nn.Linear(6, 4),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"it has 1 in each group.*exclude=\[torch.nn.Embedding, '1', '2'\]"):
+        bioopt.SoftHebb(model, 0.1)
+    bioopt.SoftHebb(model, 0.1, exclude=[nn.Embedding, "1", model[2]])
+
+
+@every_rule
+def test_excluded_parameters_do_not_move(rule: type) -> None:
+    model = network()
+    optimizer = make(rule, model, exclude=[model[0], "2.bias"])
+    before = [p.detach().clone() for p in (*model[0].parameters(), model[2].weight)]
+    for _ in range(20 if rule in PARAMETERS else 1):
+        optimizer.step(losses(model))
+    assert all(torch.equal(p, q) for p, q in zip(model[0].parameters(), before, strict=False))
+    assert optimizer.coverage() == {**optimizer.coverage(), "0.weight": "excluded", "2.bias": "excluded"}
+    if rule is not bioopt.SerialPerturbation:
+        assert not torch.equal(model[2].weight, before[-1])
+
+
+@pytest.mark.parametrize("rule", [r for r in ONE_PASS if r in ORDINARY], ids=lambda rule: rule.__name__)
+def test_excluding_the_readout_asks_for_another(rule: type) -> None:
+    model = network()
+    with pytest.raises(ValueError, match=r"exclude leaves out '4', the last layer.*readout_layer='2'.*readout=None"):
+        make(rule, model, exclude=["4"])
+    assert make(rule, model, exclude=["4"], readout_layer="2").coverage()["2.weight"].endswith("readout (delta)")
+    make(rule, model, exclude=["4"], readout=None)
+
+
+def test_what_cannot_be_excluded_is_told() -> None:
+    model = network()
+    with pytest.raises(ValueError, match="Hebbian: exclude has 'fc', which is no module or parameter"):
+        bioopt.Hebbian(model, 0.1, exclude=["fc"])
+    with pytest.raises(ValueError, match="exclude has a Linear, which is no module"):
+        bioopt.Hebbian(model, 0.1, exclude=[nn.Linear(2, 2)])
+    with pytest.raises(TypeError, match="exclude has 3; it takes module types"):
+        bioopt.Hebbian(model, 0.1, exclude=[3])
+    with pytest.raises(TypeError, match=r"WeightPerturbation: exclude=\['0'\] needs modules to look in"):
+        bioopt.WeightPerturbation(model.parameters(), 0.1, sigma=0.1, exclude=["0"])
+    with pytest.raises(ValueError, match="no plastic layer"):
+        bioopt.Hebbian(model, 0.1, exclude=nn.Linear)
+
+
+def test_excluded_types_hold_for_later_groups() -> None:
+    model = nn.ModuleList([nn.Linear(6, 5), nn.Sequential(nn.Linear(5, 5), nn.MultiheadAttention(4, 2))])
+    optimizer = bioopt.Hebbian([model[0]], 0.1, readout=None, exclude=[nn.MultiheadAttention])
+    optimizer.add_param_group({"params": model[1]})
+    assert list(optimizer.coverage(model).values()).count("excluded") == 4
+
+
+@every_rule
+@pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
+def test_complex_parameters_are_refused(rule: type) -> None:
+    model = network().to(torch.complex64)
+    with pytest.raises(ValueError, match=rf"{rule.__name__}: parameter '0.weight' is complex .*view_as_real"):
+        make(rule, model)
