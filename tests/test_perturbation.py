@@ -1118,13 +1118,13 @@ def test_noise_that_half_precision_swallows_is_warned_of(rule: type) -> None:
     torch.manual_seed(0)
     model = mlp(sizes=(6, 40, 4), dtype=torch.bfloat16)
     x, y = torch.randn(8, 6, dtype=torch.bfloat16), torch.randint(4, (8,))
-    optimizer = rule(model, 0.1, sigma=1e-4)
+    optimizer = rule(model, 0.0, sigma=1e-4)
     with pytest.warns(UserWarning, match=r"sigma=0.0001 reaches \d+% of the activity of layer '[02]'.*try sigma="):
         optimizer.step(lambda: F.cross_entropy(model(x).float(), y, reduction="none"))
     optimizer.close()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        rule(model, 0.1, sigma=0.3).step(lambda: F.cross_entropy(model(x).float(), y, reduction="none"))
+        rule(model, 0.0, sigma=0.3).step(lambda: F.cross_entropy(model(x).float(), y, reduction="none"))
 
 
 def test_noise_in_half_precision_is_credited_as_it_was_added() -> None:

@@ -163,10 +163,10 @@ class WeightPerturbation(Perturbation):
             again = self._directions(member, params, fill=fill)
             for z, g, (p, group) in zip(again, grads, plastic, strict=True):
                 sigma = group["sigma"]
-                up = z.mul_(sigma).add_(p)
-                down = p if clean is not None else torch.add(up.neg(), p, alpha=2)
-                width = sigma if clean is not None else 2 * sigma
-                g.add_(up.to(g.dtype).sub_(down), alpha=factor / width / sigma)
+                moved = z.mul_(sigma).add_(p).neg_()  # minus the weight that was tried
+                width = 2 * sigma if clean is None else sigma
+                other = torch.add(moved, p, alpha=2) if clean is None else p
+                g.add_(moved.to(g.dtype).add_(other), alpha=-factor / width / sigma)
         probe.agree(self.process_group)
         loss = clean if total is None else total / (2 * self.population)
         assert loss is not None
