@@ -647,8 +647,8 @@ class Recorder:
         if _in_backward():  # activation checkpointing replays the layer: cut again, but it has fired already
             return self._hand_on(output, firing)
         if firing.call is not None:
-            _verify(synapse, output, *firing.call)
-            self._verified.add(layer)
+            if _verify(synapse, output, *firing.call):
+                self._verified.add(layer)
             firing.call = None
         self.fired.pop(synapse, None)
         self.fired[synapse] = None
@@ -747,30 +747,25 @@ class _Plain(nn.Module):
         return self.layer.forward(*args, **kwargs)
 
 
-@torch.no_grad()
-def _verify(synapse: Synapse, u: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raise where a layer of a registered type is not ``u = W x + b`` with its neurons along the dimension given.
+def _verify(synapse: Synapse, u: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a layer of a registered type is ``u = W x + b``, as far as what came in can show it.
 
-    With half of the rows of ``W`` doubled and the others zero, half of the neurons must double what they make of
-    ``x``, and the others give their bias alone.
+    A signal for every other neuron must leave a local product in their rows alone, and the same one at other weights.
+
+    Raises:
+        RuntimeError: it is not.
     """
-    layer, weight, bias = synapse.layer, synapse.weight, synapse.bias
-    kind, channel = type(layer).__name__, synapse.channel_dim
-    wrong = ""
+    layer, weight, channel = synapse.layer, synapse.weight.detach(), synapse.channel_dim
+    kind, wrong = type(layer).__name__, ""
+    product = None
     if u.ndim < -channel or u.shape[channel] != len(weight):
-        wrong = f"has {len(weight)} rows of weights, but gave an output of shape {tuple(u.shape)}"
+        wrong = f"has {len(weight)} rows of weights and gave an output of shape {tuple(u.shape)}"
     elif u.numel():
-        rows = torch.arange(len(weight), device=weight.device) % 2 == 0
-        factor = rows.to(weight.dtype) * 2
-        once = _called(layer, weight.detach(), args, kwargs)
-        alone = _called(layer, weight.detach() * 0, args, kwargs)
-        double = _called(layer, weight.detach() * factor.view(-1, *[1] * (weight.ndim - 1)), args, kwargs)
-        shape = [-1, *[1] * (-channel - 1)]
-        wanted = torch.where(rows.view(shape), 2 * (once - alone), 0) + alone
-        offset = alone if bias is None else alone - bias.detach().view(shape)
-        coarse = max(torch.finfo(t.dtype).eps for t in (u, weight)) ** 0.5
-        size = once.abs().max().clamp(min=torch.finfo(u.dtype).tiny)
-        if not bool(((double - wanted).abs().max() <= 4 * coarse * size) & (offset.abs().max() <= coarse * size)):
+        told = torch.arange(len(weight), device=weight.device) % 2 == 0
+        signal = told.to(u.dtype).view(-1, *[1] * (-channel - 1)).expand_as(u)
+        product, other = (_product(layer, w, signal, args, kwargs) for w in (weight, weight + weight.abs().mean() + 1))
+        coarse = 4 * max(torch.finfo(t.dtype).eps for t in (u, weight)) ** 0.5 * product.abs().max()
+        if bool((product[~told] != 0).any()) or bool((product - other).abs().max() > coarse):
             wrong = "computes something else"
     if wrong:
         raise RuntimeError(
@@ -778,15 +773,18 @@ def _verify(synapse: Synapse, u: Tensor, args: tuple[Any, ...], kwargs: dict[str
             f"{channel} and a row of W for each, but it {wrong}. Correct bioopt.register_synapse({kind}, "
             f"channel_dim=...), or leave it out by exclude=[{kind}]"
         )
+    return product is not None and bool(product.any())
 
 
-def _called(layer: nn.Module, weight: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The output with another weight; buffers and the random state stay as they are."""
+def _product(layer: nn.Module, weight: Tensor, signal: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """``Σ s xᵀ`` with another weight; buffers and the random state stay as they are."""
+    weight = weight.clone().requires_grad_()
     state = {f"layer.{name}": b.clone() for name, b in layer.named_buffers()} | {"layer.weight": weight}
     devices = [weight.device] if weight.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        output: Tensor = torch.func.functional_call(_Plain(layer), state, args, kwargs)
-    return output
+    with torch.random.fork_rng(devices), torch.enable_grad():
+        u = torch.func.functional_call(_Plain(layer), state, args, kwargs)
+        (product,) = torch.autograd.grad(u, weight, signal.to(u.dtype), allow_unused=True)
+    return torch.zeros_like(weight) if product is None else product
 
 
 def _detached(value: Any) -> Any:
