@@ -55,16 +55,18 @@ def events(layer: nn.Module, x: Tensor) -> list[list[tuple[int, Tensor, float]]]
     ins, outs = weight.shape[1], len(weight) // layer.groups
     for sample in range(len(x)):
         for place in itertools.product(*(range(size) for size in u.shape[2:])):
-            event = []
-            for k in range(len(weight)):
-                patch = torch.zeros_like(weight[k])
+            patches = []  # one a group of neurons
+            for first in range(0, x.shape[1], ins):
+                patch = torch.zeros_like(weight[0])
                 for offset in itertools.product(*(range(size) for size in weight.shape[2:])):
                     at = tuple(
                         p * s + o * d for p, s, o, d in zip(place, layer.stride, offset, layer.dilation, strict=True)
                     )
-                    first = (k // outs) * ins
                     patch[(slice(None), *offset)] = padded[(sample, slice(first, first + ins), *at)]
-                activity = u[(sample, k, *place)].item()
+                patches.append(patch)
+            event = []
+            for k in range(len(weight)):
+                patch, activity = patches[k // outs], u[(sample, k, *place)].item()
                 assert math.isclose(
                     activity, (patch * weight[k]).sum().item() + (0 if bias is None else bias[k].item()), abs_tol=1e-9
                 )
