@@ -7,6 +7,7 @@ a fresh process (what it imports) starts one by `fresh`.
 from __future__ import annotations
 
 import contextlib
+import io
 import multiprocessing
 import multiprocessing.util
 import os
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from matplotlib.figure import Figure
+from PIL import Image
 
 from experiments import pictures
 
@@ -37,9 +39,11 @@ def undraw(put: Callable[[object, str, object], None] = setattr) -> None:
         put(pictures, name, lambda *drawn: drawn[-1])
 
 
-def unrender(put: Callable[[object, str, object], None]) -> None:
+def unrender(put: Callable[[object, str, object], None] = setattr) -> None:
     """Pictures are made of all that they show, but no pixel is: two thirds of their time."""
-    put(Figure, "savefig", lambda figure, path, **options: Path(path).write_bytes(b"\x89PNG, unrendered"))
+    pixel = io.BytesIO()
+    Image.new("L", (1, 1)).save(pixel, "PNG")
+    put(Figure, "savefig", lambda figure, path, **options: Path(path).write_bytes(pixel.getvalue()))
 
 
 class Begun(NamedTuple):
@@ -107,7 +111,9 @@ def _perform(command: list[str], cwd: str, environment: dict[str, str], said: Pa
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(said / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     multiprocessing.util.spawnv_passfds = _forked
-    if not {"logger.mode=offline", "logger.mode=auto"} & {*command}:  # whose W&B takes them
+    if {"logger.mode=offline", "logger.mode=auto"} & {*command}:  # whose W&B takes them
+        unrender()
+    else:
         undraw()
     if ranks := os.environ.pop("TORCHRUN_RANKS", None):
         from torch.distributed import run

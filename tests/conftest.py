@@ -28,9 +28,11 @@ def rule_of(item: pytest.Item) -> type | None:
 
 @pytest.fixture(scope="session", autouse=True)
 def read_once() -> None:
-    """Most runs here are of scikit-learn's digits, which it reads from a table of text each time."""
+    """What nearly every run reads: scikit-learn's digits, from a table of text, and Hydra's many small files."""
     import sklearn.datasets
+    import yaml
 
+    yaml.SafeLoader = yaml.CSafeLoader
     sklearn.datasets.load_digits = functools.cache(sklearn.datasets.load_digits)
 
 

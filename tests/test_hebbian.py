@@ -455,8 +455,8 @@ def test_bcm_neurons_become_selective() -> None:
     patterns = torch.tensor([[1.0, 0.2, 0.1], [0.1, 0.3, 1.0]])
     layer = nn.Linear(3, 6, bias=False)
     nn.init.uniform_(layer.weight, 0.1, 0.5)
-    optimizer = bioopt.BCM(layer, 0.01, threshold_rate=0.5, readout=None)
-    for _ in range(4000):
+    optimizer = bioopt.BCM(layer, 0.02, threshold_rate=0.5, readout=None)
+    for _ in range(1500):
         layer(patterns)
         optimizer.step()
     answers = layer(patterns).detach()
@@ -495,7 +495,7 @@ def test_the_product_over_patches_is_autograd_s(
     """Wide convolutions on the CPU do not take autograd's own product; several chunks of the batch."""
     torch.manual_seed(0)
     layer = nn.Conv2d(64, 256, 3, **options).double().to(memory_format=memory_format)
-    x = torch.randn(120, 64, 9, 10, dtype=torch.float64).to(memory_format=memory_format)
+    x = torch.randn(40, 64, 9, 10, dtype=torch.float64).to(memory_format=memory_format)
     (synapse,) = find_synapses(layer)
     u = layer(x)
     s: Tensor | Few = torch.randn_like(u)
