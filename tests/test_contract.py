@@ -589,13 +589,13 @@ def test_compiled_models(rule: type) -> None:
         # Gradients inside a layer are other nodes under AOT autograd: one rule of each way to use them is slower.
         backend = "aot_eager" if rule in COMPILED_GRADIENTS else "eager"
         compiled = torch.compile(other, backend=backend)
-        for i in range(3):
+        for i in range(2):
             a = first.step(per_sample(first, plain, *batch(i)))
             b = second.step(per_sample(second, compiled, *batch(i)))
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     for p, q in zip(weights(plain), weights(other), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
-    assert other[1].num_batches_tracked == 3
+    assert other[1].num_batches_tracked == 2
     torch.testing.assert_close(plain[1].running_mean, other[1].running_mean)
 
 

@@ -780,7 +780,10 @@ def few_losses(model: nn.Module) -> Tensor:
         (lambda m: bioopt.WeightPerturbation(m, 0.1, population=15, sigma=1e-4, antithetic=False), few_losses),
         (lambda m: bioopt.NodePerturbation(m, 0.1, samples=15, sigma=1e-4), few_losses),
         (lambda m: bioopt.NodePerturbation(m, 0.1, samples=40, sigma=1e-4, credit="global", batched=True), few_losses),
-        (lambda m: bioopt.NodePerturbation(m, 0.1, samples=40, sigma=1e-4, batched=True), lambda m: few_losses(m).mean()),
+        (
+            lambda m: bioopt.NodePerturbation(m, 0.1, samples=40, sigma=1e-4, batched=True),
+            lambda m: few_losses(m).mean(),
+        ),
         (lambda m: bioopt.RankOnePerturbation(m, 0.1, samples=25, sigma=1e-4), few_losses),
         (lambda m: bioopt.RankOnePerturbation(m, 0.1, samples=25, sigma=1e-4, distribution="rademacher"), few_losses),
         (lambda m: bioopt.ForwardGradient(m, 0.1, samples=15), few_losses),
