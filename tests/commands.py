@@ -1,12 +1,13 @@
 """Commands as a user types them, each in a process of its own.
 
 It is forked from a server that has only imported what `train.py` does: seconds of imports are paid once. What is about
-a fresh process (what it imports, what W&B and torchrun make of it) starts one by `fresh`.
+a fresh process (what it imports) starts one by `fresh`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import multiprocessing
 import multiprocessing.util
 import os
@@ -19,6 +20,9 @@ from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
+
+from matplotlib.figure import Figure
+from PIL import Image
 
 from experiments import pictures
 
@@ -33,6 +37,13 @@ def undraw(put: Callable[[object, str, object], None] = setattr) -> None:
     """Without the pictures that every run has: most of its time, where it is tiny and nobody looks at them."""
     for name in ("curves", "neurons", "receptive_fields"):
         put(pictures, name, lambda *drawn: drawn[-1])
+
+
+def unrender(put: Callable[[object, str, object], None] = setattr) -> None:
+    """Pictures are made of all that they show, but no pixel is: two thirds of their time."""
+    pixel = io.BytesIO()
+    Image.new("L", (1, 1)).save(pixel, "PNG")
+    put(Figure, "savefig", lambda figure, path, **options: Path(path).write_bytes(pixel.getvalue()))
 
 
 class Begun(NamedTuple):
@@ -88,6 +99,11 @@ def ended(command: Begun) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess([], code, *((command.said / name).read_text() for name in ("out", "err")))
 
 
+def torchrun(name: str, *arguments: str, ranks: int, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """A script of the repository under `torchrun --standalone`, whose ranks are forked from it."""
+    return ended(begun(name, *arguments, cwd=cwd, TORCHRUN_RANKS=str(ranks)))
+
+
 def _perform(command: list[str], cwd: str, environment: dict[str, str], said: Path) -> None:
     os.environ.clear()
     os.environ.update(environment)
@@ -95,8 +111,22 @@ def _perform(command: list[str], cwd: str, environment: dict[str, str], said: Pa
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(said / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     multiprocessing.util.spawnv_passfds = _forked
-    if "logger.mode=offline" not in command:  # whose W&B takes them
+    if {"logger.mode=offline", "logger.mode=auto"} & {*command}:  # whose W&B takes them
+        unrender()
+    else:
         undraw()
+    if ranks := os.environ.pop("TORCHRUN_RANKS", None):
+        from torch.distributed import run
+        from torch.distributed.launcher import elastic_launch
+
+        alone = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--rdzv-id=alone"]  # as --standalone does
+        options = [*alone, f"--nproc-per-node={ranks}", "--start-method=fork", command[0]]
+        elastic_launch(run.config_from_args(run.parse_args(options))[0], _script)(command)
+    else:
+        _script(command)
+
+
+def _script(command: list[str]) -> None:
     sys.argv = command
     runpy.run_path(command[0], run_name="__main__")
 

@@ -1,7 +1,17 @@
 # torch is imported by the tests alone: pytest-xdist's own process, which loads this file first, has no use for it.
+import functools
 import gc
+import os
+import time
+from collections import Counter
+from collections.abc import Generator
 
 import pytest
+
+# The networks here are tiny: a second thread costs more than it brings, in every process that a test starts as well.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+ALLOWANCE = 3.0  # seconds of processor time for all contract tests of one rule: there are many rules
 
 
 def pytest_collection_finish() -> None:
@@ -9,12 +19,21 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
-    """The networks here are tiny: a second thread costs more than it brings."""
-    import torch
+def rule_of(item: pytest.Item) -> type | None:
+    """The rule that this is a contract test of: its parameter ``rule``, or the rule that ``build`` makes."""
+    case = getattr(item, "callspec", None)
+    rule = case and (case.params.get("rule") or getattr(case.params.get("build"), "args", [None])[0])
+    return rule if isinstance(rule, type) else None
 
-    torch.set_num_threads(1)
+
+@pytest.fixture(scope="session", autouse=True)
+def read_once() -> None:
+    """What nearly every run reads: scikit-learn's digits, from a table of text, and Hydra's many small files."""
+    import sklearn.datasets
+    import yaml
+
+    yaml.SafeLoader = yaml.CSafeLoader
+    sklearn.datasets.load_digits = functools.cache(sklearn.datasets.load_digits)
 
 
 @pytest.fixture(autouse=True)
@@ -22,9 +41,7 @@ def network_of_the_rule(request: pytest.FixtureRequest, monkeypatch: pytest.Monk
     """In a test of ``rule``, or of what ``build`` makes, `cnn()` and `mlp()` are networks that the rule can train."""
     from .rules import NETWORKS
 
-    case = getattr(request.node, "callspec", None)
-    rule = case and (case.params.get("rule") or getattr(case.params.get("build"), "args", [None])[0])
-    for name, network in NETWORKS.get(rule, {}).items():
+    for name, network in NETWORKS.get(rule_of(request.node), {}).items():
         monkeypatch.setattr(request.module, name, network, raising=False)
 
 
@@ -34,3 +51,32 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     from .commands import undraw
 
     undraw(monkeypatch.setattr)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
+    """Tell the report what a contract test took, so that it reaches the process that writes the summary."""
+    begin = time.process_time()
+    try:
+        yield
+    finally:
+        if rule := rule_of(item):
+            item.user_properties.append(("contract", (rule.__name__, time.process_time() - begin)))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What the contract tests cost; a rule above the allowance is named, but fails nothing: machines differ."""
+    seconds: Counter[str] = Counter()
+    for report in (report for reports in terminalreporter.stats.values() for report in reports):
+        if getattr(report, "when", None) == "call":
+            for name, value in report.user_properties:
+                if name == "contract":
+                    seconds[value[0]] += value[1]
+    if seconds:
+        terminalreporter.write_line(
+            f"contract tests: {len(seconds)} rules, {seconds.total():.0f} s of processor time, "
+            f"{seconds.total() / len(seconds):.1f} s a rule (allowance {ALLOWANCE:g} s)"
+        )
+    for rule, spent in seconds.most_common():
+        if spent > ALLOWANCE:
+            terminalreporter.write_line(f"  {rule}: {spent:.1f} s, more than the allowance")

@@ -79,7 +79,7 @@ def test_the_variance_of_directions_grows_with_the_number_of_weights(rule: type)
     """E|g - ĝ|² = (n + 1) |g|² for one direction in n dimensions."""
     for hidden in (4, 32):
         n = 4 * hidden + hidden + 3 * hidden + 3
-        found = diagnosed(rule, hidden, 600)
+        found = diagnosed(rule, hidden, 300)
         assert 0.6 < found["signal_to_noise"] * (n + 1) < 1.6
         assert 0.6 < found["cosine"] * math.sqrt(n * math.pi / 2) < 1.6
 
@@ -92,7 +92,7 @@ def test_the_variance_of_noisy_activity_grows_with_the_number_of_neurons_alone(r
         model, told = nn.Linear(inputs, neurons).double(), torch.randn(neurons, dtype=torch.float64)
         x = torch.randn(1, inputs, dtype=torch.float64)
         optimizer = make(rule, model, **options_of(rule, sigma=1e-5, space="activities"))
-        found = bioopt.diagnose(optimizer, lambda model=model, x=x, told=told: (model(x) * told).sum(1), 600)
+        found = bioopt.diagnose(optimizer, lambda model=model, x=x, told=told: (model(x) * told).sum(1), 300)
         assert 0.6 < found["all"]["signal_to_noise"] * (neurons + 1) < 1.6
 
 

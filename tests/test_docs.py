@@ -98,6 +98,6 @@ def test_a_cost_of_your_own_runs_as_written(tmp_path: Path, monkeypatch: pytest.
     ((_, options),) = blocks(page, "yaml")
     written(tmp_path, {"robust.py": code, "cost/absolute_error.yaml": options})
     monkeypatch.syspath_prepend(tmp_path)
-    chosen = [f"hydra.searchpath=[file://{tmp_path}]", "cost=absolute_error", "optimizer=sgd", *TINY, "epochs=20"]
+    chosen = [f"hydra.searchpath=[file://{tmp_path}]", "cost=absolute_error", "optimizer=sgd", *TINY, "epochs=10"]
     summary = run(config(*chosen, f"run_dir={tmp_path}/run"))
     assert summary["test_accuracy"] > 0.5

@@ -782,10 +782,13 @@ def few_losses(model: nn.Module) -> Tensor:
         (lambda m: bioopt.WeightPerturbation(m, 0.1, population=15, sigma=1e-4), few_losses),
         (lambda m: bioopt.WeightPerturbation(m, 0.1, population=15, sigma=1e-4, antithetic=False), few_losses),
         (lambda m: bioopt.NodePerturbation(m, 0.1, samples=15, sigma=1e-4), few_losses),
-        (lambda m: bioopt.NodePerturbation(m, 0.1, samples=15, sigma=1e-4, credit="global"), few_losses),
-        (lambda m: bioopt.NodePerturbation(m, 0.1, samples=15, sigma=1e-4), lambda m: few_losses(m).mean()),
-        (lambda m: bioopt.RankOnePerturbation(m, 0.1, samples=15, sigma=1e-4), few_losses),
-        (lambda m: bioopt.RankOnePerturbation(m, 0.1, samples=15, sigma=1e-4, distribution="rademacher"), few_losses),
+        (lambda m: bioopt.NodePerturbation(m, 0.1, samples=40, sigma=1e-4, credit="global", batched=True), few_losses),
+        (
+            lambda m: bioopt.NodePerturbation(m, 0.1, samples=40, sigma=1e-4, batched=True),
+            lambda m: few_losses(m).mean(),
+        ),
+        (lambda m: bioopt.RankOnePerturbation(m, 0.1, samples=25, sigma=1e-4), few_losses),
+        (lambda m: bioopt.RankOnePerturbation(m, 0.1, samples=25, sigma=1e-4, distribution="rademacher"), few_losses),
         (lambda m: bioopt.ForwardGradient(m, 0.1, samples=15), few_losses),
         (lambda m: bioopt.ForwardGradient(m, 0.1, samples=15, distribution="rademacher"), few_losses),
         (lambda m: bioopt.ForwardGradient(m, 0.1, samples=15, space="activities"), few_losses),
@@ -808,8 +811,8 @@ def test_the_mean_of_the_estimates_is_the_gradient(build, closure) -> None:
     model = mlp(sizes=(3, 3, 3))
     true = flat(list(torch.autograd.grad(few_losses(model).mean(), list(model.parameters()))))
     optimizer = build(model)
-    chunks = torch.stack([  # of 150 directions each
-        sum(flat(estimate(optimizer, model, lambda: closure(model))) for _ in range(10)) / 10 for _ in range(25)
+    chunks = torch.stack([  # of 60 directions each; noisier estimates have more
+        sum(flat(estimate(optimizer, model, lambda: closure(model))) for _ in range(4)) / 4 for _ in range(25)
     ])  # fmt: skip
     mean = chunks.mean(0)
     assert F.cosine_similarity(mean, true, dim=0) > 0.99
@@ -830,12 +833,12 @@ def test_node_perturbation_of_convolutions(build) -> None:
     model = nn.Sequential(conv, nn.Tanh(), nn.Flatten(), nn.Linear(size, 3)).double()
     x, y = torch.randn(40, 2, 5, 5, dtype=torch.float64), torch.randint(3, (40,))
     true = flat(list(torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))))
-    optimizer = bioopt.NodePerturbation(model, 0.1, sigma=1e-4, samples=10)
+    optimizer = bioopt.NodePerturbation(model, 0.1, sigma=1e-4, samples=100, batched=True)
     total = torch.zeros_like(true)
-    for _ in range(300):
+    for _ in range(30):
         total += flat(estimate(optimizer, model, lambda: F.cross_entropy(model(x), y, reduction="none")))
     assert F.cosine_similarity(total, true, dim=0) > 0.97
-    assert abs((total / 300 @ true) / (true @ true) - 1) < 0.1
+    assert abs((total / 30 @ true) / (true @ true) - 1) < 0.1
 
 
 def test_credit_that_cannot_be_given_is_explained() -> None:

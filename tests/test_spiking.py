@@ -91,9 +91,11 @@ def bounded(up: Tensor, down: Tensor, w: Tensor, o: dict[str, Any], lr: float) -
 WINDOW = {"tau_plus": 15.0, "tau_minus": 30.0, "dt": 2.0, "a_plus": 0.7, "a_minus": 0.5, "w_min": 0.1, "w_max": 0.9}
 
 
-@pytest.mark.parametrize("bounds", ["soft", "hard", None])
-@pytest.mark.parametrize("x_target", [0.0, 0.4])
-@pytest.mark.parametrize("scaling", [False, True])
+@pytest.mark.parametrize(  # each value of an option with each of another
+    ("bounds", "x_target", "scaling"),
+    [("soft", 0.0, False), ("soft", 0.4, True), ("hard", 0.0, True), ("hard", 0.4, False), (None, 0.0, False),
+     (None, 0.4, True)],
+)  # fmt: skip
 def test_linear_equals_a_twin_that_visits_every_pair(bounds: str | None, x_target: float, scaling: bool) -> None:
     o = {**WINDOW, "bounds": bounds, "x_target": x_target, "scaling": scaling}
     # Two sequences of one batch and, in the second step, a smaller last batch: each starts afresh.
