@@ -76,6 +76,8 @@ class Mixed(Optimizer):
         for rule in self._rules():
             self._known.modules.update(rule._known.modules)
             rule._undo = self._undo
+            if isinstance(rule, SynapticRule):
+                rule.shares_loss = len(optimizers) > 1
         # What all members know by default: schedulers look for `momentum` there.
         common = set.intersection(*(set(member.defaults) for member in optimizers))
         super().__init__([{"params": list(owners)}], {name: optimizers[0].defaults[name] for name in common})

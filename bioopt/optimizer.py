@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .recorder import IN_DDP, IN_PYTHON, Exclusion, Recorder, Synapse, is_known
+from .recorder import COMPILED, IN_DDP, IN_PYTHON, Exclusion, Recorder, Synapse, is_known
 
 __all__ = ["Closure", "LearningRule", "Params", "Probe"]
 
@@ -391,6 +391,18 @@ class LearningRule(Optimizer, ABC):
     def _claimed(self) -> Iterable[Synapse]:
         """The synapses that learn only if they fire."""
         return self._recorder.synapses.values()
+
+    def _none_fired(self) -> str:
+        """Why no layer has fired, as far as can be seen, and what to do."""
+        synapses = list(self._claimed())
+        inside = {m for _, module in self._modules for m in module.modules()}
+        if synapses and not any(s.layer in inside for s in synapses):
+            why = "its layers were replaced in the model after the optimizer was built: build the optimizer anew"
+        elif synapses and not any(s.weight.requires_grad for s in synapses):
+            why = "its layers were frozen after the optimizer was built (adapters do that): build the optimizer anew"
+        else:
+            why = f"run the model in training mode (model.train()) before step(), or in the closure; {COMPILED}"
+        return f"{type(self).__name__}: no synapse has fired since the last step; {why}"
 
     def _look_for_silent(self) -> None:
         """Once, and again whenever a layer was frozen, unfrozen or switched: warn of those that learn nothing."""

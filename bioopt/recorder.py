@@ -362,7 +362,15 @@ class _Hook:
     @torch.compiler.disable(reason=IN_PYTHON)  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any) -> Any:
         recorder = self.recorder
-        return None if recorder is None else getattr(recorder, self._method)(*args)
+        if recorder is None or args[0] not in recorder.watched:  # moved to another module, as by quantization
+            return None
+        return getattr(recorder, self._method)(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+        return _Hook()
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+        return _Hook, ()
 
 
 _HOOK_TABLES = {
@@ -444,6 +452,8 @@ class Recorder:
     """Forward hooks on a set of synapses, and what to do when one fires.
 
     Attributes:
+        synapses: by their layers.
+        watched: all modules with a hook.
         visit: called with ``(synapse, u)`` as a synapse fires, ``u`` carrying a graph that ends at the layer's own
             parameters. A tensor that it returns is handed on in place of ``u``. ``None``: asleep, the model behaves
             as if nothing watched it. Held weakly where it is a bound method.
@@ -463,6 +473,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.synapses: dict[nn.Module, Synapse] = {}
+        self.watched: set[nn.Module] = set()
         self.anchored = False
         self.linked = False
         self.trace = False
@@ -492,10 +503,12 @@ class Recorder:
         # always_call, so that a layer that raises leaves grad mode as it was.
         self._handles.append(layer.register_forward_hook(_Hook(self, "_after"), always_call=True))
         self._handles.append(_Unwatched(layer))
+        self.watched.add(layer)
         others = [other for other in self.synapses.values() if other is not synapse]
         if synapse.neurons is not None and all(other.neurons is not synapse.neurons for other in others):
             self._handles.append(synapse.neurons.register_forward_hook(_Hook(self, "_spoken")))
             self._handles.append(_Unwatched(synapse.neurons))
+            self.watched.add(synapse.neurons)
 
     @property
     def presynaptic(self) -> Tensor | None:

@@ -25,7 +25,7 @@ from .optimizer import (
     require_finite,
     unique,
 )
-from .perturbation.base import MICRO_BATCHES, UNFIRED, ambiguous
+from .perturbation.base import MICRO_BATCHES, ambiguous
 from .recorder import Synapse, rows_seen
 from .synaptic import Sums, SynapticRule, synapses_of
 
@@ -390,7 +390,7 @@ class RewardSTDP(LearningRule):
             if missing := self._recorder.missing():
                 raise RuntimeError(f"{name}: {missing}")
             if not self._moments:
-                raise RuntimeError(f"{name}: {UNFIRED}")
+                raise RuntimeError(self._none_fired())
             per_sample = self.credit == "sample" and losses.ndim > 0
             surprise, expected = unexpected(self, losses, per_sample, self.reward_rate)
             grads: dict[Tensor, Tensor] = {}

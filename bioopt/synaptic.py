@@ -30,7 +30,7 @@ from .optimizer import (
     require_finite,
     unique,
 )
-from .recorder import COMPILED, Exclusion, Firing, Synapse, Unwatchable, refusal, survey
+from .recorder import Exclusion, Firing, Synapse, Unwatchable, refusal, survey
 
 UNPROVEN = 1024  # firings that are kept until the first backward pass shows whether it reaches them
 
@@ -155,6 +155,8 @@ class SynapticRule(LearningRule):
         own: hyperparameters of the rule, which may differ between groups (for subclasses).
 
     Attributes:
+        shares_loss: whether other optimizers learn from the same loss (`Mixed` says so): what passes by the readout is
+            then theirs, and no mistake.
         target: of ``readout="teacher"``: set it before each forward pass; `step` uses it up. Class labels, one a
             sample (``t`` is then 1 for the class and ``-1 / (classes - 1)`` for the others), or activity of the
             readout's shape.
@@ -197,6 +199,7 @@ class SynapticRule(LearningRule):
         self._warned_of: set[Synapse] = set()
         self._readouts: dict[nn.Module, Synapse] = {}
         self._by_loss = readout == "delta"
+        self.shares_loss = False
         self.target: Tensor | None = None
         groups = groups_of(params)
         given = [pair for group in groups for pair in named_modules_of(group["params"])]
@@ -508,10 +511,7 @@ class SynapticRule(LearningRule):
         if not fired and self._confirmed:  # a backward pass through what fired before the last step
             return
         if not fired:
-            raise RuntimeError(
-                f"{name}: no synapse has fired since the last step. Run the model in training mode (model.train()) "
-                f"before step(), or in the closure; {COMPILED}"
-            )
+            raise RuntimeError(self._none_fired())
         readouts = [s for s in self._readouts.values() if s.layer.training and s.weight.requires_grad]
         if not readouts:
             return
@@ -528,7 +528,7 @@ class SynapticRule(LearningRule):
         if not self._by_loss:
             return
         lost = [s.name for s, leads in self._recorder.bypassed.items() if not leads]
-        if lost:
+        if lost and not self.shares_loss:
             others = [s.name for s in self._recorder.synapses.values() if s.layer in self._readouts or s.name in lost]
             raise RuntimeError(
                 f"{name}: the loss reaches {_layers(lost)} past the readout {names}, and {name} lets no error pass "
@@ -542,7 +542,7 @@ class SynapticRule(LearningRule):
                 "that returns the loss. readout=None makes a network without a loss"
             )
         both = [s.name for s, leads in self._recorder.bypassed.items() if leads and s not in self._warned_of]
-        if both:
+        if both and not self.shares_loss:
             self._warned_of |= set(self._recorder.bypassed)
             warnings.warn(
                 f"{name}: a part of the loss reaches {_layers(both)} past the readout {names} (a penalty on activity, "

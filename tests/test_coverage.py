@@ -230,3 +230,33 @@ def test_complex_parameters_are_refused(rule: type) -> None:
     model = network().to(torch.complex64)
     with pytest.raises(ValueError, match=rf"{rule.__name__}: parameter '0.weight' is complex .*view_as_real"):
         make(rule, model)
+
+
+class Adapter(nn.Module):
+    """A low-rank adapter around a frozen layer, as LoRA puts it."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.down, self.up = nn.Linear(base.in_features, 1), nn.Linear(1, base.out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+@firing_rule
+@pytest.mark.parametrize("change", ["adapters", "quantization"])
+def test_models_that_are_rebuilt_after_the_optimizer_say_so(rule: type, change: str) -> None:
+    model = network()
+    optimizer = build(rule, model)
+    if change == "adapters":
+        for i in (0, 2, 4):
+            model[i] = Adapter(model[i])
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it is deprecated
+            model.qconfig = torch.ao.quantization.get_default_qat_qconfig("fbgemm")
+            torch.ao.quantization.prepare_qat(model, inplace=True)
+    why = "frozen after .*adapters" if change == "adapters" else "replaced in the model after"
+    with pytest.raises(RuntimeError, match=rf"{rule.__name__}: no synapse has fired .*{why}.*build the optimizer anew"):
+        optimizer.step(losses(model))

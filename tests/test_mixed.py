@@ -148,3 +148,21 @@ def test_coverage_without_a_model() -> None:
         "0.weight": "Hebbian", "0.bias": "frozen", "1.weight": "frozen", "1.bias": "frozen", "4.weight": "Hebbian",
         "8.weight": "SGD", "8.bias": "SGD",
     }  # fmt: skip
+
+
+def test_a_head_of_another_member_beside_a_readout_is_no_mistake() -> None:
+    """What passes by the readout is the other member's."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"trunk": nn.Linear(6, 5), "readout": nn.Linear(5, 4), "head": nn.Linear(5, 1)})
+    optimizer = bioopt.Mixed(
+        bioopt.Hebbian([model["trunk"], model["readout"]], 0.1), torch.optim.SGD(model["head"].parameters(), 0.1)
+    )
+    x, y = torch.randn(8, 6), torch.arange(8) % 4
+    before = weights(model)
+
+    def closure() -> Tensor:
+        hidden = torch.tanh(model["trunk"](x))
+        return F.cross_entropy(model["readout"](hidden), y) + model["head"](hidden).square().mean()
+
+    optimizer.step(closure)
+    assert not any(torch.equal(p, q) for p, q in zip(before[::2], weights(model)[::2], strict=True))

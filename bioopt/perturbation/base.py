@@ -28,12 +28,11 @@ from ..optimizer import (
     require_finite,
     unique,
 )
-from ..recorder import COMPILED, Rows, Synapse, rows_seen
+from ..recorder import Rows, Synapse, rows_seen
 from ..synaptic import synapses_of
 
 FILL = {"normal": fill_normal_, "rademacher": fill_rademacher_}
 MICRO_BATCHES = "if the closure runs several micro-batches, estimate each by itself, add up their .grad, and descend"
-UNFIRED = f"no layer has fired; run the model in training mode (model.train()); {COMPILED}"
 HALF = (torch.float16, torch.bfloat16)
 PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 DISTRIBUTION: Constraint = (lambda v: v in FILL, f"one of {', '.join(FILL)}")
@@ -394,7 +393,7 @@ class NoisyActivity(Perturbation):
         shows whether that is the sample: the losses of the other half must stay.
         """
         if not records:
-            raise RuntimeError(f"{type(self).__name__}: {UNFIRED}")
+            raise RuntimeError(self._none_fired())
         if self.credit == "global" or losses.ndim == 0:
             return False
         for record in records:

@@ -159,7 +159,10 @@ class ForwardGradient(NoisyActivity):
                 return tilted
 
             with self._recorder.visiting(tilt):
-                return probe.along_tangents()
+                found = probe.along_tangents()
+            if not records:
+                raise RuntimeError(self._none_fired())
+            return found
 
         def differences(sample: int) -> tuple[Tensor, Tensor]:
             records.clear()

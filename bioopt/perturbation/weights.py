@@ -22,7 +22,7 @@ from ..optimizer import (
 )
 from ..recorder import Synapse
 from ..synaptic import synapses_of
-from .base import DISTRIBUTION, FILL, UNFIRED, Perturbation, compared
+from .base import DISTRIBUTION, FILL, Perturbation, compared
 
 
 def _zscore(losses: Tensor) -> Tensor:
@@ -356,7 +356,7 @@ class SerialPerturbation(Perturbation):
         if losses is None:
             return None
         if not fired:
-            raise RuntimeError(f"SerialPerturbation(batched=True): {UNFIRED}")
+            raise RuntimeError(self._none_fired())
         plus = losses[: len(places)]
         other = losses[len(places) :] if clean is None else clean.expand_as(plus)
         each = torch.stack([mean_loss(plus), mean_loss(other), mean_loss(plus - other)], 1)
