@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .integrations import refuse_scaler
 from .optimizer import (
     Closure,
     LearningRule,
     Probe,
     backward_where_missing,
-    refuse_scaler,
     require_finite,
     unhooked_step,
 )

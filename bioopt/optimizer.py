@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
+from .integrations import refuse_scaler, refuse_trainer_options
 from .recorder import IN_DDP, IN_PYTHON, Recorder, Synapse
 
 __all__ = ["Closure", "LearningRule", "Params", "Probe"]
@@ -479,35 +480,6 @@ class Probe:
         if isinstance(module, _NormBase) and module.training and module not in self._before:
             self._before[module] = _statistics(module)
             self._norms[module] = None
-
-
-def refuse_scaler(optimizer: Optimizer) -> bool:
-    """Raise where a GradScaler, finding nothing to scale, would fail without a word on why."""
-    if all(p.grad is None for group in optimizer.param_groups for p in group["params"]):
-        raise RuntimeError(
-            f"{type(optimizer).__name__}: torch.amp.GradScaler rescues small gradients of a backward pass, and none "
-            "has reached a parameter here. Where nothing learns from a backward pass (readout=None or 'teacher', "
-            "perturbation), call optimizer.step itself, under autocast in bfloat16, which needs no scaler"
-        )
-    return False  # it does not unscale by itself
-
-
-def refuse_trainer_options(rule: str, closure: Closure) -> None:
-    """Raise where Lightning would accumulate or clip inside the closure, in vain: the rule writes ``.grad`` later."""
-    # Lightning gives partial(..., module, optimizer, closure): recognised without importing it.
-    module = next((a for a in getattr(closure, "args", ()) if isinstance(a, nn.Module)), None)
-    trainer = getattr(module, "_trainer", None)  # `trainer` raises where there is none
-    for option, off in (("accumulate_grad_batches", 1), ("gradient_clip_val", None)):
-        value = getattr(trainer, option, off)
-        if value not in (off, 0):
-            raise RuntimeError(
-                f"{rule}: Trainer({option}={value}) works on what backward leaves in .grad, but the rule makes .grad "
-                "after the closure, from this closure's batch alone. Override optimizer_step(self, epoch, batch, "
-                "optimizer, closure) of your LightningModule, with rule = optimizer.optimizer: for a rule of one "
-                "forward pass, closure(); rule.estimate(); self.clip_gradients(rule); rule.descend(), which also takes "
-                "in what has been accumulated; for a rule of several, rule.estimate(closure) and so on, with larger "
-                "batches in place of accumulation"
-            )
 
 
 def unhooked_step(optimizer: Optimizer) -> None:
