@@ -5,15 +5,21 @@ None of these packages is imported here; they are recognised by their objects or
 
 from __future__ import annotations
 
+import io
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
 __all__ = ["recipe", "refuse_scaler", "refuse_trainer_options"]
+
+RULE = "rule"  # in a state dict's "state": what is no parameter's own
+PACKED = "rule_state"  # in a param group: the same as bytes, for torch.distributed.checkpoint
 
 #: for each package with a training loop of its own, what to do there about a rule that needs a closure
 RECIPES = {
@@ -47,13 +53,18 @@ def recipe() -> str:
     return f" {found[-1]}." if found else ""  # the outermost: the loop, not a wrapper inside it
 
 
-def refuse_scaler(optimizer: Optimizer) -> bool:
-    """Raise where a GradScaler, finding nothing to scale, would fail without a word on why."""
-    if all(p.grad is None for group in optimizer.param_groups for p in group["params"]):
+def refuse_scaler(optimizer: Any) -> bool:
+    """Raise where a GradScaler would fail without a word on why, or divide what was never scaled."""
+    if optimizer._estimated:
+        raise RuntimeError(
+            f"{type(optimizer).__name__}: torch.amp.GradScaler would divide what estimate() has written by its scale. "
+            "Call optimizer.descend() in place of scaler.step(optimizer), or use bfloat16, which needs no scaler"
+        )
+    if all(p.grad is None for p in _params(optimizer)):
         raise RuntimeError(
             f"{type(optimizer).__name__}: torch.amp.GradScaler rescues small gradients of a backward pass, and none "
             "has reached a parameter here. Where nothing learns from a backward pass (readout=None or 'teacher', "
-            "perturbation), call optimizer.step itself, under autocast in bfloat16, which needs no scaler"
+            "perturbation), call optimizer.step itself, under autocast in bfloat16, which needs no scaler." + recipe()
         )
     return False  # it does not unscale by itself
 
@@ -74,6 +85,76 @@ def refuse_trainer_options(rule: str, closure: Callable[[], Any]) -> None:
                 "in what has been accumulated; for a rule of several, rule.estimate(closure) and so on, with larger "
                 "batches in place of accumulation"
             )
+
+
+@torch.compiler.disable(reason="it looks at the call stack")  # type: ignore[untyped-decorator]
+def has_estimate(optimizer: Any, rules: Iterable[Any]) -> bool:
+    """Whether ``step()`` without a closure finds in ``.grad`` what it is to descend along.
+
+    So it does after `estimate`, unless one of the rules has seen a forward pass since; and where
+    torch.distributed.checkpoint makes a step with zero gradients and lr=0, for optimizers to create their state.
+    """
+    if in_distributed_checkpoint():
+        return True
+    new = any(rule._recorder.fired for rule in rules)
+    return optimizer._estimated and not new and any(p.grad is not None for p in _params(optimizer))
+
+
+def for_checkpoint(state_dict: dict[str, Any], own_state: dict[str, Any]) -> dict[str, Any]:
+    """A rule's state dict, from torch's and the rule's own state."""
+    if in_distributed_checkpoint():
+        return for_distributed_checkpoint(state_dict, {0: own_state})
+    groups = [{key: value for key, value in group.items() if key != PACKED} for group in state_dict["param_groups"]]
+    own = {RULE: own_state} if own_state else {}
+    return {**state_dict, "state": {**state_dict["state"], **own}, "param_groups": groups}
+
+
+def for_distributed_checkpoint(state_dict: dict[str, Any], own_states: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """The same for torch.distributed.checkpoint, of one rule or more: the own state of each, by its first group.
+
+    It keeps the state of parameters and the options of groups, nothing else, and reads only entries that a new
+    optimizer has as well. So an own state is one value among the options of a group, and every parameter has an entry.
+    """
+    for i, own_state in own_states.items():
+        file = io.BytesIO()
+        torch.save(own_state, file)
+        state_dict["param_groups"][i][PACKED] = file.getvalue()
+    empty: dict[Any, Any] = {p: {} for group in state_dict["param_groups"] for p in group["params"]}
+    return {**state_dict, "state": empty | state_dict["state"]}
+
+
+def read_checkpoint(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Torch's state dict and a rule's own state, from either."""
+    groups = state_dict["param_groups"]
+    params = {p for group in groups for p in group["params"]}
+    own_state = {} if RULE in params else state_dict["state"].get(RULE, {})
+    packed = next((group[PACKED] for group in groups if group.get(PACKED) is not None), None)
+    if packed is not None:
+        own_state = torch.load(io.BytesIO(packed), map_location="cpu", weights_only=True)
+    state = {p: s for p, s in state_dict["state"].items() if p in params and s}
+    return {**state_dict, "state": state, "param_groups": [{**group, PACKED: None} for group in groups]}, own_state
+
+
+def parts_of_checkpoint(state_dict: dict[str, Any], sizes: Sequence[int]) -> list[dict[str, Any]]:
+    """Cut the state dict of several optimizers into one for each; ``sizes``: the number of groups of each."""
+    groups = iter(state_dict["param_groups"])
+    parts = [list(islice(groups, size)) for size in sizes]
+    parts[-1] += groups  # too many: for the optimizer to refuse
+    state = state_dict["state"]
+    return [
+        {"state": {p: state[p] for g in part for p in g["params"] if state.get(p)}, "param_groups": part}
+        for part in parts
+    ]
+
+
+def _params(optimizer: Optimizer) -> list[torch.Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def in_distributed_checkpoint() -> bool:
+    """Whether `get_optimizer_state_dict` or `set_optimizer_state_dict` of torch.distributed.checkpoint is at work."""
+    name = "torch.distributed.checkpoint.state_dict"
+    return name in sys.modules and any(frame.f_globals.get("__name__") == name for frame, _ in _callers())
 
 
 def _callers() -> Iterator[tuple[FrameType, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from itertools import accumulate
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -10,7 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .integrations import refuse_scaler
+from .integrations import (
+    for_distributed_checkpoint,
+    has_estimate,
+    in_distributed_checkpoint,
+    parts_of_checkpoint,
+    refuse_scaler,
+)
 from .optimizer import (
     Closure,
     LearningRule,
@@ -68,6 +75,7 @@ class Mixed(Optimizer):
         self.optimizers = optimizers
         self._norms: WeakKeyDictionary[nn.Module, None] = WeakKeyDictionary()
         self._closure_needs_grad = False
+        self._estimated = False  # as of a rule
         self.forward_passes = 0  # as of a rule
         self._traced = False
         for rule in self._rules():
@@ -82,13 +90,13 @@ class Mixed(Optimizer):
         self.param_groups = [group for member in self.optimizers for group in member.param_groups]
         self.state.clear()
         for member in self.optimizers:
-            self.state.update({p: s for p, s in member.state.items() if isinstance(p, Tensor)})
+            self.state.update(member.state)
 
     # -- the contract -------------------------------------------------------------------------------------------
 
     def step(self, closure: Closure | None = None) -> Any:
         """One step of all members: `estimate`, then `descend`. As `LearningRule.step`."""
-        loss = self.estimate(closure)
+        loss = None if closure is None and has_estimate(self, self._rules()) else self.estimate(closure)
         self.descend()
         return loss
 
@@ -96,6 +104,7 @@ class Mixed(Optimizer):
     def estimate(self, closure: Closure | None = None) -> Any:
         """Write ``p.grad = -Δw`` for every member's parameters, and change nothing else."""
         loss: Any = None
+        self._estimated = False
         self._link()
         try:
             if closure is None:
@@ -122,6 +131,7 @@ class Mixed(Optimizer):
                 rule._own_state = own_states.get(rule, rule._own_state)
             for p in self._trained():
                 p.grad = grads.get(p)
+            self._estimated = True
         finally:
             for rule in self._rules():
                 rule._recorder.reset()
@@ -132,11 +142,13 @@ class Mixed(Optimizer):
     def descend(self) -> None:
         """Let every member descend along its parameters' ``.grad``."""
         self._opt_called = True  # as of a rule
+        self._estimated = False
         for member in self.optimizers:
             if isinstance(member, LearningRule):
                 member.descend()
             else:
                 unhooked_step(member)
+        self._link()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused: add the group to the member that shall train it, ``mixed.optimizers[i]``."""
@@ -146,10 +158,18 @@ class Mixed(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The members' own state dicts, in order."""
+        if in_distributed_checkpoint():  # which takes the groups of all as those of one
+            self._link()
+            first = accumulate((len(member.param_groups) for member in self.optimizers), initial=0)
+            rules = {i: m for m, i in zip(self.optimizers, first, strict=False) if isinstance(m, LearningRule)}
+            return for_distributed_checkpoint(super().state_dict(), {i: rule._own_state for i, rule in rules.items()})
         return {"optimizers": [member.state_dict() for member in self.optimizers]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned; nothing is changed if it does not fit."""
+        if "param_groups" in state_dict:  # from torch.distributed.checkpoint
+            counts = [len(member.param_groups) for member in self.optimizers]
+            state_dict = {"optimizers": parts_of_checkpoint(state_dict, counts)}
         theirs = state_dict.get("optimizers", [])
         sizes = [[len(g["params"]) for g in d.get("param_groups", [])] for d in theirs]
         own_sizes = [[len(g["params"]) for g in m.param_groups] for m in self.optimizers]

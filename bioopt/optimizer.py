@@ -23,7 +23,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
-from .integrations import refuse_scaler, refuse_trainer_options
+from .integrations import (
+    PACKED,
+    for_checkpoint,
+    has_estimate,
+    read_checkpoint,
+    recipe,
+    refuse_scaler,
+    refuse_trainer_options,
+)
 from .recorder import IN_DDP, IN_PYTHON, Recorder, Synapse
 
 __all__ = ["Closure", "LearningRule", "Params", "Probe"]
@@ -42,8 +50,6 @@ ProcessGroup: TypeAlias = dist.ProcessGroup | None
 Estimate: TypeAlias = tuple[Tensor, dict[Tensor, Tensor], dict[str, Any]]
 _T = TypeVar("_T")
 Constraint: TypeAlias = tuple[Callable[[Any], bool], str]
-
-RULE = "rule"  # the key of `optimizer.state` under which a rule keeps what is not any parameter's own
 
 NON_NEGATIVE: Constraint = (lambda v: math.isfinite(v) and v >= 0, "a finite number >= 0")
 POSITIVE: Constraint = (lambda v: math.isfinite(v) and v > 0, "a finite number > 0")
@@ -142,6 +148,9 @@ class LearningRule(Optimizer, ABC):
         self._modules: list[tuple[str, nn.Module]] = []
         self._norms: WeakKeyDictionary[nn.Module, None] = WeakKeyDictionary()
         self._closure_needs_grad = False  # an ordinary closure was given: its backward() must not fail
+        self._estimated = False  # by `estimate` itself: `step` may go on from there
+        #: State that is no parameter's own. Replaced, never changed, so that an earlier state_dict keeps its own.
+        self._own_state: dict[str, Any] = {}
         self.forward_passes = 0  # that the last estimate took, checks included
         self._check(defaults)
         if inspect.signature(descent.step).parameters["closure"].default is inspect.Parameter.empty:
@@ -155,7 +164,7 @@ class LearningRule(Optimizer, ABC):
             own_defaults = descent([torch.zeros(1, 1)], **options).defaults
         except TypeError as error:
             raise TypeError(f"{type(self).__name__}(descent={descent.__name__}): {error}") from None
-        super().__init__(groups, {**own_defaults, **defaults})
+        super().__init__(groups, {**own_defaults, **defaults, PACKED: None})
         self._descent = descent([{"params": group["params"]} for group in self.param_groups], **options)
         self.state.update(self._descent.state)  # some optimizers make theirs at once
 
@@ -173,8 +182,8 @@ class LearningRule(Optimizer, ABC):
         """What to write into each ``.grad``, and the rule's own state after the step: the classic loop."""
         raise RuntimeError(
             f"{type(self).__name__} evaluates the loss several times a step, so step() needs a closure: "
-            "optimizer.step(closure), where closure() runs the model and returns the loss. (torch.amp.GradScaler, "
-            "which Lightning's 16-mixed precision brings along, hands on none: use bfloat16 without it)"
+            "optimizer.step(closure), where closure() runs the model and returns the loss." + recipe() + " "
+            "(torch.amp.GradScaler, which float16 mixed precision brings along, hands on none: use bfloat16 without it)"
         )
 
     # -- the contract -------------------------------------------------------------------------------------------
@@ -183,8 +192,9 @@ class LearningRule(Optimizer, ABC):
         """One step of learning: `estimate`, then `descend`.
 
         Args:
-            closure: runs the model and returns the loss, best each sample's own; without one, the step uses all
-                forward passes since the last step (rules that need only one).
+            closure: runs the model and returns the loss, best each sample's own; without one, the step descends along
+                what `estimate` has just written, or uses all forward passes since the last step (rules that need only
+                one).
 
         Returns:
             What the closure returned, detached; ``None`` without a closure.
@@ -197,14 +207,18 @@ class LearningRule(Optimizer, ABC):
             RuntimeError: a non-finite loss, no forward pass, a rule that needs a closure and got none. Parameters
                 and optimizer state are then as they were.
         """
-        loss = self.estimate(closure)
+        loss = None if closure is None and has_estimate(self, [self]) else self.estimate(closure)
         self.descend()
         return loss
 
     @torch.compiler.disable(reason=IN_PYTHON)  # type: ignore[untyped-decorator]
     def estimate(self, closure: Closure | None = None) -> Any:
-        """The first half of `step`: write ``p.grad = -Δw`` for every parameter of the rule, and change nothing else."""
+        """The first half of `step`: write ``p.grad = -Δw`` for every parameter of the rule, and change nothing else.
+
+        Where a training loop calls ``step()`` itself, write ``rule.estimate(closure)`` in place of the backward pass.
+        """
         loss: Any = None
+        self._estimated = False
         try:
             if closure is None:
                 grads, own_state = self._collect()
@@ -225,6 +239,7 @@ class LearningRule(Optimizer, ABC):
             self.forward_passes = 0 if closure is None else probe.made
             self._write(grads)
             self._own_state = own_state
+            self._estimated = True
         finally:
             self._recorder.reset()
         return loss
@@ -234,6 +249,7 @@ class LearningRule(Optimizer, ABC):
     def descend(self) -> None:
         """The second half of `step`: ``descent``'s own step along ``.grad``."""
         self._opt_called = True  # or schedulers, which look for `step`, would warn that none was made
+        self._estimated = False
         # Linked anew each time: load_state_dict replaces both. Unhooked: hooks on all optimizers must fire once.
         self._descent.param_groups, self._descent.state = self.param_groups, self.state
         unhooked_step(self._descent)
@@ -251,6 +267,16 @@ class LearningRule(Optimizer, ABC):
         known = {m for _, module in self._modules for m in module.modules()}
         self._modules += [(prefix, module) for prefix, module in modules if module not in known]
         self._norms.update({m: None for _, module in modules for m in module.modules() if isinstance(m, _NormBase)})
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch; what is no parameter's own is under ``"rule"`` in its ``"state"``."""
+        return for_checkpoint(super().state_dict(), self._own_state)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned; nothing is changed if it does not fit."""
+        state_dict, own_state = read_checkpoint(state_dict)
+        super().load_state_dict(state_dict)
+        self._own_state = own_state
 
     def coverage(self, model: nn.Module | None = None) -> dict[str, str]:
         """Which rule trains each parameter: its name -> the rule's name, or ``"frozen"``.
@@ -303,18 +329,6 @@ class LearningRule(Optimizer, ABC):
     def _step_supports_amp_scaling(self) -> bool:
         """Asked by `torch.amp.GradScaler`, before it looks for gradients."""
         return refuse_scaler(self)
-
-    @property
-    def _own_state(self) -> dict[str, Any]:
-        """State that is no parameter's own. Replaced, never changed, so that an earlier state_dict keeps its own."""
-        return self.state.get(RULE, {})  # type: ignore[call-overload, no-any-return]
-
-    @_own_state.setter
-    def _own_state(self, state: dict[str, Any]) -> None:
-        if state:
-            self.state[RULE] = state  # type: ignore[index]
-        else:
-            self.state.pop(RULE, None)  # type: ignore[call-overload]
 
     def _write(self, grads: dict[Tensor, Tensor]) -> None:
         """Set ``.grad`` of all parameters of the rule, those without an estimate to ``None``."""

@@ -72,6 +72,18 @@ def test_a_scaler_is_refused_where_nothing_learns_from_a_gradient(build) -> None
         scaler.step(optimizer)
 
 
+@pytest.mark.parametrize(
+    "build", [lambda m: make(bioopt.NodePerturbation, m), mixed], ids=["NodePerturbation", "Mixed"]
+)
+def test_a_scaler_is_refused_after_an_estimate(build) -> None:
+    model, scaler = cnn(), torch.amp.GradScaler("cpu")
+    optimizer = build(model)
+    optimizer.estimate(per_sample(optimizer, model, *batch()))
+    scaler.scale(torch.ones(()))
+    with pytest.raises(RuntimeError, match=r"GradScaler would divide what estimate\(\) has written.*descend\(\)"):
+        scaler.step(optimizer)
+
+
 def test_the_product_of_many_events_in_half_precision() -> None:
     """230,400 events: their sum is beyond float16."""
     grads = []
