@@ -70,7 +70,19 @@ def refuse_scaler(optimizer: Any) -> bool:
 
 
 def refuse_trainer_options(rule: str, closure: Callable[[], Any]) -> None:
-    """Raise where Lightning would accumulate or clip inside the closure, in vain: the rule writes ``.grad`` later."""
+    """Raise where Lightning or skorch would accumulate or clip inside the closure: the rule writes ``.grad`` later."""
+    if getattr(closure, "__module__", None) == "skorch.net":  # `step_fn`, a function inside a method of the net
+        variables = dict(zip(closure.__code__.co_freevars, closure.__closure__ or (), strict=True))
+        callbacks = dict(getattr(variables["self"].cell_contents, "callbacks_", ())) if "self" in variables else {}
+        for name, callback in callbacks.items():
+            value = getattr(callback, "gradient_clip_value", None)
+            if value is not None:
+                raise RuntimeError(
+                    f"{rule}: the callback {name}, {type(callback).__name__}(gradient_clip_value={value}), clips what "
+                    "backward leaves in .grad, but the rule makes .grad after the closure. Leave it out, and override "
+                    "_step_optimizer(self, step_fn) of your net, as in examples/skorch_net.py, to clip between "
+                    "self.optimizer_.estimate(step_fn) and self.optimizer_.descend()"
+                )
     # Lightning gives partial(..., module, optimizer, closure): recognised without importing it.
     module = next((a for a in getattr(closure, "args", ()) if isinstance(a, nn.Module)), None)
     trainer = getattr(module, "_trainer", None)  # `trainer` raises where there is none
@@ -88,16 +100,52 @@ def refuse_trainer_options(rule: str, closure: Callable[[], Any]) -> None:
 
 
 @torch.compiler.disable(reason="it looks at the call stack")  # type: ignore[untyped-decorator]
-def has_estimate(optimizer: Any, rules: Iterable[Any]) -> bool:
-    """Whether ``step()`` without a closure finds in ``.grad`` what it is to descend along.
+def needs_estimate(optimizer: Any, closure: Callable[[], Any] | None, rules: Iterable[Any]) -> bool:
+    """Whether ``step(closure)`` must make an estimate first, or finds in ``.grad`` what it is to descend along.
 
-    So it does after `estimate`, unless one of the rules has seen a forward pass since; and where
+    It does after `estimate`, unless one of the rules has seen a forward pass since; and where
     torch.distributed.checkpoint makes a step with zero gradients and lr=0, for optimizers to create their state.
+
+    Raises:
+        RuntimeError: where the training loop that calls step() has accumulated or clipped in vain.
     """
-    if in_distributed_checkpoint():
-        return True
-    new = any(rule._recorder.fired for rule in rules)
-    return optimizer._estimated and not new and any(p.grad is not None for p in _params(optimizer))
+    if closure is None:
+        if in_distributed_checkpoint():
+            return False
+        new = any(rule._recorder.fired for rule in rules)
+        if optimizer._estimated and not new and any(p.grad is not None for p in _params(optimizer)):
+            return False
+    _refuse_options_of_the_caller(type(optimizer).__name__, closure)
+    return True
+
+
+def _refuse_options_of_the_caller(rule: str, closure: Callable[[], Any] | None) -> None:
+    """Raise where Hugging Face's Trainer has clipped, or accelerate accumulates, what a rule does not go by."""
+    if "accelerate" not in sys.modules:
+        return
+    caller = next((frame for frame, package in _callers() if package not in ("bioopt", "torch", "contextlib")), None)
+    if caller is None or caller.f_globals.get("__name__") != "accelerate.optimizer":
+        return
+    steps = caller.f_locals["self"].gradient_state.num_steps
+    if closure is not None and steps > 1:
+        raise RuntimeError(
+            f"{rule}: Accelerator(gradient_accumulation_steps={steps}) hands on step(closure) for the last of {steps} "
+            "micro-batches alone; the others would be lost. For a rule of one forward pass, call "
+            "accelerator.backward(loss) and step() without a closure, as in examples/accelerate_loop.py; for a rule of "
+            "several, take larger batches, or add up .grad of optimizer.optimizer.estimate(closure), as in "
+            "examples/accumulate_clip_schedule.py"
+        )
+    frames = (frame for frame, package in _callers() if package not in ("bioopt", "torch", "contextlib", "accelerate"))
+    trainer = next(frames, None)
+    if trainer is None or trainer.f_globals.get("__name__") != "transformers.trainer":
+        return
+    norm = getattr(getattr(trainer.f_locals.get("self"), "args", None), "max_grad_norm", None)
+    if norm:
+        raise RuntimeError(
+            f"{rule}: TrainingArguments(max_grad_norm={norm}) clips what the backward pass leaves in .grad, before the "
+            "rule has made its own. To clip that, take RuleTrainer of examples/huggingface_trainer.py, which any rule "
+            "can be trained by; else set max_grad_norm=0"
+        )
 
 
 def for_checkpoint(state_dict: dict[str, Any], own_state: dict[str, Any]) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 
 from .integrations import (
     for_distributed_checkpoint,
-    has_estimate,
     in_distributed_checkpoint,
+    needs_estimate,
     parts_of_checkpoint,
     refuse_scaler,
 )
@@ -96,7 +96,7 @@ class Mixed(Optimizer):
 
     def step(self, closure: Closure | None = None) -> Any:
         """One step of all members: `estimate`, then `descend`. As `LearningRule.step`."""
-        loss = None if closure is None and has_estimate(self, self._rules()) else self.estimate(closure)
+        loss = self.estimate(closure) if needs_estimate(self, closure, self._rules()) else None
         self.descend()
         return loss
 

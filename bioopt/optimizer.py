@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from .integrations import (
     PACKED,
     for_checkpoint,
-    has_estimate,
+    needs_estimate,
     read_checkpoint,
     recipe,
     refuse_scaler,
@@ -207,7 +207,7 @@ class LearningRule(Optimizer, ABC):
             RuntimeError: a non-finite loss, no forward pass, a rule that needs a closure and got none. Parameters
                 and optimizer state are then as they were.
         """
-        loss = None if closure is None and has_estimate(self, [self]) else self.estimate(closure)
+        loss = self.estimate(closure) if needs_estimate(self, closure, [self]) else None
         self.descend()
         return loss
 

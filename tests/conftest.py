@@ -1,5 +1,6 @@
 # torch is imported by the tests alone: pytest-xdist's own process, which loads this file first, has no use for it.
 import gc
+from collections.abc import Iterator
 
 import pytest
 
@@ -26,6 +27,20 @@ def network_of_the_rule(request: pytest.FixtureRequest, monkeypatch: pytest.Monk
     rule = case and (case.params.get("rule") or getattr(case.params.get("build"), "args", [None])[0])
     for name, network in NETWORKS.get(rule, {}).items():
         monkeypatch.setattr(request.module, name, network, raising=False)
+
+
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    """accelerate keeps the settings of its first `Accelerator` for the whole process: without those of other tests."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    def forget() -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+    forget()
+    yield
+    forget()
 
 
 @pytest.fixture
