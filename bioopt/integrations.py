@@ -40,8 +40,8 @@ RECIPES = {
         "create_supervised_trainer, as in examples/ignite_engine.py"
     ),
     "lightning": (
-        "Lightning's automatic optimization hands one over, except with precision '16-mixed'; in manual optimization, "
-        "call optimizer.step(closure) yourself; see examples/lightning_fit.py"
+        "Lightning's automatic optimization hands one over, except with precision '16-mixed': take 'bf16-mixed'; see "
+        "examples/lightning_fit.py"
     ),
 }
 RECIPES["pytorch_lightning"] = RECIPES["lightning"]
@@ -84,7 +84,14 @@ def refuse_trainer_options(rule: str, closure: Callable[[], Any]) -> None:
                     "self.optimizer_.estimate(step_fn) and self.optimizer_.descend()"
                 )
     # Lightning gives partial(..., module, optimizer, closure): recognised without importing it.
-    module = next((a for a in getattr(closure, "args", ()) if isinstance(a, nn.Module)), None)
+    arguments = getattr(closure, "args", ())
+    if arguments and getattr(arguments[-1], "__name__", "") == "do_nothing_closure":
+        raise RuntimeError(
+            f"{rule}: in manual optimization, step() of Lightning's wrapper hands on a closure that does nothing. Call "
+            "step() of the rule itself, self.optimizers(use_pl_optimizer=False), with a closure if the rule needs one; "
+            "see examples/lightning_fit.py"
+        )
+    module = next((a for a in arguments if isinstance(a, nn.Module)), None)
     trainer = getattr(module, "_trainer", None)  # `trainer` raises where there is none
     for option, off in (("accumulate_grad_batches", 1), ("gradient_clip_val", None)):
         value = getattr(trainer, option, off)

@@ -5,8 +5,10 @@ Lightning's is in test_tools.py. The packages take seconds to import, so each is
 
 from __future__ import annotations
 
+import re
 import runpy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,14 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 
 import bioopt
 
 from .commands import ROOT
-from .rules import batch, cnn, make, same, weights
+from .rules import batch, cnn, make, mlp, same, weights
 from .test_tools import mixed
 
+PAGE = (ROOT / "docs" / "other_loops.md").read_text()
 NEEDS_CLOSURE = r"NodePerturbation.*step\(closure\), where.*"
 
 
@@ -41,6 +43,13 @@ def example(name: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What an example defines."""
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     return runpy.run_path(str(ROOT / "examples" / name))
+
+
+def recipe(heading: str, **names: Any) -> dict[str, Any]:
+    """What the code of a section of the page defines."""
+    (code,) = re.findall(r"```py\n(.*?)```", PAGE.partition(f"\n## {heading}\n")[2].partition("\n## ")[0], re.DOTALL)
+    exec(code, names := {"F": F, "bioopt": bioopt, **names})
+    return names
 
 
 def by_hand(build: Callable[[nn.Module], Any], clip: float, micro: int = 1) -> list[Tensor]:
@@ -99,6 +108,13 @@ class TestHuggingFaceTrainer:
         for a, b in zip(weights(found), by_hand(build, 0.05, micro), strict=True):
             torch.testing.assert_close(a, b)
 
+    def test_the_trainer_of_the_page(self, tmp_path) -> None:
+        import transformers
+
+        trainer = recipe("Hugging Face Trainer", transformers=transformers)["RuleTrainer"]
+        found = self.fit(trainer, perturbation, tmp_path, max_grad_norm=0.05)
+        assert same(weights(found), by_hand(perturbation, 0.05))
+
     @pytest.mark.parametrize("build", [hebbian, mixed], ids=["Hebbian", "Mixed"])
     def test_rules_of_one_pass_take_the_trainer_as_it_is(self, build, tmp_path) -> None:
         from transformers import Trainer
@@ -138,11 +154,10 @@ class TestAccelerate:
         accelerator, model, optimizer = prepared(build)
         for i in range(2):
             x, y = batch(i)
-            losses = optimizer.optimizer.estimate(lambda x=x, y=y: F.cross_entropy(model(x), y, reduction="none"))
-            assert losses.shape == y.shape
-            accelerator.clip_grad_norm_(model.parameters(), 0.05)
-            optimizer.step()
-        assert same(weights(model), by_hand(build, 0.05))
+            closure = partial(lambda x, y: F.cross_entropy(model(x), y, reduction="none"), x, y)
+            names = recipe("accelerate", accelerator=accelerator, model=model, optimizer=optimizer, closure=closure)
+            assert names["losses"].shape == y.shape
+        assert same(weights(model), by_hand(build, 1.0))
 
     @pytest.mark.parametrize("build", **ALL)
     def test_a_closure_goes_through(self, build, prepared) -> None:
@@ -216,6 +231,17 @@ class TestSkorch:
         found = self.fit(net, build, criterion__reduction="none")
         assert same(weights(found), by_hand(build, clip))
 
+    def test_the_net_of_the_page(self) -> None:
+        import skorch
+
+        with torch.random.fork_rng():
+            net = recipe("skorch", skorch=skorch, Network=mlp)["net"].set_params(
+                criterion=nn.CrossEntropyLoss, max_epochs=1, verbose=0, train_split=None, module__dtype=torch.float32
+            )
+            net.fit(torch.randn(8, 6), torch.arange(8) % 4)
+        assert isinstance(net.optimizer_, bioopt.Hebbian)
+        assert [group["lr"] for group in net.optimizer_.param_groups] == [1.0, 0.05]
+
     @pytest.mark.parametrize("build", [hebbian, mixed], ids=["Hebbian", "Mixed"])
     def test_rules_of_one_pass_take_a_net_as_it_is(self, build) -> None:
         from skorch import NeuralNetClassifier
@@ -248,8 +274,8 @@ class TestSkorch:
 
 class TestIgnite:
     @staticmethod
-    def data() -> DataLoader[Any]:
-        return DataLoader([batch(i) for i in range(2)], batch_size=None)  # type: ignore[arg-type]
+    def data() -> list[tuple[Tensor, Tensor]]:
+        return [batch(i) for i in range(2)]
 
     @pytest.mark.parametrize("build", [hebbian, mixed], ids=["Hebbian", "Mixed"])
     def test_rules_of_one_pass_take_the_trainer_as_it_is(self, build) -> None:
@@ -259,6 +285,18 @@ class TestIgnite:
         create_supervised_trainer(model, build(model), F.cross_entropy).run(self.data(), 1)
         for a, b in zip(weights(model), by_hand(build, float("inf")), strict=True):
             torch.testing.assert_close(a, b)
+
+    @pytest.mark.parametrize("build", **ALL)
+    def test_the_engine_of_the_page(self, build) -> None:
+        from ignite.engine import Engine
+
+        model = cnn(dropout=0.0)
+        recipe("PyTorch-Ignite", Engine=Engine, model=model, rule=build(model), loader=self.data()[:1])
+        one = cnn(dropout=0.0)
+        rule, (x, y) = build(one), batch()
+        for _ in range(10):
+            rule.step(lambda: F.cross_entropy(one(x), y, reduction="none"))
+        assert same(weights(model), weights(one))
 
     @pytest.mark.parametrize("amp", [None, "amp"])
     @pytest.mark.filterwarnings("ignore:CUDA is not available")
