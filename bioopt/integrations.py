@@ -21,27 +21,27 @@ __all__ = ["recipe", "refuse_scaler", "refuse_trainer_options"]
 RULE = "rule"  # in a state dict's "state": what is no parameter's own
 PACKED = "rule_state"  # in a param group: the same as bytes, for torch.distributed.checkpoint
 
-#: for each package with a training loop of its own, what to do there about a rule that needs a closure
+#: for each package with a training loop of its own, how rules are given what they need there: the model, and a closure
 RECIPES = {
     "transformers": (
-        "Hugging Face's Trainer calls step() without one: override training_step() to call rule.estimate(closure) in "
-        "place of the backward pass, as RuleTrainer does in examples/huggingface_trainer.py"
+        "Hugging Face's Trainer takes a rule by optimizers=(rule, None) and calls step() without a closure; "
+        "RuleTrainer in examples/huggingface_trainer.py calls rule.estimate(closure) in place of the backward pass"
     ),
     "accelerate": (
         "With accelerate, call step(closure) of the prepared optimizer, or optimizer.optimizer.estimate(closure) in "
         "place of accelerator.backward(loss), as in examples/accelerate_loop.py"
     ),
     "skorch": (
-        "With skorch, use a net without AccelerateMixin, whose train_step() hands a closure to the optimizer, as in "
-        "examples/skorch_net.py"
+        "With skorch, RuleNet in examples/skorch_net.py gives a rule the module in place of its parameters, and a "
+        "closure without a needless backward pass; AccelerateMixin would hand on none"
     ),
     "ignite": (
         "With Ignite, give Engine an update function of your own that calls optimizer.step(closure), in place of "
         "create_supervised_trainer, as in examples/ignite_engine.py"
     ),
     "lightning": (
-        "Lightning's automatic optimization hands one over, except with precision '16-mixed': take 'bf16-mixed'; see "
-        "examples/lightning_fit.py"
+        "Lightning's automatic optimization hands a closure over, except with precision '16-mixed': take 'bf16-mixed'; "
+        "see examples/lightning_fit.py"
     ),
 }
 RECIPES["pytorch_lightning"] = RECIPES["lightning"]

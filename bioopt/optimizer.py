@@ -463,7 +463,7 @@ class Probe:
         result = estimate(self)
         warnings.warn(
             f"{rule} needs no backward pass, but the closure calls backward(). To save it, write: "
-            "if loss.requires_grad: loss.backward()",
+            f"if loss.requires_grad: loss.backward().{recipe()}",
             stacklevel=_outside(),
         )
         return result

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
+from .integrations import recipe
 from .optimizer import (
     NON_NEGATIVE,
     Estimate,
@@ -43,7 +44,8 @@ def synapses_of(rule: str, params: Any) -> list[Synapse]:
     if not modules:
         raise TypeError(
             f"{rule} watches the activity of layers, so it needs the model, not its parameters: write {rule}(model, "
-            f"...) or {rule}([{{'params': model.block1, 'lr': ...}}, ...]), not {rule}(model.parameters(), ...)"
+            f"...) or {rule}([{{'params': model.block1, 'lr': ...}}, ...]), not {rule}(model.parameters(), ...)."
+            + recipe()
         )
     for _, module in modules:
         if isinstance(module, nn.parallel.DistributedDataParallel):

@@ -123,6 +123,14 @@ class TestHuggingFaceTrainer:
         for a, b in zip(weights(found), by_hand(build, float("inf")), strict=True):
             torch.testing.assert_close(a, b)
 
+    def test_parameters_in_place_of_the_model_name_the_recipe(self, tmp_path) -> None:
+        from transformers import Trainer, TrainingArguments
+
+        arguments = TrainingArguments(tmp_path, use_cpu=True, report_to=[])
+        trainer = Trainer(cnn(), arguments, optimizer_cls_and_kwargs=(bioopt.Hebbian, {"lr": 0.1}))
+        with pytest.raises(TypeError, match=r"not Hebbian\(model\.parameters.*optimizers=.*huggingface_trainer\.py"):
+            trainer.create_optimizer()
+
     @pytest.mark.parametrize("build", **ALL)
     def test_clipping_in_vain_is_refused(self, build, tmp_path) -> None:
         from transformers import Trainer
@@ -133,7 +141,7 @@ class TestHuggingFaceTrainer:
     def test_a_rule_that_needs_a_closure_names_the_recipe(self, tmp_path) -> None:
         from transformers import Trainer
 
-        with pytest.raises(RuntimeError, match=NEEDS_CLOSURE + r"estimate\(.*examples/huggingface_trainer\.py"):
+        with pytest.raises(RuntimeError, match=NEEDS_CLOSURE + r"examples/huggingface_trainer\.py.*estimate\("):
             self.fit(Trainer, perturbation, tmp_path, max_grad_norm=0)
 
 
@@ -249,6 +257,22 @@ class TestSkorch:
         for a, b in zip(weights(self.fit(NeuralNetClassifier, build)), by_hand(build, float("inf")), strict=True):
             torch.testing.assert_close(a, b)
 
+    @pytest.mark.parametrize("rule", [bioopt.Hebbian, bioopt.NodePerturbation], ids=lambda rule: rule.__name__)
+    def test_parameters_in_place_of_the_module_name_the_recipe(self, rule: type) -> None:
+        from skorch import NeuralNetClassifier
+
+        net = NeuralNetClassifier(cnn, optimizer=rule, optimizer__sigma=0.01)
+        if rule is bioopt.Hebbian:
+            net.set_params(optimizer__sigma=None)
+        with pytest.raises(TypeError, match=rf"{rule.__name__}\(model\.parameters\(\).*examples/skorch_net\.py"):
+            net.initialize()
+
+    def test_a_needless_backward_pass_names_the_recipe(self) -> None:
+        from skorch import NeuralNetClassifier
+
+        with pytest.warns(UserWarning, match=r"needs no backward pass.*examples/skorch_net\.py"):
+            self.fit(NeuralNetClassifier, perturbation)
+
     @pytest.mark.parametrize("build", **ALL)
     def test_clipping_in_vain_is_refused(self, build) -> None:
         from skorch import NeuralNetClassifier
@@ -268,7 +292,7 @@ class TestSkorch:
         class Accelerated(AccelerateMixin, NeuralNetClassifier):
             pass
 
-        with pytest.raises(RuntimeError, match=NEEDS_CLOSURE + r"without AccelerateMixin.*examples/skorch_net\.py"):
+        with pytest.raises(RuntimeError, match=NEEDS_CLOSURE + r"examples/skorch_net\.py.*AccelerateMixin"):
             self.fit(Accelerated, perturbation, accelerator=Accelerator(cpu=True))
 
 
