@@ -49,7 +49,7 @@ RECIPES["pytorch_lightning"] = RECIPES["lightning"]
 
 def recipe() -> str:
     """A sentence on the training loop that is on the call stack, with a space before it; empty where there is none."""
-    found = [RECIPES[package] for _, package in _callers() if package in RECIPES]
+    found = [RECIPES[package] for package in map(_package, _callers()) if package in RECIPES]
     return f" {found[-1]}." if found else ""  # the outermost: the loop, not a wrapper inside it
 
 
@@ -130,7 +130,7 @@ def _refuse_options_of_the_caller(rule: str, closure: Callable[[], Any] | None) 
     """Raise where Hugging Face's Trainer has clipped, or accelerate accumulates, what a rule does not go by."""
     if "accelerate" not in sys.modules:
         return
-    caller = next((frame for frame, package in _callers() if package not in ("bioopt", "torch", "contextlib")), None)
+    caller = next((frame for frame in _callers() if _package(frame) not in ("bioopt", "torch")), None)
     if caller is None or caller.f_globals.get("__name__") != "accelerate.optimizer":
         return
     steps = caller.f_locals["self"].gradient_state.num_steps
@@ -142,8 +142,7 @@ def _refuse_options_of_the_caller(rule: str, closure: Callable[[], Any] | None) 
             "several, take larger batches, or add up .grad of optimizer.optimizer.estimate(closure), as in "
             "examples/accumulate_clip_schedule.py"
         )
-    frames = (frame for frame, package in _callers() if package not in ("bioopt", "torch", "contextlib", "accelerate"))
-    trainer = next(frames, None)
+    trainer = next((frame for frame in _callers() if _package(frame) not in ("bioopt", "torch", "accelerate")), None)
     if trainer is None or trainer.f_globals.get("__name__") != "transformers.trainer":
         return
     norm = getattr(getattr(trainer.f_locals.get("self"), "args", None), "max_grad_norm", None)
@@ -208,13 +207,17 @@ def _params(optimizer: Optimizer) -> list[torch.Tensor]:
 
 def in_distributed_checkpoint() -> bool:
     """Whether `get_optimizer_state_dict` or `set_optimizer_state_dict` of torch.distributed.checkpoint is at work."""
-    name = "torch.distributed.checkpoint.state_dict"
-    return name in sys.modules and any(frame.f_globals.get("__name__") == name for frame, _ in _callers())
+    module = sys.modules.get("torch.distributed.checkpoint.state_dict")
+    return module is not None and any(frame.f_globals is vars(module) for frame in _callers())
 
 
-def _callers() -> Iterator[tuple[FrameType, str]]:
-    """The frames on the call stack, innermost first, each with the name of its package."""
+def _callers() -> Iterator[FrameType]:
+    """The frames on the call stack, innermost first."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        yield frame, str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        yield frame
         frame = frame.f_back
+
+
+def _package(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
