@@ -4,19 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .integrations import (
+    for_distributed_checkpoint,
+    in_distributed_checkpoint,
+    needs_estimate,
+    parts_of_checkpoint,
+    read_checkpoint,
+    refuse_scaler,
+)
 from .optimizer import (
     Closure,
     Known,
     LearningRule,
     Probe,
     backward_where_missing,
-    refuse_scaler,
     require_finite,
     restoring_grad_mode,
     settled,
@@ -71,6 +79,7 @@ class Mixed(Optimizer):
         self.optimizers = optimizers
         self._known = Known()
         self._undo: list[Callable[[], None]] = []
+        self._estimated = False  # as of a rule
         self.forward_passes = 0  # as of a rule
         self._traced = False
         for rule in self._rules():
@@ -88,13 +97,13 @@ class Mixed(Optimizer):
         self.param_groups = [group for member in self.optimizers for group in member.param_groups]
         self.state.clear()
         for member in self.optimizers:
-            self.state.update({p: s for p, s in member.state.items() if isinstance(p, Tensor)})
+            self.state.update(member.state)
 
     # -- the contract -------------------------------------------------------------------------------------------
 
     def step(self, closure: Closure | None = None) -> Any:
         """One step of all members: `estimate`, then `descend`. As `LearningRule.step`."""
-        loss = self.estimate(closure)
+        loss = self.estimate(closure) if needs_estimate(self, closure, self._rules()) else None
         self.descend()
         return loss
 
@@ -105,6 +114,7 @@ class Mixed(Optimizer):
 
     def _estimate_once(self, closure: Closure | None) -> Any:
         loss: Any = None
+        self._estimated = False
         self._link()
         self._undo += [*(rule._recorder.restoring() for rule in self._rules()), restoring_grad_mode()]
         for rule in self._rules():
@@ -130,6 +140,7 @@ class Mixed(Optimizer):
             rule._own_state = own_states.get(rule, rule._own_state)
         for p in self._trained():
             p.grad = grads.get(p)
+        self._estimated = True
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -147,11 +158,13 @@ class Mixed(Optimizer):
     def descend(self) -> None:
         """Let every member descend along its parameters' ``.grad``."""
         self._opt_called = True  # as of a rule
+        self._estimated = False
         for member in self.optimizers:
             if isinstance(member, LearningRule):
                 member.descend()
             else:
                 unhooked_step(member)
+        self._link()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused: add the group to the member that shall train it, ``mixed.optimizers[i]``."""
@@ -161,6 +174,13 @@ class Mixed(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The members' own state dicts, in order, and their names."""
+        if in_distributed_checkpoint():  # which takes the groups of all as those of one
+            self._link()
+            first = accumulate((len(member.param_groups) for member in self.optimizers), initial=0)
+            rules = {i: m for m, i in zip(self.optimizers, first, strict=False) if isinstance(m, LearningRule)}
+            return for_distributed_checkpoint(
+                super().state_dict(), {i: (type(rule).__name__, rule._own_state) for i, rule in rules.items()}
+            )
         return {
             "optimizers": [member.state_dict() for member in self.optimizers],
             "names": [type(member).__name__ for member in self.optimizers],
@@ -168,6 +188,9 @@ class Mixed(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned; nothing is changed if it does not fit."""
+        if "param_groups" in state_dict:  # from torch.distributed.checkpoint
+            counts = [len(member.param_groups) for member in self.optimizers]
+            state_dict = {"optimizers": parts_of_checkpoint(state_dict, counts)}
         theirs = state_dict.get("optimizers", [])
         sizes = [[len(g["params"]) for g in d.get("param_groups", [])] for d in theirs]
         own_sizes = [[len(g["params"]) for g in m.param_groups] for m in self.optimizers]
@@ -178,7 +201,7 @@ class Mixed(Optimizer):
             raise ValueError(f"Mixed: the loaded state is that of {state_dict['names']}, this optimizer has {own}")
         for member, state in zip(self.optimizers, theirs, strict=True):
             if isinstance(member, LearningRule):
-                member._require_own(state)
+                member._require_own(read_checkpoint(state)[0])
         for member, state in zip(self.optimizers, theirs, strict=True):
             member.load_state_dict(state)
         self._link()

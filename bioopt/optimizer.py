@@ -24,6 +24,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .integrations import (
+    NAME,
+    PACKED,
+    for_checkpoint,
+    needs_estimate,
+    read_checkpoint,
+    recipe,
+    refuse_scaler,
+    refuse_trainer_options,
+)
 from .recorder import COMPILED, IN_DDP, IN_PYTHON, Exclusion, Recorder, Synapse, is_known
 
 __all__ = ["Closure", "LearningRule", "Params", "Probe"]
@@ -43,10 +53,8 @@ Estimate: TypeAlias = tuple[Tensor, dict[Tensor, Tensor], dict[str, Any]]
 _T = TypeVar("_T")
 Constraint: TypeAlias = tuple[Callable[[Any], bool], str]
 
-NAME = "rule"  # the key of a state_dict under which it names its rule
 SCHEDULERS = ("initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr", "params", "param_names")
 UNFROZEN = "it was frozen when the optimizer was built: optimizer.add_param_group({'params': layer})"
-RULE = "rule"  # the key of `optimizer.state` under which a rule keeps what is not any parameter's own
 
 NON_NEGATIVE: Constraint = (lambda v: math.isfinite(v) and v >= 0, "a finite number >= 0")
 POSITIVE: Constraint = (lambda v: math.isfinite(v) and v > 0, "a finite number > 0")
@@ -159,6 +167,9 @@ class LearningRule(Optimizer, ABC):
         self._checked: tuple[Any, ...] = ()
         self._known = Known()
         self._undo: list[Callable[[], None]] = []
+        self._estimated = False  # by `estimate` itself: `step` may go on from there
+        #: State that is no parameter's own. Replaced, never changed, so that an earlier state_dict keeps its own.
+        self._own_state: dict[str, Any] = {}
         self.forward_passes = 0  # that the last estimate took, checks included
         self._check(defaults)
         if inspect.signature(descent.step).parameters["closure"].default is inspect.Parameter.empty:
@@ -172,7 +183,7 @@ class LearningRule(Optimizer, ABC):
             own_defaults = descent([torch.zeros(1, 1)], **options).defaults
         except TypeError as error:
             raise TypeError(f"{type(self).__name__}(descent={descent.__name__}): {error}") from None
-        super().__init__(groups, {**own_defaults, **defaults})
+        super().__init__(groups, {**own_defaults, **defaults, PACKED: None})
         self._descent = descent([{"params": group["params"]} for group in self.param_groups], **options)
         self.state.update(self._descent.state)  # some optimizers make theirs at once
 
@@ -190,8 +201,8 @@ class LearningRule(Optimizer, ABC):
         """What to write into each ``.grad``, and the rule's own state after the step: the classic loop."""
         raise RuntimeError(
             f"{type(self).__name__} evaluates the loss several times a step, so step() needs a closure: "
-            "optimizer.step(closure), where closure() runs the model and returns the loss. (torch.amp.GradScaler, "
-            "which Lightning's 16-mixed precision brings along, hands on none: use bfloat16 without it)"
+            "optimizer.step(closure), where closure() runs the model and returns the loss." + recipe() + " "
+            "(torch.amp.GradScaler, which float16 mixed precision brings along, hands on none: use bfloat16 without it)"
         )
 
     # -- the contract -------------------------------------------------------------------------------------------
@@ -200,8 +211,9 @@ class LearningRule(Optimizer, ABC):
         """One step of learning: `estimate`, then `descend`.
 
         Args:
-            closure: runs the model and returns the loss, best each sample's own; without one, the step uses all
-                forward passes since the last step (rules that need only one).
+            closure: runs the model and returns the loss, best each sample's own; without one, the step descends along
+                what `estimate` has just written, or uses all forward passes since the last step (rules that need only
+                one).
 
         Returns:
             What the closure returned, detached; ``None`` without a closure.
@@ -214,17 +226,21 @@ class LearningRule(Optimizer, ABC):
             RuntimeError: a non-finite loss, no forward pass, a rule that needs a closure and got none. Parameters
                 and optimizer state are then as they were.
         """
-        loss = self.estimate(closure)
+        loss = self.estimate(closure) if needs_estimate(self, closure, [self]) else None
         self.descend()
         return loss
 
     @torch.compiler.disable(reason=IN_PYTHON)  # type: ignore[untyped-decorator]
     def estimate(self, closure: Closure | None = None) -> Any:
-        """The first half of `step`: write ``p.grad = -Δw`` for every parameter of the rule, and change nothing else."""
+        """The first half of `step`: write ``p.grad = -Δw`` for every parameter of the rule, and change nothing else.
+
+        Where a training loop calls ``step()`` itself, write ``rule.estimate(closure)`` in place of the backward pass.
+        """
         return settled(self._undo, lambda: self._estimate_once(closure))
 
     def _estimate_once(self, closure: Closure | None) -> Any:
         loss: Any = None
+        self._estimated = False
         self._undo += [self._recorder.restoring(), restoring_grad_mode()]
         self._require_same_parameters()
         if closure is None:
@@ -245,6 +261,7 @@ class LearningRule(Optimizer, ABC):
         for p in self._trained():
             p.grad = grads.get(p)
         self._own_state = own_state
+        self._estimated = True
         return loss
 
     def discard(self) -> None:
@@ -256,6 +273,7 @@ class LearningRule(Optimizer, ABC):
     def descend(self) -> None:
         """The second half of `step`: ``descent``'s own step along ``.grad``."""
         self._opt_called = True  # or schedulers, which look for `step`, would warn that none was made
+        self._estimated = False
         # Linked anew each time: load_state_dict replaces both. Unhooked: hooks on all optimizers must fire once.
         self._descent.param_groups, self._descent.state = self.param_groups, self.state
         unhooked_step(self._descent)
@@ -285,6 +303,21 @@ class LearningRule(Optimizer, ABC):
                         self._homes.setdefault(p, (layer, attribute, ".".join(filter(None, (name, attribute)))))
                 if synapses and is_known(layer) and not layer.weight.requires_grad:
                     self._once_frozen.append((name, layer))
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of torch, with the rule's name; what is no parameter's own is under ``"rule"`` in its ``"state"``."""
+        return for_checkpoint(super().state_dict(), type(self).__name__, self._own_state)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned.
+
+        Raises:
+            ValueError: the state of another rule, or of groups of other sizes. Nothing is changed then.
+        """
+        state_dict, own_state = read_checkpoint(state_dict)
+        self._require_own(state_dict)
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != NAME})
+        self._own_state = own_state
 
     def coverage(self, model: nn.Module | None = None) -> dict[str, str]:
         """Which rule trains each parameter: its name -> the rule's name, or why it is not trained.
@@ -346,18 +379,6 @@ class LearningRule(Optimizer, ABC):
     def _step_supports_amp_scaling(self) -> bool:
         """Asked by `torch.amp.GradScaler`, before it looks for gradients."""
         return refuse_scaler(self)
-
-    @property
-    def _own_state(self) -> dict[str, Any]:
-        """State that is no parameter's own. Replaced, never changed, so that an earlier state_dict keeps its own."""
-        return self.state.get(RULE, {})  # type: ignore[call-overload, no-any-return]
-
-    @_own_state.setter
-    def _own_state(self, state: dict[str, Any]) -> None:
-        if state:
-            self.state[RULE] = state  # type: ignore[index]
-        else:
-            self.state.pop(RULE, None)  # type: ignore[call-overload]
 
     def _require_real(self, params: Iterable[Any]) -> None:
         """Raise for complex parameters: a rule would see their real part alone."""
@@ -440,19 +461,6 @@ class LearningRule(Optimizer, ABC):
                 "layers out without this warning",
                 stacklevel=_outside(),
             )
-
-    def state_dict(self) -> dict[str, Any]:
-        """As of torch, with the rule's name."""
-        return {**super().state_dict(), NAME: type(self).__name__}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned.
-
-        Raises:
-            ValueError: the state of another rule, or of groups of other sizes. Nothing is changed then.
-        """
-        self._require_own(state_dict)
-        super().load_state_dict({key: value for key, value in state_dict.items() if key != NAME})
 
     def _require_own(self, state_dict: dict[str, Any]) -> None:
         own, theirs = type(self).__name__, state_dict.get(NAME)
@@ -648,7 +656,7 @@ class Probe:
             raise
         warnings.warn(
             f"{rule} needs no backward pass, but the closure calls backward(). To save it, write: "
-            "if loss.requires_grad: loss.backward()",
+            f"if loss.requires_grad: loss.backward().{recipe()}",
             stacklevel=_outside(),
         )
         return result
@@ -740,35 +748,6 @@ class _Buffers:
                 del module._buffers[name]
         for name, pair in self._saved.items():
             module._buffers[name] = None if pair is None else pair[0]
-
-
-def refuse_scaler(optimizer: Optimizer) -> bool:
-    """Raise where a GradScaler, finding nothing to scale, would fail without a word on why."""
-    if all(p.grad is None for group in optimizer.param_groups for p in group["params"]):
-        raise RuntimeError(
-            f"{type(optimizer).__name__}: torch.amp.GradScaler rescues small gradients of a backward pass, and none "
-            "has reached a parameter here. Where nothing learns from a backward pass (readout=None or 'teacher', "
-            "perturbation), call optimizer.step itself, under autocast in bfloat16, which needs no scaler"
-        )
-    return False  # it does not unscale by itself
-
-
-def refuse_trainer_options(rule: str, closure: Closure) -> None:
-    """Raise where Lightning would accumulate or clip inside the closure, in vain: the rule writes ``.grad`` later."""
-    # Lightning gives partial(..., module, optimizer, closure): recognised without importing it.
-    module = next((a for a in getattr(closure, "args", ()) if isinstance(a, nn.Module)), None)
-    trainer = getattr(module, "_trainer", None)  # `trainer` raises where there is none
-    for option, off in (("accumulate_grad_batches", 1), ("gradient_clip_val", None)):
-        value = getattr(trainer, option, off)
-        if value not in (off, 0):
-            raise RuntimeError(
-                f"{rule}: Trainer({option}={value}) works on what backward leaves in .grad, but the rule makes .grad "
-                "after the closure, from this closure's batch alone. Override optimizer_step(self, epoch, batch, "
-                "optimizer, closure) of your LightningModule, with rule = optimizer.optimizer: for a rule of one "
-                "forward pass, closure(); rule.estimate(); self.clip_gradients(rule); rule.descend(), which also takes "
-                "in what has been accumulated; for a rule of several, rule.estimate(closure) and so on, with larger "
-                "batches in place of accumulation"
-            )
 
 
 def unhooked_step(optimizer: Optimizer) -> None:

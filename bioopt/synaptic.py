@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
+from .integrations import recipe
 from .optimizer import (
     NON_NEGATIVE,
     Estimate,
@@ -47,7 +48,8 @@ def surveyed(rule: str, params: Any, excluded: Exclusion | None = None) -> tuple
     if not modules:
         raise TypeError(
             f"{rule} watches the activity of layers, so it needs the model, not its parameters: write {rule}(model, "
-            f"...) or {rule}([{{'params': model.block1, 'lr': ...}}, ...]), not {rule}(model.parameters(), ...)"
+            f"...) or {rule}([{{'params': model.block1, 'lr': ...}}, ...]), not {rule}(model.parameters(), ...)."
+            + recipe()
         )
     for _, module in modules:
         if isinstance(module, nn.parallel.DistributedDataParallel):

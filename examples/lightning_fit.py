@@ -1,10 +1,10 @@
 """Lightning, with its automatic optimisation: the optimizer goes into `configure_optimizers`, and that is all.
 
-Schedulers, checkpoints, manual optimisation and precision "bf16-mixed" work as well (not "16-mixed", whose scaler takes
-the step into its own hands). `Trainer(gradient_clip_val=...)` and `Trainer(accumulate_grad_batches=...)` act on what
-backward leaves in `.grad`, before a rule has made its own: they are refused with an error, unless you make the step
-yourself, as `OwnStep` does. To set an attribute of a rule, such as `modulator`, write
-`self.optimizers(use_pl_optimizer=False).modulator = ...`: Lightning's wrapper would keep it to itself.
+Schedulers, checkpoints and precision "bf16-mixed" work as well (not "16-mixed", whose scaler takes the step into its
+own hands). `Trainer(gradient_clip_val=...)` and `Trainer(accumulate_grad_batches=...)` act on what backward leaves in
+`.grad`, before a rule has made its own: they are refused with an error, unless you make the step yourself, as `OwnStep`
+does. Lightning's wrapper calls `step` with a closure of its own and keeps attributes to itself: in manual optimization,
+and to set an attribute such as `modulator`, take the rule itself, `self.optimizers(use_pl_optimizer=False)`.
 """
 
 import logging

@@ -37,7 +37,7 @@ import bioopt
 from bioopt.noise import fill_normal_, fill_rademacher_
 from experiments.models import cnn, mlp
 
-SHAPE, BATCH = (1, 28, 28), 128
+SHAPE = (1, 28, 28)
 # what -> model, whether the ranks share the batch, and the rule
 CASES: dict[str, tuple[str, bool, Callable[..., Any]]] = {
     "WeightPerturbation(population=16)": (
@@ -88,7 +88,9 @@ def network(kind: str) -> nn.Module:
     return cnn(SHAPE, 10, width=32, kernel=5).to(memory_format=torch.channels_last)
 
 
-def measured(seconds: float, group: dist.ProcessGroup | None, rank: int, ranks: int) -> dict[str, dict[str, float]]:
+def measured(
+    seconds: float, batch: int, group: dist.ProcessGroup | None, rank: int, ranks: int
+) -> dict[str, dict[str, float]]:
     """Of each case: median milliseconds a step, and the bytes and messages that this rank hands over in one."""
     traffic = {"bytes": 0, "messages": 0}
 
@@ -106,7 +108,7 @@ def measured(seconds: float, group: dist.ProcessGroup | None, rank: int, ranks: 
     try:
         for name, (kind, shares, make) in CASES.items():
             model = network(kind)
-            x, y = torch.randn(BATCH, *SHAPE), torch.randint(10, (BATCH,))
+            x, y = torch.randn(batch, *SHAPE), torch.randint(10, (batch,))
             if shares:
                 x, y = x[rank::ranks], y[rank::ranks]
             optimizer = make(model, group)
@@ -150,16 +152,16 @@ def message_ms(size: int, repeats: int = 200) -> float:
     return statistics.median(taken)
 
 
-def worker(rank: int, ranks: int, folder: str, seconds: float) -> None:
+def worker(rank: int, ranks: int, folder: str, seconds: float, batch: int) -> None:
     """One of the processes; the first leaves its measurements in the folder."""
     torch.set_num_threads(1)
     group = None
     if ranks > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
         group = dist.group.WORLD
-    found: dict[str, Any] = {"steps": measured(seconds, group, rank, ranks)}
+    found: dict[str, Any] = {"steps": measured(seconds, batch, group, rank, ranks)}
     if ranks > 1:
-        found["message_ms"] = message_ms(3 * POPULATION + BATCH)
+        found["message_ms"] = message_ms(3 * POPULATION + batch)
         found["weights_ms"] = message_ms(sum(p.numel() for p in network("mlp").parameters()))
         dist.destroy_process_group()
     elif rank == 0:
@@ -199,15 +201,16 @@ def predicted(step: float, again: float, message: float, population: int, ranks:
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--seconds", type=float, default=8.0, help="for each case")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     found: dict[int, dict[str, Any]] = {}
     for ranks in (1, 2):
         with tempfile.TemporaryDirectory() as folder:
-            mp.spawn(worker, (ranks, folder, options.seconds), nprocs=ranks)
+            mp.spawn(worker, (ranks, folder, options.seconds, options.batch), nprocs=ranks)
             found[ranks] = json.loads((Path(folder) / f"{ranks}.json").read_text())
-    print(f"batch {BATCH}, one thread a process, CPU\n")
+    print(f"batch {options.batch}, one thread a process, CPU\n")
     print("| rule | model | bytes a step | messages | ms, 1 process | ms, 2 processes | efficiency |")
     print("|---|---|---:|---:|---:|---:|---:|")
     for name, (kind, _, _) in CASES.items():
@@ -218,8 +221,8 @@ def main() -> None:
         )
     message = found[2]["message_ms"]
     print(
-        f"\nExtrapolated: MLP of 101,770 weights, population {POPULATION}; a message of {3 * POPULATION + BATCH:,} "
-        f"numbers takes {message:.2f} ms between two processes\n"
+        f"\nExtrapolated: MLP of 101,770 weights, population {POPULATION}; a message of "
+        f"{3 * POPULATION + options.batch:,} numbers takes {message:.2f} ms between two processes\n"
     )
     print("| distribution | ranks | ms a step | efficiency | of it drawing again | messages | ms if sums travelled |")
     print("|---|---:|---:|---:|---:|---:|---:|")
@@ -240,7 +243,13 @@ def main() -> None:
         measured_two = found[2]["steps"][name]["ms"]
         print(f"\nthe model for two processes and a population of 16: {two:.2f} ms; measured {measured_two:.2f} ms\n")
     if options.json:
-        record = {"torch": torch.__version__, "batch": BATCH, **found, "extrapolated_ms": extrapolated, "sums_ms": sums}
+        record = {
+            "torch": torch.__version__,
+            "batch": options.batch,
+            **found,
+            "extrapolated_ms": extrapolated,
+            "sums_ms": sums,
+        }
         options.json.write_text(json.dumps(record, indent=2) + "\n")
 
 

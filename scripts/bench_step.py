@@ -1,5 +1,7 @@
 """Time and memory of one step of every optimizer, as ratios to SGD with backpropagation and to one forward pass.
 
+All train the same CNN; rules that want a network of their own (spiking, RBM) are left out.
+
     python scripts/bench_step.py                  # the table
     python scripts/bench_step.py --json out.json  # and a record of it
 
@@ -21,6 +23,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -40,8 +43,9 @@ SHAPE = (1, 28, 28)
 
 
 def names() -> list[str]:
-    """The forward pass, the controls, then every rule."""
-    found = sorted(p.stem for p in (CONF / "optimizer").glob("*.yaml"))
+    """The forward pass, the controls, then every rule that trains this network: some want one of their own."""
+    options = {p.stem: OmegaConf.load(p) for p in sorted((CONF / "optimizer").glob("*.yaml"))}
+    found = [name for name, own in options.items() if "wants" not in own]
     controls = ["sgd", "adam", "random_trunk"]
     return [FORWARD, *controls, *[n for n in found if n not in controls]]
 

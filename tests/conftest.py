@@ -4,7 +4,7 @@ import gc
 import os
 import time
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 
 import pytest
 
@@ -43,6 +43,20 @@ def network_of_the_rule(request: pytest.FixtureRequest, monkeypatch: pytest.Monk
 
     for name, network in NETWORKS.get(rule_of(request.node), {}).items():
         monkeypatch.setattr(request.module, name, network, raising=False)
+
+
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    """accelerate keeps the settings of its first `Accelerator` for the whole process: without those of other tests."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    def forget() -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+    forget()
+    yield
+    forget()
 
 
 @pytest.fixture

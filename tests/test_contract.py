@@ -16,6 +16,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.checkpoint import load, save
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.optim.swa_utils import AveragedModel
@@ -127,6 +133,43 @@ def test_estimate_and_descend_are_a_step(rule: type) -> None:
     assert same(weights(one), weights(two))
 
 
+@every_optimizer
+def test_a_step_after_an_estimate_descends_along_it(build) -> None:
+    """So a training loop that calls `step()` without a closure needs `estimate` in the place of its backward pass."""
+    models = [cnn(dropout=0.0), cnn(dropout=0.0)]
+    optimizers = [build(model) for model in models]
+    for i in range(2):
+        one, two = (
+            per_sample(optimizer, model, *batch(i)) for optimizer, model in zip(optimizers, models, strict=True)
+        )
+        optimizers[0].step(one)
+        optimizers[1].estimate(two)
+        assert optimizers[1].step() is None
+        assert optimizers[1].forward_passes == optimizers[0].forward_passes
+    assert same(*map(weights, models))
+    with pytest.raises(RuntimeError):
+        optimizers[1].step()  # it has been used up
+    optimizers[1].estimate(two)
+    optimizers[1].zero_grad()
+    with pytest.raises(RuntimeError):
+        optimizers[1].step()
+
+
+@pytest.mark.parametrize("rule", [bioopt.Hebbian, bioopt.Oja], ids=lambda rule: rule.__name__)
+def test_a_forward_pass_after_an_estimate_is_what_the_step_is_made_of(rule: type) -> None:
+    results = []
+    for earlier in (False, True):
+        model = cnn(dropout=0.0)
+        optimizer = make(rule, model, readout=None)
+        if earlier:
+            model(batch(1)[0])
+            optimizer.estimate()
+        model(batch()[0])
+        optimizer.step()
+        results.append(weights(model))
+    assert same(*results)
+
+
 @pytest.mark.parametrize("rule", [r for r in RULES if r not in PLAIN], ids=lambda rule: rule.__name__)
 @pytest.mark.parametrize(
     ("descent", "options"),
@@ -219,6 +262,48 @@ def test_mixed_refuses_the_state_of_other_members() -> None:
         ValueError, match=r"state is that of \['Sanger', 'Adam'\], this optimizer has \['Oja', 'Adam'\]"
     ):
         one.load_state_dict(two.state_dict())
+
+
+@every_optimizer
+@pytest.mark.parametrize("way", ["nested", "flat", "saved"])
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # one process
+def test_goes_on_bit_for_bit_from_a_distributed_checkpoint(build, way: str, tmp_path) -> None:
+    models = [cnn(dropout=0.0), cnn(seed=7, dropout=0.0)]
+    optimizers = [build(model, momentum=0.9) for model in models]
+    steps(optimizers[0], models[0], 3)
+    before = weights(models[0])
+    options = StateDictOptions(flatten_optimizer_state_dict=way == "flat")
+    state = copy.deepcopy(get_optimizer_state_dict(models[0], optimizers[0], options=options))
+    assert same(before, weights(models[0]))
+
+    models[1].load_state_dict(models[0].state_dict())
+    if way == "saved":
+        save({"optimizer": state}, checkpoint_id=tmp_path, no_dist=True)
+        loaded = {"optimizer": get_optimizer_state_dict(models[1], optimizers[1])}
+        load(loaded, checkpoint_id=tmp_path, no_dist=True)
+        state = loaded["optimizer"]
+    set_optimizer_state_dict(models[1], optimizers[1], state, options=options)
+    assert same(before, weights(models[1]))
+    for model, optimizer in zip(models, optimizers, strict=True):
+        steps(optimizer, model, 2, first=3)
+    assert same(*map(weights, models))
+    assert equal_state(*(optimizer.state_dict() for optimizer in optimizers))
+
+
+@every_optimizer
+def test_initial_state_for_a_distributed_checkpoint_changes_nothing(build) -> None:
+    """torch.distributed.checkpoint makes a step for it, of zero gradients and lr=0."""
+    results = []
+    for asked in (False, True):
+        model = cnn(dropout=0.0)
+        optimizer = build(model)
+        if asked:
+            F.cross_entropy(model(batch()[0]), batch()[1])
+            optimizer.zero_grad()
+            get_optimizer_state_dict(model, optimizer)
+        steps(optimizer, model, 1)
+        results.append(weights(model))
+    assert same(*results)
 
 
 @every_optimizer

@@ -164,7 +164,7 @@ def test_the_update_from_exact_samples_is_the_gradient_up_to_sampling_error() ->
         distances = []
         for seed in range(6):
             optimizer = bioopt.ContrastiveDivergence(rbm, lr=0.1, persistent=True, chains=chains, seed=seed)
-            optimizer.state["rule"]["chains"] = {0: exact_samples(rbm, chains, seed)}
+            optimizer._own_state["chains"] = {0: exact_samples(rbm, chains, seed)}
             distances.append(distance(update(optimizer, rbm, v), true))
             optimizer.close()
         errors.append(sum(distances) / len(distances))
@@ -251,7 +251,7 @@ def test_persistent_chains_go_on_and_are_state() -> None:
         rbm(v)
         rbm(v)  # counts as more data, not as more steps of the chains
         optimizer.step()
-        seen.append(optimizer.state["rule"]["chains"][0])
+        seen.append(optimizer._own_state["chains"][0])
     assert all(chains.shape == (7, VISIBLE) for chains in seen)
     assert not torch.equal(seen[0], seen[1])
     file = io.BytesIO()
@@ -266,7 +266,7 @@ def test_persistent_chains_go_on_and_are_state() -> None:
             model(v)
             rule.step()
     assert all(torch.equal(p, q) for p, q in zip(rbm.parameters(), twin.parameters(), strict=True))
-    assert torch.equal(optimizer.state["rule"]["chains"][0], other.state["rule"]["chains"][0])
+    assert torch.equal(optimizer._own_state["chains"][0], other._own_state["chains"][0])
 
 
 def test_micro_batches_add_up_to_their_mean() -> None:
@@ -293,7 +293,7 @@ def test_a_deep_belief_net_learns_machine_by_machine() -> None:
     model(v)
     optimizer.estimate()
     for index, (layer, seen) in enumerate(((lower, v), (upper, lower(v).detach()))):
-        chains = optimizer.state["rule"]["chains"][index]
+        chains = optimizer._own_state["chains"][index]
         data_term, model_term = (layer.hidden_given(x).T @ x / len(x) for x in (seen, chains))
         torch.testing.assert_close(-layer.weight.grad, data_term - model_term)
         torch.testing.assert_close(-layer.visible_bias.grad, seen.mean(0) - chains.mean(0))

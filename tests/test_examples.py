@@ -75,3 +75,32 @@ def test_a_resnet(run: Run) -> None:
     before, after = run("resnet18.py")
     assert before < 25
     assert after > 50
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_the_trainer_of_hugging_face(run: Run) -> None:
+    before, *trained = run("huggingface_trainer.py")
+    assert before < 25
+    assert min(trained) > 65
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_accelerate(run: Run) -> None:
+    before, hebbian, perturbed = run("accelerate_loop.py")
+    assert before < 25
+    assert hebbian > 65
+    assert perturbed > 80
+
+
+def test_skorch(run: Run) -> None:
+    before, hebbian, perturbed = run("skorch_net.py")
+    assert before < 25
+    assert hebbian > 65
+    assert perturbed > 80
+
+
+def test_ignite(run: Run) -> None:
+    before, hebbian, perturbed = run("ignite_engine.py")
+    assert before < 25
+    assert hebbian > 65
+    assert perturbed > 80

@@ -631,7 +631,7 @@ def test_bcm_measures_its_threshold_in_single_precision() -> None:
         with torch.autocast("cpu", torch.float16):
             layer(scale * x)
         optimizer.step()
-    threshold = optimizer.state["rule"]["running"][0]
+    threshold = optimizer._own_state["running"][0]
     torch.testing.assert_close(threshold, (layer(1e-3 * x) ** 2).mean(0).detach(), rtol=0.02, atol=0)
 
 

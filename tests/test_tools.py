@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import bioopt
 
-from .rules import ONE_PASS, RULES, SEVERAL_PASSES, batch, cnn, make, mlp, options_of, per_sample, same, weights
+from .rules import ONE_PASS, RULES, SEVERAL_PASSES, batch, cnn, make, mlp, options_of, per_sample, same, steps, weights
 
 NAMES = {"ids": lambda rule: rule.__name__}
 
@@ -69,6 +70,18 @@ def test_a_scaler_is_refused_where_nothing_learns_from_a_gradient(build) -> None
     optimizer = build(model)
     backward(model, scaler)
     with pytest.raises(RuntimeError, match=r"GradScaler.*none has reached.*call optimizer\.step itself.*bfloat16"):
+        scaler.step(optimizer)
+
+
+@pytest.mark.parametrize(
+    "build", [lambda m: make(bioopt.NodePerturbation, m), mixed], ids=["NodePerturbation", "Mixed"]
+)
+def test_a_scaler_is_refused_after_an_estimate(build) -> None:
+    model, scaler = cnn(), torch.amp.GradScaler("cpu")
+    optimizer = build(model)
+    optimizer.estimate(per_sample(optimizer, model, *batch()))
+    scaler.scale(torch.ones(()))
+    with pytest.raises(RuntimeError, match=r"GradScaler would divide what estimate\(\) has written.*descend\(\)"):
         scaler.step(optimizer)
 
 
@@ -181,15 +194,23 @@ class TestLightning:
     """What its Trainer does inside the closure would be lost, and is refused; a step of one's own makes use of it."""
 
     @staticmethod
-    def fit(build: Callable[[nn.Module], Optimizer], own_step: bool, **options: Any) -> nn.Module:
+    def fit(
+        build: Callable[[nn.Module], Optimizer],
+        own_step: bool,
+        training_step: Callable[[Any, Tensor], None] | None = None,
+        **options: Any,
+    ) -> nn.Module:
         import lightning
 
         class Module(lightning.LightningModule):
             def __init__(self) -> None:
                 super().__init__()
                 self.model = cnn(dropout=0.0)
+                self.automatic_optimization = training_step is None
 
-            def training_step(self, index: Tensor) -> Tensor:
+            def training_step(self, index: Tensor) -> Tensor | None:
+                if training_step is not None:
+                    return training_step(self, index)
                 x, y = batch(int(index))
                 return F.cross_entropy(self.model(x), y)
 
@@ -220,6 +241,34 @@ class TestLightning:
     def test_options_that_would_be_lost_are_refused(self, build, option: dict) -> None:
         with pytest.raises(RuntimeError, match=rf"Trainer\({next(iter(option))}=.*Override optimizer_step"):
             self.fit(build, own_step=False, **option)
+
+    @pytest.mark.parametrize("own", [False, True])
+    @pytest.mark.parametrize("rule", [bioopt.Hebbian, bioopt.NodePerturbation], **NAMES)
+    def test_manual_optimization_takes_the_step_of_the_rule_itself(self, rule: type, own: bool) -> None:
+        def training_step(module: Any, index: Tensor) -> None:
+            x, y = batch(int(index))
+            optimizer = module.optimizers(use_pl_optimizer=not own)
+            optimizer.zero_grad()
+            if own and rule is bioopt.NodePerturbation:
+                optimizer.step(lambda: F.cross_entropy(module.model(x), y, reduction="none"))
+            else:
+                module.manual_backward(F.cross_entropy(module.model(x), y))
+                optimizer.step()
+
+        with nullcontext() if own else pytest.raises(RuntimeError, match=r"manual.*use_pl_optimizer=False.*examples/"):
+            trained = self.fit(partial(make, rule), own_step=False, training_step=training_step)
+        if own:
+            model = cnn(dropout=0.0)
+            steps(make(rule, model), model, 4)
+            for a, b in zip(weights(trained), weights(model), strict=True):
+                torch.testing.assert_close(a, b)
+
+    def test_a_scaler_names_the_recipe(self) -> None:
+        from lightning.pytorch.plugins import MixedPrecision
+
+        precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+        with pytest.raises(RuntimeError, match=r"step\(closure\), where.*'bf16-mixed'.*examples/lightning_fit\.py"):
+            self.fit(partial(make, bioopt.NodePerturbation), own_step=False, plugins=[precision])
 
     @pytest.mark.parametrize("build", [lambda m: bioopt.Hebbian(m, 0.1), mixed], ids=["Hebbian", "Mixed"])
     def test_a_step_of_ones_own_accumulates_and_clips(self, build) -> None:

@@ -163,6 +163,7 @@ class NodePerturbation(NoisyActivity):
             matrix = matrices.get(synapse.index)
             if matrix is None:
                 matrix = torch.eye(size, dtype=weight.dtype, device=weight.device).repeat(synapse.pools, 1, 1)
+            matrix = matrix.to(weight.device)  # a checkpoint may have left it elsewhere
             product = grads[weight].reshape(synapse.pools, -1, size)
             with torch.autocast(weight.device.type, enabled=False):
                 seen = torch.cat([_projected(synapse, x.to(weight.dtype), matrix) for x in fired], 1)

@@ -1,0 +1,227 @@
+"""Other people's tools and training loops: what cannot work there is refused with a recipe that does.
+
+None of these packages is imported here; they are recognised by their objects or by the modules on the call stack.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+__all__ = ["recipe", "refuse_scaler", "refuse_trainer_options"]
+
+NAME = "rule"  # in a state dict: the name of its rule
+RULE = "rule"  # in a state dict's "state": what is no parameter's own
+PACKED = "rule_state"  # in a param group: the same as bytes, for torch.distributed.checkpoint
+
+#: for each package with a training loop of its own, how rules are given what they need there: the model, and a closure
+RECIPES = {
+    "transformers": (
+        "Hugging Face's Trainer takes a rule by optimizers=(rule, None) and calls step() without a closure; "
+        "RuleTrainer in examples/huggingface_trainer.py calls rule.estimate(closure) in place of the backward pass"
+    ),
+    "accelerate": (
+        "With accelerate, call step(closure) of the prepared optimizer, or optimizer.optimizer.estimate(closure) in "
+        "place of accelerator.backward(loss), as in examples/accelerate_loop.py"
+    ),
+    "skorch": (
+        "With skorch, RuleNet in examples/skorch_net.py gives a rule the module in place of its parameters, and a "
+        "closure without a needless backward pass; AccelerateMixin would hand on none"
+    ),
+    "ignite": (
+        "With Ignite, give Engine an update function of your own that calls optimizer.step(closure), in place of "
+        "create_supervised_trainer, as in examples/ignite_engine.py"
+    ),
+    "lightning": (
+        "Lightning's automatic optimization hands a closure over, except with precision '16-mixed': take 'bf16-mixed'; "
+        "see examples/lightning_fit.py"
+    ),
+}
+RECIPES["pytorch_lightning"] = RECIPES["lightning"]
+
+
+def recipe() -> str:
+    """A sentence on the training loop that is on the call stack, with a space before it; empty where there is none."""
+    found = [RECIPES[package] for package in map(_package, _callers()) if package in RECIPES]
+    return f" {found[-1]}." if found else ""  # the outermost: the loop, not a wrapper inside it
+
+
+def refuse_scaler(optimizer: Any) -> bool:
+    """Raise where a GradScaler would fail without a word on why, or divide what was never scaled."""
+    if optimizer._estimated:
+        raise RuntimeError(
+            f"{type(optimizer).__name__}: torch.amp.GradScaler would divide what estimate() has written by its scale. "
+            "Call optimizer.descend() in place of scaler.step(optimizer), or use bfloat16, which needs no scaler"
+        )
+    if all(p.grad is None for p in _params(optimizer)):
+        raise RuntimeError(
+            f"{type(optimizer).__name__}: torch.amp.GradScaler rescues small gradients of a backward pass, and none "
+            "has reached a parameter here. Where nothing learns from a backward pass (readout=None or 'teacher', "
+            "perturbation), call optimizer.step itself, under autocast in bfloat16, which needs no scaler." + recipe()
+        )
+    return False  # it does not unscale by itself
+
+
+def refuse_trainer_options(rule: str, closure: Callable[[], Any]) -> None:
+    """Raise where Lightning or skorch would accumulate or clip inside the closure: the rule writes ``.grad`` later."""
+    if getattr(closure, "__module__", None) == "skorch.net":  # `step_fn`, a function inside a method of the net
+        variables = dict(zip(closure.__code__.co_freevars, closure.__closure__ or (), strict=True))
+        callbacks = dict(getattr(variables["self"].cell_contents, "callbacks_", ())) if "self" in variables else {}
+        for name, callback in callbacks.items():
+            value = getattr(callback, "gradient_clip_value", None)
+            if value is not None:
+                raise RuntimeError(
+                    f"{rule}: the callback {name}, {type(callback).__name__}(gradient_clip_value={value}), clips what "
+                    "backward leaves in .grad, but the rule makes .grad after the closure. Leave it out, and override "
+                    "_step_optimizer(self, step_fn) of your net, as in examples/skorch_net.py, to clip between "
+                    "self.optimizer_.estimate(step_fn) and self.optimizer_.descend()"
+                )
+    # Lightning gives partial(..., module, optimizer, closure): recognised without importing it.
+    arguments = getattr(closure, "args", ())
+    if arguments and getattr(arguments[-1], "__name__", "") == "do_nothing_closure":
+        raise RuntimeError(
+            f"{rule}: in manual optimization, step() of Lightning's wrapper hands on a closure that does nothing. Call "
+            "step() of the rule itself, self.optimizers(use_pl_optimizer=False), with a closure if the rule needs one; "
+            "see examples/lightning_fit.py"
+        )
+    module = next((a for a in arguments if isinstance(a, nn.Module)), None)
+    trainer = getattr(module, "_trainer", None)  # `trainer` raises where there is none
+    for option, off in (("accumulate_grad_batches", 1), ("gradient_clip_val", None)):
+        value = getattr(trainer, option, off)
+        if value not in (off, 0):
+            raise RuntimeError(
+                f"{rule}: Trainer({option}={value}) works on what backward leaves in .grad, but the rule makes .grad "
+                "after the closure, from this closure's batch alone. Override optimizer_step(self, epoch, batch, "
+                "optimizer, closure) of your LightningModule, with rule = optimizer.optimizer: for a rule of one "
+                "forward pass, closure(); rule.estimate(); self.clip_gradients(rule); rule.descend(), which also takes "
+                "in what has been accumulated; for a rule of several, rule.estimate(closure) and so on, with larger "
+                "batches in place of accumulation"
+            )
+
+
+@torch.compiler.disable(reason="it looks at the call stack")  # type: ignore[untyped-decorator]
+def needs_estimate(optimizer: Any, closure: Callable[[], Any] | None, rules: Iterable[Any]) -> bool:
+    """Whether ``step(closure)`` must make an estimate first, or finds in ``.grad`` what it is to descend along.
+
+    It does after `estimate`, unless one of the rules has seen a forward pass since; and where
+    torch.distributed.checkpoint makes a step with zero gradients and lr=0, for optimizers to create their state.
+
+    Raises:
+        RuntimeError: where the training loop that calls step() has accumulated or clipped in vain.
+    """
+    if closure is None:
+        if in_distributed_checkpoint():
+            return False
+        new = any(rule._recorder.fired for rule in rules)
+        if optimizer._estimated and not new and any(p.grad is not None for p in _params(optimizer)):
+            return False
+    _refuse_options_of_the_caller(type(optimizer).__name__, closure)
+    return True
+
+
+def _refuse_options_of_the_caller(rule: str, closure: Callable[[], Any] | None) -> None:
+    """Raise where Hugging Face's Trainer has clipped, or accelerate accumulates, what a rule does not go by."""
+    if "accelerate" not in sys.modules:
+        return
+    caller = next((frame for frame in _callers() if _package(frame) not in ("bioopt", "torch")), None)
+    if caller is None or caller.f_globals.get("__name__") != "accelerate.optimizer":
+        return
+    steps = caller.f_locals["self"].gradient_state.num_steps
+    if closure is not None and steps > 1:
+        raise RuntimeError(
+            f"{rule}: Accelerator(gradient_accumulation_steps={steps}) hands on step(closure) for the last of {steps} "
+            "micro-batches alone; the others would be lost. For a rule of one forward pass, call "
+            "accelerator.backward(loss) and step() without a closure, as in examples/accelerate_loop.py; for a rule of "
+            "several, take larger batches, or add up .grad of optimizer.optimizer.estimate(closure), as in "
+            "examples/accumulate_clip_schedule.py"
+        )
+    trainer = next((frame for frame in _callers() if _package(frame) not in ("bioopt", "torch", "accelerate")), None)
+    if trainer is None or trainer.f_globals.get("__name__") != "transformers.trainer":
+        return
+    norm = getattr(getattr(trainer.f_locals.get("self"), "args", None), "max_grad_norm", None)
+    if norm:
+        raise RuntimeError(
+            f"{rule}: TrainingArguments(max_grad_norm={norm}) clips what the backward pass leaves in .grad, before the "
+            "rule has made its own. To clip that, take RuleTrainer of examples/huggingface_trainer.py, which any rule "
+            "can be trained by; else set max_grad_norm=0"
+        )
+
+
+def for_checkpoint(state_dict: dict[str, Any], rule: str, own_state: dict[str, Any]) -> dict[str, Any]:
+    """A rule's state dict, from torch's, the rule's name and its own state."""
+    if in_distributed_checkpoint():
+        return for_distributed_checkpoint(state_dict, {0: (rule, own_state)})
+    groups = [{key: value for key, value in group.items() if key != PACKED} for group in state_dict["param_groups"]]
+    own = {RULE: own_state} if own_state else {}
+    return {**state_dict, "state": {**state_dict["state"], **own}, "param_groups": groups, NAME: rule}
+
+
+def for_distributed_checkpoint(
+    state_dict: dict[str, Any], rules: dict[int, tuple[str, dict[str, Any]]]
+) -> dict[str, Any]:
+    """The same for torch.distributed.checkpoint, of one rule or more: name and own state of each, by its first group.
+
+    It keeps the state of parameters and the options of groups, nothing else, and reads only entries that a new
+    optimizer has as well. So an own state is one value among the options of a group, and every parameter has an entry.
+    """
+    for i, rule in rules.items():
+        file = io.BytesIO()
+        torch.save(rule, file)
+        state_dict["param_groups"][i][PACKED] = file.getvalue()
+    empty: dict[Any, Any] = {p: {} for group in state_dict["param_groups"] for p in group["params"]}
+    return {**state_dict, "state": empty | state_dict["state"]}
+
+
+def read_checkpoint(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Torch's state dict and a rule's own state, from either."""
+    groups = state_dict["param_groups"]
+    params = {p for group in groups for p in group["params"]}
+    own_state = {} if RULE in params else state_dict["state"].get(RULE, {})
+    packed = next((group[PACKED] for group in groups if group.get(PACKED) is not None), None)
+    if packed is not None:
+        rule, own_state = torch.load(io.BytesIO(packed), map_location="cpu", weights_only=True)
+        state_dict = {**state_dict, NAME: rule}
+    state = {p: s for p, s in state_dict["state"].items() if p in params and s}
+    return {**state_dict, "state": state, "param_groups": [{**group, PACKED: None} for group in groups]}, own_state
+
+
+def parts_of_checkpoint(state_dict: dict[str, Any], sizes: Sequence[int]) -> list[dict[str, Any]]:
+    """Cut the state dict of several optimizers into one for each; ``sizes``: the number of groups of each."""
+    groups = iter(state_dict["param_groups"])
+    parts = [list(islice(groups, size)) for size in sizes]
+    parts[-1] += groups  # too many: for the optimizer to refuse
+    state = state_dict["state"]
+    return [
+        {"state": {p: state[p] for g in part for p in g["params"] if state.get(p)}, "param_groups": part}
+        for part in parts
+    ]
+
+
+def _params(optimizer: Optimizer) -> list[torch.Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def in_distributed_checkpoint() -> bool:
+    """Whether `get_optimizer_state_dict` or `set_optimizer_state_dict` of torch.distributed.checkpoint is at work."""
+    module = sys.modules.get("torch.distributed.checkpoint.state_dict")
+    return module is not None and any(frame.f_globals is vars(module) for frame in _callers())
+
+
+def _callers() -> Iterator[FrameType]:
+    """The frames on the call stack, innermost first."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _package(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]

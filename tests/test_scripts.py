@@ -1,0 +1,174 @@
+"""The scripts run as documented, at tiny sizes; the others of them are run in test_sweeps.py and test_dashboard.py."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import importlib
+import io
+import json
+import math
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.multiprocessing as mp
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override
+
+from experiments.training import run
+
+from .commands import ROOT
+from .test_train import TINY, config
+
+Call = Callable[..., str]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch) -> Call:
+    """Runs a script as `python scripts/NAME.py` does, and gives what it prints."""
+
+    def call(name: str, *arguments: str) -> str:
+        script = importlib.import_module(f"scripts.{name.removesuffix('.py')}")
+        with monkeypatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+            patch.setattr(sys, "argv", [name, *arguments])
+            script.main()
+        return printed.getvalue()
+
+    return call
+
+
+def table(text: str) -> list[list[str]]:
+    """The rows of the Markdown tables in it, without their heads."""
+    text = re.sub(r"^\|.*\n\|[-:|]+$", "", text, flags=re.MULTILINE)
+    return [row.strip("| ").split(" | ") for row in re.findall(r"^\|.*$", text, re.MULTILINE)]
+
+
+def numbers(record: Any) -> list[float]:
+    """All numbers in a record."""
+    if isinstance(record, dict | list):
+        return [n for value in (record.values() if isinstance(record, dict) else record) for n in numbers(value)]
+    return [record] if isinstance(record, int | float) else []
+
+
+def test_every_script_is_run_in_the_tests() -> None:
+    text = "".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
+    tested = re.findall(r'(?:call\("|script\("scripts/|"scripts" / ")(\w+\.py)"', text)
+    assert set(tested) == {path.name for path in (ROOT / "scripts").glob("*.py")}
+
+
+def test_bench_step(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    script = importlib.import_module("scripts.bench_step")
+
+    def here(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, 0, call("bench_step.py", *command[2:]))
+
+    monkeypatch.setattr(script.subprocess, "run", here)  # a fresh process for each optimizer takes a minute
+    record = tmp_path / "out.json"
+    shown = table(call("bench_step.py", "--seconds", "0", "--batch", "4", "--width", "2", "--json", str(record)))
+    names = [name for name, *_ in shown]
+    optimizers = {path.stem for path in (ROOT / "conf" / "optimizer").glob("*.yaml")}
+    assert set(names) == {"forward pass"} | optimizers - {"contrastive_divergence", "reward_stdp", "stdp"}
+    rows = json.loads(record.read_text())["rows"]
+    assert [row["name"] for row in rows] == names
+    assert all(math.isfinite(n) and n > 0 for n in numbers(rows))
+
+
+def test_bench_hebbian(call: Call, tmp_path: Path) -> None:
+    record = tmp_path / "out.json"
+    options = ["--seconds", "0", "--width", "0.05", "--batches", "2", "--device", "cpu", "--json", str(record)]
+    shown = call("bench_hebbian.py", *options)
+    assert float(re.findall(r"differ by (\S+) of a step", shown)[0]) < 1e-3
+    assert [row[1] for row in table(shown)] == [row["step"] for row in json.loads(record.read_text())["rows"]]
+    assert len(table(shown)) == 4
+
+
+def test_bench_perturbation(call: Call, tmp_path: Path) -> None:
+    record = tmp_path / "out.json"
+    options = ["--seconds", "0", "--batch", "2", "--count", "2", "--device", "cpu", "--json", str(record)]
+    shown = call("bench_perturbation.py", *options)
+    assert len({row[0] for row in table(shown)}) >= 7
+    assert all(n > 0 for n in numbers(json.loads(record.read_text())))
+    assert "pairs/s" in shown
+    assert "memory at the peak" in shown
+
+
+def test_bench_scaling(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    script = importlib.import_module("scripts.bench_scaling")
+    monkeypatch.setattr(script.mp, "spawn", functools.partial(mp.start_processes, start_method="forkserver"))
+    record = tmp_path / "out.json"
+    shown = table(call("bench_scaling.py", "--seconds", "0", "--batch", "4", "--json", str(record)))
+    found = json.loads(record.read_text())
+    assert [row[0].strip("`") for row in shown[: len(script.CASES)]] == list(found["2"]["steps"])
+    for name, (_, shares, _) in script.CASES.items():
+        one, two = (found[ranks]["steps"][name] for ranks in ("1", "2"))
+        assert one["messages"] == 0 < two["messages"]
+        assert shares or two["bytes"] < 4000, "losses alone travel"
+    assert len(shown) == len(script.CASES) + len(script.EXTRAPOLATED) * len(script.RANKS)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_record(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    script = importlib.import_module("scripts.record")
+    monkeypatch.setattr(script, "RECORDS", tmp_path / "records")
+    folders = [str(tmp_path / f"seed{seed}") for seed in (1, 0)]
+    summaries = [run(config(*TINY, f"seed={s}", f"run_dir={f}")) for s, f in zip((1, 0), folders, strict=True)]
+    call("record.py", "digits", *folders)
+    result = json.loads((tmp_path / "records/digits/result.json").read_text())
+    assert result["test_accuracy"] == [summary["test_accuracy"] for summary in reversed(summaries)]
+    again = shlex.split(result["command"].replace("seed=0,1", "seed=0"))[3:]
+    assert config(*again, "logger.mode=disabled") == config(*TINY, "seed=0")
+    before = (tmp_path / "records/README.md").read_text()
+    assert result["command"] in before
+    call("record.py")
+    assert (tmp_path / "records/README.md").read_text() == before
+
+
+class Parsed(Exception):
+    """The arguments of a command are those of its script."""
+
+
+def documented() -> list[str]:
+    """The commands that pages and scripts give for scripts."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("**/*.md"), *(ROOT / "experiments/records").glob("*.md")]
+    texts = [page.read_text() for page in [*pages, *(ROOT / "scripts").glob("*.py")]]
+    return sorted({found.strip() for text in texts for found in re.findall(r"python (scripts/\w+\.py[^`#\n]*)", text)})
+
+
+@pytest.mark.parametrize("command", documented())
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:wandb_workspaces")
+def test_documented_commands_parse(command: str, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_alone(parser: argparse.ArgumentParser) -> None:
+        raise Parsed(parse(parser))
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_alone)
+    path, *arguments = shlex.split(command)
+    with pytest.raises(Parsed) as parsed:
+        call(Path(path).name, *arguments)
+    if path == "scripts/tune.py":
+        overrides = OverridesParser.create().parse_overrides(parsed.value.args[0].options)
+        assert any(override.is_sweep_override() for override in overrides)
+        config(*map(first_choice, overrides))
+
+
+def first_choice(override: Override) -> str:
+    """What a search tries, for one."""
+    if not override.is_sweep_override():
+        return str(override.input_line)
+    sweep = override.value()
+    value = sweep.start if isinstance(sweep, IntervalSweep) else next(override.sweep_string_iterator())
+    return f"{override.key_or_group}={value}"
+
+
+def test_commands_for_scripts_are_found() -> None:
+    assert {Path(command.split()[0]).name for command in documented()} == {
+        p.name for p in (ROOT / "scripts").glob("*.py")
+    }
