@@ -57,10 +57,12 @@ def exit_code() -> int:
 
 def _interrupt(number: int, _: Any) -> None:
     global _received
-    _received = number
-    # While this one is being handled, an impatient second Ctrl-C ends the process at once; but not one of several, to
-    # which the terminal and the process that started it pass on the same Ctrl-C.
+    if _received is None:
+        _received = number
+        raise KeyboardInterrupt
+    # The first is being handled. A second Ctrl-C is impatience and ends the process at once; but one of several
+    # processes gets the same Ctrl-C from the terminal and again from the process that started it.
     one_of_several = "RANK" in os.environ or multiprocessing.parent_process() is not None
-    signal.signal(signal.SIGINT, signal.SIG_IGN if one_of_several else signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise KeyboardInterrupt
+    if number == signal.SIGINT and not one_of_several:
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)

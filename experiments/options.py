@@ -77,7 +77,7 @@ def check_inside_runs(option: str, name: Any) -> None:
     """Refuse a name of a sweep or a study whose folder would not be inside ``runs``."""
     path = Path(str(name))
     if path.is_absolute() or ".." in path.parts or not path.parts:
-        raise ValueError(f"{option}={name} must name a folder inside runs/, such as {option}=mine")
+        raise ValueError(f"{option}={name} must name a folder inside runs/, such as {option}={path.name or 'mine'}")
 
 
 def require_counts(least: int = 1, of: str = "task.", **options: Any) -> None:
@@ -116,7 +116,7 @@ def read(folder: Path) -> DictConfig:
     except (YAMLError, UnicodeDecodeError, OmegaConfBaseException, OSError):
         known = False
     if not known:
-        raise ValueError(f"{folder} is not a run's folder: its config.yaml is damaged or was not written by train.py")
+        raise ValueError(f"{folder} is not a run's folder: its config.yaml is damaged, or was not written by train.py")
     assert isinstance(config, DictConfig)
     _refuse_interpolations(OmegaConf.to_container(config), f"{path}: ")
     return config

@@ -84,7 +84,7 @@ class Ranks:
         if self.first:
             store.wait([f"read/{rank}" for rank in range(self.count)])
         for rank, others in enumerate(given):
-            for key in sorted(given[0].keys() | others.keys()):
+            for key in sorted(given[0].keys() | others.keys(), key=lambda key: (key.count("."), key)):
                 if others.get(key) != given[0].get(key):
                     raise ValueError(
                         f"rank {rank} has {key}={others.get(key)}, and the first {key}={given[0].get(key)}: start all "

@@ -107,7 +107,7 @@ def environment(device: torch.device, commit: str | None, ranks: int) -> dict[st
     """What the last bits of a result depend on, besides its options."""
     cpu = {"processor": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
     own = {"device": torch.cuda.get_device_name(device)} if device.type == "cuda" else {"device": "cpu", **cpu}
-    return {"commit": commit, "torch": torch.__version__, **own, "ranks": ranks}
+    return {"commit": commit, "torch": str(torch.__version__), **own, "ranks": ranks}
 
 
 def set_threads(asked: int | None, before: int | None) -> None:

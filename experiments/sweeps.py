@@ -91,19 +91,21 @@ def run_one(config: DictConfig) -> None:
         check(config)
         if config.resume is not None:
             raise ValueError(f"resume={config.resume}: a sweep resumes by itself what was interrupted")
-        if _begun(folder):
+        if any((folder / name).exists() for name in ("checkpoint.pt", "summary.json")):
             _same(folder, plain)
+            (folder / "error.txt").unlink(missing_ok=True)
             if (folder / "summary.json").exists():
                 print("finished before", flush=True)
                 return
             plain["resume"] = str(folder)
         elif folder.exists():
-            shutil.rmtree(folder)
-        (folder / "error.txt").unlink(missing_ok=True)
+            shutil.rmtree(folder)  # it learned nothing yet
         isolated(plain)
     except Exception as error:
         print(f"failed: {str(error).splitlines()[-1]}", flush=True)
         folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "config.yaml").exists():
+            OmegaConf.save(OmegaConf.create(plain), folder / "config.yaml")  # by which the report finds it
         (folder / "error.txt").write_text(f"{error}\n")
 
 
@@ -201,27 +203,12 @@ def alone(folder: Path, refusal: str) -> Iterator[None]:
         yield
 
 
-def _begun(folder: Path) -> bool:
-    """Whether there is a run to go on with: one that was stopped, or failed, as it wrote its options has none.
-
-    Raises:
-        ValueError: its options cannot be read, and it had got further than that.
-    """
-    if not (folder / "config.yaml").exists():
-        return False
-    try:
-        read(folder)
-    except ValueError as error:
-        left = [name for name in ("summary.json", "checkpoint.pt") if (folder / name).exists()]
-        if left:
-            raise ValueError(f"{error}; delete {folder} to make this run again, and its {left[0]} with it") from None
-        return False
-    return True
-
-
 def _same(folder: Path, config: Any) -> None:
     """Refuse a folder whose run had other options under the same name: the defaults may have changed since."""
-    before, now = cell(OmegaConf.to_container(read(folder))), cell(config)
+    try:
+        before, now = cell(OmegaConf.to_container(read(folder))), cell(config)
+    except ValueError as error:
+        raise ValueError(f"{error}; delete that folder to make the run again from its start") from None
     for key in before:
         if before[key] != now.get(key):
             raise ValueError(

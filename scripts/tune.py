@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Overrid
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
+from experiments import interrupts
+from experiments.options import check_inside_runs, check_names
 from experiments.sweeps import isolated, name_of, resolved
 
 CONF = str(Path(__file__).parent.parent / "conf")
@@ -64,7 +67,14 @@ def main() -> None:
     if not searched:
         parser.exit(1, "error: nothing to search: write an option as interval(a, b), say, or a,b,c\n")
 
-    folder = Path("runs") / (chosen.name or name_of(chosen.options))
+    name = chosen.name or name_of(chosen.options)
+    try:
+        check_names(chosen.options)
+        check_inside_runs("--name", name)
+    except ValueError as error:
+        parser.exit(1, f"error: {error}\n")
+    interrupts.go_on_with(shlex.join(["python", "scripts/tune.py", *sys.argv[1:]]))
+    folder = Path("runs") / name
     folder.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(
@@ -107,4 +117,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with interrupts.told():
+        main()
