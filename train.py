@@ -69,7 +69,7 @@ def optimizers() -> str:
 OmegaConf.register_new_resolver("optimizers", optimizers, replace=True)
 
 if __name__ == "__main__":
-    with interrupts.told():
+    with interrupts.reported():
         words = [word for word in sys.argv[1:] if "=" in word and not word.startswith("-")]
         own = any(word.startswith(("--config", "-c", "hydra.searchpath")) for word in sys.argv[1:])
         try:

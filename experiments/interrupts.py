@@ -37,16 +37,16 @@ def catch() -> None:
 
 
 @contextlib.contextmanager
-def told() -> Iterator[None]:
+def reported() -> Iterator[None]:
     """End the process in one line when it is interrupted; of several ranks, the first says it."""
     catch()
     try:
         yield
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
-            way = f"; go on with: {_command}" if _command else " before there was anything to go on with"
+            way = f"go on with: {_command}" if _command else "there is nothing to go on with"
             name = signal.Signals(_received or signal.SIGINT).name
-            print(f"{chr(10) * sys.stderr.isatty()}interrupted by {name}{way}", file=sys.stderr, flush=True)
+            print(f"{chr(10) * sys.stderr.isatty()}interrupted by {name}; {way}", file=sys.stderr, flush=True)
         sys.exit(exit_code())
 
 

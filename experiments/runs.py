@@ -54,8 +54,10 @@ def new_folder(config: DictConfig) -> Iterator[Path]:
             with contextlib.suppress(FileExistsError):
                 folder.mkdir(parents=True)
                 break
+        interrupts.go_on_with(run_command(folder))
         write_whole(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(resolved(config))))
     except OSError as error:
+        interrupts.go_on_with(None)
         with contextlib.suppress(OSError):
             folder.rmdir()
         raise ValueError(f"run_dir={config.run_dir} cannot be written: {error.strerror}") from None
@@ -88,10 +90,9 @@ def held(folder: Path) -> Iterator[Path]:
                 f"{run_command(folder)}"
             ) from error
         finally:
-            if finished := (folder / "summary.json").exists():
+            if (folder / "summary.json").exists():
+                interrupts.go_on_with(None)
                 (folder / ".lock").unlink(missing_ok=True)
-        if finished:
-            interrupts.go_on_with(None)
 
 
 def circumstances(device: torch.device, commit: str | None) -> dict[str, Any]:

@@ -63,12 +63,12 @@ def perform(config: DictConfig, started: Progress, folder: Path, device: torch.d
     if started.epoch:
         task.load_state_dict(dict(started.model))
         started.restore_random(device)
-    log = logs.RunLog(folder, resolved(config), started.wandb_id, started.history)
     print(
         f"{name}, seed {config.seed}, {device}" + (f", going on after round {started.epoch}" if started.epoch else ""),
         flush=True,
     )
     seconds = started.seconds
+    log = logs.RunLog(folder, resolved(config), started.wandb_id, started.history)
     try:
         for number in range(started.epoch + 1, task.rounds + 1):
             begin = time.perf_counter()

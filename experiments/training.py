@@ -116,7 +116,6 @@ def _train(config: DictConfig, started: Progress, folder: Path, device: torch.de
             "cost.areas gives several; leave one of them out"
         )
     inside = Diagnostics(plain["diagnostics"], model, layers, optimizer, images, started.diagnostics, started.fields)
-    log = logs.RunLog(folder, plain, started.wandb_id, started.history)
     print(
         f"{config.optimizer.name} on {config.data.name} with {config.model.name} "
         f"({sum(p.numel() for p in model.parameters()):,} parameters), seed {config.seed}, {device}"
@@ -127,6 +126,7 @@ def _train(config: DictConfig, started: Progress, folder: Path, device: torch.de
     passes, seconds, trained_images = started.forward_passes, started.seconds, started.images
     steps = started.steps
 
+    log = logs.RunLog(folder, plain, started.wandb_id, started.history)
     try:
         for epoch in range(started.epoch + 1, config.epochs + 1):
             begin, inside.seconds = time.perf_counter(), 0.0

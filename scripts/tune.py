@@ -117,5 +117,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with interrupts.told():
+    with interrupts.reported():
         main()
