@@ -17,6 +17,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from experiments import interrupts
+from experiments.options import check, check_names, saved
+
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(config: DictConfig) -> None:
@@ -30,11 +33,17 @@ def main(config: DictConfig) -> None:
 
         run_one(config)
         return
-    from experiments.training import run
-
     try:
+        # What is wrong with the options is said before seconds of imports.
+        if config.resume is None:
+            check(config)
+        else:
+            saved(Path(str(config.resume)))
+        from experiments.training import run
+
         run(config)
     except (ValueError, TypeError, RuntimeError, OSError, OmegaConfBaseException, InstantiationException) as error:
+        interrupts.check()  # a rank whose peers were interrupted before it
         if os.environ.get("HYDRA_FULL_ERROR"):
             raise
         # Hydra says what it could not find or make; why not is in the cause.
@@ -60,4 +69,11 @@ def optimizers() -> str:
 OmegaConf.register_new_resolver("optimizers", optimizers, replace=True)
 
 if __name__ == "__main__":
-    main()
+    with interrupts.reported():
+        words = [word for word in sys.argv[1:] if "=" in word and not word.startswith("-")]
+        own = any(word.startswith(("--config", "-c", "hydra.searchpath")) for word in sys.argv[1:])
+        try:
+            check_names([] if own else words)
+        except ValueError as error:
+            sys.exit(f"error: {error}")
+        main()

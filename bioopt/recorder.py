@@ -415,6 +415,7 @@ class _Unwatched:
             module.__dict__.pop(self.name, None)
 
 
+@torch.compiler.disable(reason=IN_PYTHON)  # type: ignore[untyped-decorator]
 def _identity(tensor: Tensor) -> Tensor:
     return tensor
 

@@ -22,10 +22,10 @@ from bioopt.costs import UNLABELLED, CrossEntropy
 from . import building, data, problems, training
 from .areas import Area
 from .data import Images
+from .options import require_counts
 from .pictures import saved
 from .problems import POSED
 from .report import interval, with_interval
-from .runs import require_counts
 from .tasks import Task
 
 

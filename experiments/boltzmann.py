@@ -21,8 +21,8 @@ from bioopt.nn.rbm import bernoulli
 
 from . import data
 from .models import Grey
+from .options import require_counts
 from .pictures import saved, uncluttered
-from .runs import require_counts
 from .tasks import Task
 
 GROUND_STATE = -0.7632  # of the Sherrington-Kirkpatrick model, energy per spin (Parisi, 1979)

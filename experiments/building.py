@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -18,8 +19,16 @@ from bioopt.costs import Cost
 from bioopt.recorder import find_synapses
 
 from . import data
+from .options import OF_TASKS, unknown
 
 COSTS = Path(__file__).parent.parent / "conf" / "cost"
+APART = {
+    "name",
+    "per_data",
+    "per_model",
+    "schedule",
+    "wants",
+}  # of an optimizer's options, what its class does not take
 
 
 def made(option: str, spec: Any, *args: Any, **options: Any) -> Any:
@@ -28,6 +37,44 @@ def made(option: str, spec: Any, *args: Any, **options: Any) -> Any:
         return instantiate(spec, *args, _convert_="all", **options)
     except InstantiationException as error:
         raise ValueError(f"{option}: {error.__cause__ or error}") from error
+
+
+def check_keywords(config: DictConfig) -> None:
+    """Refuse options that what ``_target_`` names does not take."""
+    plain = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(plain, dict)
+    given = {key: plain.get(key) for key in ("optimizer", "model", "task", "afterwards")}
+    given["readout.optimizer"] = plain["readout"]["optimizer"]
+    for part in OF_TASKS:
+        given |= {f"{part}.{name}": spec for name, spec in (plain.get(part) or {}).items()}
+    for option, spec in given.items():
+        if isinstance(spec, dict) and "_target_" in spec:
+            own = APART if option.startswith(("optimizer", "rules")) else {"name"}
+            _check_keywords(option, spec["_target_"], [str(key) for key in spec if key not in own])
+
+
+def _check_keywords(option: str, target: str, given: list[str]) -> None:
+    try:
+        made = get_object(target)
+    except Exception:  # what is wrong with it is for `instantiate` to say
+        return
+    known: set[str] = set()
+    # What a class passes on by **options is for the next in line, and of a rule at last for its `descent`.
+    chain: list[Any] = (
+        [vars(c)["__init__"] for c in made.__mro__ if "__init__" in vars(c)] if isinstance(made, type) else [made]
+    )
+    while chain:
+        parameters = {**inspect.signature(chain.pop(0)).parameters}
+        known |= {p.name for p in parameters.values() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
+            break
+        if "descent" in parameters:
+            chain = [parameters["descent"].default]
+        if not chain or "descent" in given:
+            return  # not known here
+    for name in given:
+        if name not in known and name not in ("_target_", "_partial_", "_args_", "_convert_", "_recursive_"):
+            raise unknown(f"{option}.{name}", [f"{option}.{other}" for other in sorted(known - {"self"})])
 
 
 def build_model(config: DictConfig, images: data.Images) -> nn.Module:
@@ -80,8 +127,7 @@ def build_optimizer(
 
     ``whole``: the network of which ``model`` is an area, for options of parts that lie elsewhere.
     """
-    apart = ("name", "per_data", "per_model", "schedule", "wants")
-    options = {k: v for k, v in config.optimizer.items() if k not in apart}
+    options = {k: v for k, v in config.optimizer.items() if k not in APART}
     make = instantiate(options, _partial_=True, _convert_="all")
     parts = OmegaConf.to_container(config.optimizer.get("per_model", {}).get(config.model.name, OmegaConf.create()))
     try:
@@ -156,14 +202,12 @@ def _flat(parts: Any, prefix: str = "") -> dict[str, dict[str, Any]]:
 
 
 def build_schedule(
-    name: str, optimizer: torch.optim.Optimizer, total: int, option: str = "schedule"
+    name: str, optimizer: torch.optim.Optimizer, total: int
 ) -> torch.optim.lr_scheduler.LRScheduler | None:
-    """The learning rate over ``total`` steps, by its ``option=cosine|constant|halving``."""
+    """The learning rate over ``total`` steps, by ``cosine``, ``constant`` or ``halving``."""
     if name == "constant":
         return None
     if name == "halving":
         at = [int(total * fraction) for fraction in (0.2, 0.35, 0.5, 0.6, 0.7, 0.8, 0.9)]
         return torch.optim.lr_scheduler.MultiStepLR(optimizer, at, gamma=0.5)
-    if name != "cosine":
-        raise ValueError(f"{option}={name} must be cosine, constant or halving")
     return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(total, 1))

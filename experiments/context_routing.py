@@ -23,9 +23,9 @@ from bioopt.nn import Gate
 
 from . import building, data, models, problems, training
 from .areas import Area
+from .options import require_counts
 from .pictures import saved
 from .report import interval, with_interval
-from .runs import require_counts
 from .tasks import Task
 
 CHUNK = 1000  # test images at a time, and those of a measurement of time

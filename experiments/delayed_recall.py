@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from bioopt.nn import FastWeights, ShortTermMemory
 
+from .options import require_counts
 from .pictures import saved, uncluttered
-from .runs import require_counts
 from .tasks import Task
 
 #: who recalls, as pictures call it, with colour and line; "gated": it stores what is asked about, and only that

@@ -17,8 +17,8 @@ from torch import Tensor
 from bioopt.nn import Hopfield, ModernHopfield, SpikingHopfield
 
 from .data import load
+from .options import require_counts
 from .pictures import saved, uncluttered
-from .runs import require_counts
 from .tasks import Task
 
 THEORY = 0.138  # patterns a neuron, where their number goes to infinity: Amit, Gutfreund & Sompolinsky (1985)

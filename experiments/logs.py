@@ -127,9 +127,6 @@ class RunLog:
 
 def _start_wandb(config: dict[str, Any], folder: Path, run_id: str | None) -> Any:
     logger = config["logger"]
-    modes = ("auto", "online", "offline", "disabled")
-    if logger["mode"] not in modes:
-        raise ValueError(f"logger.mode={logger['mode']} must be one of {', '.join(modes)}")
     if logger["mode"] == "disabled":
         return None
     import wandb
@@ -210,8 +207,12 @@ def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
     write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file, whole or not at all."""
     part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    part.replace(path)
+    try:
+        part.write_bytes(content if isinstance(content, bytes) else content.encode())
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise

@@ -17,7 +17,7 @@ from torch import nn
 from bioopt.nn import RBM, Attention, Gate
 from bioopt.recorder import find_synapses
 
-from .runs import require_counts
+from .options import require_counts
 
 Shape = tuple[int, int, int]
 

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
+from torch.distributed.rendezvous import rendezvous
+
+LOST = (
+    "gloo/transport",
+    "Connection closed by peer",
+    "Connection reset by peer",
+)  # what gloo says of a rank that ended
 
 
 class Ranks:
@@ -32,8 +41,13 @@ class Ranks:
         return dist.group.WORLD if self.count > 1 else None
 
     @contextlib.contextmanager
-    def joined(self, device: str) -> Iterator[torch.device]:
-        """Join the others, by NCCL with a GPU each, or on CPUs by gloo; gives the device of this process."""
+    def joined(self, device: str, options: Mapping[str, Any]) -> Iterator[torch.device]:
+        """Join the others, by NCCL with a GPU each, or on CPUs by gloo; gives the device of this process.
+
+        Raises:
+            ValueError: the ranks' options differ, or there are too few GPUs.
+            RuntimeError: another rank has ended.
+        """
         if self.count == 1:
             yield torch.device(device)
             return
@@ -45,13 +59,37 @@ class Ranks:
                     f"it has {have}; start as many ranks, or use device=cpu"
                 )
             torch.cuda.set_device(local)
-        dist.init_process_group("nccl" if local.type == "cuda" else "gloo")
+        store, rank, count = next(rendezvous("env://"))
+        self._compare(store, options)
+        dist.init_process_group("nccl" if local.type == "cuda" else "gloo", store=store, rank=rank, world_size=count)
         quiet = contextlib.nullcontext() if self.first else contextlib.redirect_stdout(io.StringIO())
         try:
             with quiet:
                 yield local
+        except RuntimeError as error:
+            if any(words in str(error) for words in LOST) or isinstance(error, dist.DistError):
+                raise RuntimeError(
+                    "another rank has ended: its error is above, or it was killed (is there enough memory?)"
+                ) from error
+            raise
         finally:
             dist.destroy_process_group()
+
+    def _compare(self, store: Store, options: Mapping[str, Any]) -> None:
+        """Refuse, on every rank, options that differ from those of the first; before a backend is chosen by them."""
+        store.set(f"options/{self.rank}", json.dumps(options))
+        given = [json.loads(store.get(f"options/{rank}")) for rank in range(self.count)]
+        # The first may keep the store, and leaves when all have read it.
+        store.set(f"read/{self.rank}", "")
+        if self.first:
+            store.wait([f"read/{rank}" for rank in range(self.count)])
+        for rank, others in enumerate(given):
+            for key in sorted(given[0].keys() | others.keys(), key=lambda key: (key.count("."), key)):
+                if others.get(key) != given[0].get(key):
+                    raise ValueError(
+                        f"rank {rank} has {key}={others.get(key)}, and the first {key}={given[0].get(key)}: start all "
+                        "ranks with the same options"
+                    )
 
     def from_first(self, value: Any) -> Any:
         """What the first rank has."""
@@ -71,9 +109,9 @@ class Ranks:
             self.from_first(None)
 
     @contextlib.contextmanager
-    def folder(self, folder: Path) -> Iterator[Path]:
+    def folder(self, folder: Path | None) -> Iterator[Path]:
         """Where to write: the run's folder, or one that nobody keeps."""
-        if self.first:
+        if self.first and folder is not None:
             yield folder
             return
         with tempfile.TemporaryDirectory() as scratch:

@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import hashlib
+import io
+import itertools
+import os
+import re
+import shutil
 import subprocess
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,9 +20,11 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
-from yaml import YAMLError
 
-from .sweeps import resolved
+from . import interrupts
+from .logs import write_whole
+from .options import flat, refuse_finished
+from .sweeps import alone, local, resolved
 
 
 def choose_device(name: str) -> torch.device:
@@ -23,57 +33,66 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda, but torch sees no CUDA GPU here; use device=cpu or device=auto")
-    if name not in ("cpu", "cuda"):
-        raise ValueError(f"device={name} must be auto, cpu or cuda")
     return torch.device(name)
 
 
-def saved(folder: Path) -> DictConfig:
-    """The configuration of the run that is to go on."""
-    if not (folder / "config.yaml").exists():
-        raise ValueError(f"resume={folder} is not a run's folder: it has no config.yaml")
-    if (folder / "summary.json").exists():
-        raise ValueError(f"resume={folder} has finished: see its summary.json")
-    with contextlib.suppress(YAMLError):
-        config = OmegaConf.load(folder / "config.yaml")
-        if isinstance(config, DictConfig) and {"optimizer", "model", "data", "task", "readout"} <= set(config):
-            return config
-    raise ValueError(f"resume={folder} is not a run's folder: its config.yaml was not written by train.py")
+def run_command(folder: Path) -> str:
+    """What continues a run."""
+    name = str(folder)
+    plain = re.fullmatch(r"[\w./+-]+", name)
+    return f"python train.py resume={name}" if plain else f"python train.py \"resume='{name}'\""
 
 
-def new_folder(config: DictConfig) -> Path:
-    """A folder for a new run, with its configuration in it."""
-    _check(config)
+@contextlib.contextmanager
+def new_folder(config: DictConfig) -> Iterator[Path]:
+    """A folder for a new run, with its configuration in it; gone again where the run fails before it begins."""
     wanted = Path(config.run_dir)
-    for attempt in range(1, 1000):
-        folder = wanted if attempt == 1 else wanted.with_name(f"{wanted.name}-{attempt}")
+    first = not wanted.parent.exists()
+    try:
+        for attempt in itertools.count(1):
+            folder = wanted if attempt == 1 else wanted.with_name(f"{wanted.name}-{attempt}")
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir(parents=True)
+                break
+        interrupts.go_on_with(run_command(folder))
+        write_whole(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(resolved(config))))
+    except OSError as error:
+        interrupts.go_on_with(None)
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        raise ValueError(f"run_dir={config.run_dir} cannot be written: {error.strerror}") from None
+    try:
+        with held(folder):
+            yield folder
+    except Exception:
+        if not (folder / "metrics.jsonl").exists():
+            shutil.rmtree(folder)
+            if first:
+                with contextlib.suppress(OSError):
+                    folder.parent.rmdir()
+        raise
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[Path]:
+    """A run's folder, for this process alone, and how to go on where it is interrupted or the disk is full."""
+    with alone(folder, f"{folder} is in use: another process is making this run; wait until it ends"):
+        refuse_finished(folder)
+        interrupts.go_on_with(run_command(folder))
         try:
-            folder.mkdir(parents=True)
-            break
-        except FileExistsError:
-            continue
+            yield folder
         except OSError as error:
-            raise ValueError(f"run_dir={config.run_dir} cannot be written: {error.strerror}") from None
-    OmegaConf.save(OmegaConf.create(resolved(config)), folder / "config.yaml")
-    return folder
-
-
-def require_counts(least: int = 1, of: str = "task.", **options: Any) -> None:
-    """Raise where one of these options, of a task or of what else, is no whole number, or too small."""
-    for name, value in options.items():
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{of}{name}={value} must be an integer >= {least}")
-
-
-def _check(config: DictConfig) -> None:
-    require_counts(of="", epochs=config.epochs, batch_size=config.batch_size)
-    require_counts(of="readout.", batch_size=config.readout.batch_size)
-    require_counts(0, of="", seed=config.seed)
-    for name in ("amp", "data.augment.flip"):
-        if not isinstance(value := OmegaConf.select(config, name, default=False), bool):
-            raise ValueError(f"{name}={value} must be true or false")
-    if config.threads is not None and (not isinstance(config.threads, int) or config.threads < 1):
-        raise ValueError(f"threads={config.threads} must be an integer >= 1, or null")
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            free = shutil.disk_usage(folder).free / 2**20
+            raise OSError(
+                f"the disk is full: {free:.0f} MB are free at {folder}; free some, then go on with: "
+                f"{run_command(folder)}"
+            ) from error
+        finally:
+            if (folder / "summary.json").exists():
+                interrupts.go_on_with(None)
+                (folder / ".lock").unlink(missing_ok=True)
 
 
 def circumstances(device: torch.device, commit: str | None) -> dict[str, Any]:
@@ -83,6 +102,20 @@ def circumstances(device: torch.device, commit: str | None) -> dict[str, Any]:
         torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {threads} thread{'s' * (threads > 1)}"
     )
     return {"device": name, "torch": torch.__version__, "commit": commit}
+
+
+def environment(device: torch.device, commit: str | None, ranks: int) -> dict[str, Any]:
+    """What the last bits of a result depend on, besides its options."""
+    cpu = {"processor": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
+    own = {"device": torch.cuda.get_device_name(device)} if device.type == "cuda" else {"device": "cpu", **cpu}
+    return {"commit": commit, "torch": str(torch.__version__), **own, "ranks": ranks}
+
+
+def set_threads(asked: int | None, before: int | None) -> None:
+    """CPU threads: those that were asked for, or those of the run that goes on, where there are as many cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if count := asked or (before if before is not None and before <= cores else None):
+        torch.set_num_threads(count)
 
 
 def code_version() -> str | None:
@@ -120,6 +153,19 @@ class Progress:
     images: int = 0
     steps: int = 0
     wandb_id: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    environments: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def commit(self) -> str | None:
+        """The commits that made the run, in their order."""
+        found = list(dict.fromkeys(str(e["commit"]) for e in self.environments if e["commit"] is not None))
+        return ", ".join(found) or None
+
+    @property
+    def threads(self) -> int | None:
+        """With which it ran last."""
+        return self.environments[-1].get("threads") if self.environments else None
 
     def restore_random(self, device: torch.device) -> None:
         """Put torch's generators where they were."""
@@ -127,18 +173,96 @@ class Progress:
         if device.type == "cuda":
             torch.cuda.set_rng_state(self.random["cuda"], device)
 
+    def go_on(self, config: Mapping[str, Any], environment: dict[str, Any], folder: Path) -> None:
+        """Go on with these options in this environment.
+
+        Raises:
+            ValueError: the options in the run's folder are no longer those that it was made with.
+        """
+        options = {key: value for key, value in flat(config).items() if not local(key)}
+        for key in self.config.keys() | options.keys() if self.config else ():
+            before, now = self.config.get(key), options.get(key)
+            if before != now:
+                raise ValueError(
+                    f"{folder}: checkpoint.pt was made with {key}={before}, and config.yaml has {key}={now}; put the "
+                    "former back, or start a new run"
+                )
+        if config["task"] is None and self.epoch > config["epochs"]:
+            raise ValueError(
+                f"{folder}: checkpoint.pt has {self.epoch} epochs, and config.yaml epochs={config['epochs']}; put the "
+                "former back, or start a new run"
+            )
+        self.config = options
+        last = self.environments[-1] if self.environments else {}
+        changed = [f"{k} {now} (was {last[k]})" for k, now in environment.items() if last.get(k, now) != now]
+        if changed:
+            print(
+                f"warning: the run goes on with {', '.join(changed)}: its results may differ, in the last bits, from "
+                "those of an uninterrupted run",
+                flush=True,
+            )
+        if environment not in self.environments[-1:]:
+            self.environments = [*self.environments, environment]
+
     def save(self, folder: Path) -> None:
-        """Write ``checkpoint.pt``, whole or not at all."""
-        part = folder / "checkpoint.pt.part"
-        torch.save(vars(self), part)
-        part.replace(folder / "checkpoint.pt")
+        """Write ``checkpoint.pt``, whole or not at all, sealed with the digest of its bytes."""
+        archive = io.BytesIO()
+        torch.save(vars(self), archive)
+        write_whole(folder / "checkpoint.pt", sealed(archive.getvalue()))
 
     @classmethod
     def load(cls, folder: Path, device: torch.device) -> Progress:
-        """Read ``checkpoint.pt``; the very start where there is none yet."""
+        """Read ``checkpoint.pt``; the very start where there is none yet.
+
+        Raises:
+            ValueError: the file is damaged, or not a checkpoint of a run.
+        """
         path = folder / "checkpoint.pt"
         if not path.exists():
             return cls()
-        progress = cls(**torch.load(path, map_location=device, weights_only=True))
-        progress.random = {name: state.cpu() for name, state in progress.random.items()}
+        content = path.read_bytes()
+        try:
+            check_seal(content)
+            progress = cls(**torch.load(io.BytesIO(content), map_location=device, weights_only=True))
+            progress.random = {name: state.cpu() for name, state in progress.random.items()}
+            last = progress.history[-1] if progress.history else {}
+            if not len(progress.history) == last.get("epoch", last.get("round")) == progress.epoch:
+                raise ValueError(f"its epoch is {progress.epoch}, and its history has {len(progress.history)}")
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            # torch's own words are of pickles and zip files, over many lines
+            why = str(error) if type(error) is ValueError else "it is not a checkpoint of a run"
+            raise ValueError(
+                f"{path} is damaged ({why}), and what the run has learned is lost: delete it, and "
+                f"{run_command(folder)} starts again from the first epoch, with the same options"
+            ) from error
         return progress
+
+
+SEAL = b"sha256:"
+SEAL_SIZE = len(SEAL) + 64
+
+
+def sealed(archive: bytes) -> bytes:
+    """A zip archive, as torch.save makes it, with the digest of its bytes as its comment: the file loads as before."""
+    content = archive[:-2] + SEAL_SIZE.to_bytes(2, "little")  # the last field of an archive is its comment's size
+    return content + SEAL + hashlib.sha256(content).hexdigest().encode()
+
+
+def check_seal(content: bytes) -> None:
+    """Compare an archive with the digest in it; one that was written without is compared with its parts' checksums.
+
+    Raises:
+        ValueError: they differ.
+    """
+    archive, comment = content[:-SEAL_SIZE], content[-SEAL_SIZE:]
+    if comment == SEAL + hashlib.sha256(archive).hexdigest().encode():
+        return
+    end = content[-22:]  # of an archive without a comment
+    if end.startswith(b"PK\5\6") and end.endswith(b"\0\0"):
+        if zipfile.ZipFile(io.BytesIO(content)).testzip() is None:
+            return
+    elif not content.startswith(b"PK"):
+        raise ValueError("it is empty" if not content else "it is not a checkpoint of a run")
+    raise ValueError("its bytes are not those that were written")

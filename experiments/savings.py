@@ -17,9 +17,9 @@ from bioopt.costs import CrossEntropy
 
 from . import building, data, training
 from .areas import Area
+from .options import require_counts
 from .pictures import saved, uncluttered
 from .report import interval, percent
-from .runs import require_counts
 from .tasks import Task
 
 #: what is compared, as pictures call it, and its colour; B comes between, and the last two start where it ends

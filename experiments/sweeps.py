@@ -10,32 +10,30 @@ import contextlib
 import hashlib
 import multiprocessing
 import os
+import shlex
 import shutil
 import sys
 import threading
 import traceback
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-# What a result does not depend on.
-ASIDE = {
-    "data.root",
-    "device",
-    "diagnostics",
-    "logger",
-    "optimizer.seed",
-    "resume",
-    "run_dir",
-    "seed",
-    "sweep",
-    "threads",
-}
+from . import interrupts
+from .options import check, check_inside_runs, flat, read
+
+# Options of where and how a run is made: its result does not depend on them.
+LOCAL = {"data.root", "device", "diagnostics", "logger", "resume", "run_dir", "sweep", "threads"}
+# What runs that are averaged may differ in.
+ASIDE = LOCAL | {"optimizer.seed", "seed"}
+_locks = contextlib.ExitStack()  # of the sweep under way; not in `Sweep`, which launchers send to other processes
 
 
 class Sweep(Callback):
@@ -45,13 +43,28 @@ class Sweep(Callback):
         """``runs/<options>``, where neither the command nor the experiment gave a name; seeds may be added later."""
         if "WORLD_SIZE" in os.environ:
             sys.exit("error: a sweep does not run under torchrun; start its runs one by one there, without -m")
-        if config.sweep is None:
+        if config.sweep is not None:
+            try:
+                check_inside_runs("sweep", config.sweep)
+            except ValueError as error:
+                sys.exit(f"error: {error}")
+        else:
             overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
             config.sweep = name_of([str(o.input_line) for o in overrides if not aside(o.key_or_group)])
             config.hydra.overrides.task.append(f"sweep='{config.sweep}'")  # for each run to know
+        interrupts.go_on_with(shlex.join(["python", "train.py", *sys.argv[1:]]))
+        folder = Path(config.hydra.sweep.dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            _locks.enter_context(
+                alone(folder, f"{folder} is in use by another sweep; wait until it ends, or choose sweep=NAME")
+            )
+        except ValueError as error:
+            sys.exit(f"error: {error}")
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """A table on the terminal, and ``report.html`` beside the runs."""
+        interrupts.check()
         from .report import NothingToReport, report
 
         folder = Path(config.hydra.sweep.dir)
@@ -59,6 +72,7 @@ class Sweep(Callback):
             print(report([folder], folder))
         except NothingToReport as nothing:
             print(nothing)
+        _locks.close()
         failed = list(folder.glob("*/error.txt"))
         if failed:
             sys.exit(f"error: {len(failed)} of the runs in {folder} failed, see above and error.txt in each")
@@ -74,23 +88,24 @@ def run_one(config: DictConfig) -> None:
     plain = resolved(config) | {"run_dir": str(folder)}
     print(f"\n[{job.num + 1}] {name}", flush=True)
     try:
+        check(config)
         if config.resume is not None:
             raise ValueError(f"resume={config.resume}: a sweep resumes by itself what was interrupted")
-        if (folder / "config.yaml").exists():
+        if any((folder / name).exists() for name in ("checkpoint.pt", "summary.json")):
             _same(folder, plain)
+            (folder / "error.txt").unlink(missing_ok=True)
             if (folder / "summary.json").exists():
                 print("finished before", flush=True)
                 return
             plain["resume"] = str(folder)
         elif folder.exists():
-            shutil.rmtree(folder)  # it failed before it began
-        (folder / "error.txt").unlink(missing_ok=True)
+            shutil.rmtree(folder)  # it learned nothing yet
         isolated(plain)
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted; the same command goes on from here")
     except Exception as error:
         print(f"failed: {str(error).splitlines()[-1]}", flush=True)
         folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "config.yaml").exists():
+            OmegaConf.save(OmegaConf.create(plain), folder / "config.yaml")  # by which the report finds it
         (folder / "error.txt").write_text(f"{error}\n")
 
 
@@ -118,7 +133,9 @@ def isolated(config: Any) -> dict[str, Any]:
         process.join()
         summary, error = None, f"its process ended with exit code {process.exitcode}; is there enough memory?"
     except BaseException:
-        process.terminate()
+        process.terminate()  # it closes its W&B run
+        process.join(60)
+        process.kill()
         raise
     if error is not None:
         raise RuntimeError(error)
@@ -128,12 +145,15 @@ def isolated(config: Any) -> dict[str, Any]:
 def _run(config: Any, sender: Connection) -> None:
     from .training import run
 
+    interrupts.catch()
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    with contextlib.suppress(KeyboardInterrupt):  # the sweep tells
+    try:
         try:
             sender.send((run(OmegaConf.create(config)), None))
         except Exception:
             sender.send((None, traceback.format_exc().strip()))
+    except KeyboardInterrupt:  # the sweep says so
+        sys.exit(interrupts.exit_code())
 
 
 def _end_with_parent() -> None:
@@ -161,23 +181,40 @@ def aside(key: str) -> bool:
     return key in ASIDE or key.split(".")[0] in ASIDE
 
 
+def local(key: str) -> bool:
+    """Whether an option is of where and how a run is made."""
+    return key in LOCAL or key.split(".")[0] in LOCAL
+
+
+@contextlib.contextmanager
+def alone(folder: Path, refusal: str) -> Iterator[None]:
+    """Hold a folder for this process; another that holds it is not waited for, as it may take hours.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(FileLock(folder / ".lock").acquire(timeout=0))
+        except Timeout:
+            raise ValueError(refusal) from None
+        except NotImplementedError:
+            pass  # some network file systems have no locks
+        yield
+
+
 def _same(folder: Path, config: Any) -> None:
     """Refuse a folder whose run had other options under the same name: the defaults may have changed since."""
-    before, now = cell(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))), cell(config)
+    try:
+        before, now = cell(OmegaConf.to_container(read(folder))), cell(config)
+    except ValueError as error:
+        raise ValueError(f"{error}; delete that folder to make the run again from its start") from None
     for key in before:
         if before[key] != now.get(key):
             raise ValueError(
                 f"{folder} holds a run with {key}={before[key]}, which is {now.get(key)} now; name a new sweep by "
                 "sweep=NAME, or delete that folder"
             )
-
-
-def flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """``{"optimizer": {"lr": 1}}`` as ``{"optimizer.lr": 1}``."""
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
 
 
 def name_of(options: list[str]) -> str:

@@ -11,7 +11,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from . import logs
+from . import interrupts, logs
 from .report import readable
 from .runs import Progress, circumstances, random_state
 from .sweeps import resolved
@@ -51,13 +51,9 @@ class Task(ABC):
             raise NotImplementedError(f"{type(self).__name__} keeps a state, but cannot load it")
 
 
-def perform(
-    config: DictConfig, started: Progress, folder: Path, device: torch.device, commit: str | None
-) -> dict[str, Any]:
+def perform(config: DictConfig, started: Progress, folder: Path, device: torch.device) -> dict[str, Any]:
     """All rounds of a task that are left; returns the summary."""
     name = config.task.name
-    if config.threads:
-        torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     options = {key: value for key, value in config.task.items() if key != "name"}
     try:
@@ -67,17 +63,18 @@ def perform(
     if started.epoch:
         task.load_state_dict(dict(started.model))
         started.restore_random(device)
-    log = logs.RunLog(folder, resolved(config), started.wandb_id, started.history)
     print(
         f"{name}, seed {config.seed}, {device}" + (f", going on after round {started.epoch}" if started.epoch else ""),
         flush=True,
     )
     seconds = started.seconds
+    log = logs.RunLog(folder, resolved(config), started.wandb_id, started.history)
     try:
         for number in range(started.epoch + 1, task.rounds + 1):
             begin = time.perf_counter()
             measured = task.round(number)
             seconds += time.perf_counter() - begin
+            interrupts.check()
             log.round({"round": number, **measured, "seconds": seconds}, task.rounds)
             Progress(
                 epoch=number,
@@ -86,6 +83,8 @@ def perform(
                 history=log.history,
                 seconds=seconds,
                 wandb_id=log.wandb_id,
+                config=started.config,
+                environments=started.environments,
             ).save(folder)
         found, made = task.finish(log.history, f"{name}, seed {config.seed}", folder)
         summary = {
@@ -94,7 +93,7 @@ def perform(
             "measured": found,
             "seconds": seconds,
             "peak_memory_bytes": logs.peak_memory(device),
-        } | circumstances(device, commit)
+        } | circumstances(device, started.commit)
         told = [f"{what.replace('_', ' '):<40} {readable(value)}" for what, value in found.items()]
         log.finish(summary, made, ["", *told, "", f"{task.rounds} rounds, {seconds:.0f} s"])
     finally:

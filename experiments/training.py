@@ -21,41 +21,55 @@ import bioopt
 from bioopt.costs import Cost
 from bioopt.recorder import find_synapses
 
-from . import data, logs, pictures, tasks
+from . import data, interrupts, logs, pictures, tasks
 from .areas import Area, build_areas, split
-from .building import build_model, build_schedule, freeze, made
+from .building import build_model, build_schedule, check_keywords, freeze, made
 from .diagnostics import Diagnostics
+from .options import check, flat, saved
 from .ranks import Ranks
-from .runs import Progress, choose_device, circumstances, code_version, new_folder, random_state, saved
-from .sweeps import resolved
+from .runs import (
+    Progress,
+    choose_device,
+    circumstances,
+    code_version,
+    environment,
+    held,
+    new_folder,
+    random_state,
+    set_threads,
+)
+from .sweeps import local, resolved
 
 
 def run(config: DictConfig) -> dict[str, Any]:
     """Train as the configuration says, or go on with an interrupted run; returns the summary."""
     commit = code_version()  # now: the files may change under a long run
     ranks = Ranks()
-    resumed = None if config.resume is None else Path(config.resume)
+    resumed = None if config.resume is None else Path(str(config.resume))
     if resumed is not None:
         config = saved(resumed)
+    else:
+        check(config)
     if config.task is not None and ranks.count > 1:
         raise ValueError(f"experiment={config.task.name} runs in one process; start it without torchrun")
-    with ranks.joined(choose_device(config.device).type) as device:
-        shared = resumed or ranks.from_first(new_folder(config) if ranks.first else None)
-        started = Progress.load(shared, device)
-        with ranks.folder(shared) as folder:
+    check_keywords(config)
+    kind, plain = choose_device(config.device).type, resolved(config)
+    shared = {key: value for key, value in flat(plain).items() if not local(key)}
+    with ranks.joined(kind, {**shared, "device": kind, "resume": str(resumed)}) as device:
+        own = held(resumed) if resumed is not None else new_folder(config)
+        with own if ranks.first else contextlib.nullcontext(resumed) as mine, ranks.folder(mine) as folder:
+            started = Progress.load(ranks.from_first(mine), device)
+            set_threads(config.threads, started.threads)
+            started.go_on(plain, environment(device, commit, ranks.count), folder)
             if config.task is not None:
-                return tasks.perform(config, started, folder, device, commit)
-            return _train(config, started, folder, device, ranks, commit)
+                return tasks.perform(config, started, folder, device)
+            return _train(config, started, folder, device, ranks)
 
 
-def _train(
-    config: DictConfig, started: Progress, folder: Path, device: torch.device, ranks: Ranks, commit: str | None
-) -> dict[str, Any]:
+def _train(config: DictConfig, started: Progress, folder: Path, device: torch.device, ranks: Ranks) -> dict[str, Any]:
     plain = resolved(config)
     if not ranks.first:
         plain["logger"]["mode"] = "disabled"
-    if config.threads:
-        torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     with ranks.first_alone():  # it may have to fetch the data
         images = data.load(config.data.name, config.data.root, device)
@@ -102,7 +116,6 @@ def _train(
             "cost.areas gives several; leave one of them out"
         )
     inside = Diagnostics(plain["diagnostics"], model, layers, optimizer, images, started.diagnostics, started.fields)
-    log = logs.RunLog(folder, plain, started.wandb_id, started.history)
     print(
         f"{config.optimizer.name} on {config.data.name} with {config.model.name} "
         f"({sum(p.numel() for p in model.parameters()):,} parameters), seed {config.seed}, {device}"
@@ -113,6 +126,7 @@ def _train(
     passes, seconds, trained_images = started.forward_passes, started.seconds, started.images
     steps = started.steps
 
+    log = logs.RunLog(folder, plain, started.wandb_id, started.history)
     try:
         for epoch in range(started.epoch + 1, config.epochs + 1):
             begin, inside.seconds = time.perf_counter(), 0.0
@@ -144,6 +158,7 @@ def _train(
                 losses += loss
                 passes += taken * whole
                 log.step(steps, loss[-1], inside.lines)
+                interrupts.check()
                 steps += 1
             passes += 0 if phase.source is images or features.kept else count
             train_losses = [loss / count for loss in losses.tolist()]  # also waits for the device
@@ -183,9 +198,11 @@ def _train(
                 images=trained_images,
                 steps=steps,
                 wandb_id=log.wandb_id,
+                config=started.config,
+                environments=started.environments,
             ).save(folder)
         trained = sum(p.numel() for name, p in model.named_parameters() if covered[name] != "frozen")
-        summary = _summary(config, log.history, seconds, passes, trained_images, trained, device, commit)
+        summary = _summary(config, log.history, seconds, passes, trained_images, trained, device, started.commit)
         title = f"{config.optimizer.name}, {config.model.name}, {config.data.name}, seed {config.seed}"
         made = [pictures.curves(log.history, title, folder / "curves.png")]
         fields = pictures.receptive_fields(
@@ -283,7 +300,7 @@ def readout_phase(
     if not source.batches(batch_size):
         raise ValueError(f"readout.batch_size={batch_size} is larger than the training set")
     total = (config.epochs - plastic) * source.batches(batch_size)
-    schedule = build_schedule(config.readout.schedule, optimizer, total, "readout.schedule")
+    schedule = build_schedule(config.readout.schedule, optimizer, total)
     return Phase(head, [Area("", head, cost, optimizer, schedule)], source, batch_size)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Overrid
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
+from experiments import interrupts
+from experiments.options import check_inside_runs, check_names
 from experiments.sweeps import isolated, name_of, resolved
 
 CONF = str(Path(__file__).parent.parent / "conf")
@@ -75,8 +78,12 @@ def main() -> None:
         parser.exit(1, "error: nothing to search: write an option as interval(a, b), say, or a,b,c\n")
 
     name = chosen.name or name_of(chosen.options)
-    if Path(name).name != name or name == "..":
-        parser.exit(1, f"error: --name {name} must be a plain name, of a folder in runs/\n")
+    try:
+        check_names(chosen.options)
+        check_inside_runs("--name", name)
+    except ValueError as error:
+        parser.exit(1, f"error: {error}\n")
+    interrupts.go_on_with(shlex.join(["python", "scripts/tune.py", *sys.argv[1:]]))
     folder = Path("runs") / name
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
@@ -110,8 +117,6 @@ def main() -> None:
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
             if len(study.trials) >= 3 * chosen.trials:
                 break
-        except KeyboardInterrupt:  # as a killed one: once more when the search goes on
-            parser.exit(130, "\ninterrupted; the same command goes on from here\n")
         except (HydraException, OmegaConfBaseException, ValueError) as error:
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
             parser.exit(1, f"error: {error}\n")
@@ -125,4 +130,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with interrupts.reported():
+        main()

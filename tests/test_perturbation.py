@@ -686,7 +686,7 @@ def test_serial_changes_that_cannot_be_made_at_once() -> None:
     model = mlp()
     optimizer = bioopt.SerialPerturbation(model, 0.1, sigma=0.1, batched=True)
     model.eval()
-    with pytest.raises(RuntimeError, match=r"no layer has fired; run the model in training mode"):
+    with pytest.raises(RuntimeError, match=r"no synapse has fired since the last step; run the model in training mode"):
         optimizer.step(lambda: losses_of(model))
     for form in (per_sample, ordinary):
         found = []

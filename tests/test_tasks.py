@@ -115,7 +115,7 @@ def test_mistakes_of_a_task_are_told(walk: str, tmp_path: Path, monkeypatch: pyt
     common = [walk, "experiment=walk", "logger.mode=disabled", f"run_dir={tmp_path / 'run'}"]
     with pytest.raises(ValueError, match=r"experiment=walk: task\.width=-1 must be"):
         run(config(*common, "task.width=-1"))
-    with pytest.raises(ValueError, match=r"experiment=walk: .*speed"):
+    with pytest.raises(ValueError, match=r"task\.speed is not an option; task has .*rounds, width"):
         run(config(*common, "+task.speed=1"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="experiment=walk runs in one process"):

@@ -1,0 +1,212 @@
+"""What a run's options may be, checked before anything is made for them.
+
+Nothing here imports torch: a mistake is told at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+CONF = Path(__file__).parent.parent / "conf"
+# Whose options are keywords of what their `_target_` names (see `building.check_keywords`), or a task's own.
+OPEN = {"afterwards", "cost", "hydra", "model", "optimizer", "readout.optimizer", "rules", "structures", "task"}
+OF_TASKS = ("rules", "structures")  # parts that an experiment chooses from the groups optimizer and model
+OF_DATA = ("epochs", "batch_size", "plastic_epochs")  # that `optimizer.per_data` sets
+CHOICES = {
+    "device": ("auto", "cpu", "cuda"),
+    "logger.mode": ("auto", "online", "offline", "disabled"),
+    "schedule": ("cosine", "constant", "halving"),
+    "readout.schedule": ("cosine", "constant", "halving"),
+}
+
+
+def check(config: DictConfig) -> None:
+    """Refuse what no run can be made of, as far as that is known without torch.
+
+    Raises:
+        ValueError: names the option and its value, and what it can be.
+    """
+    plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    assert isinstance(plain, dict)
+    _check_names(plain, _known())
+    for name in OF_TASKS:
+        if name in plain and plain["task"] is None:
+            raise ValueError(f"{name} belongs to experiments such as architectures, and task is null")
+    _check_tables(plain["optimizer"], plain["model"]["name"])
+    require_counts(of="", epochs=config.epochs, batch_size=config.batch_size)
+    require_counts(of="readout.", batch_size=config.readout.batch_size)
+    require_counts(of="logger.", every=config.logger.every)
+    require_counts(0, of="", seed=config.seed)
+    if config.seed >= 2**32:
+        raise ValueError(f"seed={config.seed} must be an integer below 2^32")
+    for name, choices in CHOICES.items():
+        if (value := OmegaConf.select(config, name)) not in choices:
+            raise ValueError(f"{name}={value} must be {_listed(choices)}")
+    for name in ("amp", "data.augment.flip"):
+        if not isinstance(value := OmegaConf.select(config, name, default=False), bool):
+            raise ValueError(f"{name}={value} must be true or false")
+    for name in ("threads", "plastic_epochs"):
+        value = config[name]
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError(f"{name}={value} must be an integer >= 1, or null")
+    if config.sweep is not None:
+        check_inside_runs("sweep", config.sweep)
+    _refuse_interpolations(plain, "")
+
+
+def check_names(overrides: Iterable[str]) -> None:
+    """Refuse options that do not exist, among overrides as they were typed; those of groups are Hydra's to check."""
+    for override in overrides:
+        key = override.lstrip("+").partition("=")[0]
+        if not override.startswith("~") and not set("/@") & set(key):
+            given: Any = None
+            for name in reversed(key.split(".")):
+                given = {name: given}
+            _check_names(given, _known())
+
+
+def check_inside_runs(option: str, name: Any) -> None:
+    """Refuse a name of a sweep or a study whose folder would not be inside ``runs``."""
+    path = Path(str(name))
+    if path.is_absolute() or ".." in path.parts or not path.parts:
+        raise ValueError(f"{option}={name} must name a folder inside runs/, such as {option}={path.name or 'mine'}")
+
+
+def require_counts(least: int = 1, of: str = "task.", **options: Any) -> None:
+    """Raise where one of these options, of a task or of what else, is not an integer, or too small."""
+    for name, value in options.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{of}{name}={value} must be an integer >= {least}")
+
+
+def unknown(key: str, known: Iterable[str], elsewhere: Iterable[str] = ()) -> ValueError:
+    """An error that names the nearest option that exists: of a like name beside it, or of the same name elsewhere."""
+    parent, dot, leaf = key.rpartition(".")
+    known = [*known]
+    inside = {name.removeprefix(parent + dot).partition(".")[0] for name in known if name.startswith(parent + dot)}
+    near = [f"{parent}{dot}{name}" for name in difflib.get_close_matches(leaf, sorted(inside), 1)]
+    near += [name for name in [*elsewhere, *known] if name.rpartition(".")[2] == leaf]
+    if near:
+        hint = f"did you mean {near[0]}?"
+    elif parent and inside:
+        hint = f"{parent} has {', '.join(sorted(name for name in inside if not name.startswith('_')))}"
+    else:
+        hint = "python train.py --help lists them all"
+    return ValueError(f"{key} is not an option; {hint}")
+
+
+def read(folder: Path) -> DictConfig:
+    """The configuration of a run, from its folder: plain values, in which nothing is resolved.
+
+    Raises:
+        ValueError: the file is damaged, was not written by train.py, or holds an interpolation.
+    """
+    path = folder / "config.yaml"
+    try:
+        config = OmegaConf.load(path)
+        known = isinstance(config, DictConfig) and {"optimizer", "model", "data", "task", "readout"} <= set(config)
+    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException, OSError):
+        known = False
+    if not known:
+        raise ValueError(f"{folder} is not a run's folder: its config.yaml is damaged, or was not written by train.py")
+    assert isinstance(config, DictConfig)
+    _refuse_interpolations(OmegaConf.to_container(config), f"{path}: ")
+    return config
+
+
+def saved(folder: Path) -> DictConfig:
+    """The configuration of the run that is to go on."""
+    if not (folder / "config.yaml").exists():
+        raise ValueError(f"resume={folder} is not a run's folder: it has no config.yaml")
+    refuse_finished(folder)
+    try:
+        return read(folder)
+    except ValueError as error:
+        raise ValueError(f"resume={error}") from None
+
+
+def refuse_finished(folder: Path) -> None:
+    """Raise where a run need not go on."""
+    if (folder / "summary.json").exists():
+        raise ValueError(f"resume={folder} has finished: see its summary.json")
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """``{"optimizer": {"lr": 1}}`` as ``{"optimizer.lr": 1}``."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+@functools.cache
+def _known() -> dict[str, Any]:
+    """All names of options but those of the open parts, nested as in the configuration."""
+    known = _loaded(CONF / "config.yaml")
+    groups: dict[str, Any] = {path.name: {} for path in CONF.iterdir() if path.is_dir()}
+    parts = {"data": _loaded(CONF / "data" / "digits.yaml"), "logger": _loaded(CONF / "logger" / "wandb.yaml")}
+    return {**groups, **dict.fromkeys(OF_TASKS), **{k: v for k, v in known.items() if k != "defaults"}, **parts}
+
+
+def _loaded(path: Path) -> dict[str, Any]:
+    plain = OmegaConf.to_container(OmegaConf.load(path))
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def _check_names(given: Mapping[Any, Any], known: Mapping[str, Any], prefix: str = "") -> None:
+    for name, value in given.items():
+        key = f"{prefix}{name}"
+        if name not in known:
+            every = [option for option in flat(_known()) if not option.startswith("hydra.")]
+            own = {
+                f"{group}.{option}": None
+                for group in ("optimizer", "model")
+                for path in sorted((CONF / group).glob("*.yaml"))
+                for option in _loaded(path)
+            }
+            raise unknown(key, every, own)
+        if key not in OPEN and isinstance(value, dict) and isinstance(known[name], dict):
+            _check_names(value, known[name], f"{key}.")
+
+
+def _check_tables(optimizer: Mapping[str, Any], model: str) -> None:
+    """Refuse, in an optimizer's tables of options for data sets and models, what nothing would look at."""
+    for data, options in (optimizer.get("per_data") or {}).items():
+        for name in options:
+            if name not in OF_DATA:
+                raise unknown(f"optimizer.per_data.{data}.{name}", [f"optimizer.per_data.{data}.{n}" for n in OF_DATA])
+    path = CONF / "optimizer" / f"{optimizer['name']}.yaml"
+    tables = (_loaded(path).get("per_model") or {}).values() if path.exists() else ()
+    used = {name for table in tables for name in table}
+    for name, value in ((optimizer.get("per_model") or {}).get(model) or {}).items():
+        if path.exists() and not isinstance(value, dict) and name not in used:
+            raise ValueError(
+                f"optimizer.per_model.{model}.{name}={value} has no effect: there are options of parts, "
+                f"optimizer.per_model.{model}.PART.{name}; of the whole network it is optimizer.{name}={value}"
+            )
+
+
+def _refuse_interpolations(plain: Any, where: str, key: str = "") -> None:
+    if isinstance(plain, dict):
+        for name, value in plain.items():
+            _refuse_interpolations(value, where, f"{key}.{name}" if key else str(name))
+    elif isinstance(plain, list):
+        for value in plain:
+            _refuse_interpolations(value, where, key)
+    elif isinstance(plain, str) and "${" in plain:
+        raise ValueError(
+            f"{where}{key}={plain} holds an interpolation, which a run's configuration cannot: write a value"
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
