@@ -13,6 +13,7 @@ from experiments.training import run
 
 from .commands import unrender
 from .test_contract import equal_state
+from .test_runs import stopped
 from .test_train import SOFTHEBB, config, tiny
 
 
@@ -73,10 +74,7 @@ def test_the_course_survives_an_interruption(tmp_path: Path, monkeypatch: pytest
     common = [*tiny("hebbian"), "epochs=3", "diagnostics.every=3"]
     run(config(*common, f"run_dir={tmp_path / 'whole'}"))
     whole = (tmp_path / "whole" / "diagnostics.jsonl").read_text()
-    run(config(*common, "epochs=2", "schedule=constant", f"run_dir={tmp_path / 'stopped'}"))
-    saved = tmp_path / "stopped" / "config.yaml"
-    (tmp_path / "stopped" / "summary.json").unlink()
-    saved.write_text(saved.read_text().replace("epochs: 2", "epochs: 3"))
+    stopped(monkeypatch, 2, *common, f"run_dir={tmp_path / 'stopped'}")
     run(config(f"resume={tmp_path / 'stopped'}"))
     steps = [json.loads(line)["step"] for line in (tmp_path / "stopped" / "diagnostics.jsonl").read_text().splitlines()]
     assert steps == [json.loads(line)["step"] for line in whole.splitlines()]

@@ -17,6 +17,7 @@ from scripts import tune
 def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     """The exit code of a search, and what it wrote to standard error; its runs reach what ``result`` is."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(interrupts, "catch", lambda: None)  # the signals of the tests' own process stay
 
     def of(*arguments: str, result: float | BaseException = 0.5) -> tuple[int, str]:
         def isolated(config: Any) -> dict[str, float]:
