@@ -213,7 +213,7 @@ class Exclusion(NamedTuple):
         return cls(set(), set(), set())
 
     @classmethod
-    def of(cls, rule: str, exclude: Iterable[Any], given: Iterable[tuple[str, nn.Module]]) -> Exclusion:
+    def of(cls, rule: str, exclude: Any, given: Iterable[tuple[str, nn.Module]]) -> Exclusion:
         """Resolve ``exclude`` (types, modules, names of modules or parameters) among the modules that were given.
 
         Raises:
@@ -222,7 +222,8 @@ class Exclusion(NamedTuple):
         """
         if isinstance(exclude, str | type | nn.Module):
             exclude = [exclude]
-        entries, excluded = list(exclude), cls.none()
+        # The layers of a Sequential are named by numbers.
+        entries, excluded = [str(e) if type(e) is int else e for e in exclude], cls.none()
         if not entries:
             return excluded
         modules: dict[str, nn.Module] = {}
