@@ -732,8 +732,7 @@ class Recorder:
             if not (self.anchored and torch.is_grad_enabled()):
                 return u
             raw = [self.anchor, *raw]
-        waits = readout or (self.linked and (firing.pending is not None or firing.synapse.neurons is not None))
-        linked: Tensor = _Cut.apply(u, firing if waits else None, *raw)
+        linked: Tensor = _Cut.apply(u, firing if self.linked else None, *raw)
         if readout:
             self._ends = [end for end in self._ends if end() is not None] + [weakref.ref(linked.grad_fn)]
         return linked

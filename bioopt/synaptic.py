@@ -387,13 +387,13 @@ class SynapticRule(LearningRule):
             self._backward = backward
             if all(p.grad is None for p in self.readout_parameters()):
                 self._confirmed.clear()
+        self._proven.add(firing.synapse)
+        self._unreachable.discard(firing.synapse)
+        self._unproven.pop(firing.synapse, None)
         sums: Sums | None = firing.pending
         firing.pending = None
-        if sums is not None:
-            self._proven.add(firing.synapse)
-            self._unproven.pop(firing.synapse, None)
-            if not sums.counted:
-                _merge(self._confirmed, firing.synapse, sums)
+        if sums is not None and not sums.counted:
+            _merge(self._confirmed, firing.synapse, sums)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As of torch; also drops what backward passes have brought since the last step."""

@@ -255,6 +255,30 @@ def test_layers_that_no_gradient_reaches_count_at_once_which_is_said_once() -> N
     assert same(weights(model[:3]), weights(twin[:3]))
 
 
+def test_a_layer_that_a_loss_reaches_later_waits_from_then_on() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.one, self.two, self.head = nn.Linear(6, 5).double(), nn.Linear(6, 5).double(), nn.Linear(5, 4).double()
+
+        def forward(self, x: Tensor, second: bool) -> Tensor:
+            one, two = torch.tanh(self.one(x)), torch.tanh(self.two(x))
+            return self.head(two if second else one)
+
+    model = Branches()
+    optimizer = bioopt.Hebbian(model, 0.1)
+    with pytest.warns(UserWarning, match="did not reach layer 'two'"):
+        optimizer.step(lambda: F.cross_entropy(model(X, False), Y))
+    optimizer.step(lambda: F.cross_entropy(model(X, True), Y))
+    model(X + 50, True)  # thrown away
+    before = model.two.weight.clone()
+    optimizer.zero_grad()
+    F.cross_entropy(model(X, False), Y).backward()
+    optimizer.step()
+    assert torch.equal(model.two.weight, before)
+
+
 def test_reentrant_checkpointing_counts_at_once() -> None:
     results = []
     for checkpointed in (False, True):
