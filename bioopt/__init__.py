@@ -17,6 +17,7 @@ Each is a `torch.optim.Optimizer` that trains an unmodified `torch.nn.Module` by
 from . import costs, nn
 from .contrastive import ContrastiveDivergence
 from .diagnosis import diagnose
+from .errors import Diverged
 from .hebbian import BCM, AntiHebbian, Hebbian, KrotovHopfield, Oja, RewardHebbian, Sanger, SoftHebb
 from .mixed import Mixed
 from .optimizer import LearningRule
@@ -39,6 +40,7 @@ __all__ = [
     "STDP",
     "AntiHebbian",
     "ContrastiveDivergence",
+    "Diverged",
     "ForwardGradient",
     "Hebbian",
     "HillClimbing",

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .errors import Diverged
 from .integrations import (
     NAME,
     PACKED,
@@ -223,8 +224,9 @@ class LearningRule(Optimizer, ABC):
         GPU; they find options as they were, and check for nothing that is not finite.
 
         Raises:
-            RuntimeError: a non-finite loss, no forward pass, a rule that needs a closure and got none. Parameters
-                and optimizer state are then as they were.
+            Diverged: a loss or an update that is infinite or not a number.
+            RuntimeError: no forward pass, a rule that needs a closure and got none. Parameters and optimizer state
+                are then as they were, as after `Diverged`.
         """
         loss = self.estimate(closure) if needs_estimate(self, closure, [self]) else None
         self.descend()
@@ -762,27 +764,30 @@ def is_captured(tensors: list[Tensor]) -> bool:
 
 
 def require_finite(optimizer: Optimizer, what: str, tensors: list[Tensor]) -> None:
-    """Raise if anything is infinite or not a number, before anything is changed; names the weights to look at."""
+    """Raise `Diverged` if anything is infinite or not a number, before anything is changed."""
     if is_captured(tensors):  # where no number can be read
         return
-    if tensors and not math.isfinite(norm := torch.nn.utils.get_total_norm(tensors).item()):
-        found = "nan" if math.isnan(norm) else "infinite"
-        raise RuntimeError(
-            f"{type(optimizer).__name__}: {what} is {found}; nothing was changed. {_largest(optimizer)} if that has "
-            "diverged; else check the data"
-        )
+    if not tensors or math.isfinite(total := torch.nn.utils.get_total_norm(tensors).item()):
+        return
+    found = "nan" if math.isnan(total) else "infinite"
+    name, norm, lr = _largest(optimizer)
+    raise Diverged(
+        f"{type(optimizer).__name__}: {what} is {found}; nothing was changed. The largest weights are '{name}', of "
+        f"norm {norm:.3g} with lr={lr:g}: try lr={lr / 10:g} if that has diverged; else check the data",
+        name,
+        norm,
+        lr,
+    )
 
 
-def _largest(optimizer: Optimizer) -> str:
-    """Where divergence is to be sought: the parameter of the largest (or no finite) norm, and a lower rate for it."""
+def _largest(optimizer: Optimizer) -> tuple[str, float, float]:
+    """Where divergence is to be sought: the parameter of the largest (or no finite) norm, its norm and its rate."""
     found = []
     for i, group in enumerate(optimizer.param_groups):
         names = group.get("param_names", [f"group{i}.params[{j}]" for j in range(len(group["params"]))])
-        found += [
-            (p.detach().norm().item(), name, float(group["lr"])) for name, p in zip(names, group["params"], strict=True)
-        ]
-    norm, name, lr = max(found, key=lambda entry: (not math.isfinite(entry[0]), entry[0]))
-    return f"The largest weights are '{name}', of norm {norm:.3g} with lr={lr:g}: try lr={lr / 10:g}"
+        norms = (p.detach().norm().item() for p in group["params"])
+        found += [(name, norm, float(group["lr"])) for name, norm in zip(names, norms, strict=True)]
+    return max(found, key=lambda entry: (not math.isfinite(entry[1]), entry[1]))
 
 
 def backward_where_missing(losses: Tensor, params: list[Tensor], anchors: Sequence[Tensor] = ()) -> None:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from bioopt import Diverged
 from bioopt.costs import CrossEntropy
 from bioopt.nn import Gate
 
@@ -177,9 +178,7 @@ class ContextRouting(Task):
                 closure = learner.closure(images.prepare(images.train_images[index]), images.train_labels[index])
                 try:
                     losses: Tensor = optimizer.step(closure)  # type: ignore[arg-type, assignment]
-                except RuntimeError as error:
-                    if "nothing was changed" not in str(error):  # as rules tell of a loss that is no number
-                        raise
+                except Diverged:
                     losses = torch.tensor(math.nan)
                 if not bool(losses.isfinite().all()):
                     training.close([learner])

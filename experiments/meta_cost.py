@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 import bioopt
+from bioopt import Diverged
 from bioopt.costs import UNLABELLED, Cost, Mixture
 
 from . import building, data, problems, training
@@ -269,10 +270,8 @@ class MetaCost(Task):
                     area.train()
                     try:
                         area.optimizer.step(area.closure(inputs, labels))  # type: ignore[arg-type]
-                    except RuntimeError as error:
-                        if "is nan" in str(error) or "is infinite" in str(error):
-                            return 1 / images.classes
-                        raise
+                    except Diverged:
+                        return 1 / images.classes
                     assert area.scheduler is not None
                     area.scheduler.step()
                     if area is not areas[-1]:

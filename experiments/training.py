@@ -154,7 +154,8 @@ def _train(config: DictConfig, started: Progress, folder: Path, device: torch.de
                 try:
                     loss, taken = phase.step(inputs, labels, augment.frames, config.amp, around)
                 except RuntimeError as error:
-                    raise RuntimeError(f"{error} (epoch {epoch}, optimizer.lr={config.optimizer.lr})") from error
+                    kind = type(error) if isinstance(error, bioopt.Diverged) else RuntimeError
+                    raise kind(f"{error} (epoch {epoch}, optimizer.lr={config.optimizer.lr})") from error
                 losses += loss
                 passes += taken * whole
                 log.step(steps, loss[-1], inside.lines)
@@ -166,7 +167,7 @@ def _train(config: DictConfig, started: Progress, folder: Path, device: torch.de
             trained_images += count * phase.batch_size
             for area, train_loss in zip(phase.areas, train_losses, strict=True):
                 if not math.isfinite(train_loss):
-                    raise RuntimeError(
+                    raise bioopt.Diverged(
                         f"optimizer={config.optimizer.name}: the loss{' of ' * bool(area.name)}{area.name} is "
                         f"{train_loss} in epoch {epoch} with optimizer.lr={config.optimizer.lr}; lower it"
                     )
@@ -253,7 +254,10 @@ class Phase:
                 with around(closure):
                     loss: Any = area.optimizer.step(closure)  # type: ignore[arg-type]
             except RuntimeError as error:
-                raise RuntimeError(f"area {area.name}: {error}" if area.name else str(error)) from error
+                if not area.name:
+                    raise
+                kind = type(error) if isinstance(error, bioopt.Diverged) else RuntimeError
+                raise kind(f"area {area.name}: {error}") from error
             losses.append(loss.mean())
             if area.scheduler is not None:
                 area.scheduler.step()

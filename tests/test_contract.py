@@ -605,10 +605,12 @@ def test_a_non_finite_loss_changes_nothing(build, value: float) -> None:
             losses.mean().backward()
         return losses
 
-    with pytest.raises(
-        RuntimeError, match=rf"{type(optimizer).__name__}: the loss is (nan|infinite); nothing was changed"
-    ):
+    told = rf"{type(optimizer).__name__}: the loss is (nan|infinite); nothing was changed"
+    with pytest.raises(bioopt.Diverged, match=told) as diverged:
         optimizer.step(closure)
+    assert diverged.value.parameter in {name for name, _ in model.named_parameters()} | {"group0.params[0]"}
+    assert diverged.value.norm > 0
+    assert diverged.value.lr == optimizer.param_groups[0]["lr"]
     assert same(before, weights(model))
     assert equal_state(state, optimizer.state_dict())
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import Diverged
 from ..optimizer import (
     NON_NEGATIVE,
     POSITIVE,
@@ -175,7 +176,7 @@ class NodePerturbation(NoisyActivity):
                 rate = self.param_groups[synapse.group]["decorrelation"]
                 matrices[synapse.index] = matrix - rate * (along - alone)
                 if not matrices[synapse.index].isfinite().all():
-                    raise RuntimeError(
+                    raise Diverged(
                         f"NodePerturbation: decorrelation={rate} has diverged at layer '{synapse.name}'; nothing was "
                         f"changed. Try decorrelation={rate / 10:g}"
                     )
