@@ -18,7 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments import interrupts
-from experiments.options import check, check_names, saved
+from experiments.config import saved
+from experiments.options import check, check_names
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")

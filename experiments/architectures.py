@@ -25,7 +25,7 @@ from .data import Images
 from .options import require_counts
 from .pictures import saved
 from .problems import POSED
-from .report import interval, with_interval
+from .statistics import interval, with_interval
 from .tasks import Task
 
 

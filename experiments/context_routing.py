@@ -26,7 +26,7 @@ from . import building, data, models, problems, training
 from .areas import Area
 from .options import require_counts
 from .pictures import saved
-from .report import interval, with_interval
+from .statistics import interval, with_interval
 from .tasks import Task
 
 CHUNK = 1000  # test images at a time, and those of a measurement of time

@@ -16,7 +16,7 @@ import bioopt
 
 from . import pictures
 from .data import Augment, Images
-from .logs import write_lines
+from .files import write_lines
 from .models import Triangle
 
 

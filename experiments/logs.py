@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import report, sweeps
+from .config import run_group
+from .files import write_json, write_lines
 from .ranks import Ranks
+from .statistics import readable
 
 CONTROLS = ("sgd", "adam", "random_trunk")
 
@@ -70,9 +72,7 @@ class RunLog:
         self._write_metrics()
         numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
         told = [
-            f"{name.replace('_', ' ')} {report.readable(v)}"
-            for name, v in numbers.items()
-            if name not in ("round", "seconds")
+            f"{name.replace('_', ' ')} {readable(v)}" for name, v in numbers.items() if name not in ("round", "seconds")
         ]
         print(f"round {metrics['round']:>{len(str(rounds))}}/{rounds}   " + "   ".join(told), flush=True)
         if self._wandb is not None:
@@ -170,7 +170,7 @@ def _start_wandb(config: dict[str, Any], folder: Path, run_id: str | None) -> An
 
 def group(config: dict[str, Any]) -> str:
     """W&B's group: runs that differ in nothing but their seed; the last part tells apart what has the same names."""
-    options = json.dumps(sweeps.cell(config), sort_keys=True)
+    options = json.dumps(run_group(config), sort_keys=True)
     return "-".join([*_names(config), hashlib.sha1(options.encode()).hexdigest()[:6]])
 
 
@@ -195,24 +195,3 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, whole or not at all."""
-    write_whole(path, json.dumps(value, indent=2) + "\n")
-
-
-def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
-    """Write a file of JSON lines, whole or not at all."""
-    write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file, whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_bytes(content if isinstance(content, bytes) else content.encode())
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise

@@ -24,11 +24,11 @@ from bioopt.costs import UNLABELLED, Cost, Mixture
 
 from . import building, data, problems, training
 from .areas import Area, assemble, fit, split
-from .logs import write_whole
+from .files import write_whole
 from .options import require_counts
 from .pictures import saved, uncluttered
 from .problems import POSED
-from .report import interval, percent, with_interval
+from .statistics import interval, percent, with_interval
 from .tasks import Task
 
 LEAST = 0.02  # a smaller share is none: it would take time and hardly be told

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+
+from .config import flat, refuse_interpolations
 
 CONF = Path(__file__).parent.parent / "conf"
 # Whose options are keywords of what their `_target_` names (see `building.check_keywords`), or a task's own.
@@ -59,7 +59,7 @@ def check(config: DictConfig) -> None:
             raise ValueError(f"{name}={value} must be an integer >= 1, or null")
     if config.sweep is not None:
         check_inside_runs("sweep", config.sweep)
-    _refuse_interpolations(plain, "")
+    refuse_interpolations(plain, "")
 
 
 def check_names(overrides: Iterable[str]) -> None:
@@ -101,50 +101,6 @@ def unknown(key: str, known: Iterable[str], elsewhere: Iterable[str] = ()) -> Va
     else:
         hint = "python train.py --help lists them all"
     return ValueError(f"{key} is not an option; {hint}")
-
-
-def read(folder: Path) -> DictConfig:
-    """The configuration of a run, from its folder: plain values, in which nothing is resolved.
-
-    Raises:
-        ValueError: the file is damaged, was not written by train.py, or holds an interpolation.
-    """
-    path = folder / "config.yaml"
-    try:
-        config = OmegaConf.load(path)
-        known = isinstance(config, DictConfig) and {"optimizer", "model", "data", "task", "readout"} <= set(config)
-    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException, OSError):
-        known = False
-    if not known:
-        raise ValueError(f"{folder} is not a run's folder: its config.yaml is damaged, or was not written by train.py")
-    assert isinstance(config, DictConfig)
-    _refuse_interpolations(OmegaConf.to_container(config), f"{path}: ")
-    return config
-
-
-def saved(folder: Path) -> DictConfig:
-    """The configuration of the run that is to go on."""
-    if not (folder / "config.yaml").exists():
-        raise ValueError(f"resume={folder} is not a run's folder: it has no config.yaml")
-    refuse_finished(folder)
-    try:
-        return read(folder)
-    except ValueError as error:
-        raise ValueError(f"resume={error}") from None
-
-
-def refuse_finished(folder: Path) -> None:
-    """Raise where a run need not go on."""
-    if (folder / "summary.json").exists():
-        raise ValueError(f"resume={folder} has finished: see its summary.json")
-
-
-def flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """``{"optimizer": {"lr": 1}}`` as ``{"optimizer.lr": 1}``."""
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
 
 
 @functools.cache
@@ -193,19 +149,6 @@ def _check_tables(optimizer: Mapping[str, Any], model: str) -> None:
                 f"optimizer.per_model.{model}.{name}={value} has no effect: there are options of parts, "
                 f"optimizer.per_model.{model}.PART.{name}; of the whole network it is optimizer.{name}={value}"
             )
-
-
-def _refuse_interpolations(plain: Any, where: str, key: str = "") -> None:
-    if isinstance(plain, dict):
-        for name, value in plain.items():
-            _refuse_interpolations(value, where, f"{key}.{name}" if key else str(name))
-    elif isinstance(plain, list):
-        for value in plain:
-            _refuse_interpolations(value, where, key)
-    elif isinstance(plain, str) and "${" in plain:
-        raise ValueError(
-            f"{where}{key}={plain} holds an interpolation, which a run's configuration cannot: write a value"
-        )
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -21,7 +21,8 @@ from typing import Any
 import matplotlib
 import yaml
 
-from . import sweeps
+from .config import run_group
+from .statistics import interval, mean, percent, plain
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -57,7 +58,7 @@ class Run:
         if (folder / "error.txt").exists():
             lines = _text(folder / "error.txt", errors="replace").strip().splitlines()
             raise ValueError(f"it failed: {lines[-1] if lines else 'error.txt, which should say why, is empty'}")
-        options = sweeps.cell(_mapping("config.yaml", _text(folder / "config.yaml"), yaml.safe_load))
+        options = run_group(_mapping("config.yaml", _text(folder / "config.yaml"), yaml.safe_load))
         summary = _mapping("summary.json", _text(folder / "summary.json"), json.loads)
         lines = _text(folder / "metrics.jsonl").split("\n")
         if lines.pop():
@@ -303,7 +304,7 @@ def report_tasks(runs: list[Run], skipped: list[str], out: Path, accuracy: float
     for name in dict.fromkeys(name for run in runs for name in run.summary["measured"]):
         found = [[run.summary["measured"].get(name) for run in cell.runs] for cell in cells]
         rows.append([name.replace("_", " "), *["" if None in each else plain(each) for each in found]])
-    rows.append(["seconds", *[_mean(cell.each("seconds"), ".1f") for cell in cells]])
+    rows.append(["seconds", *[mean(cell.each("seconds"), ".1f") for cell in cells]])
     notes = "Means ± 95 % confidence intervals over seeds (Student's t)."
     (out / "report.md").write_text(document(names[0], header, rows, notes, skipped), encoding="utf-8")
     return aligned(header, rows), "report.md"
@@ -324,46 +325,6 @@ def control(cell: Cell, cells: list[Cell], name: str) -> Cell | None:
         return not alike[0], not alike[1]
 
     return min(found, key=far, default=None)
-
-
-def interval(values: list[float]) -> float | None:
-    """Half the 95 % confidence interval of the mean; none for a single value, or where one is not finite."""
-    if len(values) < 2 or not all(map(math.isfinite, values)):
-        return None
-    from scipy.special import stdtrit  # Student's quantile, without the second that scipy.stats takes to load
-
-    return float(stdtrit(len(values) - 1, 0.975)) * statistics.stdev(values) / math.sqrt(len(values))
-
-
-def with_interval(name: str, values: list[float]) -> dict[str, float]:
-    """A mean by its name, and its 95 % confidence interval where there is one."""
-    half = interval(values)
-    return {name: statistics.fmean(values)} | ({} if half is None else {f"{name}_ci95": half})
-
-
-def percent(values: list[float], sign: str = "") -> str:
-    """The mean of fractions in percent, with its interval."""
-    if not values:
-        return ""
-    half = interval(values)
-    return f"{100 * statistics.fmean(values):{sign}z.2f}" + ("" if half is None else f" ± {100 * half:.2f}")
-
-
-def plain(values: list[float]) -> str:
-    """The mean of numbers, with its interval."""
-    if not all(map(math.isfinite, values)):
-        return readable(sum(values) / len(values))  # infinite, or NaN
-    half = interval(values)
-    return readable(statistics.fmean(values)) + ("" if half is None else f" ± {readable(half)}")
-
-
-def readable(value: float) -> str:
-    """A number as one reads it."""
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
-
-
-def _mean(values: list[float], form: str) -> str:
-    return format(statistics.fmean(values), form) if values else ""
 
 
 def _first_target(cells: list[Cell]) -> float:
@@ -387,10 +348,10 @@ def table(cells: list[Cell], target: float) -> tuple[list[str], list[list[str]]]
         rows.append(
             [cell.label, percent(cell.each("test_accuracy")), str(len(cell.runs))]
             + ["" if other is None else percent(cell.gap(other), "+") for other in controls]
-            + [str(cell.options.get("epochs", "")), _mean(cell.each("seconds"), ".1f")]
-            + [_mean(cell.each("images_per_second"), ",.0f"), _mean(cell.each("forward_passes"), ",.0f"), to]
-            + [_mean([v / 2**20 for v in cell.each("peak_memory_bytes")], ",.0f")]
-            + [_mean(cell.each("trained_parameters"), ",.0f")]
+            + [str(cell.options.get("epochs", "")), mean(cell.each("seconds"), ".1f")]
+            + [mean(cell.each("images_per_second"), ",.0f"), mean(cell.each("forward_passes"), ",.0f"), to]
+            + [mean([v / 2**20 for v in cell.each("peak_memory_bytes")], ",.0f")]
+            + [mean(cell.each("trained_parameters"), ",.0f")]
         )
     return header, rows
 

@@ -22,9 +22,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from . import interrupts
-from .logs import write_whole
-from .options import flat, refuse_finished
-from .sweeps import alone, local, resolved
+from .config import flat, is_local, refuse_finished, resolved
+from .files import alone, write_whole
 
 
 def choose_device(name: str) -> torch.device:
@@ -179,7 +178,7 @@ class Progress:
         Raises:
             ValueError: the options in the run's folder are no longer those that it was made with.
         """
-        options = {key: value for key, value in flat(config).items() if not local(key)}
+        options = {key: value for key, value in flat(config).items() if not is_local(key)}
         for key in self.config.keys() | options.keys() if self.config else ():
             before, now = self.config.get(key), options.get(key)
             if before != now:

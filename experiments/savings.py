@@ -19,7 +19,7 @@ from . import building, data, training
 from .areas import Area
 from .options import require_counts
 from .pictures import saved, uncluttered
-from .report import interval, percent
+from .statistics import interval, percent
 from .tasks import Task
 
 #: what is compared, as pictures call it, and its colour; B comes between, and the last two start where it ends

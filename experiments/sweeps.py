@@ -7,7 +7,6 @@ This module is loaded before a run is chosen, so it must not import torch.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import multiprocessing
 import os
 import shlex
@@ -15,24 +14,20 @@ import shutil
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from . import interrupts
-from .options import check, check_inside_runs, flat, read
+from .config import is_result_independent, name_of, read, resolved, run_group
+from .files import alone
+from .options import check, check_inside_runs
 
-# Options of where and how a run is made: its result does not depend on them.
-LOCAL = {"data.root", "device", "diagnostics", "logger", "resume", "run_dir", "sweep", "threads"}
-# What runs that are averaged may differ in.
-ASIDE = LOCAL | {"optimizer.seed", "seed"}
 _locks = contextlib.ExitStack()  # of the sweep under way; not in `Sweep`, which launchers send to other processes
 
 
@@ -50,7 +45,7 @@ class Sweep(Callback):
                 sys.exit(f"error: {error}")
         else:
             overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
-            config.sweep = name_of([str(o.input_line) for o in overrides if not aside(o.key_or_group)])
+            config.sweep = name_of([str(o.input_line) for o in overrides if not is_result_independent(o.key_or_group)])
             config.hydra.overrides.task.append(f"sweep='{config.sweep}'")  # for each run to know
         interrupts.go_on_with(shlex.join(["python", "train.py", *sys.argv[1:]]))
         folder = Path(config.hydra.sweep.dir)
@@ -164,49 +159,10 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def resolved(config: DictConfig) -> dict[str, Any]:
-    """A configuration as plain containers, without interpolations."""
-    plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
-
-
-def cell(config: Any) -> dict[str, Any]:
-    """All options that a result depends on, but the seed: runs of one cell may be averaged."""
-    return {key: value for key, value in flat(config).items() if not aside(key)}
-
-
-def aside(key: str) -> bool:
-    """Whether an option is the seed, or one that a result does not depend on."""
-    return key in ASIDE or key.split(".")[0] in ASIDE
-
-
-def local(key: str) -> bool:
-    """Whether an option is of where and how a run is made."""
-    return key in LOCAL or key.split(".")[0] in LOCAL
-
-
-@contextlib.contextmanager
-def alone(folder: Path, refusal: str) -> Iterator[None]:
-    """Hold a folder for this process; another that holds it is not waited for, as it may take hours.
-
-    Raises:
-        ValueError: another process holds it.
-    """
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(FileLock(folder / ".lock").acquire(timeout=0))
-        except Timeout:
-            raise ValueError(refusal) from None
-        except NotImplementedError:
-            pass  # some network file systems have no locks
-        yield
-
-
 def _same(folder: Path, config: Any) -> None:
     """Refuse a folder whose run had other options under the same name: the defaults may have changed since."""
     try:
-        before, now = cell(OmegaConf.to_container(read(folder))), cell(config)
+        before, now = run_group(OmegaConf.to_container(read(folder))), run_group(config)
     except ValueError as error:
         raise ValueError(f"{error}; delete that folder to make the run again from its start") from None
     for key in before:
@@ -215,9 +171,3 @@ def _same(folder: Path, config: Any) -> None:
                 f"{folder} holds a run with {key}={before[key]}, which is {now.get(key)} now; name a new sweep by "
                 "sweep=NAME, or delete that folder"
             )
-
-
-def name_of(options: list[str]) -> str:
-    """A name for a folder, of options as they were typed; of long ones the beginning, and a hash of all."""
-    name = ",".join(sorted(options)).replace("/", "_").replace("'", "").replace('"', "").replace(" ", "") or "defaults"
-    return name if len(name) <= 120 else f"{name[:110]}-{hashlib.sha1(name.encode()).hexdigest()[:8]}"

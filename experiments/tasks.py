@@ -12,9 +12,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from . import interrupts, logs
-from .report import readable
+from .config import resolved
 from .runs import Progress, circumstances, random_state
-from .sweeps import resolved
+from .statistics import readable
 
 
 class Task(ABC):

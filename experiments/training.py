@@ -24,8 +24,9 @@ from bioopt.recorder import find_synapses
 from . import data, interrupts, logs, pictures, tasks
 from .areas import Area, build_areas, split
 from .building import build_model, build_schedule, check_keywords, freeze, made
+from .config import flat, is_local, resolved, saved
 from .diagnostics import Diagnostics
-from .options import check, flat, saved
+from .options import check
 from .ranks import Ranks
 from .runs import (
     Progress,
@@ -38,7 +39,6 @@ from .runs import (
     random_state,
     set_threads,
 )
-from .sweeps import local, resolved
 
 
 def run(config: DictConfig) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def run(config: DictConfig) -> dict[str, Any]:
         raise ValueError(f"experiment={config.task.name} runs in one process; start it without torchrun")
     check_keywords(config)
     kind, plain = choose_device(config.device).type, resolved(config)
-    shared = {key: value for key, value in flat(plain).items() if not local(key)}
+    shared = {key: value for key, value in flat(plain).items() if not is_local(key)}
     with ranks.joined(kind, {**shared, "device": kind, "resume": str(resumed)}) as device:
         own = held(resumed) if resumed is not None else new_folder(config)
         with own if ranks.first else contextlib.nullcontext(resumed) as mine, ranks.folder(mine) as folder:

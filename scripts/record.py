@@ -18,9 +18,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from experiments import sweeps
-from experiments.logs import write_json, write_whole
-from experiments.report import Run, interval, markdown_text, number, percent, plain
+from experiments.config import run_group
+from experiments.files import write_json, write_whole
+from experiments.report import Run, markdown_text, number
+from experiments.statistics import interval, percent, plain
 
 ROOT = Path(__file__).parent.parent
 RECORDS = ROOT / "experiments" / "records"
@@ -138,7 +139,7 @@ def composed(choices: list[str]) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return sweeps.cell(OmegaConf.to_container(compose("config", choices), resolve=True))
+        return run_group(OmegaConf.to_container(compose("config", choices), resolve=True))
 
 
 def command(choices: list[str], changed: dict[str, Any], seeds: list[int]) -> str:

@@ -22,8 +22,9 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments import interrupts
+from experiments.config import name_of, resolved
 from experiments.options import check_inside_runs, check_names
-from experiments.sweeps import isolated, name_of, resolved
+from experiments.sweeps import isolated
 
 CONF = str(Path(__file__).parent.parent / "conf")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from experiments.sweeps import resolved
+from experiments.config import resolved
 from scripts import record
 
 from .test_report import edited

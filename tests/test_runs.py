@@ -23,8 +23,9 @@ from torch import nn
 
 from experiments import options, runs, training
 from experiments.building import check_keywords
+from experiments.config import name_of, resolved
+from experiments.files import alone
 from experiments.runs import Progress, check_seal
-from experiments.sweeps import alone, name_of, resolved
 from experiments.training import run
 
 from .commands import ROOT, appears, begun, ended, started, train

@@ -14,8 +14,9 @@ import torch
 import yaml
 from hydra import compose, initialize_config_dir
 
-from experiments.report import NothingToReport, percent, report
-from experiments.sweeps import cell, name_of
+from experiments.config import name_of, run_group
+from experiments.report import NothingToReport, report
+from experiments.statistics import percent
 
 from .commands import ROOT, fresh, script, started, train
 from .test_train import TINY, config
@@ -186,7 +187,7 @@ def test_a_cell_is_all_but_the_seed() -> None:
     from omegaconf import OmegaConf
 
     def of(*overrides: str) -> Any:
-        return cell(OmegaConf.to_container(config(*overrides), resolve=True))
+        return run_group(OmegaConf.to_container(config(*overrides), resolve=True))
 
     plain = of("optimizer=node_perturbation")
     assert plain == of("optimizer=node_perturbation", "seed=3", "threads=2", "data.root=elsewhere", "device=cpu")

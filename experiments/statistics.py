@@ -1,0 +1,47 @@
+"""Means, confidence intervals, and numbers as one reads them. Imports nothing of ours."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+
+def interval(values: list[float]) -> float | None:
+    """Half the 95 % confidence interval of the mean; none for a single value, or where one is not finite."""
+    if len(values) < 2 or not all(map(math.isfinite, values)):
+        return None
+    from scipy.special import stdtrit  # Student's quantile, without the second that scipy.stats takes to load
+
+    return float(stdtrit(len(values) - 1, 0.975)) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def with_interval(name: str, values: list[float]) -> dict[str, float]:
+    """A mean by its name, and its 95 % confidence interval where there is one."""
+    half = interval(values)
+    return {name: statistics.fmean(values)} | ({} if half is None else {f"{name}_ci95": half})
+
+
+def percent(values: list[float], sign: str = "") -> str:
+    """The mean of fractions in percent, with its interval."""
+    if not values:
+        return ""
+    half = interval(values)
+    return f"{100 * statistics.fmean(values):{sign}z.2f}" + ("" if half is None else f" ± {100 * half:.2f}")
+
+
+def plain(values: list[float]) -> str:
+    """The mean of numbers, with its interval."""
+    if not all(map(math.isfinite, values)):
+        return readable(sum(values) / len(values))  # infinite, or NaN
+    half = interval(values)
+    return readable(statistics.fmean(values)) + ("" if half is None else f" ± {readable(half)}")
+
+
+def readable(value: float) -> str:
+    """A number as one reads it."""
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+
+
+def mean(values: list[float], form: str) -> str:
+    """The mean in a format of Python's; empty where there are no values."""
+    return format(statistics.fmean(values), form) if values else ""
