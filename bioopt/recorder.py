@@ -13,6 +13,7 @@ A *synapse* here is a layer that joins presynaptic activity ``x`` to postsynapti
 
 from __future__ import annotations
 
+import copyreg
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
@@ -316,18 +317,35 @@ def rows_seen(synapse: Synapse, u: Tensor) -> Rows | None:
     return rows
 
 
-class _Cut(torch.autograd.Function):
-    """Hands ``u`` on unchanged, and in the backward pass notes that the pass has arrived, and lets no gradient through.
+class _Link(torch.autograd.Function):
+    """Stands for one firing in the graph of a loss; its output is a token that later firings and outputs depend on.
 
-    What entered the layer is linked by a gradient of None, so that a backward pass goes on to the layers below and
-    finds out that they, too, have taken part in its loss; None costs nothing there. In place and not a leaf, so that
-    it costs nothing in the forward pass either and ``ReLU(inplace=True)`` may follow.
+    A backward pass arrives here without a gradient. Tokens link firing to firing past all that lies between layers,
+    so that nothing of a user's own runs backward, or is kept for it.
     """
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, firing: Firing | None, *links: Tensor) -> Tensor:
+    def forward(ctx: Any, firing: Firing, anchor: Tensor, *tokens: Tensor) -> Tensor:
         ctx.firing = firing
-        ctx.links = len(links)
+        ctx.set_materialize_grads(False)
+        return anchor.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
+        if (recorder := ctx.firing.recorder()) is not None:
+            recorder.reached(ctx.firing)
+        return (None,) * len(ctx.needs_input_grad)
+
+
+class _Cut(torch.autograd.Function):
+    """Hands ``u`` on unchanged. A gradient goes on only where it is kept; the tokens get None, which costs nothing.
+
+    In place and not a leaf, so that it costs nothing in the forward pass either and ``ReLU(inplace=True)`` may follow.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, firing: Firing | None, kept: bool, *tokens: Tensor) -> Tensor:
+        ctx.firing, ctx.kept, ctx.tokens = firing, kept, tokens
         ctx.set_materialize_grads(False)
         ctx.mark_dirty(u)
         return u
@@ -336,20 +354,32 @@ class _Cut(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (gradient,) = grads
         firing: Firing | None = ctx.firing
-        kept = None
-        if firing is not None:
-            kept = gradient if firing.synapse.is_readout else None  # for its own parameters
-            if (recorder := firing.recorder()) is not None:
-                recorder.reached(firing, gradient)
-        return kept, None, *[None] * ctx.links
+        if firing is not None and (recorder := firing.recorder()) is not None:
+            if firing.synapse.is_readout:
+                recorder.reached(firing)
+            elif gradient is not None and not ctx.kept:
+                recorder.bypass(firing, gradient)
+        return gradient if ctx.kept else None, *[None] * (len(ctx.needs_input_grad) - 1)
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *others: Any) -> Tensor:
         return tangent
 
 
+def _tokens_of(values: Iterable[Any]) -> list[Tensor]:
+    """The tokens of the firings from which these tensors were made, through whatever lies between."""
+    found: dict[int, Tensor] = {}
+    ends = [v.grad_fn for v in values if isinstance(v, Tensor) and v.grad_fn is not None]
+    for node in _graph(ends, lambda node: not hasattr(node, "tokens")):
+        for token in getattr(node, "tokens", ()):
+            firing = getattr(token.grad_fn, "firing", None)
+            if firing is not None and firing.matters():
+                found[id(token)] = token
+    return list(found.values())
+
+
 class _Hook:
-    """A forward hook that does not keep the recorder alive. Copies of the model lack it, see `_Unwatched`."""
+    """A forward hook that does not keep the recorder alive. Copies of the model lack it, see `_leave_no_trace`."""
 
     def __init__(self, recorder: Recorder | None = None, method: str = "") -> None:
         self._recorder = weakref.ref(recorder) if recorder is not None else None
@@ -380,40 +410,23 @@ _HOOK_TABLES = {
 }
 
 
-class _Unwatched:
-    """The ``__getstate__`` of a watched module: copies and saved models carry no hook of ours.
+def _leave_no_trace(kind: type[nn.Module]) -> None:
+    """Let copies and saved files of modules of this type carry no hook of ours."""
+    copyreg.dispatch_table.setdefault(kind, _reduced)
 
-    On the instance, since the module's class is the user's, and in place of a special table of hooks, since handles
-    of other people's hooks refer to the tables that are there.
-    """
 
-    name = "__getstate__"
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = weakref.ref(module)
-        module.__dict__.setdefault(self.name, self)
-
-    def __call__(self) -> dict[str, Any]:
-        module = self._module()
-        assert module is not None  # it is being copied
-        given = type(module).__getstate__(module)
-        state = dict(given if isinstance(given, dict) else module.__dict__)
-        state.pop(self.name, None)
+def _reduced(module: nn.Module) -> Any:
+    """What `copy` and `pickle` make a module of, without our hooks."""
+    made, arguments, state, *rest = (*module.__reduce_ex__(2), None)[:5]
+    if isinstance(state, dict):
+        state = dict(state)
         for table, flags in _HOOK_TABLES.items():
             hooks = state.get(table) or {}
             ours = {key for key, hook in hooks.items() if isinstance(hook, _Hook)}
-            for name in (table, *flags):
+            for name in (table, *flags) if ours else ():
                 kept = [(key, value) for key, value in (state.get(name) or {}).items() if key not in ours]
                 state[name] = OrderedDict(kept)
-        return state
-
-    def remove(self) -> None:
-        """Once nothing of ours is left on the module."""
-        module = self._module()
-        if module is not None and not any(
-            isinstance(hook, _Hook) for table in _HOOK_TABLES for hook in getattr(module, table).values()
-        ):
-            module.__dict__.pop(self.name, None)
+    return made, arguments, state, *rest
 
 
 @torch.compiler.disable(reason=IN_PYTHON)  # type: ignore[untyped-decorator]
@@ -444,10 +457,18 @@ class Firing:
     grad_mode: bool  #: whether the model ran with gradients
     x: Tensor | None = None  #: what entered, detached; until the layer has run
     window: int = 0  #: of `Recorder.discard`
+    step: int = 0  #: of `Recorder.reset`
     pending: Any = None
     hidden: saved_tensors_hooks | None = None  # None: the output is not cut
-    raw: list[Tensor] = field(default_factory=list)  # what entered, with its graph; until the layer has run
+    tokens: list[Tensor] = field(default_factory=list)  # of the firings that it was made from; until the layer has run
     call: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # the arguments, where the layer is to be verified
+
+    def matters(self) -> bool:
+        """Whether a backward pass that arrives here, or at what is beneath, can still make a difference."""
+        recorder = self.recorder()
+        if recorder is None or self.window != recorder.window:
+            return False
+        return self.step == recorder.step if self.pending is None else not self.pending.learned
 
 
 class Recorder:
@@ -461,7 +482,7 @@ class Recorder:
             as if nothing watched it. Held weakly where it is a bound method.
         anchored: whether the detached outputs handed on require grad, so that a loss made of nothing else can
             still be sent through ``backward()``.
-        linked: whether a backward pass goes on, without a gradient, to the layers below, and is noted there.
+        linked: whether firings leave a token in the graph, by which a backward pass finds them.
         confirm: called with a firing when a backward pass arrives there. Held weakly where it is a bound method.
         hear: called with ``(synapse, x, s)`` as the ``neurons`` of an awake synapse have spoken: what entered it and
             what they made of it (the first of their outputs), in place of ``visit``. Held weakly where it is a bound
@@ -484,10 +505,11 @@ class Recorder:
         self.beneath: set[Tensor] = set()
         self.bypassed: dict[Synapse, bool] = {}
         self.window = 0
+        self.step = 0
         self._visit: Callable[[], Visit | None] | None = None
         self._hear: Callable[[], Hear | None] | None = None
         self._confirm: Callable[[], Confirm | None] | None = None
-        self._awaited: dict[Synapse, tuple[Firing, torch.Size]] = {}  # the firings of those whose neurons are due
+        self._awaited: dict[Synapse, tuple[Firing, torch.Size, Tensor | None]] = {}  # those whose neurons are due
         self._firings: list[Firing | None] = []
         self._ends: list[Any] = []  # weak references to the nodes of the readouts that have fired
         self._verified: set[nn.Module] = set()
@@ -504,12 +526,12 @@ class Recorder:
         self._handles.append(layer.register_forward_pre_hook(_Hook(self, "_before"), with_kwargs=True))
         # always_call, so that a layer that raises leaves grad mode as it was.
         self._handles.append(layer.register_forward_hook(_Hook(self, "_after"), always_call=True))
-        self._handles.append(_Unwatched(layer))
+        _leave_no_trace(type(layer))
         self.watched.add(layer)
         others = [other for other in self.synapses.values() if other is not synapse]
         if synapse.neurons is not None and all(other.neurons is not synapse.neurons for other in others):
             self._handles.append(synapse.neurons.register_forward_hook(_Hook(self, "_spoken")))
-            self._handles.append(_Unwatched(synapse.neurons))
+            _leave_no_trace(type(synapse.neurons))
             self.watched.add(synapse.neurons)
 
     @property
@@ -544,18 +566,20 @@ class Recorder:
     def confirm(self, confirm: Confirm | None) -> None:
         self._confirm = _weakly(confirm)
 
-    def reached(self, firing: Firing, gradient: Tensor | None) -> None:
-        """A backward pass has arrived at a firing: without a gradient through a readout, with one past all of them."""
-        if firing.window != self.window:  # discarded
-            return
-        if gradient is not None and not firing.synapse.is_readout and firing.synapse not in self.bypassed:
-            captured = gradient.is_cuda and torch.cuda.is_current_stream_capturing()
-            if not captured and bool(gradient.any()):  # some functions of a user's own make zeros of None
-                self.bypassed[firing.synapse] = self._leads_to_readout(firing.synapse)
+    def reached(self, firing: Firing) -> None:
+        """A backward pass has arrived at a firing, through a readout or past it."""
         confirm = self.confirm
-        if confirm is not None:
+        if firing.window == self.window and confirm is not None:  # else it was discarded
             with torch.no_grad():
                 confirm(firing)
+
+    def bypass(self, firing: Firing, gradient: Tensor) -> None:
+        """A gradient has arrived at the output of a layer, past every readout."""
+        if firing.window != self.window or firing.synapse in self.bypassed:
+            return
+        captured = gradient.is_cuda and torch.cuda.is_current_stream_capturing()
+        if not captured and bool(gradient.any()):  # some functions of a user's own make zeros of None
+            self.bypassed[firing.synapse] = self._leads_to_readout(firing.synapse)
 
     def _leads_to_readout(self, synapse: Synapse) -> bool:
         ends = [node for node in (end() for end in self._ends) if node is not None]
@@ -588,6 +612,7 @@ class Recorder:
 
     def reset(self) -> None:
         """Forget what has fired."""
+        self.step += 1
         self.fired.clear()
         self.beneath.clear()
         self.bypassed.clear()
@@ -629,9 +654,9 @@ class Recorder:
                 if isinstance(value, Tensor):
                     self.beneath |= _leaves(value)
         grad_mode = torch.is_grad_enabled()
-        firing = Firing(synapse, weakref.ref(self), grad_mode, window=self.window)
-        if self.linked and grad_mode:
-            firing.raw = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.requires_grad]
+        firing = Firing(synapse, weakref.ref(self), grad_mode, window=self.window, step=self.step)
+        if grad_mode:
+            firing.tokens = _tokens_of((*args, *kwargs.values()))
         args = tuple(_detached(a) for a in args)
         kwargs = {k: _detached(v) for k, v in kwargs.items()}
         if type(layer) not in _TORCHS_OWN and layer not in self._verified:
@@ -674,9 +699,10 @@ class Recorder:
                 missing = self.missing()
                 self._awaited.clear()
                 raise RuntimeError(missing)
+            token = self._token(firing)
             if firing.x is not None:
-                self._awaited[synapse] = firing, output.shape
-            return self._hand_on(output, firing)
+                self._awaited[synapse] = firing, output.shape, token
+            return self._hand_on(output, firing, token)
         visit = self.visit
         self.firing = firing
         try:
@@ -684,13 +710,13 @@ class Recorder:
         finally:
             self.firing = None
             firing.x = None
-        return self._hand_on(output if other is None else other, firing)
+        return self._hand_on(output if other is None else other, firing, self._token(firing))
 
     def _spoken(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         due = [synapse for synapse in self._awaited if synapse.neurons is module]
         hear, linked = self.hear, None
         for synapse in due:
-            firing, shape = self._awaited.pop(synapse)
+            firing, shape, token = self._awaited.pop(synapse)
             spikes = output[0] if isinstance(output, tuple | list) and output else output
             if not isinstance(spikes, Tensor) or spikes.shape != shape:
                 found = tuple(spikes.shape) if isinstance(spikes, Tensor) else type(spikes).__name__
@@ -706,13 +732,8 @@ class Recorder:
                     hear(synapse, x, spikes.detach())
                 finally:
                     self.firing = None
-            if firing.pending is None or not firing.grad_mode:
-                continue
-            # Spikes need not have a graph: what they lead to is linked to the synapse here.
-            if linked is not None:  # to another one that drives the same neurons
-                firing.raw = [*firing.raw, linked]
-            linked = self._hand_on(spikes.clone(), firing)
-            firing.raw = []
+            if token is not None:  # spikes need not have a graph: what they lead to is linked to the synapse here
+                linked = _Cut.apply((spikes if linked is None else linked).clone(), firing, True, token)
         if linked is None:
             return None
         if not isinstance(output, tuple | list):
@@ -720,26 +741,30 @@ class Recorder:
         outputs = [linked, *output[1:]]
         return output._make(outputs) if hasattr(output, "_make") else type(output)(outputs)
 
-    def _hand_on(self, u: Tensor, firing: Firing) -> Tensor:
-        readout = firing.synapse.is_readout
-        raw, firing.raw = firing.raw, firing.raw if firing.synapse.neurons is not None else []
-        if readout:
-            if not (raw and firing.grad_mode and u.requires_grad):
+    def _token(self, firing: Firing) -> Tensor | None:
+        """What the graph of a loss knows of this firing."""
+        if not (self.linked and firing.grad_mode):
+            return None
+        token: Tensor = _Link.apply(firing, self.anchor, *firing.tokens)
+        return token
+
+    def _hand_on(self, u: Tensor, firing: Firing, token: Tensor | None = None) -> Tensor:
+        tokens, firing.tokens = firing.tokens, []
+        if firing.synapse.is_readout:
+            if not (tokens and u.requires_grad):
                 return u
-            u = u.clone() if u._is_view() else u
-        else:
-            u = _detached(u)
-            if not (self.anchored and torch.is_grad_enabled()):
-                return u
-            raw = [self.anchor, *raw]
-        linked: Tensor = _Cut.apply(u, firing if self.linked else None, *raw)
-        if readout:
+            linked: Tensor = _Cut.apply(u.clone() if u._is_view() else u, firing, True, *tokens)
             self._ends = [end for end in self._ends if end() is not None] + [weakref.ref(linked.grad_fn)]
-        return linked
+            return linked
+        u = _detached(u)
+        if not torch.is_grad_enabled():
+            return u
+        tokens = [self.anchor] * self.anchored + tokens if token is None else [token]
+        return _Cut.apply(u, firing if token is not None else None, False, *tokens) if tokens else u
 
 
-def _graph(ends: Iterable[Any]) -> Iterator[Any]:
-    """All nodes of a graph that lie behind these, each once."""
+def _graph(ends: Iterable[Any], beyond: Callable[[Any], bool] = lambda node: True) -> Iterator[Any]:
+    """All nodes of a graph that lie behind these, each once; not beyond some of them."""
     seen, todo = set(), list(ends)
     while todo:
         node = todo.pop()
@@ -747,7 +772,8 @@ def _graph(ends: Iterable[Any]) -> Iterator[Any]:
             continue
         seen.add(node)
         yield node
-        todo += [n for n, _ in node.next_functions if n is not None]
+        if beyond(node):
+            todo += [n for n, _ in node.next_functions if n is not None]
 
 
 class _Plain(nn.Module):

@@ -225,6 +225,13 @@ class STDP(SynapticRule):
             if group["x_target"]:
                 _add_product(down, synapse, moment.s, torch.ones_like(moment.x), group["a_plus"] * group["x_target"])
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As of torch; also drops what backward passes have brought, and what fires next begins a sequence."""
+        super().zero_grad(set_to_none)
+        if self._by_loss:
+            self._trains.clear()
+            self._sequences.clear()
+
     def _sequence(self, synapse: Synapse) -> Sums:
         """What a firing adds its pairs to: the sums of the sequence under way.
 
@@ -240,7 +247,7 @@ class STDP(SynapticRule):
         sums = None if under_way is None else under_way()
         if under_way is not None and sums is None:  # its loss was thrown away
             self._trains.pop(synapse, None)
-        if sums is None or sums.counted:
+        if sums is None or sums.gathering is not None:
             sums = _no_pairs(synapse)
             self._sequences[synapse] = weakref.ref(sums)
         self._count(synapse, sums)

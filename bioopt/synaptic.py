@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import warnings
+import weakref
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -33,7 +34,7 @@ from .optimizer import (
 )
 from .recorder import Exclusion, Firing, Synapse, Unwatchable, refusal, survey
 
-UNPROVEN = 1024  # firings that are kept until the first backward pass shows whether it reaches them
+UNPROVEN = 64  # firings of a layer that are kept until the first backward pass shows whether it reaches them
 
 __all__ = ["Few", "SynapticRule", "synapses_of"]
 
@@ -102,6 +103,14 @@ class Few(NamedTuple):
 
 
 @dataclass(eq=False)
+class Gathering:
+    """What counts for a step: it ends with the step, or is dropped before."""
+
+    learned: bool = False
+    dropped: bool = False
+
+
+@dataclass(eq=False)
 class Sums:
     """What one synapse has gathered, summed over samples and positions."""
 
@@ -109,16 +118,31 @@ class Sums:
     signal: Tensor | None  #: Σ s, of the bias's shape
     statistic: Tensor | None  #: what the rule's running value follows
     events: int  #: their number
-    counted: bool = False  #: whether they have been added to what the next step learns from
+    of_firing: bool = True  #: one firing's own, or the sum of several
+    gathering: Gathering | None = None  #: what they have been added to
 
-    def add(self, other: Sums) -> None:
-        """Add another firing's, in place."""
-        self.product += other.product
-        self.events += other.events
-        if self.signal is not None and other.signal is not None:
-            self.signal += other.signal
-        if self.statistic is not None and other.statistic is not None:
-            self.statistic += other.statistic
+    @property
+    def counted(self) -> bool:
+        """Whether a step has learned from them, or the next one will."""
+        return self.gathering is not None and not self.gathering.dropped
+
+    @property
+    def learned(self) -> bool:
+        """Whether a step has learned from them."""
+        return self.gathering is not None and self.gathering.learned
+
+    def plus(self, other: Sums) -> Sums:
+        """The sum with another firing's, in the memory of a sum; a firing's own stay as they are."""
+        total = replace(self, of_firing=False) if self.of_firing else self
+
+        def add(one: Tensor | None, two: Tensor | None) -> Tensor | None:
+            return one if one is None or two is None else one + two if self.of_firing else one.add_(two)
+
+        product = add(self.product, other.product)
+        assert product is not None
+        total.product, total.events = product, self.events + other.events
+        total.signal, total.statistic = add(self.signal, other.signal), add(self.statistic, other.statistic)
+        return total
 
 
 class SynapticRule(LearningRule):
@@ -195,10 +219,14 @@ class SynapticRule(LearningRule):
         self._sums: dict[Synapse, Sums] = {}  # of firings that have counted at once
         self._confirmed: dict[Synapse, Sums] = {}  # of those that a backward pass has reached
         self._unproven: dict[Synapse, deque[Firing]] = {}  # firings of synapses that no backward pass ever reached
+        self._waiting: list[weakref.ref[Firing]] = []  # firings since the last step that no backward pass has reached
+        self._gathering = Gathering()
         self._backward = -1  # the last backward pass that has reached a firing
+        self._by_readout = False  # whether one of those that count has passed a readout
         self._proven: set[Synapse] = set()
         self._unreachable: set[Synapse] = set()
         self._warned_of: set[Synapse] = set()
+        self._warned_of_grad = False
         self._readouts: dict[nn.Module, Synapse] = {}
         self._by_loss = readout == "delta"
         self.shares_loss = False
@@ -369,9 +397,10 @@ class SynapticRule(LearningRule):
         """Let the sums of a firing count: at once, or when a backward pass reaches it."""
         firing = self._recorder.firing
         if firing is None or not self._waits(firing):
-            _merge(self._sums, synapse, sums)
+            self._merge(self._sums, synapse, sums)
             return
         firing.pending = sums
+        self._waiting.append(weakref.ref(firing))
         if synapse not in self._proven:
             self._unproven.setdefault(synapse, deque(maxlen=UNPROVEN)).append(firing)
 
@@ -383,22 +412,35 @@ class SynapticRule(LearningRule):
     def _confirm(self, firing: Firing) -> None:
         """A backward pass has reached a firing."""
         backward = torch._C._current_graph_task_id()
-        if backward > self._backward:  # a new pass; model.zero_grad() as well has dropped what earlier ones brought
+        if backward > self._backward:  # a new pass: model.zero_grad() as well has dropped what earlier ones brought
             self._backward = backward
-            if all(p.grad is None for p in self.readout_parameters()):
-                self._confirmed.clear()
+            if self._by_readout and all(p.grad is None for p in self.readout_parameters()):
+                self._drop()
+        if firing.synapse.is_readout:
+            self._by_readout = True
+            return
         self._proven.add(firing.synapse)
         self._unreachable.discard(firing.synapse)
         self._unproven.pop(firing.synapse, None)
         sums: Sums | None = firing.pending
-        firing.pending = None
         if sums is not None and not sums.counted:
-            _merge(self._confirmed, firing.synapse, sums)
+            self._merge(self._confirmed, firing.synapse, sums)
+
+    def _merge(self, total: dict[Synapse, Sums], synapse: Synapse, sums: Sums) -> None:
+        """Add sums to those of a synapse. Their own stay: once dropped, they may count in another backward pass."""
+        sums.gathering = self._gathering
+        total[synapse] = total[synapse].plus(sums) if synapse in total else sums
+
+    def _drop(self) -> None:
+        """Forget what backward passes have brought; firings whose graph is still there wait again."""
+        self._confirmed.clear()
+        self._gathering.dropped, self._gathering = not self._gathering.learned, Gathering()
+        self._by_readout = False
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As of torch; also drops what backward passes have brought since the last step."""
         super().zero_grad(set_to_none)
-        self._confirmed.clear()
+        self._drop()
 
     def discard(self) -> None:
         """Drop all that has fired since the last step, whether or not a backward pass has reached it."""
@@ -407,8 +449,9 @@ class SynapticRule(LearningRule):
 
     def _clear(self) -> None:
         self._sums.clear()
-        self._confirmed.clear()
         self._unproven.clear()
+        self._waiting.clear()
+        self._drop()
         self.forget()
 
     def _taught(self, u: Tensor, synapse: Synapse) -> Tensor:
@@ -455,6 +498,7 @@ class SynapticRule(LearningRule):
     def _collect(self, losses: Tensor | None = None) -> tuple[dict[Tensor, Tensor], dict[str, Any]]:
         try:
             self._settle()
+            self._gathering.learned = True
             gathered = sorted(self._sums.items(), key=lambda item: item[0].index)  # alike on all ranks
             readout = [p for p in self.readout_parameters() if p.grad is not None]
             device = self._trained()[0].device
@@ -505,7 +549,7 @@ class SynapticRule(LearningRule):
         """Bring together all that counts, after a check that the pass was one to learn from."""
         self._check_fired()
         for synapse, sums in self._confirmed.items():
-            _merge(self._sums, synapse, sums)
+            self._merge(self._sums, synapse, sums)
         self._confirmed.clear()
 
     def _check_fired(self) -> None:
@@ -554,14 +598,12 @@ class SynapticRule(LearningRule):
         self._count_unreachable(names)
 
     def _count_unreachable(self, names: str) -> None:
-        """Let layers that no backward pass can reach count without one, and say so."""
-        found = [s for s in self._unproven if s not in self._proven]
+        """Let layers that the backward pass has not reached count without it, where that cannot be meant; say so."""
+        found = list(self._unproven)
         for synapse in found:
             self._unreachable.add(synapse)
             for firing in self._unproven.pop(synapse):
-                waits = firing.pending is not None and firing.window == self._recorder.window
-                if waits and not firing.pending.counted:
-                    _merge(self._sums, synapse, firing.pending)
+                self._count_anyway(firing)
         if found:
             warnings.warn(
                 f"{type(self).__name__}: the loss was sent backward, but did not reach "
@@ -570,15 +612,22 @@ class SynapticRule(LearningRule):
                 "fires there counts at once, also for a loss that is then thrown away",
                 stacklevel=_outside(),
             )
+        alive = [firing for firing in (waiting() for waiting in self._waiting) if firing is not None]
+        if not self._sums and not self._confirmed and alive:
+            for firing in alive:
+                self._count_anyway(firing)
+            if not self._warned_of_grad:
+                self._warned_of_grad = True
+                warnings.warn(
+                    f"{type(self).__name__}: the readout {names} has a gradient, but no backward pass has gone through "
+                    "the layers (torch.autograd.grad, or backward(inputs=...)): all whose loss is still there counts",
+                    stacklevel=_outside(),
+                )
 
-
-def _merge(total: dict[Synapse, Sums], synapse: Synapse, sums: Sums) -> None:
-    """Add sums to those of a synapse."""
-    sums.counted = True
-    if synapse in total:
-        total[synapse].add(sums)
-    else:
-        total[synapse] = sums
+    def _count_anyway(self, firing: Firing) -> None:
+        sums, current = firing.pending, firing.window == self._recorder.window
+        if sums is not None and current and not sums.counted:
+            self._merge(self._sums, firing.synapse, sums)
 
 
 def _layers(names: list[str]) -> str:
