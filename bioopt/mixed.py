@@ -83,7 +83,7 @@ class Mixed(Optimizer):
         self.forward_passes = 0  # as of a rule
         self._traced = False
         for rule in self._rules():
-            self._known.modules.update(rule._known.modules)
+            self._known.roots.update(rule._known.roots)
             rule._undo = self._undo
             if isinstance(rule, SynapticRule):
                 rule.shares_loss = len(optimizers) > 1

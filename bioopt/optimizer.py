@@ -22,6 +22,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
 from .errors import Diverged
@@ -166,6 +167,8 @@ class LearningRule(Optimizer, ABC):
         self._silent: dict[Synapse, str] = {}  # layers that learn nothing, and why
         self._unfrozen: set[nn.Module] = set()  # of the once frozen, those warned of
         self._checked: tuple[Any, ...] = ()
+        self._absent: set[Synapse] = set()  # that did not fire in the last step, and were looked at
+        self._told: set[Synapse] = set()  # that have been warned of
         self._known = Known()
         self._undo: list[Callable[[], None]] = []
         self._estimated = False  # by `estimate` itself: `step` may go on from there
@@ -286,7 +289,7 @@ class LearningRule(Optimizer, ABC):
         self._check({**self.defaults, **group})
         modules = named_modules_of(group["params"])
         for layer in (layer for _, module in modules for layer in module.modules()):
-            if type(layer) in self._exclusion.kinds:
+            if isinstance(layer, tuple(self._exclusion.kinds)):
                 self._exclusion.add(layer)
         group["params"], synapses = self._select(group)
         self._require_real(group["params"])
@@ -296,10 +299,10 @@ class LearningRule(Optimizer, ABC):
             self._recorder.watch(synapse)
         known = {m for _, module in self._modules for m in module.modules()}
         self._modules += [(prefix, module) for prefix, module in modules if module not in known]
+        self._known.roots.update({module: None for _, module in modules})
         mine = set(self.param_groups[-1]["params"])
         for prefix, module in modules:
             for name, layer in module.named_modules(prefix=prefix):
-                self._known.modules[layer] = None
                 for attribute, p in layer._parameters.items():
                     if p in mine:
                         self._homes.setdefault(p, (layer, attribute, ".".join(filter(None, (name, attribute)))))
@@ -432,17 +435,21 @@ class LearningRule(Optimizer, ABC):
         fired, synapses = self._recorder.fired, list(self._claimed())
         for synapse in [s for s in self._silent if s in fired]:
             del self._silent[synapse]
+        absent = [s for s in synapses if s not in fired and s not in self._silent and s not in self._absent]
+        self._absent = {s for s in (*self._absent, *absent) if s not in fired}
         now = (
             *((s.weight.requires_grad, s.layer.training) for s in synapses),
             *(layer.weight.requires_grad for _, layer in self._once_frozen),
         )
-        if now == self._checked:
+        if now == self._checked and not absent:
             return
-        self._checked = now
+        only_replaced, self._checked = now == self._checked, now
         inside = {m for _, module in self._modules for m in module.modules()}
         told: list[str] = []
         for s in synapses:
             if s in fired or s in self._silent or not s.weight.requires_grad:
+                continue
+            if only_replaced and s.layer in inside:  # it may well fire at another step
                 continue
             if s.layer not in inside:
                 reason = "it was replaced in the model after the optimizer was built: build the optimizer anew"
@@ -451,6 +458,9 @@ class LearningRule(Optimizer, ABC):
             else:
                 reason = "it did not run, or something else used its weight without calling it"
             self._silent[s] = reason
+            if s.layer.training and s in self._told:
+                continue
+            self._told.add(s)
             told.append(f"'{s.name}' ({reason})")
         for name, layer in self._once_frozen:
             unfrozen = layer.weight.requires_grad and layer not in self._recorder.synapses and layer in inside
@@ -471,7 +481,7 @@ class LearningRule(Optimizer, ABC):
         if theirs is not None:
             return
         for group in state_dict.get("param_groups", []):  # of an older version, or of another optimizer
-            known = {*self.defaults, *self.param_groups[0], *SCHEDULERS}
+            known = {*self.defaults, *SCHEDULERS}.union(*self.param_groups)
             if wrong := sorted({*self.defaults} - {*group} or {*group} - known):
                 raise ValueError(
                     f"{own}: the state names no rule, and its options are not those of {own} (look at "
@@ -528,9 +538,41 @@ class Known:
     """What an optimizer has found out about its closure."""
 
     def __init__(self) -> None:
-        self.modules: WeakKeyDictionary[nn.Module, None] = WeakKeyDictionary()  #: that it may run
+        self.roots: WeakKeyDictionary[nn.Module, None] = WeakKeyDictionary()  #: modules that were given
+        self.modules: WeakKeyDictionary[nn.Module, _Buffers | None] = WeakKeyDictionary()  #: others that it may run
         self.code: Any = None  #: what was evaluated when they were looked for
         self.needs_grad = False  #: it calls ``backward()`` in any case
+        self.autocast: torch.dtype | None = None  #: in which it runs layers, if in another than theirs
+
+    def all(self) -> list[nn.Module]:
+        """All modules that it may run."""
+        return list(dict.fromkeys([*(m for root in self.roots for m in root.modules()), *self.modules]))
+
+    def buffers(self, module: nn.Module) -> _Buffers:
+        """The buffers of a module; what has not changed since the last time is not copied again."""
+        buffers = _Buffers(module, self.modules.get(module))
+        if buffers.held():
+            self.modules[module] = buffers
+        return buffers
+
+
+def code_of(closure: Any) -> tuple[Any, ...]:
+    """What tells closures apart that may run other modules: their code, and modules that they hold."""
+    if isinstance(closure, partial):
+        held = [*closure.args, *closure.keywords.values()]
+        return *code_of(closure.func), *(id(value) for value in held if isinstance(value, nn.Module))
+    cells = [cell.cell_contents for cell in getattr(closure, "__closure__", None) or () if _filled(cell)]
+    held = [getattr(closure, "__self__", None), *cells, *(getattr(closure, "__defaults__", None) or ())]
+    modules = [id(value) for value in held if isinstance(value, nn.Module)]
+    return getattr(closure, "__code__", type(closure)), *modules
+
+
+def _filled(cell: Any) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True
 
 
 class _NoGraph(Exception):
@@ -604,13 +646,15 @@ class Probe:
     def _evaluate(self, grad: bool, copies: int = 1) -> Tensor:
         self._restart_random()
         if self._count == 0:
-            self._before = {m: _Buffers(m) for m in self._known.modules if m.training}
-        elif not self._after:
-            self._after = {m: _Buffers(m) for m in self._before}
+            self._before = {m: self._known.buffers(m) for m in self._known.all()}
+        else:
+            if not self._after:
+                self._after = {m: _Buffers(m) for m in self._before}
+            # In training mode batch norm does not look at its statistics.
+            _restore({m: b for m, b in self._before.items() if not (m.training and isinstance(m, _NormBase))})
         torch.clear_autocast_cache()  # or all evaluations would share one half-precision copy of the weights
-        code = getattr(self._closure, "__code__", type(self._closure))
-        watch = None
-        if self._count == 0 and self._known.code is not code:
+        code, watch = code_of(self._closure), None
+        if self._count == 0 and self._known.code != code:
             watch = nn.modules.module.register_module_forward_pre_hook(self._looking())
             self._undo.append(watch.remove)
         try:
@@ -706,15 +750,21 @@ class Probe:
                 raise RuntimeError(IN_DDP)
             if in_dual_level() and not torch._C._is_fwd_grad_enabled() and trained & set(module.parameters(False)):
                 raise RuntimeError(NO_TANGENT)
-            self._known.modules[module] = None
+            self._known.modules.setdefault(module, None)
+            if trained & set(module.parameters(False)) and torch.is_autocast_enabled(device := _device(module)):
+                self._known.autocast = torch.get_autocast_dtype(device)
             self._attributes.setdefault(module, _tensors(module))
-            if module.training and module not in self._before:
+            if module not in self._before:
                 self._before[module] = _Buffers(module)
 
         return torch.compiler.disable(look, reason=IN_PYTHON)  # type: ignore[no-any-return]
 
 
 NO_TANGENT = "a layer runs where forward AD is switched off, as in checkpoint(..., use_reentrant=True)"
+
+
+def _device(module: nn.Module) -> str:
+    return next(module.parameters(False)).device.type
 
 
 def in_dual_level() -> bool:
@@ -732,24 +782,39 @@ def _version(tensor: Tensor) -> int | None:
 
 
 class _Buffers:
-    """The buffers of a module as they are now."""
+    """The buffers of a module as they are now.
 
-    def __init__(self, module: nn.Module) -> None:
-        self._saved = {name: None if b is None else (b, b.clone()) for name, b in module._buffers.items()}
+    Args:
+        module: whose.
+        known: as they were before: values that are still the same are not copied.
+    """
+
+    def __init__(self, module: nn.Module, known: _Buffers | None = None) -> None:
+        # The kernels of batch norm change its statistics without a new version.
+        self._silent = isinstance(module, _NormBase)
+        self._saved: dict[str, tuple[Tensor, int | None, Tensor] | None] = {}
+        for name, buffer in module._buffers.items():
+            old = known._saved.get(name) if known is not None and not self._silent else None
+            if buffer is None:
+                self._saved[name] = None
+            elif old is not None and old[0] is buffer and old[1] == _version(buffer):
+                self._saved[name] = old
+            else:
+                self._saved[name] = buffer, _version(buffer), buffer.clone()
 
     def held(self) -> list[tuple[Tensor, Tensor]]:
         """Each buffer, and its value then."""
-        return [pair for pair in self._saved.values() if pair is not None]
+        return [(saved[0], saved[2]) for saved in self._saved.values() if saved is not None]
 
     def restore(self, module: nn.Module) -> None:
         """Put the values back, in the tensors that held them."""
-        for buffer, value in self.held():
-            buffer.copy_(value)
-        if module._buffers.keys() != self._saved.keys():
-            for name in module._buffers.keys() - self._saved.keys():
-                del module._buffers[name]
-        for name, pair in self._saved.items():
-            module._buffers[name] = None if pair is None else pair[0]
+        for saved in self._saved.values():
+            if saved is not None and (self._silent or _version(saved[0]) != saved[1]):
+                saved[0].copy_(saved[2])
+        for name in module._buffers.keys() - self._saved.keys():
+            del module._buffers[name]
+        for name, saved in self._saved.items():
+            module._buffers[name] = None if saved is None else saved[0]
 
 
 def unhooked_step(optimizer: Optimizer) -> None:

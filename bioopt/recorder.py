@@ -90,6 +90,7 @@ class Synapse:
     group: int = -1  # index of its param group
     index: int = -1  # its place among the watched
     is_readout: bool = False
+    fixed_bias: bool = False  # excluded by name
     neurons: nn.Module | None = None  # what turns its output into spikes, for rules that hear them
 
     @property
@@ -109,7 +110,7 @@ class Synapse:
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Weight and bias, where they are there and not frozen."""
-        both = [(f"{self.name}.weight", self.weight), (f"{self.name}.bias", self.bias)]
+        both = [(f"{self.name}.weight", self.weight), (f"{self.name}.bias", None if self.fixed_bias else self.bias)]
         return [(name, p) for name, p in both if p is not None and p.requires_grad]
 
     def parameters(self) -> list[nn.Parameter]:
@@ -157,8 +158,9 @@ def survey(
         kind = type(layer)
         if kind in _CHANNEL_DIM:
             if isinstance(layer.weight, nn.Parameter):
-                if layer.weight.requires_grad:
-                    found.append(Synapse(name or kind.__name__, layer, _CHANNEL_DIM[kind]))
+                if layer.weight.requires_grad and layer.weight not in left_out.params:
+                    apart = getattr(layer, "bias", None) in left_out.params
+                    found.append(Synapse(name or kind.__name__, layer, _CHANNEL_DIM[kind], fixed_bias=apart))
             elif own:
                 reason = (
                     "its weight is made anew of other parameters at each pass; undo that by prune.remove, "
@@ -221,7 +223,7 @@ class Exclusion(NamedTuple):
             TypeError: an entry of another type; names where no modules were given.
             ValueError: a name, or a module, that is not among those given.
         """
-        if isinstance(exclude, str | type | nn.Module):
+        if isinstance(exclude, str | int | type | nn.Module):
             exclude = [exclude]
         # The layers of a Sequential are named by numbers.
         entries, excluded = [str(e) if type(e) is int else e for e in exclude], cls.none()
@@ -230,15 +232,15 @@ class Exclusion(NamedTuple):
         modules: dict[str, nn.Module] = {}
         params: dict[str, Tensor] = {}
         for prefix, module in given:
-            modules |= dict(module.named_modules(prefix=prefix))
-            params |= dict(module.named_parameters(prefix=prefix))
+            modules |= dict(module.named_modules(prefix=prefix, remove_duplicate=False))
+            params |= dict(module.named_parameters(prefix=prefix, remove_duplicate=False))
         if not modules:
             raise TypeError(f"{rule}: exclude={entries} needs modules to look in: give the model, not its parameters")
         roots: list[nn.Module] = []
         for entry in entries:
             if isinstance(entry, type) and issubclass(entry, nn.Module):
                 excluded.kinds.add(entry)
-                roots += [m for m in modules.values() if type(m) is entry]
+                roots += [m for m in modules.values() if isinstance(m, entry)]
             elif isinstance(entry, nn.Module) and entry in modules.values():
                 roots.append(entry)
             elif isinstance(entry, str) and entry in modules:
@@ -434,6 +436,13 @@ def _identity(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def _unhide() -> None:
+    """Take off the hooks of a layer that was interrupted: left there, they would keep every graph alive."""
+    tensors = torch._C._autograd
+    while (top := tensors._top_saved_tensors_default_hooks(True)) is not None and top[0] is _identity:
+        tensors._pop_saved_tensors_default_hooks()
+
+
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
@@ -613,6 +622,7 @@ class Recorder:
     def reset(self) -> None:
         """Forget what has fired."""
         self.step += 1
+        _unhide()
         self.fired.clear()
         self.beneath.clear()
         self.bypassed.clear()
@@ -686,7 +696,7 @@ class Recorder:
             return None
         if _in_backward():  # activation checkpointing replays the layer: cut again, but it has fired already
             return self._hand_on(output, firing)
-        if firing.call is not None:
+        if firing.call is not None and not torch._C._functorch.is_batchedtensor(output):
             if _verify(synapse, output, *firing.call):
                 self._verified.add(layer)
             firing.call = None
@@ -803,7 +813,9 @@ def _verify(synapse: Synapse, u: Tensor, args: tuple[Any, ...], kwargs: dict[str
     elif u.numel():
         told = torch.arange(len(weight), device=weight.device) % 2 == 0
         signal = told.to(u.dtype).view(-1, *[1] * (-channel - 1)).expand_as(u)
-        product, other = (_product(layer, w, signal, args, kwargs) for w in (weight, weight + weight.abs().mean() + 1))
+        pattern = torch.linspace(0.9, 1.15, weight.numel(), dtype=weight.dtype, device=weight.device).view_as(weight)
+        nearby = (weight + 0.01 * weight.abs().mean()) * pattern
+        product, other = (_product(layer, w, signal, args, kwargs) for w in (weight, nearby))
         coarse = 4 * max(torch.finfo(t.dtype).eps for t in (u, weight)) ** 0.5 * product.abs().max()
         if bool((product[~told] != 0).any()) or bool((product - other).abs().max() > coarse):
             wrong = "computes something else"

@@ -731,8 +731,8 @@ def _choose_readouts(rule: str, synapses: list[Synapse], wanted: Any) -> list[Sy
     if wanted is None:
         return synapses[-1:]
     chosen: list[Synapse] = []
-    for one in [wanted] if isinstance(wanted, str | nn.Module) else list(wanted):
-        found = [synapse for synapse in synapses if one is synapse.layer or one == synapse.name]
+    for one in [wanted] if isinstance(wanted, str | int | nn.Module) else list(wanted):
+        found = [synapse for synapse in synapses if one is synapse.layer or str(one) == synapse.name]
         if not found:
             raise ValueError(
                 f"{rule}: readout_layer={one!r} is not one of the synapses: {', '.join(s.name for s in synapses)}"

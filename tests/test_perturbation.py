@@ -1139,8 +1139,7 @@ def test_noise_in_half_precision_is_credited_as_it_was_added() -> None:
     x, y = torch.randn(64, 6, dtype=torch.bfloat16), torch.randint(4, (64,))
     (true,) = torch.autograd.grad(F.cross_entropy(model(x).float(), y), model[2].weight)
     optimizer = bioopt.NodePerturbation(model, 0.0, sigma=0.3, samples=200)
-    with pytest.warns(UserWarning, match=r"reaches 7\d% of the activity of layer '2'"):
-        optimizer.estimate(lambda: F.cross_entropy(model(x).float(), y, reduction="none"))
+    optimizer.estimate(lambda: F.cross_entropy(model(x).float(), y, reduction="none"))
     assert F.cosine_similarity(true.float().flatten(), model[2].weight.grad.float().flatten(), 0) > 0.9
 
 

@@ -205,6 +205,7 @@ def test_an_interrupt_anywhere_leaves_everything_as_it_was(rule: type) -> None:
         assert torch.is_grad_enabled()
         assert forward_ad._current_level == -1
         assert not optimizer._undo
+        assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
         assert not nn.modules.module._has_any_global_hook()
         assert optimizer._recorder.visit == visit
         if counted:

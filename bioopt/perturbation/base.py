@@ -152,11 +152,13 @@ class Perturbation(LearningRule):
         count = moved = 0
         worst, least = 0.0, 0.0
         for (p, group), w in zip(plastic, saved, strict=True):
-            kept = int((p == w).sum())
+            # Under autocast, matrices are rounded once more.
+            seen = self._known.autocast if p.ndim > 1 and self._known.autocast is not None else w.dtype
+            kept = int((p.to(seen) == w.to(seen)).sum())
             count, moved = count + p.numel(), moved + p.numel() - kept
             if group[option] > 0 and kept > worst:
-                worst, least = kept, 8 * torch.finfo(w.dtype).eps * w.float().square().mean().sqrt().item()
-                value, dtype = group[option], w.dtype
+                worst, least = kept, 8 * torch.finfo(seen).eps * w.float().square().mean().sqrt().item()
+                value, dtype = group[option], seen
         if not worst or count - moved <= count / 10:
             return
         share = f"{moved / count:.0%} of the weights" if moved else "no weight"
@@ -279,7 +281,7 @@ class NoisyActivity(Perturbation):
         self.credit = credit
         self.distribution = distribution
         self._swallowing: set[Synapse] = set()  # layers whose precision has been warned of
-        self._first_is_sample: set[tuple[Synapse, torch.Size]] = set()  # shapes for which that is proven
+        self._first_is_sample: set[Synapse] = set()  # layers for which that is proven
         self._recorder.anchored = True
 
     def _draws(self, sample: int) -> Callable[[Tensor], Tensor]:
@@ -337,11 +339,11 @@ class NoisyActivity(Perturbation):
         return inject
 
     def _require_noise(self, synapse: Synapse, noise: Tensor, u: Tensor, sigma: float) -> None:
-        """Warn, at the first step, where half precision swallows more than a tenth of the noise."""
+        """Warn, at the first step, where half precision swallows more than half of the noise."""
         if self._own_state["step"] or synapse in self._swallowing or not noise.numel():
             return
         kept = (noise != 0).float().mean().item()
-        if kept < 0.9:
+        if kept < 0.5:
             self._swallowing.add(synapse)
             least = 8 * torch.finfo(u.dtype).eps * u.detach().float().square().mean().sqrt().item()
             warnings.warn(
@@ -389,8 +391,8 @@ class NoisyActivity(Perturbation):
     def _per_sample(self, records: list[Record], losses: Tensor, probe: Probe) -> bool:
         """Whether each sample is credited by itself; a scalar loss credits all together.
 
-        Where another dimension of an output is as long as the batch (a sequence, say), noise on half of the first one
-        shows whether that is the sample: the losses of the other half must stay.
+        Where another dimension of an output is as long as the batch (a sequence, say), four more evaluations, the first
+        time, show whether the first dimension is the sample.
         """
         if not records:
             raise RuntimeError(self._none_fired())
@@ -405,36 +407,44 @@ class NoisyActivity(Perturbation):
                     f"not the sample. Use credit='global'; or, {MICRO_BATCHES}"
                 )
         doubtful = {
-            (record.synapse, record.u.shape)
+            record.synapse: None
             for record in records
             if record.rows is None and ambiguous(record.synapse, record.u.shape, len(losses))
-        } - self._first_is_sample
-        for synapse, shape in doubtful:
-            self._require_sample_first(synapse, shape, losses, probe)
+        }
+        if not doubtful.keys() <= self._first_is_sample:
+            self._require_sample_first(list(doubtful), records, len(losses), probe)
         return True
 
-    def _require_sample_first(self, synapse: Synapse, shape: torch.Size, losses: Tensor, probe: Probe) -> None:
-        disturbed = torch.arange(len(losses), device=losses.device) % 2 == 0
+    def _require_sample_first(self, doubtful: list[Synapse], records: list[Record], size: int, probe: Probe) -> None:
+        """Disturb one place of the first dimension at a time: if it is a sample, the losses of others hardly change."""
 
-        def disturb(firing: Synapse, u: Tensor) -> Tensor | None:
-            if firing is not synapse or u.shape != shape:
-                return None
-            scale = u.detach().float().square().mean().sqrt().to(u.dtype)
-            return u.detach() + scale * disturbed.to(u).view(-1, *[1] * (u.ndim - 1))
+        def evaluated(place: int | None) -> Tensor:
+            def disturb(synapse: Synapse, u: Tensor) -> Tensor | None:
+                if place is None or synapse not in doubtful or len(u) != size:
+                    return None
+                u = u.detach().clone()
+                u[place] += u.float().square().mean().sqrt().to(u.dtype)
+                return u
 
-        with self._recorder.visiting(lambda firing, u: None):
-            before = mean_over_samples(probe()).double()
-        with self._recorder.visiting(disturb):
-            change = (mean_over_samples(probe()).double() - before).abs()
-        own, other = change[disturbed].mean(), change[~disturbed].mean()
-        if other > own / 2:
+            with self._recorder.visiting(disturb):
+                return mean_over_samples(probe()).double()
+
+        before = evaluated(None)
+        own = others = 0.0
+        for place in sorted({0, size // 2, size - 1}):
+            change = (evaluated(place) - before).abs()
+            own += change[place].item()
+            others += (change.sum() - change[place]).item() / max(size - 1, 1)
+        if others > own / 2:
+            shape = next(tuple(record.u.shape) for record in records if record.synapse is doubtful[0])
             raise RuntimeError(
-                f"{type(self).__name__}(credit='sample'): layer '{synapse.name}' gave an output of shape "
-                f"{tuple(shape)}, in which more than one dimension is as long as the batch of {len(losses)}, and a "
-                "change of one half of its first dimension changes the losses of the other half: the first dimension "
-                "is not the sample (a sequence comes first?). Put samples first, or use credit='global'"
+                f"{type(self).__name__}(credit='sample'): layer '{doubtful[0].name}' gave an output of shape {shape}, "
+                f"in which more than one dimension is as long as the batch of {size}, and a change at one place of the "
+                "first dimension changes the losses of other samples as much as its own: the first dimension is not "
+                "the sample (a sequence comes first?). Put samples first, or use credit='global'"
             )
-        self._first_is_sample.add((synapse, shape))
+        if own:
+            self._first_is_sample.update(doubtful)
 
 
 def ambiguous(synapse: Synapse, shape: torch.Size, samples: int) -> bool:
