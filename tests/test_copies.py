@@ -117,3 +117,34 @@ def test_a_copy_of_a_watched_module_learns_as_any() -> None:
     other(batch()[0]).sum().backward()
     assert other[0].weight.grad is not None
     optimizer.close()
+
+
+def test_a_module_that_took_over_what_another_holds_is_copied_as_itself() -> None:
+    """As libraries of meta-learning clone modules."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    optimizer = bioopt.Hebbian(model, 0.1)
+    other = nn.Linear(4, 3)
+    other.__dict__.update(model[0].__dict__)
+    other._parameters = {name: nn.Parameter(torch.zeros_like(p)) for name, p in model[0]._parameters.items()}
+    assert copy.deepcopy(other).weight.abs().sum() == 0
+    assert pickle.loads(pickle.dumps(other)).weight.abs().sum() == 0
+    optimizer.close()
+
+
+class Tupled(nn.Linear):
+    """Its state is no dictionary."""
+
+    def __getstate__(self) -> tuple[dict[str, object], int]:
+        return vars(self), 7
+
+    def __setstate__(self, state: tuple[dict[str, object], int]) -> None:
+        self.__dict__.update(state[0])
+        self.seven = state[1]
+
+
+def test_a_state_of_a_layers_own_form_is_left_to_it() -> None:
+    bioopt.register_synapse(Tupled, channel_dim=-1)
+    model = nn.Sequential(Tupled(4, 3), nn.Linear(3, 2))
+    optimizer = bioopt.Hebbian(model, 0.1)
+    assert copy.deepcopy(model)[0].seven == 7
+    optimizer.close()

@@ -260,3 +260,59 @@ def test_models_that_are_rebuilt_after_the_optimizer_say_so(rule: type, change: 
     why = "frozen after .*adapters" if change == "adapters" else "replaced in the model after"
     with pytest.raises(RuntimeError, match=rf"{rule.__name__}: no synapse has fired .*{why}.*build the optimizer anew"):
         optimizer.step(losses(model))
+
+
+# -- exclusion by the name of a parameter, tied weights, second names ---------------------------------------------
+
+
+@firing_rule
+def test_parameters_excluded_by_name_do_not_learn(rule: type) -> None:
+    model = network()
+    optimizer = build(rule, model, exclude=["0.weight", "2.bias"])
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer.step(losses(model))
+    now = dict(model.named_parameters())
+    assert torch.equal(now["0.weight"], before["0.weight"])
+    assert torch.equal(now["2.bias"], before["2.bias"])
+    assert not torch.equal(now["2.weight"], before["2.weight"])
+    assert [optimizer.coverage()[name] for name in ("0.weight", "2.bias")] == ["excluded", "excluded"]
+
+
+def test_a_weight_tied_to_an_excluded_layer_stays() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(6, 6), "b": nn.Linear(6, 6), "c": nn.Linear(6, 4)})
+    model["b"].weight = model["a"].weight
+    optimizer = bioopt.NodePerturbation(model, 0.1, sigma=0.1, exclude=["a"])
+    before = model["b"].weight.clone()
+    optimizer.step(lambda: F.cross_entropy(model["c"](model["b"](torch.tanh(model["a"](X)))), Y, reduction="none"))
+    assert torch.equal(before, model["b"].weight)
+
+
+def test_types_cover_their_subclasses_and_modules_all_their_names() -> None:
+    class Own(nn.Linear):
+        pass
+
+    bioopt.register_synapse(Own, channel_dim=-1)
+    model = nn.ModuleDict({"first": Own(6, 5), "last": nn.Conv1d(2, 3, 1), "out": nn.Conv1d(3, 3, 1)})
+    model["again"] = model["first"]
+    assert bioopt.Hebbian(model, 0.1, exclude=nn.Linear).coverage()["first.weight"] == "excluded"
+    assert bioopt.Hebbian(model, 0.1, exclude="again").coverage()["first.weight"] == "excluded"
+    assert bioopt.Hebbian(network(), 0.1, exclude=0, readout_layer=4).coverage()["0.weight"] == "excluded"
+
+
+def test_a_layer_replaced_later_is_told_of_and_experts_in_turn_are_not() -> None:
+    model = nn.ModuleList([nn.Linear(6, 5), nn.Linear(6, 5), nn.Linear(5, 4)])
+    optimizer = bioopt.NodePerturbation(model, 0.01, sigma=0.01)
+
+    def step(expert: int) -> None:
+        optimizer.step(lambda: F.cross_entropy(model[2](torch.tanh(model[expert](X))), Y, reduction="none"))
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for i in range(8):
+            model[0].requires_grad_(i % 3 > 0)
+            step(i % 2)
+    assert len(told) <= 2  # of each expert once
+    model[2] = nn.Linear(5, 4)
+    with pytest.warns(UserWarning, match=r"'2' \(it was replaced in the model"):
+        step(0)
+    assert optimizer.coverage()["2.weight"] == "frozen"  # that of the new layer

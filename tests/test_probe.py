@@ -7,6 +7,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -109,6 +110,114 @@ def test_no_global_hook_is_registered_at_a_later_step(monkeypatch: pytest.Monkey
     steps(optimizer, model, 1)
     monkeypatch.setattr(torch.nn.modules.module, "register_module_forward_pre_hook", None)
     steps(optimizer, model, 2, first=1)
+    assert model[1].num_batches_tracked == 3
+
+
+@pytest.mark.parametrize("rule", [bioopt.WeightPerturbation, bioopt.NodePerturbation, bioopt.ForwardGradient])
+def test_modules_that_only_the_closure_puts_into_training_mode(rule: type) -> None:
+    model = cnn()
+    optimizer = make(rule, model)
+    x, y = batch()
+
+    def closure() -> Tensor:
+        model.train()
+        return F.cross_entropy(model(x), y, reduction="none")
+
+    for i in (1, 2, 3):
+        optimizer.step(closure)
+        assert model[1].num_batches_tracked == i
+        model.eval()
+
+
+@pytest.mark.parametrize("form", ["lambda", "partial", "method", "default"])
+def test_closures_of_one_kind_that_run_different_models(form: str) -> None:
+    models = [cnn(seed=i) for i in (0, 1)]
+    x, y = batch()
+
+    def loss(model: nn.Module) -> Tensor:
+        return F.cross_entropy(model(x), y, reduction="none")
+
+    class Task(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def closure(self) -> Tensor:
+            return loss(self.model)
+
+    tasks = [Task(model) for model in models]
+    optimizer = bioopt.WeightPerturbation([p for m in models for p in m.parameters()], 0.01, sigma=0.01, population=3)
+    for step in range(4):
+        model = models[step % 2]
+        forms = {
+            "lambda": lambda model=model: loss(model),
+            "partial": partial(loss, model),
+            "method": tasks[step % 2].closure,
+            "default": lambda of=model: loss(of),
+        }
+        optimizer.step(forms[form])
+    assert [int(model[1].num_batches_tracked) for model in models] == [2, 2]
+
+
+def test_modules_added_later() -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    x, y = torch.randn(8, 6), torch.arange(8) % 4
+    optimizer = bioopt.NodePerturbation(model, 0.01, sigma=0.01, samples=3)
+
+    def closure() -> Tensor:
+        return F.cross_entropy(model(x), y, reduction="none")
+
+    optimizer.step(closure)
+    model.insert(1, nn.BatchNorm1d(5))
+    optimizer.step(closure)
+    optimizer.step(closure)
+    assert model[1].num_batches_tracked == 2
+
+
+class RunningMean(nn.Module):
+    """Its output depends on a buffer that it changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.mean.lerp_(x.mean(0), 5e-4)
+        return x - self.mean
+
+
+def test_every_evaluation_starts_from_the_same_buffers() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(RunningMean(), nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 4)).double()
+    x, y = torch.randn(16, 6).double() + 1, torch.arange(16) % 4
+    losses: list[float] = []
+
+    def closure() -> Tensor:
+        found = F.cross_entropy(model(x), y)
+        losses.append(found.item())
+        return found
+
+    optimizer = bioopt.WeightPerturbation(model, 0.0, sigma=1e-9, population=20)
+    optimizer.estimate(closure)
+    assert len(losses) == 42
+    assert max(losses) - min(losses) < 1e-8
+    wanted = torch.zeros(6).double().lerp(x.mean(0), 5e-4)
+    torch.testing.assert_close(model[0].mean, wanted)
+
+
+def test_buffers_that_cannot_be_written_or_need_no_copy() -> None:
+    model = cnn()
+    model.register_buffer("spread", torch.ones(1).expand(20))
+    with torch.inference_mode():
+        constant = torch.ones(3)
+    model.register_buffer("constant", constant)
+    model.register_buffer("large", torch.ones(1000))
+    optimizer = bioopt.WeightPerturbation(model, 0.01, sigma=0.01)
+    steps(optimizer, model, 1)
+    kept = optimizer._known.modules[model]._saved["large"][2]
+    steps(optimizer, model, 2, first=1)
+    assert optimizer._known.modules[model]._saved["large"][2] is kept  # the copy of the first step
     assert model[1].num_batches_tracked == 3
 
 

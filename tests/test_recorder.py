@@ -231,7 +231,15 @@ class Shared(nn.Conv2d):
     """A convolution by another name."""
 
 
-@pytest.mark.parametrize("kind", [Transposed, Squashed, Normalised])
+class Standardised(nn.Linear):
+    """Weight standardisation."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        mean, std = self.weight.mean(1, keepdim=True), self.weight.std(1, keepdim=True)
+        return F.linear(input, (self.weight - mean) / std, self.bias)
+
+
+@pytest.mark.parametrize("kind", [Transposed, Squashed, Normalised, Standardised])
 @pytest.mark.parametrize("rule", [bioopt.Hebbian, bioopt.NodePerturbation])
 def test_a_registered_layer_that_is_not_affine_is_refused_as_it_first_fires(kind: type, rule: type) -> None:
     torch.manual_seed(0)

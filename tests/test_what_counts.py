@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import bioopt
 
-from .rules import ONE_PASS, batch, cnn, make, mlp, same, weights
+from .rules import ONE_PASS, batch, cnn, make, mlp, same, spiking_mlp, weights
 
 X, Y = torch.randn(8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 4
 one_pass = pytest.mark.parametrize("rule", ONE_PASS, ids=lambda rule: rule.__name__)
@@ -426,3 +426,238 @@ def test_zeros_that_a_function_makes_of_no_gradient_are_no_second_loss() -> None
     optimizer = bioopt.Hebbian(model, 0.1)
     optimizer.step(lambda: F.cross_entropy(model[2:](Double.apply(model[:2](X))), Y))
     assert not optimizer._unreachable
+
+
+# -- several backward passes through one forward pass ------------------------------------------------------------
+
+
+def twice(model: nn.Module, optimizer: bioopt.SynapticRule) -> None:
+    loss = F.cross_entropy(model(X), Y)
+    loss.backward(retain_graph=True)
+    optimizer.zero_grad()  # a second backward pass brings it again
+    loss.backward()
+    optimizer.step()
+
+
+def surgery(model: nn.Module, optimizer: bioopt.SynapticRule) -> None:
+    """Gradients of two tasks, each by itself, added up by hand."""
+    losses = F.cross_entropy(model(X), Y, reduction="none")
+    grads = []
+    for part in (losses[:4].sum() / 8, losses[4:].sum() / 8):
+        optimizer.zero_grad()
+        part.backward(retain_graph=True)
+        grads.append([None if p.grad is None else p.grad.clone() for p in model.parameters()])
+    for p, one, two in zip(model.parameters(), *grads, strict=True):
+        p.grad = None if one is None or two is None else one + two
+    optimizer.step()
+
+
+def probed(model: nn.Module, optimizer: bioopt.SynapticRule) -> None:
+    """Gradients of the loss are looked at first."""
+    loss = F.cross_entropy(model(X), Y)
+    optimizer.zero_grad()
+    torch.autograd.grad(loss, [*model.parameters()], retain_graph=True, allow_unused=True)
+    loss.backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("play", [twice, surgery, probed])
+@pytest.mark.parametrize("first", [False, True], ids=["later", "at the first step"])
+def test_one_forward_pass_counts_once_however_often_it_is_sent_backward(play, first: bool) -> None:
+    wanted = after(lambda model, optimizer: good(model, optimizer, 1 if first else 3))
+    got = after(lambda model, optimizer: (None if first else good(model, optimizer, 2), play(model, optimizer)))
+    for a, b in zip(wanted, got, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+class Blocks(nn.Module):
+    """Two blocks, each with a head and a loss of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.head1, self.two, self.head2 = (
+            nn.Linear(a, b).double() for a, b in ((6, 5), (5, 4), (5, 5), (5, 4))
+        )
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        hidden = torch.tanh(self.one(x))
+        return [self.head1(hidden), self.head2(torch.tanh(self.two(hidden)))]
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_two_rules_with_losses_of_their_own(order: tuple[int, int]) -> None:
+    """The loss of the upper block reaches the lower block as well, which is not its to teach."""
+    model, twin = Blocks(), Blocks()
+    rules = [bioopt.Hebbian([model.one, model.head1], 0.1), bioopt.Oja([model.two, model.head2], 0.1)]
+    scores = model(X)
+    for i in order:
+        F.cross_entropy(scores[i], Y).backward()  # no retain_graph: nothing between the layers runs twice
+    for rule in rules:
+        rule.step()
+    alone = bioopt.Hebbian([twin.one, twin.head1], 0.1)
+    F.cross_entropy(twin(X)[0], Y).backward()
+    alone.step()
+    assert not torch.equal(model.two.weight, twin.two.weight)
+    torch.testing.assert_close(model.one.weight, twin.one.weight, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_gradients_of_the_readout_made_by_other_means(first: bool) -> None:
+    """autograd.grad goes through no layer: what is still there counts, which is said once."""
+
+    def play(model: nn.Module, optimizer: bioopt.SynapticRule) -> None:
+        if not first:
+            good(model, optimizer)
+        optimizer.zero_grad()
+        model(X + 50)  # thrown away
+        loss = F.cross_entropy(model(X), Y)
+        params = [*model[2].parameters()]
+        for p, grad in zip(params, torch.autograd.grad(loss, params), strict=True):
+            p.grad = grad
+        with pytest.warns(UserWarning, match="did not reach layer '0'" if first else "has a gradient, but no backward"):
+            optimizer.step()
+
+    got = after(play)
+    if not first:
+        for a, b in zip(after(lambda model, optimizer: good(model, optimizer, 2)), got, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+# -- nothing of a user's own runs backward -----------------------------------------------------------------------
+
+
+class Stateful(nn.Module):
+    """Keeps its activity from step to step, with its graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.cell, self.head = nn.Linear(11, 5).double(), nn.Linear(5, 4).double()
+        self.hidden = torch.zeros(8, 5, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.hidden = torch.tanh(self.cell(torch.cat([x, self.hidden], 1)))
+        return self.head(self.hidden)
+
+
+def test_a_state_kept_between_steps_needs_no_detach_and_does_not_grow() -> None:
+    model, twin = Stateful(), Stateful()
+    optimizer, other = bioopt.Hebbian(model, 0.1), bioopt.Hebbian(twin, 0.1)
+    for _ in range(5):
+        good(model, optimizer)
+        good(twin, other)
+        twin.hidden = twin.hidden.detach()
+    assert same(weights(model), weights(twin))
+    nodes = [sum(1 for _ in graph(model.hidden))]
+    for _ in range(5):
+        good(model, optimizer)
+    nodes.append(sum(1 for _ in graph(model.hidden)))
+    assert nodes[0] == nodes[1] < 12
+
+
+def graph(tensor: Tensor):
+    from bioopt.recorder import _graph
+
+    return _graph([tensor.grad_fn])
+
+
+class NoDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return (x > 0).to(x.dtype)
+
+
+class InPlace(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.sigmoid(x)
+        x[:, 0] = 0
+        return x
+
+
+class Step(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.heaviside(x, x.new_zeros(()))
+
+
+class Custom(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return NoDerivative.apply(x)
+
+
+@pytest.mark.parametrize("between", [InPlace, Step, Custom])
+def test_what_lies_between_layers_needs_no_derivative(between: type) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), between(), nn.Linear(5, 5), between(), nn.Linear(5, 4)).double()
+    optimizer = bioopt.Hebbian(model, 0.1)
+    model[1].register_full_backward_hook(lambda *of: pytest.fail("it runs backward"))
+    before = weights(model)
+    good(model, optimizer, 2)
+    assert not torch.equal(before[0], model[0].weight)
+    model(X + 50)
+    kept = weights(model)
+    optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match="no gradient has reached"):
+        optimizer.step()
+    assert same(kept, weights(model))
+
+
+def test_layers_keep_nothing_of_each_other() -> None:
+    """Saved activities of a deep network are gone as soon as the next layer has fired."""
+    import weakref
+
+    seen: list[weakref.ref[Tensor]] = []
+    model = mlp(sizes=(6, 5, 5, 5, 5, 4))
+    for layer in model[1::2]:
+        layer.register_forward_hook(lambda m, args, out: seen.append(weakref.ref(out)))
+    optimizer = bioopt.Hebbian(model, 0.1)
+    loss = F.cross_entropy(model(X), Y)
+    assert [ref() is None for ref in seen] == [True] * 4
+    loss.backward()
+    optimizer.step()
+
+
+def test_a_loss_of_spikes_reaches_what_makes_them() -> None:
+    """A learnable threshold gets its gradient, as without a rule."""
+
+    class Threshold(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.level = nn.Parameter(torch.tensor(0.2))
+
+        def forward(self, u: Tensor) -> Tensor:
+            slope = torch.sigmoid(4 * (u - self.level))
+            return (u > self.level).to(u.dtype) + (slope - slope.detach())
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), Threshold(), nn.Linear(5, 4))
+    optimizer = bioopt.STDP(model, 0.1)
+    spikes = []
+    model[1].register_forward_hook(lambda m, args, out: spikes.append(out))
+    loss = F.cross_entropy(model((X > 0).float()), Y) + spikes[0].mean()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the layer beneath learns nothing of it
+        loss.backward()
+        optimizer.step()
+    assert model[1].level.grad is not None
+    assert model[1].level.grad != 0
+
+
+def test_stdp_skips_a_batch_whose_loss_is_still_there() -> None:
+    results = []
+    for skip in (False, True):
+        torch.manual_seed(0)
+        model = spiking_mlp(dtype=torch.float32)
+        optimizer = bioopt.STDP(model, 0.1)
+        for i in range(4):
+            x = (X + i).float()[: 8 if i != 2 else 5]
+            if i == 2 and not skip:
+                continue
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), Y[: len(x)])
+            if i == 2:
+                continue  # `loss` is alive while the next pass runs
+            loss.backward()
+            optimizer.step()
+        results.append(weights(model))
+    assert same(*results)
