@@ -703,6 +703,7 @@ class Recorder:
         self.fired.pop(synapse, None)
         self.fired[synapse] = None
         if synapse.is_readout:
+            firing.x = None
             return self._hand_on(output, firing)
         if synapse.neurons is not None:
             if synapse in self._awaited:
