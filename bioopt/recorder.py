@@ -320,21 +320,21 @@ def rows_seen(synapse: Synapse, u: Tensor) -> Rows | None:
 
 
 class _Link(torch.autograd.Function):
-    """Stands for one firing in the graph of a loss; its output is a token that later firings and outputs depend on.
+    """Stands for one firing, or joins several, in the graph of a loss; its output is a token that others depend on.
 
     A backward pass arrives here without a gradient. Tokens link firing to firing past all that lies between layers,
     so that nothing of a user's own runs backward, or is kept for it.
     """
 
     @staticmethod
-    def forward(ctx: Any, firing: Firing, anchor: Tensor, *tokens: Tensor) -> Tensor:
-        ctx.firing = firing
+    def forward(ctx: Any, firing: Firing | None, anchor: Tensor, *tokens: Tensor) -> Tensor:
+        ctx.firing, ctx.tokens, ctx.spent = firing, tokens, False
         ctx.set_materialize_grads(False)
         return anchor.new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
-        if (recorder := ctx.firing.recorder()) is not None:
+        if ctx.firing is not None and (recorder := ctx.firing.recorder()) is not None:
             recorder.reached(ctx.firing)
         return (None,) * len(ctx.needs_input_grad)
 
@@ -368,16 +368,75 @@ class _Cut(torch.autograd.Function):
         return tangent
 
 
+_TOKEN = "bioopt"  # in a node's metadata: the token of all firings behind it
+
+
 def _tokens_of(values: Iterable[Any]) -> list[Tensor]:
     """The tokens of the firings from which these tensors were made, through whatever lies between."""
-    found: dict[int, Tensor] = {}
     ends = [v.grad_fn for v in values if isinstance(v, Tensor) and v.grad_fn is not None]
-    for node in _graph(ends, lambda node: not hasattr(node, "tokens")):
-        for token in getattr(node, "tokens", ()):
-            firing = getattr(token.grad_fn, "firing", None)
-            if firing is not None and firing.matters():
-                found[id(token)] = token
-    return list(found.values())
+    return _live(_token_behind(end) for end in ends)
+
+
+def _token_behind(end: Any) -> Tensor | None:
+    """One token for all firings behind a node. Each node of a graph is visited once, however many firings follow it."""
+    todo = [end]
+    while todo:
+        node = todo[-1]
+        if _visited(node):
+            todo.pop()
+            continue
+        behind = [n for n, _ in node.next_functions if n is not None]
+        if new := [n for n in behind if not _visited(n)]:
+            todo += new
+            continue
+        node.metadata[_TOKEN] = _joined(_live(_token_at(n) for n in behind))
+        todo.pop()
+    return _token_at(end)
+
+
+def _visited(node: Any) -> bool:
+    return _is(node, _Cut) or not node.next_functions or _TOKEN in node.metadata
+
+
+def _token_at(node: Any) -> Tensor | None:
+    if not _is(node, _Cut):
+        token: Tensor | None = node.metadata.get(_TOKEN) if node.next_functions else None
+        return token
+    if len(node.tokens) > 1:
+        node.tokens = tuple(filter(None.__ne__, [_joined(list(node.tokens))]))
+    return node.tokens[0] if node.tokens else None
+
+
+def _joined(tokens: list[Tensor]) -> Tensor | None:
+    if len(tokens) < 2:
+        return tokens[0] if tokens else None
+    with torch.enable_grad():
+        token: Tensor = _Link.apply(None, tokens[0].detach(), *tokens)
+    return token
+
+
+def _live(tokens: Iterable[Tensor | None]) -> list[Tensor]:
+    """Those of the tokens, each once, behind which there is a firing that a backward pass can still count."""
+    return [token for token in {id(t): t for t in tokens if t is not None}.values() if _matters(token.grad_fn)]
+
+
+def _matters(end: Any) -> bool:
+    todo, seen = [end], []
+    while todo:
+        node = todo.pop()
+        if not _is(node, _Link) or node.spent:  # another one: an anchor
+            continue
+        if node.firing is not None and node.firing.matters():
+            return True
+        seen.append(node)
+        todo += [token.grad_fn for token in node.tokens]
+    for node in seen:
+        node.spent = True
+    return False
+
+
+def _is(node: Any, function: type[torch.autograd.Function]) -> bool:
+    return getattr(node, "_forward_cls", None) is function
 
 
 class _Hook:
@@ -413,8 +472,12 @@ _HOOK_TABLES = {
 
 
 def _leave_no_trace(kind: type[nn.Module]) -> None:
-    """Let copies and saved files of modules of this type carry no hook of ours."""
-    copyreg.dispatch_table.setdefault(kind, _reduced)
+    """Let copies and saved files of modules of this type carry no hook of ours.
+
+    Types that make their own copies carry hooks that do nothing.
+    """
+    if kind.__reduce_ex__ is object.__reduce_ex__ and kind.__reduce__ is object.__reduce__:
+        copyreg.dispatch_table.setdefault(kind, _reduced)
 
 
 def _reduced(module: nn.Module) -> Any:
@@ -592,7 +655,8 @@ class Recorder:
 
     def _leads_to_readout(self, synapse: Synapse) -> bool:
         ends = [node for node in (end() for end in self._ends) if node is not None]
-        return any(getattr(node, "firing", None) and node.firing.synapse is synapse for node in _graph(ends))
+        links = (node for node in _graph(ends) if _is(node, _Link) and node.firing is not None)
+        return any(link.firing.synapse is synapse for link in links)
 
     def restoring(self) -> Callable[[], None]:
         """What leaves the recorder as it is now, with no firing under way."""
@@ -774,8 +838,8 @@ class Recorder:
         return _Cut.apply(u, firing if token is not None else None, False, *tokens) if tokens else u
 
 
-def _graph(ends: Iterable[Any], beyond: Callable[[Any], bool] = lambda node: True) -> Iterator[Any]:
-    """All nodes of a graph that lie behind these, each once; not beyond some of them."""
+def _graph(ends: Iterable[Any]) -> Iterator[Any]:
+    """All nodes of a graph that lie behind these, each once."""
     seen, todo = set(), list(ends)
     while todo:
         node = todo.pop()
@@ -783,8 +847,7 @@ def _graph(ends: Iterable[Any], beyond: Callable[[Any], bool] = lambda node: Tru
             continue
         seen.add(node)
         yield node
-        if beyond(node):
-            todo += [n for n, _ in node.next_functions if n is not None]
+        todo += [n for n, _ in node.next_functions if n is not None]
 
 
 class _Plain(nn.Module):

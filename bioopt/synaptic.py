@@ -8,7 +8,7 @@ import weakref
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -108,6 +108,14 @@ class Gathering:
 
     learned: bool = False
     dropped: bool = False
+    parts: list[weakref.ref[Sums]] = field(default_factory=list)
+
+    def end(self) -> None:
+        """A step has learned: what a graph still holds is only that it has."""
+        self.learned = True
+        for sums in (part() for part in self.parts):
+            if sums is not None:
+                sums.product, sums.signal, sums.statistic = sums.product.new_empty(0), None, None
 
 
 @dataclass(eq=False)
@@ -220,6 +228,7 @@ class SynapticRule(LearningRule):
         self._confirmed: dict[Synapse, Sums] = {}  # of those that a backward pass has reached
         self._unproven: dict[Synapse, deque[Firing]] = {}  # firings of synapses that no backward pass ever reached
         self._waiting: list[weakref.ref[Firing]] = []  # firings since the last step that no backward pass has reached
+        self._latest: dict[Synapse, Firing] = {}
         self._gathering = Gathering()
         self._backward = -1  # the last backward pass that has reached a firing
         self._by_readout = False  # whether one of those that count has passed a readout
@@ -227,6 +236,7 @@ class SynapticRule(LearningRule):
         self._unreachable: set[Synapse] = set()
         self._warned_of: set[Synapse] = set()
         self._warned_of_grad = False
+        self._warned_of_drop = False
         self._readouts: dict[nn.Module, Synapse] = {}
         self._by_loss = readout == "delta"
         self.shares_loss = False
@@ -400,7 +410,11 @@ class SynapticRule(LearningRule):
             self._merge(self._sums, synapse, sums)
             return
         firing.pending = sums
+        if len(self._waiting) % 256 == 255:
+            self._waiting = [waiting for waiting in self._waiting if waiting() is not None]
         self._waiting.append(weakref.ref(firing))
+        if synapse.neurons is None:
+            self._latest[synapse] = firing
         if synapse not in self._proven:
             self._unproven.setdefault(synapse, deque(maxlen=UNPROVEN)).append(firing)
 
@@ -414,8 +428,16 @@ class SynapticRule(LearningRule):
         backward = torch._C._current_graph_task_id()
         if backward > self._backward:  # a new pass: model.zero_grad() as well has dropped what earlier ones brought
             self._backward = backward
-            if self._by_readout and all(p.grad is None for p in self.readout_parameters()):
+            if self._confirmed and self._by_readout and all(p.grad is None for p in self.readout_parameters()):
                 self._drop()
+                if not self._warned_of_drop:
+                    self._warned_of_drop = True
+                    warnings.warn(
+                        f"{type(self).__name__}: the readout's .grad was set to None after a backward pass, so that "
+                        "what it brought to the layers is dropped, as by zero_grad(). To add up gradients by hand, "
+                        "make an estimate() of each batch",
+                        stacklevel=_outside(),
+                    )
         if firing.synapse.is_readout:
             self._by_readout = True
             return
@@ -429,6 +451,7 @@ class SynapticRule(LearningRule):
     def _merge(self, total: dict[Synapse, Sums], synapse: Synapse, sums: Sums) -> None:
         """Add sums to those of a synapse. Their own stay: once dropped, they may count in another backward pass."""
         sums.gathering = self._gathering
+        self._gathering.parts.append(weakref.ref(sums))
         total[synapse] = total[synapse].plus(sums) if synapse in total else sums
 
     def _drop(self) -> None:
@@ -451,6 +474,7 @@ class SynapticRule(LearningRule):
         self._sums.clear()
         self._unproven.clear()
         self._waiting.clear()
+        self._latest.clear()
         self._drop()
         self.forget()
 
@@ -498,7 +522,6 @@ class SynapticRule(LearningRule):
     def _collect(self, losses: Tensor | None = None) -> tuple[dict[Tensor, Tensor], dict[str, Any]]:
         try:
             self._settle()
-            self._gathering.learned = True
             gathered = sorted(self._sums.items(), key=lambda item: item[0].index)  # alike on all ranks
             readout = [p for p in self.readout_parameters() if p.grad is not None]
             device = self._trained()[0].device
@@ -540,7 +563,9 @@ class SynapticRule(LearningRule):
                 if statistic is not None:
                     value = self.advance(self.running(synapse), statistic, group)
                     running |= {} if value is None else {synapse.index: value}
-            return grads, ({"running": running} if running else {}) | self.kept()
+            kept = self.kept()
+            self._gathering.end()
+            return grads, ({"running": running} if running else {}) | kept
         finally:
             self._clear()
             self.target = None  # an old one shall not teach a new batch
@@ -574,7 +599,8 @@ class SynapticRule(LearningRule):
         if not self._by_loss:
             return
         lost = [s.name for s, leads in self._recorder.bypassed.items() if not leads]
-        if lost and not self.shares_loss:
+        alone = not self.shares_loss and len(readouts) == len(self._readouts)  # a resting readout is passed by as well
+        if lost and alone:
             others = [s.name for s in self._recorder.synapses.values() if s.layer in self._readouts or s.name in lost]
             raise RuntimeError(
                 f"{name}: the loss reaches {_layers(lost)} past the readout {names}, and {name} lets no error pass "
@@ -588,7 +614,7 @@ class SynapticRule(LearningRule):
                 "that returns the loss. readout=None makes a network without a loss"
             )
         both = [s.name for s, leads in self._recorder.bypassed.items() if leads and s not in self._warned_of]
-        if both and not self.shares_loss:
+        if both and alone:
             self._warned_of |= set(self._recorder.bypassed)
             warnings.warn(
                 f"{name}: a part of the loss reaches {_layers(both)} past the readout {names} (a penalty on activity, "
@@ -612,7 +638,9 @@ class SynapticRule(LearningRule):
                 "fires there counts at once, also for a loss that is then thrown away",
                 stacklevel=_outside(),
             )
-        alive = [firing for firing in (waiting() for waiting in self._waiting) if firing is not None]
+        alive = dict.fromkeys(
+            firing for firing in (*(waiting() for waiting in self._waiting), *self._latest.values()) if firing
+        )
         if not self._sums and not self._confirmed and alive:
             for firing in alive:
                 self._count_anyway(firing)
@@ -620,7 +648,8 @@ class SynapticRule(LearningRule):
                 self._warned_of_grad = True
                 warnings.warn(
                     f"{type(self).__name__}: the readout {names} has a gradient, but no backward pass has gone through "
-                    "the layers (torch.autograd.grad, or backward(inputs=...)): all whose loss is still there counts",
+                    "the layers (torch.autograd.grad, or backward(inputs=...)): what has fired last counts, and all "
+                    "whose loss is still there",
                     stacklevel=_outside(),
                 )
 

@@ -75,7 +75,9 @@ def skipped_after_backward(model: nn.Module, optimizer: bioopt.SynapticRule) -> 
 def skipped_by_the_model(model: nn.Module, optimizer: bioopt.SynapticRule) -> None:
     F.cross_entropy(model(X + 50), Y).backward()
     model.zero_grad()
-    F.cross_entropy(model(X), Y).backward()
+    loss = F.cross_entropy(model(X), Y)
+    with pytest.warns(UserWarning, match=r"\.grad was set to None after a backward pass.* dropped"):
+        loss.backward()
     optimizer.step()
 
 
@@ -661,3 +663,106 @@ def test_stdp_skips_a_batch_whose_loss_is_still_there() -> None:
             optimizer.step()
         results.append(weights(model))
     assert same(*results)
+
+
+# -- time and memory of the links ---------------------------------------------------------------------------------
+
+
+class Leaky(nn.Module):
+    """A potential that is carried from step to step without a layer between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two, self.head = (nn.Linear(a, b).double() for a, b in ((6, 5), (5, 5), (5, 4)))
+        self.kept: Tensor | float = 0.0
+
+    def forward(self, x: Tensor, steps: int) -> Tensor:
+        v, w, scores = self.kept, 0.0, 0.0
+        for _ in range(steps):
+            v = 0.9 * v + self.one(x)
+            w = 0.9 * w + self.two(torch.sigmoid(v))
+            scores = scores + self.head(torch.sigmoid(w))
+        self.kept = v
+        return scores
+
+
+def edges(tensor: Tensor) -> int:
+    return sum(len(node.next_functions) for node in graph(tensor))
+
+
+def test_links_grow_with_the_length_of_a_sequence_not_with_its_square() -> None:
+    model = Leaky()
+    optimizer = bioopt.Hebbian(model, 0.1)
+    counts = []
+    for steps in (20, 40, 80):
+        model.kept = 0.0
+        scores = model(X, steps)
+        counts.append(edges(scores))
+    assert counts[2] - counts[1] == 2 * (counts[1] - counts[0])
+    F.cross_entropy(scores, Y).backward()
+    assert {s.name: sums.events for s, sums in optimizer._confirmed.items()} == {"one": 640, "two": 640}
+    optimizer.step()
+
+
+def test_a_state_carried_linearly_keeps_no_products_and_no_links() -> None:
+    model = Leaky()
+    optimizer = bioopt.Hebbian(model, 1e-3)
+    counts, first = [], None
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(X, 1), Y)
+        counts.append(edges(loss))  # the graph of the state is not among them
+        loss.backward()
+        pending = optimizer._confirmed[next(s for s in optimizer._confirmed if s.name == "one")]
+        first = first or pending
+        assert pending.events == 8
+        optimizer.step()
+    assert counts[5] == counts[29]
+    assert first.product.numel() == 0  # the graph of the state still holds the firing
+
+
+def test_functions_of_a_users_own_may_have_tokens() -> None:
+    class Own(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x: Tensor) -> Tensor:
+            ctx.tokens = ctx.firing = [1, 2, 3]
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, grad: Tensor) -> Tensor:
+            return 2 * grad
+
+    class Between(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return Own.apply(x)
+
+    model = nn.Sequential(nn.Linear(6, 5), Between(), nn.Linear(5, 5), Between(), nn.Linear(5, 4)).double()
+    optimizer = bioopt.Hebbian(model, 0.1)
+    good(model, optimizer)
+    assert not optimizer._unreachable
+
+
+def test_inputs_of_backward_are_told_of_and_the_last_pass_counts() -> None:
+    results = []
+    for chosen in (False, True):
+        model = mlp(sizes=(6, 5, 5, 4))
+        optimizer = bioopt.Hebbian(model, 0.1)
+        good(model, optimizer)
+        with pytest.warns(UserWarning, match="no backward pass") if chosen else warnings.catch_warnings():
+            for _ in range(3):
+                optimizer.zero_grad()
+                F.cross_entropy(model(X), Y).backward(inputs=[*model.parameters()] if chosen else None)
+                optimizer.step()
+        results.append(weights(model))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_a_resting_readout_is_no_mistake() -> None:
+    model = ActorCritic()
+    optimizer = bioopt.Hebbian(model, 0.1, readout_layer=["policy", "value"])
+    model.value.requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step(lambda: both(model))
