@@ -223,9 +223,7 @@ class Mixed(Optimizer):
                 )
             learned = {name for name, label in own.items() if label not in ("frozen", "excluded")}
             covered |= {
-                name: label
-                for name, label in own.items()
-                if name in learned or covered.get(name, "frozen") == "frozen" or name not in covered
+                name: label for name, label in own.items() if name in learned or covered.get(name, "frozen") == "frozen"
             }
         return covered
 

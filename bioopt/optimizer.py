@@ -297,7 +297,7 @@ class LearningRule(Optimizer, ABC):
         for synapse in synapses:
             synapse.group = len(self.param_groups) - 1
             self._recorder.watch(synapse)
-        known = {m for _, module in self._modules for m in module.modules()}
+        known = self._inside()
         self._modules += [(prefix, module) for prefix, module in modules if module not in known]
         self._known.roots.update({module: None for _, module in modules})
         mine = set(self.param_groups[-1]["params"])
@@ -414,6 +414,10 @@ class LearningRule(Optimizer, ABC):
                 f"no longer uses the one that is trained. {way_out}"
             )
 
+    def _inside(self) -> set[nn.Module]:
+        """All modules that are now in those that were given."""
+        return {inner for _, module in self._modules for inner in module.modules()}
+
     def _claimed(self) -> Iterable[Synapse]:
         """The synapses that learn only if they fire."""
         return self._recorder.synapses.values()
@@ -421,7 +425,7 @@ class LearningRule(Optimizer, ABC):
     def _none_fired(self) -> str:
         """Why no layer has fired, as far as can be seen, and what to do."""
         synapses = list(self._claimed())
-        inside = {m for _, module in self._modules for m in module.modules()}
+        inside = self._inside()
         if synapses and not any(s.layer in inside for s in synapses):
             why = "its layers were replaced in the model after the optimizer was built: build the optimizer anew"
         elif synapses and not any(s.weight.requires_grad for s in synapses):
@@ -444,7 +448,7 @@ class LearningRule(Optimizer, ABC):
         if now == self._checked and not absent:
             return
         only_replaced, self._checked = now == self._checked, now
-        inside = {m for _, module in self._modules for m in module.modules()}
+        inside = self._inside()
         told: list[str] = []
         for s in synapses:
             if s in fired or s in self._silent or not s.weight.requires_grad:
@@ -748,11 +752,13 @@ class Probe:
                 return
             if isinstance(module, nn.parallel.DistributedDataParallel):
                 raise RuntimeError(IN_DDP)
-            if in_dual_level() and not torch._C._is_fwd_grad_enabled() and trained & set(module.parameters(False)):
-                raise RuntimeError(NO_TANGENT)
             self._known.modules.setdefault(module, None)
-            if trained & set(module.parameters(False)) and torch.is_autocast_enabled(device := _device(module)):
-                self._known.autocast = torch.get_autocast_dtype(device)
+            own = next((p for p in module.parameters(False) if p in trained), None)
+            if own is not None:
+                if in_dual_level() and not torch._C._is_fwd_grad_enabled():
+                    raise RuntimeError(NO_TANGENT)
+                if torch.is_autocast_enabled(own.device.type):
+                    self._known.autocast = torch.get_autocast_dtype(own.device.type)
             self._attributes.setdefault(module, _tensors(module))
             if module not in self._before:
                 self._before[module] = _Buffers(module)
@@ -761,10 +767,6 @@ class Probe:
 
 
 NO_TANGENT = "a layer runs where forward AD is switched off, as in checkpoint(..., use_reentrant=True)"
-
-
-def _device(module: nn.Module) -> str:
-    return next(module.parameters(False)).device.type
 
 
 def in_dual_level() -> bool:

@@ -403,7 +403,7 @@ def _token_at(node: Any) -> Tensor | None:
         token: Tensor | None = node.metadata.get(_TOKEN) if node.next_functions else None
         return token
     if len(node.tokens) > 1:
-        node.tokens = tuple(filter(None.__ne__, [_joined(list(node.tokens))]))
+        node.tokens = (_joined(list(node.tokens)),)
     return node.tokens[0] if node.tokens else None
 
 

@@ -154,8 +154,8 @@ def _train(config: DictConfig, started: Progress, folder: Path, device: torch.de
                 try:
                     loss, taken = phase.step(inputs, labels, augment.frames, config.amp, around)
                 except RuntimeError as error:
-                    kind = type(error) if isinstance(error, bioopt.Diverged) else RuntimeError
-                    raise kind(f"{error} (epoch {epoch}, optimizer.lr={config.optimizer.lr})") from error
+                    error.args = (f"{error} (epoch {epoch}, optimizer.lr={config.optimizer.lr})",)
+                    raise
                 losses += loss
                 passes += taken * whole
                 log.step(steps, loss[-1], inside.lines)
@@ -254,10 +254,9 @@ class Phase:
                 with around(closure):
                     loss: Any = area.optimizer.step(closure)  # type: ignore[arg-type]
             except RuntimeError as error:
-                if not area.name:
-                    raise
-                kind = type(error) if isinstance(error, bioopt.Diverged) else RuntimeError
-                raise kind(f"area {area.name}: {error}") from error
+                if area.name:
+                    error.args = (f"area {area.name}: {error}",)
+                raise
             losses.append(loss.mean())
             if area.scheduler is not None:
                 area.scheduler.step()
