@@ -123,7 +123,8 @@ def test_record(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     result = json.loads((tmp_path / "records/digits/result.json").read_text())
     assert result["test_accuracy"] == [summary["test_accuracy"] for summary in reversed(summaries)]
     again = shlex.split(result["command"].replace("seed=0,1", "seed=0"))[3:]
-    assert config(*again, "logger.mode=disabled") == config(*TINY, "seed=0")
+    same = "run_dir=same"  # by default it is named by the second
+    assert config(*again, "logger.mode=disabled", same) == config(*TINY, "seed=0", same)
     before = (tmp_path / "records/README.md").read_text()
     assert result["command"] in before
     call("record.py")
