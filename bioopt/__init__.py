@@ -16,11 +16,18 @@ Each is a `torch.optim.Optimizer` that trains an unmodified `torch.nn.Module` by
 
 from . import costs, nn
 from .contrastive import ContrastiveDivergence
+from .core.errors import Diverged
+from .core.local_product import LocalProductRule, LocalRule, SynapticRule
+from .core.one_pass import OnePass
+from .core.probe import Probe
+from .core.recorder import Firing, Recorder
+from .core.rows import on_rows
+from .core.rule import LearningRule
+from .core.synapse import Synapse, find_synapses, register_synapse
 from .diagnosis import diagnose
-from .errors import Diverged
+from .feedback import FeedbackRule
 from .hebbian import BCM, AntiHebbian, Hebbian, KrotovHopfield, Oja, RewardHebbian, Sanger, SoftHebb
 from .mixed import Mixed
-from .optimizer import LearningRule
 from .perturbation import (
     ForwardGradient,
     HillClimbing,
@@ -29,9 +36,7 @@ from .perturbation import (
     SerialPerturbation,
     WeightPerturbation,
 )
-from .recorder import Recorder, Synapse, register_synapse
 from .spiking import STDP, RewardSTDP
-from .synaptic import SynapticRule
 
 __version__ = "0.1.0"
 
@@ -41,14 +46,20 @@ __all__ = [
     "AntiHebbian",
     "ContrastiveDivergence",
     "Diverged",
+    "FeedbackRule",
+    "Firing",
     "ForwardGradient",
     "Hebbian",
     "HillClimbing",
     "KrotovHopfield",
     "LearningRule",
+    "LocalProductRule",
+    "LocalRule",
     "Mixed",
     "NodePerturbation",
     "Oja",
+    "OnePass",
+    "Probe",
     "RankOnePerturbation",
     "Recorder",
     "RewardHebbian",
@@ -61,6 +72,8 @@ __all__ = [
     "WeightPerturbation",
     "costs",
     "diagnose",
+    "find_synapses",
     "nn",
+    "on_rows",
     "register_synapse",
 ]

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .optimizer import NON_NEGATIVE, POSITIVE, Constraint, in_full, require_in_range
+from .core.constraints import NON_NEGATIVE, POSITIVE, Constraint, require_in_range
+from .core.products import in_full
 
 __all__ = [
     "UNLABELLED",

@@ -9,8 +9,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .optimizer import Closure, LearningRule, Probe, backward_where_missing, restoring_grad_mode, settled
-from .synaptic import SynapticRule
+from .core.probe import Closure, Probe, restoring_grad_mode, settled
+from .core.rule import LearningRule
 
 __all__ = ["diagnose"]
 
@@ -48,7 +48,7 @@ def diagnose(optimizer: LearningRule, closure: Closure, samples: int = 4) -> dic
         raise TypeError(f"diagnose takes a single rule, not {type(optimizer).__name__}; diagnose its members, if any")
     params = [p for p in optimizer._trained() if p.requires_grad]
     grads, own_state = {p: p.grad for p in optimizer._trained()}, optimizer._own_state
-    target = optimizer.target if isinstance(optimizer, SynapticRule) else None
+    target = optimizer.target
     evaluations = 0
 
     def evaluated(what: Callable[[Probe], _T]) -> _T:
@@ -68,30 +68,25 @@ def diagnose(optimizer: LearningRule, closure: Closure, samples: int = 4) -> dic
             return settled(optimizer._undo, work)
 
     def gradient(probe: Probe) -> dict[Tensor, Tensor]:
-        for p in params:
-            p.grad = None
-        with optimizer._recorder.visiting(None):
-            losses = probe(grad=True)
-        backward_where_missing(losses, params)
-        if all(p.grad is None for p in params):
+        with optimizer._recorder.asleep():
+            _, found = probe.gradients(params)
+        if not found:
             raise RuntimeError("diagnose needs a closure that returns the loss as a tensor with its graph")
-        return {p: torch.zeros_like(p) if p.grad is None else p.grad for p in params}
+        return {p: found[p] if p in found else torch.zeros_like(p) for p in params}
 
     updates: list[dict[Tensor, Tensor]] = []
     try:
         with torch.no_grad():
             true = evaluated(gradient)
             for _ in range(samples):
-                if isinstance(optimizer, SynapticRule):
-                    optimizer.target = target  # each step uses it up
-                _, made, optimizer._own_state = evaluated(optimizer._estimate)
+                optimizer.target = target  # each step uses it up
+                _, made, optimizer._own_state = evaluated(optimizer.evaluate)
                 optimizer._recorder.reset()
                 updates.append({p: made.get(p, torch.zeros_like(p)) for p in params})
     finally:
         optimizer._recorder.reset()
         optimizer._own_state = own_state
-        if isinstance(optimizer, SynapticRule):
-            optimizer.target = target
+        optimizer.target = target
         for p, grad in grads.items():
             p.grad = grad
     names = optimizer._names()

@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .integrations import (
+from .core._torch_private import mark_as_stepped, unhooked_step
+from .core.errors import require_finite
+from .core.hooks import IN_PYTHON
+from .core.integrations import (
     for_distributed_checkpoint,
     in_distributed_checkpoint,
     needs_estimate,
@@ -19,19 +22,8 @@ from .integrations import (
     read_checkpoint,
     refuse_scaler,
 )
-from .optimizer import (
-    Closure,
-    Known,
-    LearningRule,
-    Probe,
-    backward_where_missing,
-    require_finite,
-    restoring_grad_mode,
-    settled,
-    unhooked_step,
-)
-from .recorder import IN_PYTHON
-from .synaptic import SynapticRule
+from .core.probe import Closure, Known, Probe, restoring_grad_mode, settled
+from .core.rule import LearningRule
 
 __all__ = ["Mixed"]
 
@@ -85,8 +77,7 @@ class Mixed(Optimizer):
         for rule in self._rules():
             self._known.roots.update(rule._known.roots)
             rule._undo = self._undo
-            if isinstance(rule, SynapticRule):
-                rule.shares_loss = len(optimizers) > 1
+            rule.shares_loss = len(optimizers) > 1
         # What all members know by default: schedulers look for `momentum` there.
         common = set.intersection(*(set(member.defaults) for member in optimizers))
         super().__init__([{"params": list(owners)}], {name: optimizers[0].defaults[name] for name in common})
@@ -124,7 +115,7 @@ class Mixed(Optimizer):
             own_states: dict[LearningRule, dict[str, Any]] = {}
             for member in self.optimizers:
                 if isinstance(member, LearningRule):
-                    estimate, own_states[member] = member._collect()
+                    estimate, own_states[member] = member.collect()
                 else:
                     estimate = _grads(member)
                 grads |= estimate
@@ -157,7 +148,7 @@ class Mixed(Optimizer):
     @torch.no_grad()
     def descend(self) -> None:
         """Let every member descend along its parameters' ``.grad``."""
-        self._opt_called = True  # as of a rule
+        mark_as_stepped(self)
         self._estimated = False
         for member in self.optimizers:
             if isinstance(member, LearningRule):
@@ -248,54 +239,54 @@ class Mixed(Optimizer):
         return [p for member in self.optimizers for p in _params(member)]
 
     def _estimate(self, probe: Probe) -> tuple[Tensor, dict[Tensor, Tensor], dict[LearningRule, dict[str, Any]]]:
-        synaptic = [m for m in self.optimizers if isinstance(m, SynapticRule)]
         plain = [m for m in self.optimizers if not isinstance(m, LearningRule)]
-        several = [m for m in self._rules() if not isinstance(m, SynapticRule)]
+        sharing = [rule for rule in self._rules() if rule.shares_pass]
+        several = [rule for rule in self._rules() if not rule.shares_pass]
         losses: list[Tensor] = []
         grads: dict[Tensor, Tensor] = {}
         own_states: dict[LearningRule, dict[str, Any]] = {}
         for p in self._trained():
             p.grad = None
-        if synaptic or plain:
-            for rule in synaptic:
-                rule._begin()
+        if sharing or plain:
+            for rule in sharing:
+                rule.begin()
                 rule._recorder.trace = not self._traced
-            by_gradient = [p for m in plain for p in _params(m)] + [p for r in synaptic for p in r.readout_parameters()]
-            loss = probe(grad=bool(by_gradient))
-            require_finite(self, "the loss", [loss.detach()])
-            backward_where_missing(loss, by_gradient, [r._recorder.anchor for r in synaptic if r.readout_parameters()])
-            self._check_reached(plain, synaptic)
-            losses.append(loss.detach())
+            wanted = [p for m in plain for p in _params(m)] + [p for r in sharing for p in r.gradient_parameters()]
+            anchors = [r._recorder.reach.anchor for r in sharing if r.gradient_parameters()]
+            loss, _ = probe.gradients(wanted, anchors)
+            require_finite(self, "the loss", [loss])
+            self._check_reached(plain, sharing)
+            losses.append(loss)
             for optimizer in plain:
                 grads |= _grads(optimizer)
-            for rule in synaptic:
-                estimate, own_states[rule] = rule._collect()
+            for rule in sharing:
+                estimate, own_states[rule] = rule.collect()
                 grads |= estimate
             for p in self._trained():  # out of reach of the next evaluation's zero_grad and backward
                 p.grad = None
         for member in several:
             with ExitStack() as asleep:
-                for other in synaptic:
-                    asleep.enter_context(other._recorder.visiting(None))
-                loss, estimate, own_states[member] = member._estimate(probe)
+                for other in sharing:
+                    asleep.enter_context(other._recorder.asleep())
+                loss, estimate, own_states[member] = member.evaluate(probe)
             losses.append(loss)
             grads |= estimate
         return losses[0], grads, own_states
 
-    def _check_reached(self, plain: list[Optimizer], synaptic: list[SynapticRule]) -> None:
+    def _check_reached(self, plain: list[Optimizer], sharing: list[LearningRule]) -> None:
         if self._traced:
             return
-        beneath = {p for rule in synaptic for p in rule._recorder.beneath}
+        beneath = {p for rule in sharing for p in rule._recorder.beneath}
         for member in plain:
             lost = [tuple(p.shape) for p in _params(member) if p in beneath and p.grad is None]
             if lost:
                 raise RuntimeError(
                     f"Mixed: {type(member).__name__} trains parameters by gradients (shapes {lost}) beneath layers of "
-                    f"{' and '.join(type(r).__name__ for r in synaptic)}, which let no gradient pass: they could never "
+                    f"{' and '.join(type(r).__name__ for r in sharing)}, which let no gradient pass: they could never "
                     "learn. Give them a rule of their own, or freeze them"
                 )
         self._traced = True
-        for rule in synaptic:
+        for rule in sharing:
             rule._recorder.trace = False
 
 

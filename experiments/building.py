@@ -16,7 +16,7 @@ from torch import nn
 
 import bioopt
 from bioopt.costs import Cost
-from bioopt.recorder import find_synapses
+from bioopt import find_synapses
 
 from . import data
 from .options import OF_TASKS, unknown

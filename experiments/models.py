@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from bioopt.nn import RBM, Attention, Gate
-from bioopt.recorder import find_synapses
+from bioopt import find_synapses
 
 from .options import require_counts
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import bioopt
 from bioopt.costs import Cost
-from bioopt.recorder import find_synapses
+from bioopt import find_synapses
 
 from . import data, interrupts, logs, pictures, tasks
 from .areas import Area, build_areas, split

@@ -34,7 +34,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import bioopt
-from bioopt.noise import fill_normal_, fill_rademacher_
+from bioopt.core.noise import fill_normal_, fill_rademacher_
 from experiments.models import cnn, mlp
 
 SHAPE = (1, 28, 28)

@@ -12,14 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bioopt
-from bioopt.synaptic import SynapticRule
 
 RULES = [
     rule
     for rule in (getattr(bioopt, name) for name in bioopt.__all__)
     if inspect.isclass(rule) and issubclass(rule, bioopt.LearningRule) and not inspect.isabstract(rule)
 ]
-ONE_PASS = [rule for rule in RULES if issubclass(rule, SynapticRule)]
+ONE_PASS = [rule for rule in RULES if issubclass(rule, bioopt.OnePass)]
 SEVERAL_PASSES = [rule for rule in RULES if rule not in ONE_PASS]
 ONE_EVALUATION = [
     *ONE_PASS,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bioopt
-from bioopt.noise import NoiseSource
+from bioopt.core.noise import NoiseSource
 
 VISIBLE, HIDDEN = 4, 3
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import bioopt
-from bioopt.noise import NoiseSource, fill_normal_, fill_rademacher_
+from bioopt.core.noise import NoiseSource, fill_normal_, fill_rademacher_
 
 from .rules import SEVERAL_PASSES, make, mlp, options_of, ordinary, per_sample, same, weights
 

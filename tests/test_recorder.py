@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import bioopt
-from bioopt.recorder import find_synapses
+from bioopt import find_synapses
+from bioopt.core.acts import isolate
 
 from .rules import NETWORKS, ORDINARY, RULES, hooks, make, mlp, same, weights
 
@@ -26,7 +27,12 @@ def test_backprop_reassembled_from_cut_layers_equals_autograd() -> None:
     recorder, records = bioopt.Recorder(), []
     for synapse in find_synapses(model):
         recorder.watch(synapse)
-    recorder.visit = lambda synapse, u: records.append((synapse, u))
+
+    def leave(firing: bioopt.Firing, u: Tensor) -> Tensor:
+        records.append((firing.synapse, u))
+        return u.detach()
+
+    recorder.act(isolate, leave)
     out = model(x)
     assert not out.requires_grad
     out.requires_grad_()

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bioopt
+from bioopt import find_synapses
+from bioopt.core.noise import NoiseSource, fill_normal_
+from bioopt.core.rows import rows_now
 from bioopt.nn import Attention, Gate
-from bioopt.noise import NoiseSource, fill_normal_
-from bioopt.recorder import find_synapses, rows_seen
 
 from .rules import ONE_PASS, ORDINARY, SPIKING, batch, make, per_sample, same, steps, weights
 
@@ -163,9 +164,7 @@ def test_a_gate_within_a_gate_knows_its_samples() -> None:
     outer = Gate(nn.Linear(SIZE, 2), [inner, nn.Linear(SIZE, HIDDEN)], active=1).double()
     seen = []
     for synapse in find_synapses(outer):
-        synapse.layer.register_forward_hook(
-            lambda layer, args, u, synapse=synapse: seen.append((args[0], rows_seen(synapse, u)))
-        )
+        synapse.layer.register_forward_hook(lambda layer, args, u: seen.append((args[0], rows_now())))
     outer(X)
     assert len(seen) == 2 + 1 + PATHWAYS
     for x, rows in seen[1:]:

@@ -21,7 +21,7 @@ one_pass = pytest.mark.parametrize("rule", ONE_PASS, ids=lambda rule: rule.__nam
 
 
 def after(
-    play: Callable[[nn.Module, bioopt.SynapticRule], None],
+    play: Callable[[nn.Module, bioopt.LocalRule], None],
     network: Callable[[], nn.Module] = mlp,
     rule: type = bioopt.Hebbian,
     **options: object,
@@ -32,19 +32,19 @@ def after(
     return weights(model)
 
 
-def good(model: nn.Module, optimizer: bioopt.SynapticRule, steps: int = 1) -> None:
+def good(model: nn.Module, optimizer: bioopt.LocalRule, steps: int = 1) -> None:
     for _ in range(steps):
         optimizer.zero_grad()
         F.cross_entropy(model(X), Y).backward()
         optimizer.step()
 
 
-def discarded(model: nn.Module, optimizer: bioopt.SynapticRule) -> None:
+def discarded(model: nn.Module, optimizer: bioopt.LocalRule) -> None:
     model(X + 50)
     good(model, optimizer)
 
 
-def discarded_later(model: nn.Module, optimizer: bioopt.SynapticRule) -> None:
+def discarded_later(model: nn.Module, optimizer: bioopt.LocalRule) -> None:
     optimizer.zero_grad()
     loss = F.cross_entropy(model(X), Y)
     model(X + 50)
@@ -53,7 +53,7 @@ def discarded_later(model: nn.Module, optimizer: bioopt.SynapticRule) -> None:
     optimizer.step()
 
 
-def skipped_without_backward(model: nn.Module, optimizer: bioopt.SynapticRule) -> None:
+def skipped_without_backward(model: nn.Module, optimizer: bioopt.LocalRule) -> None:
     for x in (X * torch.nan, X):
         optimizer.zero_grad()
         loss = F.cross_entropy(model(x), Y)
@@ -63,7 +63,7 @@ def skipped_without_backward(model: nn.Module, optimizer: bioopt.SynapticRule) -
         optimizer.step()
 
 
-def skipped_after_backward(model: nn.Module, optimizer: bioopt.SynapticRule) -> None:
+def skipped_after_backward(model: nn.Module, optimizer: bioopt.LocalRule) -> None:
     for x in (X + 50, X - 50, X):
         F.cross_entropy(model(x), Y).backward()
         if x is not X:
@@ -72,7 +72,7 @@ def skipped_after_backward(model: nn.Module, optimizer: bioopt.SynapticRule) -> 
         optimizer.step()
 
 
-def skipped_by_the_model(model: nn.Module, optimizer: bioopt.SynapticRule) -> None:
+def skipped_by_the_model(model: nn.Module, optimizer: bioopt.LocalRule) -> None:
     F.cross_entropy(model(X + 50), Y).backward()
     model.zero_grad()
     loss = F.cross_entropy(model(X), Y)
@@ -81,14 +81,14 @@ def skipped_by_the_model(model: nn.Module, optimizer: bioopt.SynapticRule) -> No
     optimizer.step()
 
 
-def discarded_by_name(model: nn.Module, optimizer: bioopt.SynapticRule) -> None:
+def discarded_by_name(model: nn.Module, optimizer: bioopt.LocalRule) -> None:
     loss = F.cross_entropy(model(X + 50), Y)
     optimizer.discard()
     loss.backward()  # too late
     good(model, optimizer)
 
 
-def sent_backward_twice(model: nn.Module, optimizer: bioopt.SynapticRule) -> None:
+def sent_backward_twice(model: nn.Module, optimizer: bioopt.LocalRule) -> None:
     optimizer.zero_grad()
     out = model(X)
     loss = F.cross_entropy(out, Y)
@@ -132,7 +132,7 @@ def test_every_rule_skips_a_discarded_batch(rule: type) -> None:
 
 
 def test_accumulation_counts_each_micro_batch_once() -> None:
-    def play(model: nn.Module, optimizer: bioopt.SynapticRule) -> None:
+    def play(model: nn.Module, optimizer: bioopt.LocalRule) -> None:
         optimizer.zero_grad()
         for x, y in zip(X.split(2), Y.split(2), strict=True):
             (F.cross_entropy(model(x), y) / 4).backward()
@@ -433,7 +433,7 @@ def test_zeros_that_a_function_makes_of_no_gradient_are_no_second_loss() -> None
 # -- several backward passes through one forward pass ------------------------------------------------------------
 
 
-def twice(model: nn.Module, optimizer: bioopt.SynapticRule) -> None:
+def twice(model: nn.Module, optimizer: bioopt.LocalRule) -> None:
     loss = F.cross_entropy(model(X), Y)
     loss.backward(retain_graph=True)
     optimizer.zero_grad()  # a second backward pass brings it again
@@ -441,7 +441,7 @@ def twice(model: nn.Module, optimizer: bioopt.SynapticRule) -> None:
     optimizer.step()
 
 
-def surgery(model: nn.Module, optimizer: bioopt.SynapticRule) -> None:
+def surgery(model: nn.Module, optimizer: bioopt.LocalRule) -> None:
     """Gradients of two tasks, each by itself, added up by hand."""
     losses = F.cross_entropy(model(X), Y, reduction="none")
     grads = []
@@ -454,7 +454,7 @@ def surgery(model: nn.Module, optimizer: bioopt.SynapticRule) -> None:
     optimizer.step()
 
 
-def probed(model: nn.Module, optimizer: bioopt.SynapticRule) -> None:
+def probed(model: nn.Module, optimizer: bioopt.LocalRule) -> None:
     """Gradients of the loss are looked at first."""
     loss = F.cross_entropy(model(X), Y)
     optimizer.zero_grad()
@@ -508,7 +508,7 @@ def test_two_rules_with_losses_of_their_own(order: tuple[int, int]) -> None:
 def test_gradients_of_the_readout_made_by_other_means(first: bool) -> None:
     """autograd.grad goes through no layer: what is still there counts, which is said once."""
 
-    def play(model: nn.Module, optimizer: bioopt.SynapticRule) -> None:
+    def play(model: nn.Module, optimizer: bioopt.LocalRule) -> None:
         if not first:
             good(model, optimizer)
         optimizer.zero_grad()
@@ -559,9 +559,9 @@ def test_a_state_kept_between_steps_needs_no_detach_and_does_not_grow() -> None:
 
 
 def graph(tensor: Tensor):
-    from bioopt.recorder import _graph
+    from bioopt.core.reach import graph_behind
 
-    return _graph([tensor.grad_fn])
+    return graph_behind([tensor.grad_fn])
 
 
 class NoDerivative(torch.autograd.Function):
@@ -719,7 +719,7 @@ def test_a_state_carried_linearly_keeps_no_products_and_no_links() -> None:
         assert pending.events == 8
         optimizer.step()
     assert counts[5] == counts[29]
-    assert first.product.numel() == 0  # the graph of the state still holds the firing
+    assert not first.values  # the graph of the state still holds the firing
 
 
 def test_functions_of_a_users_own_may_have_tokens() -> None:

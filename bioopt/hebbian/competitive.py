@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack, final
 
 import torch
 from torch import Tensor
 
-from ..optimizer import NON_NEGATIVE, POSITIVE, POSITIVE_INT, Constraint, Params, in_full
-from ..recorder import Synapse, rows_seen
-from ..synaptic import Few, SynapticRule
-from .pools import (
+from ..core.constraints import NON_NEGATIVE, POSITIVE, POSITIVE_INT, Constraint, one_of
+from ..core.local_product import LocalProductRule, LocalRule, means
+from ..core.params import Params
+from ..core.products import SparseSignal, in_full
+from ..core.readout import ReadoutOptions
+from ..core.recorder import Firing
+from ..core.sums import Sums, product_sums
+from ..core.synapse import Synapse
+from .arithmetic import (
     along_channels,
+    clip_update_norm,
     compete,
-    cut,
     decay_own_,
-    few,
     in_pools,
     largest,
     rows_of,
+    signal_activity_product,
     softmax_,
+    sparse_signal,
     strongest,
-    together,
     weight_shaped,
 )
 
@@ -29,7 +34,8 @@ COMPETITIONS = ("soft", "hard", "k", "none")
 DECAYS = ("subspace", "own", "none")
 
 
-class Hebbian(SynapticRule):
+@final
+class Hebbian(LocalRule):
     r"""Competitive Hebbian plasticity: neurons compete for each event, and winners move towards what they saw.
 
     .. math::
@@ -47,7 +53,7 @@ class Hebbian(SynapticRule):
     ``competition`` says what share :math:`y_k` of an event a neuron gets: ``"soft"``, the softmax above; ``"hard"``,
     the winner takes all; ``"k"``, the softmax among the ``k`` strongest alone; ``"none"``, each gets all
     (:math:`y_k = 1`: with the subspace decay, Oja's rule of 1989, which finds the principal components). With
-    ``losers`` :math:`= \lambda > 0`, all but the winner learn the opposite, by :math:`-\lambda y_k`.
+    ``loser_strength`` :math:`= \lambda > 0`, all but the winner learn the opposite, by :math:`-\lambda y_k`.
 
     ``decay="subspace"`` is Oja's of 1989, as above: what all the neurons of a pool together already say of the input,
     :math:`\sum_j u_j w_j`, is taken from it, as by feedback inhibition. It bounds the weights (at rest
@@ -58,9 +64,10 @@ class Hebbian(SynapticRule):
     Decay is taken at the new weights :math:`w'`: the same rule for a small ``lr``, but one that a large one cannot
     make overshoot. With :math:`P = \langle (m y u)\,x^\top\rangle` and :math:`C = \langle (m y u)\,u^\top\rangle`
     (its diagonal alone for ``"own"``), that is :math:`\Delta W = (I + \mathrm{lr}\,C)^{-1} (P - C W)`. With
-    ``losers`` or a negative modulator, which could make that system singular, decay is taken at the old weights. A
-    step that would be longer than the pool's weights (:math:`\mathrm{lr} \lVert\Delta W\rVert > \lVert W\rVert`,
-    Frobenius norms) is cut to their length; not so without decay, where the weights are the plain sum of what they saw.
+    ``loser_strength`` or a negative modulator, which could make that system singular, decay is taken at the old
+    weights. A step that would be longer than the pool's weights (:math:`\mathrm{lr} \lVert\Delta W\rVert > \lVert
+    W\rVert`, Frobenius norms) is cut to their length; not so without decay, where the weights are the plain sum of
+    what they saw.
 
     No error signal and no labels enter; only the readout sees a loss.
 
@@ -71,9 +78,9 @@ class Hebbian(SynapticRule):
             the winner.
         competition: ``"soft"``, ``"hard"``, ``"k"`` or ``"none"``.
         k: the number of neurons that share an event with ``competition="k"``.
-        losers: :math:`\lambda`, the strength of anti-Hebbian learning in all but the winner.
+        loser_strength: :math:`\lambda`, the strength of anti-Hebbian learning in all but the winner.
         decay: ``"subspace"``, ``"own"`` or ``"none"``.
-        options: the readout, ``descent``, its options and ``process_group``, as in `SynapticRule`, whose errors are
+        options: the readout, ``descent``, its options and ``process_group``, as in `LocalRule`, whose errors are
             raised here as well.
 
     Attributes:
@@ -94,12 +101,13 @@ class Hebbian(SynapticRule):
         loss = optimizer.step(closure)
     """
 
+    renamed: ClassVar[dict[str, str]] = {"losers": "loser_strength"}
     constraints: ClassVar[dict[str, Constraint]] = {
         "inverse_temperature": POSITIVE,
-        "competition": (lambda v: v in COMPETITIONS, f"one of {', '.join(COMPETITIONS)}"),
+        "competition": one_of(*COMPETITIONS),
         "k": POSITIVE_INT,
-        "losers": NON_NEGATIVE,
-        "decay": (lambda v: v in DECAYS, f"one of {', '.join(DECAYS)}"),
+        "loser_strength": NON_NEGATIVE,
+        "decay": one_of(*DECAYS),
     }
 
     def __init__(
@@ -110,20 +118,19 @@ class Hebbian(SynapticRule):
         inverse_temperature: float = 1.0,  # t
         competition: str = "soft",
         k: int = 2,
-        losers: float = 0.0,  # λ
+        loser_strength: float = 0.0,  # λ
         decay: str = "subspace",
         readout: str | None = "delta",
-        **options: Any,
+        **options: Unpack[ReadoutOptions],
     ) -> None:
         own = {
             "inverse_temperature": inverse_temperature,
             "competition": competition,
             "k": k,
-            "losers": losers,
+            "loser_strength": loser_strength,
             "decay": decay,
         }
         self.modulator: float | Tensor = 1.0
-        self._reversed = False  # whether it was negative in a pass since the last step
         super().__init__(params, lr, readout=readout, own=own, **options)
 
     def least_neurons(self, group: dict[str, Any]) -> tuple[int, str]:
@@ -132,30 +139,39 @@ class Hebbian(SynapticRule):
             return group["k"], f"k={group['k']}"
         return (1, "") if group["competition"] == "none" else (2, f"competition={group['competition']!r}")
 
-    def signal(self, u: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor | Few:
-        """``m y u``."""
-        kind, losers = group["competition"], group["losers"]
-        s: Tensor | Few
-        if kind == "none":
-            s = u
-        else:
-            scale = group["inverse_temperature"] / synapse.weight.flatten(1).norm(dim=1).clamp(min=1e-12)
-            wide = in_full(u)
-            strength = wide * along_channels(scale, wide, synapse)
-            if kind == "k" or (kind == "hard" and not losers):
-                best, which = strongest(strength, synapse, group["k"] if kind == "k" else 1)
-                s = few(which, _first_wins(softmax_(best, -1), losers), synapse)
-                activity = u.movedim(u.ndim + synapse.channel_dim, -1).reshape(-1, len(synapse.weight))
-                s.told.mul_(activity.gather(1, s.neurons))
-            else:
-                s = compete(strength, synapse, lambda pooled, dim: _shares(pooled, dim, kind, losers)).mul_(u)
-        return self._modulated(s, u, synapse)
+    def measure(self, firing: Firing, u: Tensor) -> Sums:
+        """``Σ s xᵀ`` and ``Σ s`` of the signal ``s = m y u``, and whether a modulator was negative."""
+        activity, group = u.detach(), self.param_groups[firing.synapse.group]
+        if not u.numel():
+            sums = product_sums(firing, u, torch.zeros_like(activity))
+            sums.counts["reversed"] = 0.0
+            return sums
+        s, negative = self._modulated(self._shared(activity, firing.synapse, group), activity, firing)
+        sums = product_sums(firing, u, s)
+        sums.counts["reversed"] = float(negative)
+        return sums
 
-    def _modulated(self, s: Tensor | Few, u: Tensor, synapse: Synapse) -> Tensor | Few:
-        """``m s``."""
-        m = self.modulator
+    def _shared(self, u: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor | SparseSignal:
+        """``y u``."""
+        kind, losers = group["competition"], group["loser_strength"]
+        if kind == "none":
+            return u
+        scale = group["inverse_temperature"] / synapse.weight.flatten(1).norm(dim=1).clamp(min=1e-12)
+        wide = in_full(u)
+        strength = wide * along_channels(scale, wide, synapse)
+        if kind == "k" or (kind == "hard" and not losers):
+            best, which = strongest(strength, synapse, group["k"] if kind == "k" else 1)
+            s = sparse_signal(which, _first_wins(softmax_(best, -1), losers), synapse)
+            activity = u.movedim(u.ndim + synapse.channel_dim, -1).reshape(-1, len(synapse.weight))
+            s.values.mul_(activity.gather(1, s.neurons))
+            return s
+        return compete(strength, synapse, lambda pooled, dim: _shares(pooled, dim, kind, losers)).mul_(u)
+
+    def _modulated(self, s: Tensor | SparseSignal, u: Tensor, firing: Firing) -> tuple[Tensor | SparseSignal, bool]:
+        """``m s``, and whether ``m`` is negative somewhere."""
+        m, synapse = self.modulator, firing.synapse
         if isinstance(m, Tensor):
-            rows = rows_seen(synapse, u) if m.ndim == 1 else None
+            rows = firing.rows_of(u) if m.ndim == 1 else None
             if rows is not None and rows.count == len(m):
                 m = m.to(u.device)[rows.index]
             if m.ndim == 1 and (u.ndim <= -synapse.channel_dim or len(u) != len(m)):
@@ -164,43 +180,35 @@ class Hebbian(SynapticRule):
                     f"gave an output of shape {tuple(u.shape)}"
                 )
         elif m == 1:
-            return s
-        self._reversed |= not bool((torch.as_tensor(m) >= 0).all())
-        if isinstance(s, Few):
+            return s, False
+        negative = not bool((torch.as_tensor(m) >= 0).all())
+        if isinstance(s, SparseSignal):
             if isinstance(m, Tensor):
-                events = len(s.told) // max(1, m.numel())
-                m = m.to(s.told).reshape(-1, 1).repeat_interleave(events, 0)
-            return s._replace(told=s.told * m)
+                events = len(s.values) // max(1, m.numel())
+                m = m.to(s.values).reshape(-1, 1).repeat_interleave(events, 0)
+            return s._replace(values=s.values * m), negative
         if isinstance(m, Tensor):
             m = m.to(s).view(-1, *[1] * (s.ndim - 1))
-        return s * m
+        return s * m, negative
 
-    def forget(self) -> None:
-        """The signs of the modulators so far."""
-        self._reversed = False
-
-    @torch.no_grad()
-    def _collect(self, losses: Tensor | None = None) -> tuple[dict[Tensor, Tensor], dict[str, Any]]:
-        if self.process_group is not None:  # all ranks must take the same decay
-            ranks = torch.tensor([float(self._reversed)], device=self._trained()[0].device)
-            self._sum_over_ranks([ranks])
-            self._reversed = bool(ranks.item())
-        return super()._collect(losses)
-
-    def update(self, product: Tensor, signal: Tensor | None, synapse: Synapse, group: dict[str, Any]) -> Tensor:
+    def changes(
+        self, sums: Sums, synapse: Synapse, group: dict[str, Any], state: dict[str, Any]
+    ) -> dict[Tensor, Tensor]:
         """``(I + lr C)⁻¹ (P - C W)`` in each pool, no step longer than ``‖W‖``; without decay ``P``."""
+        product, signal = means(sums)
         if group["decay"] == "none":
-            return product
+            return {synapse.weight: product}
         rows = in_pools(product, synapse)
         weight = in_pools(synapse.weight.detach(), synapse)
-        said = together(rows, weight, signal, synapse)
+        decay = signal_activity_product(rows, weight, signal, synapse)
         if group["decay"] == "own":
-            said = torch.diag_embed(said.diagonal(dim1=-2, dim2=-1))
-        change = rows.baddbmm_(said, weight, alpha=-1)
-        if not group["losers"] and not self._reversed:
-            system = torch.eye(said.shape[-1], dtype=rows.dtype, device=rows.device) + group["lr"] * said
+            decay = torch.diag_embed(decay.diagonal(dim1=-2, dim2=-1))
+        change = rows.baddbmm_(decay, weight, alpha=-1)
+        if not group["loser_strength"] and not sums.counts["reversed"]:
+            system = torch.eye(decay.shape[-1], dtype=rows.dtype, device=rows.device) + group["lr"] * decay
             change, _ = torch.linalg.solve_ex(system, change)  # which does not wait for the device
-        return weight_shaped(cut(change, weight, group["lr"]).to(product.dtype), synapse)
+        change = clip_update_norm(change, weight, group["lr"])
+        return {synapse.weight: weight_shaped(change.to(product.dtype), synapse)}
 
 
 def _shares(strength: Tensor, dim: int, kind: str, losers: float) -> Tensor:
@@ -221,7 +229,8 @@ def _first_wins(shares: Tensor, losers: float) -> Tensor:
     return shares
 
 
-class SoftHebb(SynapticRule):
+@final
+class SoftHebb(LocalProductRule):
     r"""SoftHebb: soft winner-take-all in which losers learn the opposite, as published.
 
     .. math::
@@ -244,8 +253,8 @@ class SoftHebb(SynapticRule):
         lr: learning rate; a step changes no weight by more than ``lr`` times the neuron's factor.
         inverse_temperature: :math:`t` > 0, in units of :math:`1/u`.
         k: how many neurons take part in an event; ``None``: all, which is the published rule.
-        readout: ``"delta"``, ``"teacher"`` or ``None``, as in `SynapticRule`.
-        options: further options of the readout, ``descent``, its options and ``process_group``, as in `SynapticRule`,
+        readout: ``"delta"``, ``"teacher"`` or ``None``, as in `LocalRule`.
+        options: further options of the readout, ``descent``, its options and ``process_group``, as in `LocalRule`,
             whose errors are raised here as well.
 
     Raises:
@@ -269,7 +278,7 @@ class SoftHebb(SynapticRule):
         inverse_temperature: float = 1.0,  # t
         k: int | None = None,
         readout: str | None = "delta",
-        **options: Any,
+        **options: Unpack[ReadoutOptions],
     ) -> None:
         own = {"inverse_temperature": inverse_temperature, "k": k}
         super().__init__(params, lr, readout=readout, own=own, **options)
@@ -278,13 +287,13 @@ class SoftHebb(SynapticRule):
         """Two, to compete; ``k``, where so many take part."""
         return (2, "a competition") if group["k"] is None else (group["k"], f"k={group['k']}")
 
-    def signal(self, u: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor | Few:
+    def signal(self, u: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor | SparseSignal:
         """``y``."""
         t, k = group["inverse_temperature"], group["k"]
         if k is not None:
             best, which = strongest(u, synapse, k)
-            return few(which, _first_wins(softmax_(best.mul_(t), -1), 1.0), synapse)
-        return compete(u, synapse, lambda pooled, dim: softmax_(pooled * t, dim, losers=1.0))
+            return sparse_signal(which, _first_wins(softmax_(best.mul_(t), -1), 1.0), synapse)
+        return compete(u, synapse, lambda pooled, dim: softmax_(pooled * t, dim, loser_strength=1.0))
 
     def update(self, product: Tensor, signal: Tensor | None, synapse: Synapse, group: dict[str, Any]) -> Tensor:
         """``D / max|D| · √|‖w‖ - 1|``."""
@@ -294,7 +303,8 @@ class SoftHebb(SynapticRule):
         return weight_shaped(change.mul_(pace / largest(change)), synapse)
 
 
-class KrotovHopfield(SynapticRule):
+@final
+class KrotovHopfield(LocalProductRule):
     r"""Krotov and Hopfield's rule: the strongest neuron learns the event, one of the next unlearns it.
 
     .. math::
@@ -311,8 +321,8 @@ class KrotovHopfield(SynapticRule):
         lr: learning rate: the largest change of a weight in a step.
         rank: :math:`r` >= 2, which neuron unlearns.
         anti_hebbian: :math:`\lambda`, how strongly.
-        readout: ``"delta"``, ``"teacher"`` or ``None``, as in `SynapticRule`.
-        options: further options of the readout, ``descent``, its options and ``process_group``, as in `SynapticRule`,
+        readout: ``"delta"``, ``"teacher"`` or ``None``, as in `LocalRule`.
+        options: further options of the readout, ``descent``, its options and ``process_group``, as in `LocalRule`,
             whose errors are raised here as well.
 
     Raises:
@@ -334,7 +344,7 @@ class KrotovHopfield(SynapticRule):
         rank: int = 2,  # k
         anti_hebbian: float = 0.4,  # Δ
         readout: str | None = "delta",
-        **options: Any,
+        **options: Unpack[ReadoutOptions],
     ) -> None:
         super().__init__(params, lr, readout=readout, own={"rank": rank, "anti_hebbian": anti_hebbian}, **options)
 
@@ -342,13 +352,13 @@ class KrotovHopfield(SynapticRule):
         """As many as ``rank``."""
         return group["rank"], f"rank={group['rank']}"
 
-    def signal(self, u: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor | Few:
+    def signal(self, u: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor | SparseSignal:
         """``g``."""
         best, which = strongest(u, synapse, group["rank"])
         two = torch.stack([which[..., 0], which[..., -1]], -1)
-        told = torch.ones_like(two, dtype=best.dtype)
-        told[..., 1] = -group["anti_hebbian"]
-        return few(two, told, synapse)
+        values = torch.ones_like(two, dtype=best.dtype)
+        values[..., 1] = -group["anti_hebbian"]
+        return sparse_signal(two, values, synapse)
 
     def update(self, product: Tensor, signal: Tensor | None, synapse: Synapse, group: dict[str, Any]) -> Tensor:
         """``D / max|D|``."""

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from ..recorder import Synapse
-from ..synaptic import SynapticRule
-from .pools import cut, decay_own_, in_pools, rows_of, together, weight_shaped
+from ..core.local_product import LocalProductRule
+from ..core.synapse import Synapse
+from .arithmetic import clip_update_norm, decay_own_, in_pools, rows_of, signal_activity_product, weight_shaped
 
 
-class Oja(SynapticRule):
+@final
+class Oja(LocalProductRule):
     r"""Oja's rule: every neuron becomes the first principal component of its input.
 
     .. math::
@@ -24,7 +25,7 @@ class Oja(SynapticRule):
     decay is taken at the new weights, as in `Hebbian`: :math:`\Delta w = (\langle u x\rangle - c\,w) /
     (1 + \mathrm{lr}\,c)` with :math:`c = \langle u^2\rangle`.
 
-    Arguments and errors are those of `SynapticRule`.
+    Arguments and errors are those of `LocalRule`.
 
     Source: E. Oja (1982), *Simplified neuron model as a principal component analyzer*, J. Math. Biology 15.
     """
@@ -40,7 +41,8 @@ class Oja(SynapticRule):
         return weight_shaped(change, synapse)
 
 
-class Sanger(SynapticRule):
+@final
+class Sanger(LocalProductRule):
     r"""Sanger's rule, the generalised Hebbian algorithm: neurons become the principal components, in their order.
 
     .. math::
@@ -54,7 +56,7 @@ class Sanger(SynapticRule):
     :math:`\Delta W = (I + \mathrm{lr}\,L)^{-1} (P - L W)` with :math:`P = \langle u x^\top\rangle` and :math:`L` the
     lower triangle of :math:`\langle u u^\top\rangle`, a triangular system.
 
-    Arguments and errors are those of `SynapticRule`.
+    Arguments and errors are those of `LocalRule`.
 
     Source: T. D. Sanger (1989), *Optimal unsupervised learning in a single-layer linear feedforward neural network*,
     Neural Networks 2.
@@ -68,13 +70,14 @@ class Sanger(SynapticRule):
         """``(I + lr L)⁻¹ (P - L W)`` in each pool."""
         rows = in_pools(product, synapse)
         weight = in_pools(synapse.weight.detach(), synapse)
-        before = together(rows, weight, signal, synapse).tril_()
+        before = signal_activity_product(rows, weight, signal, synapse).tril_()
         system = torch.eye(before.shape[-1], dtype=rows.dtype, device=rows.device) + group["lr"] * before
         change: Tensor = torch.linalg.solve_triangular(system, rows.baddbmm_(before, weight, alpha=-1), upper=False)
         return weight_shaped(change.to(product.dtype), synapse)
 
 
-class AntiHebbian(SynapticRule):
+@final
+class AntiHebbian(LocalProductRule):
     r"""Anti-Hebbian decorrelation: neurons that are active together come to inhibit each other.
 
     .. math::
@@ -86,7 +89,7 @@ class AntiHebbian(SynapticRule):
     ``nn.Linear(n, n)`` or ``nn.Conv2d(n, n, 1)`` that starts at the identity becomes a decorrelating stage between two
     others. A step that would be longer than the pool's weights is cut to their length.
 
-    Arguments and errors are those of `SynapticRule`; a pool of one neuron is refused.
+    Arguments and errors are those of `LocalRule`; a pool of one neuron is refused.
 
     Sources: P. Földiák (1990), *Forming sparse representations by local anti-Hebbian learning*, Biol. Cybernetics 64;
     without lateral weights, as a feedforward stage: N. Ahmad et al. (2023), *Constrained parameter inference as a
@@ -105,7 +108,7 @@ class AntiHebbian(SynapticRule):
         """``-(C - diag C) W`` in each pool, no step longer than ``‖W‖``."""
         rows = in_pools(product, synapse)
         weight = in_pools(synapse.weight.detach(), synapse)
-        correlation = together(rows, weight, signal, synapse)
+        correlation = signal_activity_product(rows, weight, signal, synapse)
         correlation.diagonal(dim1=-2, dim2=-1).zero_()
-        change = cut((correlation @ weight).neg_(), weight, group["lr"])
+        change = clip_update_norm((correlation @ weight).neg_(), weight, group["lr"])
         return weight_shaped(change.to(product.dtype), synapse)

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar, Unpack, final
 
 from torch import Tensor
 
-from ..optimizer import (
-    POSITIVE,
-    Constraint,
-    Estimate,
-    LearningRule,
-    Params,
-    Probe,
-    mean_over_samples,
-    require_finite,
-)
+from ..core.constraints import POSITIVE, RATE, Constraint
+from ..core.errors import require_finite
+from ..core.params import Params
+from ..core.probe import Probe
+from ..core.readout import ReadoutOptions
+from ..core.reward import reward_prediction_error
+from ..core.rule import Estimate
+from ..core.synapse import Synapse
 from ..perturbation.base import NoisyActivity, Record, credited
-from ..recorder import Synapse
 
 
+@final
 class RewardHebbian(NoisyActivity):
     r"""Reward-modulated Hebbian plasticity: three factors, an eligibility trace and reward minus what was expected.
 
@@ -84,10 +82,13 @@ class RewardHebbian(NoisyActivity):
         trace_decay: float = 1.0,  # λ
         reward_rate: float = 0.1,  # r
         credit: str = "sample",
-        **options: Any,
+        seed: int = 0,
+        readout: str | None = None,
+        **options: Unpack[ReadoutOptions],
     ) -> None:
-        super().__init__(params, {"lr": lr, "sigma": sigma, "trace_decay": trace_decay}, credit, **options)
-        self._check_value("reward_rate", reward_rate, (lambda v: 0 < v <= 1, "a number in (0, 1]"))
+        defaults = {"lr": lr, "sigma": sigma, "trace_decay": trace_decay}
+        super().__init__(params, defaults, credit, seed=seed, readout=readout, **options)
+        self._check_value("reward_rate", reward_rate, RATE)
         self.reward_rate = reward_rate
 
     _select = NoisyActivity._select_synapses
@@ -98,12 +99,12 @@ class RewardHebbian(NoisyActivity):
         rank, ranks = self._ranks
         noise: list[Tensor] = []
         records: list[Record] = []
-        with self._recorder.visiting(self._injection(rank, noise, records)):
+        with self._cutting(self._injection(rank, noise, records)):
             losses = probe()
         require_finite(self, "the loss", [losses])
         per_sample = self._per_sample(records, losses, probe)
-        surprise, expected = unexpected(self, losses, per_sample, self.reward_rate)
-        told = surprise / len(surprise) if per_sample else surprise
+        error, expected = reward_prediction_error(self, losses, per_sample, self.reward_rate)
+        error = error / len(error) if per_sample else error
 
         firings: dict[Synapse, int] = {}
         for i in range(len(records) - 1, -1, -1):  # the last firing of each synapse is the freshest
@@ -111,7 +112,7 @@ class RewardHebbian(NoisyActivity):
             group = self.param_groups[synapse.group]
             age = firings.get(synapse, 0)
             firings[synapse] = age + 1
-            factor = told * (-(group["trace_decay"] ** age) / group["sigma"])  # .grad is -Δw
+            factor = error * (-(group["trace_decay"] ** age) / group["sigma"])  # .grad is -Δw
             credited(n, factor)
         grads = self._products(records, noise)
         self._sum_over_ranks(list(grads.values()))
@@ -120,13 +121,3 @@ class RewardHebbian(NoisyActivity):
         state = self._next_state()
         state["reward"] = expected
         return losses, grads, state
-
-
-def unexpected(rule: LearningRule, losses: Tensor, per_sample: bool, rate: float) -> tuple[Tensor, float]:
-    """``R - R̄``, of each sample or of all, where the reward ``R`` is minus the loss; and ``R̄`` after the step."""
-    mean = losses.mean()
-    rule._sum_over_ranks([mean])
-    reward = -mean.item() / rule._ranks[1]
-    expected = rule._own_state.get("reward", reward)
-    surprise = -(mean_over_samples(losses) if per_sample else losses.mean()) - expected
-    return surprise, expected + rate * (reward - expected)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack, final
 
 import torch
 from torch import Tensor
 
-from ..optimizer import Constraint, Params, in_full
-from ..recorder import Synapse
-from ..synaptic import SynapticRule, over_events
-from .pools import along_channels, rows_of, weight_shaped
+from ..core.constraints import RATE, Constraint
+from ..core.local_product import LocalRule, means
+from ..core.params import Params
+from ..core.products import in_full, over_events
+from ..core.readout import ReadoutOptions
+from ..core.recorder import Firing
+from ..core.sums import Sums, product_sums
+from ..core.synapse import Synapse
+from .arithmetic import along_channels, rows_of, weight_shaped
 
 
-class BCM(SynapticRule):
+@final
+class BCM(LocalRule):
     r"""The BCM rule: activity above a sliding threshold strengthens a synapse, activity below weakens it.
 
     .. math::
@@ -31,15 +37,15 @@ class BCM(SynapticRule):
         params: the model (or modules, or groups whose ``"params"`` are modules). Bare parameters are refused.
         lr: learning rate, per mean event.
         threshold_rate: :math:`r`, in (0, 1], per step.
-        readout: ``"delta"``, ``"teacher"`` or ``None``, as in `SynapticRule`.
-        options: further options of the readout, ``descent``, its options and ``process_group``, as in `SynapticRule`,
+        readout: ``"delta"``, ``"teacher"`` or ``None``, as in `LocalRule`.
+        options: further options of the readout, ``descent``, its options and ``process_group``, as in `LocalRule`,
             whose errors are raised here as well. The thresholds are state, the same on all ranks.
 
     Sources: E. L. Bienenstock, L. N. Cooper & P. W. Munro (1982), *Theory for the development of neuron selectivity*,
     J. Neuroscience 2; divided by the threshold: C. C. Law & L. N. Cooper (1994), PNAS 91.
     """
 
-    constraints: ClassVar[dict[str, Constraint]] = {"threshold_rate": (lambda v: 0 < v <= 1, "a number in (0, 1]")}
+    constraints: ClassVar[dict[str, Constraint]] = {"threshold_rate": RATE}
 
     def __init__(
         self,
@@ -48,30 +54,36 @@ class BCM(SynapticRule):
         *,
         threshold_rate: float = 0.1,  # r
         readout: str | None = "delta",
-        **options: Any,
+        **options: Unpack[ReadoutOptions],
     ) -> None:
         super().__init__(params, lr, readout=readout, own={"threshold_rate": threshold_rate}, **options)
 
-    def statistic(self, u: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor:
-        """``Σ u²``."""
-        return over_events(in_full(u).square(), u.ndim + synapse.channel_dim)
-
-    def advance(self, before: Tensor | None, mean: Tensor, group: dict[str, Any]) -> Tensor:
-        """The threshold follows the mean squared activity."""
-        return mean.clone() if before is None else torch.lerp(before, mean, group["threshold_rate"])
-
-    def signal(self, u: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor:
-        """``u (u - θ) / θ``."""
-        threshold = self.running(synapse)
-        u = in_full(u)
+    def measure(self, firing: Firing, u: Tensor) -> Sums:
+        """The sums of ``s = u (u - θ) / θ`` and ``x``, and ``Σ u²``."""
+        activity, synapse = in_full(u.detach()), firing.synapse
+        power = over_events(activity.square(), u.ndim + synapse.channel_dim)
+        threshold = self.threshold(synapse)
         if threshold is None:
-            return u * (u - 1)
-        told = u * along_channels(1 / threshold.clamp(min=1e-12), u, synapse)
-        return told.sub_(1).mul_(u)
+            s = activity * (activity - 1)
+        else:
+            s = activity * along_channels(1 / threshold.clamp(min=1e-12), activity, synapse)
+            s.sub_(1).mul_(activity)
+        return product_sums(firing, u, s, power=power)
 
-    def update(self, product: Tensor, signal: Tensor | None, synapse: Synapse, group: dict[str, Any]) -> Tensor:
-        """The product, no step of a neuron longer than its weights."""
+    def threshold(self, synapse: Synapse) -> Tensor | None:
+        """The threshold of each neuron of a synapse; ``None`` before the first step."""
+        value: Tensor | None = self._own_state.get("running", {}).get(synapse.index)
+        return None if value is None else value.to(synapse.weight.device)
+
+    def changes(
+        self, sums: Sums, synapse: Synapse, group: dict[str, Any], state: dict[str, Any]
+    ) -> dict[Tensor, Tensor]:
+        """The product, no step of a neuron longer than its weights; the threshold follows the mean squared activity."""
+        product, _ = means(sums)
         change, weight = rows_of(product, synapse), rows_of(synapse.weight.detach(), synapse)
         length = group["lr"] * change.norm(dim=1, keepdim=True)
         change.mul_((weight.norm(dim=1, keepdim=True) / length.clamp(min=1e-12)).clamp(max=1))
-        return weight_shaped(change, synapse)
+        power, before = sums.values["power"] / sums.events, self.threshold(synapse)
+        after = power.clone() if before is None else torch.lerp(before, power, group["threshold_rate"])
+        state["running"] = {**state.get("running", {}), synapse.index: after}
+        return {synapse.weight: weight_shaped(change, synapse)}

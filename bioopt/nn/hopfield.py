@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.constraints import NON_NEGATIVE, POSITIVE, POSITIVE_INT, SEED, Constraint, require_in_range
+from ..core.synapse import register_synapse
 from ..hebbian import Hebbian
-from ..optimizer import NON_NEGATIVE, POSITIVE, POSITIVE_INT, SEED, Constraint, require_in_range
-from ..recorder import register_synapse
 
 __all__ = ["Hopfield", "ModernHopfield", "Recall", "SpikingHopfield"]
 

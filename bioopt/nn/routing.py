@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
 
-from ..recorder import on_rows
+from ..core._torch_private import is_batched, is_transformed
+from ..core.rows import on_rows
 
 __all__ = ["Attention", "Gate"]
 
@@ -115,7 +116,7 @@ class Gate(nn.Module):
     @torch.compiler.disable(reason="which samples take a pathway is known only as it runs")  # type: ignore[untyped-decorator]
     def _routed(self, x: Tensor, which: Tensor, shares: Tensor) -> Tensor:
         """The sum over pathways ``which``, N × active, in these shares."""
-        if torch._C._functorch.is_batchedtensor(which):
+        if is_batched(which):
             raise RuntimeError(
                 f"Gate(active={self.active}): under torch.func.vmap no sample can take a way of its own: map over the "
                 "rest alone, or let all samples take all pathways (active=None)"
@@ -148,7 +149,7 @@ class Gate(nn.Module):
 
 def _transformed(tensor: Tensor) -> bool:
     """Whether it is inside `torch.func.vmap` or the like."""
-    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+    return is_transformed(tensor)
 
 
 def _times(out: Tensor, gates: Tensor) -> Tensor:

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack, final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import Diverged
-from ..optimizer import (
-    NON_NEGATIVE,
-    POSITIVE,
-    POSITIVE_INT,
-    Constraint,
-    Estimate,
-    Params,
-    Probe,
-    require_finite,
-)
-from ..recorder import Synapse
+from ..core.acts import inject
+from ..core.constraints import NON_NEGATIVE, POSITIVE, POSITIVE_INT, Constraint
+from ..core.errors import Diverged, require_finite
+from ..core.params import Params
+from ..core.probe import Probe
+from ..core.readout import ReadoutOptions
+from ..core.recorder import Firing
+from ..core.rule import Estimate
+from ..core.synapse import Synapse, convolve
 from .base import NoisyActivity, Record, credit_of
 
 OTHER_LAYERS = "NodePerturbation: the closure ran other layers in the noisy pass than in the clean one"
 
 
+@final
 class NodePerturbation(NoisyActivity):
     r"""Node perturbation: noise on postsynaptic activity, credited with the change of loss it brings.
 
@@ -101,10 +99,12 @@ class NodePerturbation(NoisyActivity):
         distribution: str = "normal",
         decorrelation: float = 0.0,  # ε
         batched: bool = False,
-        **options: Any,
+        seed: int = 0,
+        readout: str | None = None,
+        **options: Unpack[ReadoutOptions],
     ) -> None:
         defaults = {"lr": lr, "sigma": sigma, "decorrelation": decorrelation}
-        super().__init__(params, defaults, credit, distribution, **options)
+        super().__init__(params, defaults, credit, distribution, seed=seed, readout=readout, **options)
         self._check_value("samples", samples, POSITIVE_INT)
         self.samples = samples
         self.batched = batched
@@ -116,18 +116,17 @@ class NodePerturbation(NoisyActivity):
         return named, synapses
 
     def _estimate(self, probe: Probe) -> Estimate:
-        self._begin(probe)
+        self._prepare(probe)
         records: list[Record] = []
         inputs: dict[Synapse, list[Tensor]] = {}
 
-        def record(synapse: Synapse, u: Tensor) -> None:
-            records.append(Record.of(synapse, u))
-            x = self._recorder.presynaptic
-            if self.param_groups[synapse.group]["decorrelation"] and synapse.weight.requires_grad and x is not None:
-                inputs.setdefault(synapse, []).append(x.detach())
+        def record(firing: Firing, u: Tensor) -> None:
+            records.append(Record.of(firing, u))
+            synapse = firing.synapse
+            if self.param_groups[synapse.group]["decorrelation"] and synapse.weight.requires_grad:
+                inputs.setdefault(synapse, []).append(firing.x.detach())
 
-        with self._recorder.visiting(record):
-            clean = probe()
+        clean = self._base_point(probe, record)
         per_sample = self._per_sample(records, clean, probe)
 
         mine, alone = self._share("samples", self.samples), self._ranks[1] == 1
@@ -139,7 +138,7 @@ class NodePerturbation(NoisyActivity):
         losses, kept = self._at_once(probe, records, mine) if self.batched and not probe.always_grad else ({}, {})
         for sample in () if losses else mine:
             kept = {sample: []}
-            with self._recorder.visiting(self._injection(sample, kept[sample])):
+            with self._cutting(self._injection(sample, kept[sample])):
                 losses[sample] = probe()
             if len(kept[sample]) != len(records):
                 raise RuntimeError(OTHER_LAYERS)
@@ -191,12 +190,12 @@ class NodePerturbation(NoisyActivity):
         def noisy(noise: list[Tensor]) -> Tensor:
             rest = iter(noise)
 
-            def inject(synapse: Synapse, u: Tensor) -> Tensor:
+            def visit(firing: Firing, u: Tensor) -> Tensor:
                 if (added := next(rest, None)) is None:
                     raise RuntimeError(OTHER_LAYERS)
-                return torch.add(u.detach(), Record.of(synapse, u).own(added), alpha=self._width(synapse))
+                return inject(u, Record.of(firing, u).own(added), self._width(firing.synapse))
 
-            with self._recorder.visiting(inject):
+            with self._cutting(visit):
                 losses = probe(copies=len(mine))
             if next(rest, None) is not None:
                 raise RuntimeError(OTHER_LAYERS)
@@ -212,5 +211,5 @@ def _projected(synapse: Synapse, x: Tensor, matrix: Tensor) -> Tensor:
     size = matrix.shape[-1]
     if isinstance(layer, nn.Linear):
         return F.linear(x, matrix[0]).reshape(1, -1, size)
-    seen: Tensor = layer._conv_forward(x, matrix.reshape(-1, *synapse.weight.shape[1:]), None)
+    seen = convolve(layer, x, matrix.reshape(-1, *synapse.weight.shape[1:]))
     return seen.movedim(synapse.channel_dim, -1).reshape(-1, synapse.pools, size).transpose(0, 1)

@@ -2,40 +2,32 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import torch
-from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch import Tensor
 
-from ..noise import NoiseSource, fill_normal_, fill_rademacher_
-from ..optimizer import (
-    SEED,
-    Constraint,
-    LearningRule,
-    Params,
-    Probe,
-    ProcessGroup,
-    _outside,
-    mean_loss,
-    mean_over_samples,
-    named_parameters_of,
-    no_plastic_layer,
-    require_finite,
-    unique,
-)
-from ..recorder import Rows, Synapse, rows_seen
-from ..synaptic import synapses_of
+from ..core.acts import inject
+from ..core.constraints import SEED, Constraint, one_of
+from ..core.errors import require_finite, warn
+from ..core.losses import mean_loss, mean_over_samples
+from ..core.noise import NoiseSource, fill_normal_, fill_rademacher_
+from ..core.params import Params, named_parameters_of, no_plastic_layer, synapses_of, unique
+from ..core.probe import Probe
+from ..core.readout import ReadoutOptions
+from ..core.recorder import Firing
+from ..core.rows import Rows
+from ..core.rule import LearningRule, Visit
+from ..core.synapse import BUILT_IN, Synapse
 
 FILL = {"normal": fill_normal_, "rademacher": fill_rademacher_}
 MICRO_BATCHES = "if the closure runs several micro-batches, estimate each by itself, add up their .grad, and descend"
 HALF = (torch.float16, torch.bfloat16)
-PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-DISTRIBUTION: Constraint = (lambda v: v in FILL, f"one of {', '.join(FILL)}")
+DISTRIBUTION: Constraint = one_of(*FILL)
+CREDIT: Constraint = (lambda v: v in ("sample", "global"), "'sample' or 'global'")
 
 
 class Perturbation(LearningRule):
@@ -45,9 +37,8 @@ class Perturbation(LearningRule):
         params: as of the rule.
         defaults: the rule's hyperparameters that may differ between groups.
         seed: of all noise.
-        descent: the `torch.optim` class that makes the step; its options as further keywords.
-        process_group: the ranks that share the work of a step. All see the same batch; only losses travel.
-        exclude: what to leave alone: module types, modules, or names of modules or parameters.
+        options: as in `LearningRule`. All ranks of a ``process_group`` see the same batch and share the work of a
+            step; only losses travel.
     """
 
     def __init__(
@@ -56,37 +47,31 @@ class Perturbation(LearningRule):
         defaults: dict[str, Any],
         *,
         seed: int = 0,
-        exclude: Iterable[Any] = (),
-        descent: type[Optimizer] = SGD,
-        process_group: ProcessGroup = None,
-        **descent_options: Any,
+        readout: str | None = None,
+        **options: Unpack[ReadoutOptions],
     ) -> None:
         self._noise = NoiseSource()
-        super().__init__(
-            params,
-            defaults,
-            descent=descent,
-            descent_options=descent_options,
-            process_group=process_group,
-            exclude=exclude,
-        )
+        super().__init__(params, defaults, readout=readout, **options)
         self._check_value("seed", seed, SEED)
         self._own_state = {"seed": seed, "step": 0}
-
-    def _next_state(self) -> dict[str, Any]:
-        return {**self._own_state, "step": self._own_state["step"] + 1}
 
     def _select_weights(self, group: dict[str, Any]) -> tuple[list[Any], list[Synapse]]:
         return named_parameters_of(group["params"], self._exclusion), []
 
     def _plastic(self) -> list[tuple[Tensor, dict[str, Any]]]:
         """Parameters that are not frozen, each with its group."""
-        plastic = [(p, group) for group in self.param_groups for p in group["params"] if p.requires_grad]
+        plastic = [
+            (p, group)
+            for group in self.param_groups
+            if not group["readout"]
+            for p in group["params"]
+            if p.requires_grad
+        ]
         if not plastic:
             raise RuntimeError(f"{type(self).__name__}: every parameter is frozen (requires_grad=False)")
         return plastic
 
-    def _begin(self, probe: Probe) -> None:
+    def _prepare(self, probe: Probe) -> None:
         """Before the first evaluation of a step; at the very first step, a closure that cannot be compared is found."""
         for p in self._trained():
             p.grad = None
@@ -94,7 +79,7 @@ class Perturbation(LearningRule):
             self._require_repeatable(probe)
 
     def _require_repeatable(self, probe: Probe) -> None:
-        with self._recorder.visiting(lambda synapse, u: None):
+        with self._cutting(None):
             one, two = probe(), probe()
         self._compare(probe, one, two)
         probe.restart()
@@ -116,10 +101,7 @@ class Perturbation(LearningRule):
                 "model from torch's global generators"
             )
         if moved:
-            warnings.warn(
-                f"{type(self).__name__} compares losses, and two evaluations of the closure differ a little. {state}",
-                stacklevel=_outside(),
-            )
+            warn(f"{type(self).__name__} compares losses, and two evaluations of the closure differ a little. {state}")
 
     def _directions(
         self,
@@ -168,7 +150,7 @@ class Perturbation(LearningRule):
         )
         if not moved:
             raise RuntimeError(what)
-        warnings.warn(what, stacklevel=_outside())
+        warn(what)
 
     @contextmanager
     def _restored(self, params: list[Tensor]) -> Iterator[list[Tensor]]:
@@ -216,10 +198,9 @@ class Perturbation(LearningRule):
             losses: Tensor = torch.func.vmap(evaluate, randomness="same")(*inputs)
         except RuntimeError as error:
             self.batched = False
-            warnings.warn(
+            warn(
                 f"{type(self).__name__}(batched=True): torch.func.vmap cannot run this closure "
-                f"({str(error).splitlines()[0]}); its evaluations are made one by one",
-                stacklevel=_outside(),
+                f"({str(error).splitlines()[0]}); its evaluations are made one by one"
             )
             return None
         return losses
@@ -246,9 +227,9 @@ class Record(NamedTuple):
     rows: Rows | None  # where it ran on some of the samples
 
     @classmethod
-    def of(cls, synapse: Synapse, u: Tensor) -> Record:
+    def of(cls, firing: Firing, u: Tensor) -> Record:
         """What fires now."""
-        return cls(synapse, u, rows_seen(synapse, u))
+        return cls(firing.synapse, u, firing.rows_of(u))
 
     @property
     def samples(self) -> int:
@@ -270,11 +251,18 @@ class NoisyActivity(Perturbation):
     """What rules share that put noise on postsynaptic activity: their synapses, and the noise of each noisy pass."""
 
     def __init__(
-        self, params: Params, defaults: dict[str, Any], credit: str, distribution: str = "normal", **options: Any
+        self,
+        params: Params,
+        defaults: dict[str, Any],
+        credit: str,
+        distribution: str = "normal",
+        *,
+        seed: int = 0,
+        readout: str | None = None,
+        **options: Unpack[ReadoutOptions],
     ) -> None:
-        if credit not in ("sample", "global"):
-            raise ValueError(f"{type(self).__name__}: credit={credit!r} must be 'sample' or 'global'")
-        super().__init__(params, defaults, **options)
+        self._check_value("credit", credit, CREDIT)
+        super().__init__(params, defaults, seed=seed, readout=readout, **options)
         if not self._trained():
             raise ValueError(no_plastic_layer(type(self).__name__))
         self._check_value("distribution", distribution, DISTRIBUTION)
@@ -282,7 +270,6 @@ class NoisyActivity(Perturbation):
         self.distribution = distribution
         self._swallowing: set[Synapse] = set()  # layers whose precision has been warned of
         self._first_is_sample: set[Synapse] = set()  # layers for which that is proven
-        self._recorder.anchored = True
 
     def _draws(self, sample: int) -> Callable[[Tensor], Tensor]:
         """Fills one tensor after another with the noise of one pass."""
@@ -296,9 +283,9 @@ class NoisyActivity(Perturbation):
     def _require_plain(self, what: str, synapses: list[Synapse], way_out: str) -> None:
         """Raise for a synapse of another type than torch's own Linear and convolutions."""
         for synapse in synapses:
-            if (kind := type(synapse.layer)) not in PLAIN:
+            if (kind := type(synapse.layer)) not in BUILT_IN:
                 raise ValueError(
-                    f"{what} knows {', '.join(t.__name__ for t in PLAIN[:-1])} and {PLAIN[-1].__name__}, not the "
+                    f"{what} knows {', '.join(t.__name__ for t in BUILT_IN[:-1])} and {BUILT_IN[-1].__name__}, not the "
                     f"{kind.__name__} '{synapse.name}': {way_out}"
                 )
 
@@ -312,7 +299,7 @@ class NoisyActivity(Perturbation):
         noise: list[Tensor],
         records: list[Record] | None = None,
         width: float | None = None,
-    ) -> Callable[[Synapse, Tensor], Tensor]:
+    ) -> Visit:
         """What hands on noisy activity.
 
         Args:
@@ -323,20 +310,20 @@ class NoisyActivity(Perturbation):
         """
         draw = self._draws(sample)
 
-        def inject(synapse: Synapse, u: Tensor) -> Tensor:
-            record = Record.of(synapse, u)
+        def visit(firing: Firing, u: Tensor) -> Tensor:
+            record = Record.of(firing, u)
             drawn = draw(record.empty())
             if records is not None:
                 records.append(record)
-            sigma = self._width(synapse) if width is None else width
-            noisy = torch.add(u.detach(), record.own(drawn), alpha=sigma)
+            sigma = self._width(firing.synapse) if width is None else width
+            noisy = inject(u, record.own(drawn), sigma)
             if u.dtype in HALF and record.rows is None:  # credit goes to the noise that the precision allowed
                 drawn = noisy.float().sub_(u.detach()).div_(sigma)
-                self._require_noise(synapse, drawn, u, sigma)
+                self._require_noise(firing.synapse, drawn, u, sigma)
             noise.append(drawn)
             return noisy
 
-        return inject
+        return visit
 
     def _require_noise(self, synapse: Synapse, noise: Tensor, u: Tensor, sigma: float) -> None:
         """Warn, at the first step, where half precision swallows more than half of the noise."""
@@ -346,10 +333,9 @@ class NoisyActivity(Perturbation):
         if kept < 0.5:
             self._swallowing.add(synapse)
             least = 8 * torch.finfo(u.dtype).eps * u.detach().float().square().mean().sqrt().item()
-            warnings.warn(
+            warn(
                 f"{type(self).__name__}: sigma={sigma:g} reaches {kept:.0%} of the activity of layer '{synapse.name}', "
-                f"in the precision of {u.dtype}; try sigma={least:.1g}",
-                stacklevel=_outside(),
+                f"in the precision of {u.dtype}; try sigma={least:.1g}"
             )
 
     def _credit(
@@ -360,7 +346,7 @@ class NoisyActivity(Perturbation):
         credit: Tensor,
         width: float | None = None,
     ) -> None:
-        """Add to the teaching signal of each firing what one pass tells it: its noise times the credit of the pass.
+        """Add to the teaching signal of each firing its noise in one pass, times the credit of the pass.
 
         Args:
             signals: empty before the first pass.
@@ -370,11 +356,11 @@ class NoisyActivity(Perturbation):
             width: of the noise, by which the credit is divided; by default the ``sigma`` of each group.
         """
         for i, (n, record) in enumerate(zip(noise, records, strict=True)):
-            told = credited(n, credit / (self._width(record.synapse) if width is None else width))
+            signal = credited(n, credit / (self._width(record.synapse) if width is None else width))
             if i == len(signals):
-                signals.append(told)
+                signals.append(signal)
             else:
-                signals[i] += told
+                signals[i] += signal
 
     def _width(self, synapse: Synapse) -> float:
         return float(self.param_groups[synapse.group]["sigma"])
@@ -419,14 +405,14 @@ class NoisyActivity(Perturbation):
         """Disturb one place of the first dimension at a time: if it is a sample, the losses of others hardly change."""
 
         def evaluated(place: int | None) -> Tensor:
-            def disturb(synapse: Synapse, u: Tensor) -> Tensor | None:
-                if place is None or synapse not in doubtful or len(u) != size:
+            def disturb(firing: Firing, u: Tensor) -> Tensor | None:
+                if place is None or firing.synapse not in doubtful or len(u) != size:
                     return None
                 u = u.detach().clone()
                 u[place] += u.float().square().mean().sqrt().to(u.dtype)
                 return u
 
-            with self._recorder.visiting(disturb):
+            with self._cutting(disturb):
                 return mean_over_samples(probe()).double()
 
         before = evaluated(None)
@@ -451,7 +437,7 @@ def ambiguous(synapse: Synapse, shape: torch.Size, samples: int) -> bool:
     """Whether another dimension of a layer's output than the first could count the samples."""
     channel = len(shape) + synapse.channel_dim
     others = [size for d, size in enumerate(shape) if d not in (0, channel)]
-    return samples in others and type(synapse.layer) not in PLAIN[1:]  # convolutions take samples first
+    return samples in others and type(synapse.layer) not in BUILT_IN[1:]  # convolutions take samples first
 
 
 def compared(one: Tensor, other: Tensor) -> Tensor:

@@ -4,29 +4,28 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack, final
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from ..optimizer import (
-    NO_TANGENT,
-    POSITIVE,
-    POSITIVE_INT,
-    Estimate,
-    Params,
-    Probe,
-    _outside,
-    in_dual_level,
-    mean_loss,
-)
-from ..recorder import Synapse
+from ..core._torch_private import forward_gradients_enabled, in_dual_level
+from ..core.constraints import POSITIVE, POSITIVE_INT
+from ..core.errors import warn
+from ..core.losses import mean_loss
+from ..core.params import Params
+from ..core.probe import NO_TANGENT, Probe
+from ..core.readout import ReadoutOptions
+from ..core.recorder import Firing
+from ..core.rule import Estimate
+from ..core.synapse import Synapse
 from .base import FILL, NoisyActivity, Record, credit_of
 
 SPACES = ("weights", "activities")
 
 
+@final
 class ForwardGradient(NoisyActivity):
     r"""Forward gradient: the exact slope of the loss along random directions, without a backward pass.
 
@@ -81,12 +80,14 @@ class ForwardGradient(NoisyActivity):
         credit: str = "sample",
         distribution: str = "normal",
         difference: float = 1e-3,
-        **options: Any,
+        seed: int = 0,
+        readout: str | None = None,
+        **options: Unpack[ReadoutOptions],
     ) -> None:
         if space not in SPACES:
             raise ValueError(f"ForwardGradient: space={space!r} must be one of {', '.join(SPACES)}")
         self.space = space
-        super().__init__(params, {"lr": lr}, credit, distribution, **options)
+        super().__init__(params, {"lr": lr}, credit, distribution, seed=seed, readout=readout, **options)
         self._check_value("samples", samples, POSITIVE_INT)
         self._check_value("difference", difference, POSITIVE)
         self.samples = samples
@@ -148,17 +149,17 @@ class ForwardGradient(NoisyActivity):
             noise.clear()
             draw = self._draws(sample)
 
-            def tilt(synapse: Synapse, u: Tensor) -> Tensor:
-                if not torch._C._is_fwd_grad_enabled():
+            def tilt(firing: Firing, u: Tensor) -> Tensor:
+                if not forward_gradients_enabled():
                     raise RuntimeError(NO_TANGENT)
                 primal, tangent = forward_ad.unpack_dual(u)
-                records.append(Record.of(synapse, u))
+                records.append(Record.of(firing, u))
                 noise.append(draw(records[-1].empty()))
                 added = records[-1].own(noise[-1])
                 tilted: Tensor = forward_ad.make_dual(primal.detach(), added if tangent is None else tangent + added)
                 return tilted
 
-            with self._recorder.visiting(tilt):
+            with self._cutting(tilt):
                 found = probe.along_tangents()
             if not records:
                 raise RuntimeError(self._none_fired())
@@ -166,12 +167,12 @@ class ForwardGradient(NoisyActivity):
 
         def differences(sample: int) -> tuple[Tensor, Tensor]:
             records.clear()
-            with self._recorder.visiting(lambda synapse, u: records.append(Record.of(synapse, u))):
+            with self._cutting(lambda firing, u: records.append(Record.of(firing, u))):
                 clean = probe()
             sides = []
             for width in (self.difference, -self.difference):
                 noise.clear()
-                with self._recorder.visiting(self._injection(sample, noise, width=width)):
+                with self._cutting(self._injection(sample, noise, width=width)):
                     sides.append(probe())
             return clean, (sides[0] - sides[1]) / (2 * self.difference)
 
@@ -211,10 +212,9 @@ class ForwardGradient(NoisyActivity):
             self._by_differences = True
             probe.restart()
             self._require_repeatable(probe)
-            warnings.warn(
+            warn(
                 f"ForwardGradient: no forward derivative here ({reason}); slopes are measured by central differences "
-                f"of difference={self.difference}, at two to three passes each",
-                stacklevel=_outside(),
+                f"of difference={self.difference}, at two to three passes each"
             )
         return torch.stack(differences(sample))
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Unpack, final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..optimizer import POSITIVE, POSITIVE_INT, Constraint, Estimate, Params, Probe, require_finite
-from ..recorder import Synapse
+from ..core.constraints import POSITIVE, POSITIVE_INT, Constraint
+from ..core.errors import require_finite
+from ..core.params import Params
+from ..core.probe import Probe
+from ..core.readout import ReadoutOptions
+from ..core.recorder import Firing
+from ..core.rule import Estimate, Visit
+from ..core.synapse import Synapse, convolve
 from .base import HALF, MICRO_BATCHES, NoisyActivity, Record, credit_of
-
-_CONVOLVE: dict[type, Callable[..., Tensor]] = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 
 
 class _Members(NamedTuple):
@@ -25,6 +28,7 @@ class _Members(NamedTuple):
     seen: Tensor  # N, whether the synapse ran on the sample
 
 
+@final
 class RankOnePerturbation(NoisyActivity):
     r"""Weight perturbation along directions of rank one, one for each sample of the batch.
 
@@ -86,9 +90,12 @@ class RankOnePerturbation(NoisyActivity):
         samples: int = 1,  # S
         credit: str = "sample",
         distribution: str = "normal",
-        **options: Any,
+        seed: int = 0,
+        readout: str | None = None,
+        **options: Unpack[ReadoutOptions],
     ) -> None:
-        super().__init__(params, {"lr": lr, "sigma": sigma}, credit, distribution, **options)
+        defaults = {"lr": lr, "sigma": sigma}
+        super().__init__(params, defaults, credit, distribution, seed=seed, readout=readout, **options)
         self._check_value("samples", samples, POSITIVE_INT)
         self.samples = samples
 
@@ -99,7 +106,7 @@ class RankOnePerturbation(NoisyActivity):
         return named, synapses
 
     def _estimate(self, probe: Probe) -> Estimate:
-        self._begin(probe)
+        self._prepare(probe)
         losses: dict[int, Tensor] = {}
         seen: dict[int, Tensor] = {}
         records: list[Record] = []
@@ -109,7 +116,7 @@ class RankOnePerturbation(NoisyActivity):
             sides = []
             for sign in (1, -1):
                 visit = self._disturbance(sample, sign, kept[1], None if records else records)
-                with self._recorder.visiting(visit):
+                with self._cutting(visit):
                     sides.append(probe())
             losses[sample] = torch.stack(sides)
             routed = list(dict.fromkeys(record.synapse for record in records if record.rows is not None))
@@ -121,7 +128,7 @@ class RankOnePerturbation(NoisyActivity):
         require_finite(self, "the loss", [changes])
         sizes = {record.synapse: record.samples for record in records}
         # What was tried on a sample that took another way tells nothing of its loss: noise that can be left out.
-        told = dict(zip(routed, self._gathered(seen, self.samples).unbind(1), strict=True)) if routed else {}
+        took = dict(zip(routed, self._gathered(seen, self.samples).unbind(1), strict=True)) if routed else {}
         grads: dict[Tensor, Tensor] = {}
         for sample, change in enumerate(changes):
             members = kept[1]
@@ -131,8 +138,8 @@ class RankOnePerturbation(NoisyActivity):
             slope = credit_of(change, per_sample) / (2 * self.samples)
             for synapse, directions in members.items():
                 credit = (slope / self._width(synapse)).expand(sizes[synapse])
-                if synapse in told:
-                    credit = credit * told[synapse][sample].to(credit)
+                if synapse in took:
+                    credit = credit * took[synapse][sample].to(credit)
                 with torch.autocast(change.device.type, enabled=False):
                     for p, g in _gradients(synapse, directions, credit):
                         grads[p] = grads[p] + g if p in grads else g
@@ -141,17 +148,18 @@ class RankOnePerturbation(NoisyActivity):
 
     def _disturbance(
         self, sample: int, sign: int, members: dict[Synapse, _Members], records: list[Record] | None
-    ) -> Callable[[Synapse, Tensor], Tensor | None]:
+    ) -> Visit:
         """What hands on the activity of disturbed weights; draws ``members`` and takes records in where they lack."""
         draw = self._draws(sample)
 
-        def disturb(synapse: Synapse, u: Tensor) -> Tensor | None:
+        def disturb(firing: Firing, u: Tensor) -> Tensor | None:
+            synapse = firing.synapse
             if u.ndim <= -synapse.channel_dim:
                 raise RuntimeError(
                     f"RankOnePerturbation: layer '{synapse.name}' gave an output of shape {tuple(u.shape)}, without a "
                     "dimension of samples; run the model on batches"
                 )
-            record = Record.of(synapse, u)
+            record = Record.of(firing, u)
             if records is not None:
                 records.append(record._replace(u=torch.empty_like(u, device="meta")))  # for its shape
             if synapse not in members:
@@ -164,11 +172,9 @@ class RankOnePerturbation(NoisyActivity):
             members[synapse].seen[slice(None) if record.rows is None else record.rows.index] = True
             if not len(u):
                 return None
-            x = self._recorder.presynaptic
-            assert x is not None
             a, b, c, _ = members[synapse]
-            said = _said(synapse, x.detach(), record.own(a), record.own(b), None if c is None else record.own(c))
-            disturbed = torch.add(u.detach(), said.to(u.dtype), alpha=sign * self._width(synapse))
+            added = _added(synapse, firing.x.detach(), record.own(a), record.own(b), c if c is None else record.own(c))
+            disturbed = torch.add(u.detach(), added.to(u.dtype), alpha=sign * self._width(synapse))
             if u.dtype in HALF:
                 self._require_noise(synapse, disturbed - u.detach(), u, self._width(synapse))
             return disturbed
@@ -183,34 +189,30 @@ class RankOnePerturbation(NoisyActivity):
         return _Members(a, b, c, torch.zeros(size, dtype=torch.bool, device=weight.device))
 
 
-def _said(synapse: Synapse, x: Tensor, a: Tensor, b: Tensor, c: Tensor | None) -> Tensor:
+def _added(synapse: Synapse, x: Tensor, a: Tensor, b: Tensor, c: Tensor | None) -> Tensor:
     """What each sample's direction adds to the postsynaptic activity: ``a (bᵀ x) + c``."""
     layer: Any = synapse.layer
     size = len(x)
     if isinstance(layer, nn.Linear):
         shape = [size, *[1] * (x.ndim - 2), -1]
         sums = torch.linalg.vecdot(x, b.to(x.dtype).view(shape)).unsqueeze(-1)  # a quarter of einsum's time
-        said: Tensor = sums * a.view(shape)
-        return said if c is None else said.add_(c.view(shape))
-    padding: Any = layer.padding
-    if layer.padding_mode != "zeros":
-        x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), 0
+        added: Tensor = sums * a.view(shape)
+        return added if c is None else added.add_(c.view(shape))
     each = x.reshape(1, -1, *x.shape[2:])
     filters = b.to(x.dtype).view(size * synapse.pools, *synapse.weight.shape[1:])
-    convolve = _CONVOLVE[type(layer)]
-    sums = convolve(each, filters, None, layer.stride, padding, layer.dilation, len(filters))
+    sums = convolve(layer, each, filters, groups=len(filters))
     sums = sums.view(size, synapse.pools, 1, *sums.shape[2:])
     alone = [1] * (sums.ndim - 3)
-    said = (sums * a.view(size, synapse.pools, -1, *alone)).flatten(1, 2)
-    return said if c is None else said.add_(c.view(size, -1, *alone))
+    added = (sums * a.view(size, synapse.pools, -1, *alone)).flatten(1, 2)
+    return added if c is None else added.add_(c.view(size, -1, *alone))
 
 
 def _gradients(synapse: Synapse, members: _Members, credit: Tensor) -> list[tuple[Tensor, Tensor]]:
     """``Σ credit a bᵀ`` over samples, and of the bias ``Σ credit c``."""
     a, b, c = members[:3]
     credit = credit.to(a.dtype)
-    told = (a * credit.unsqueeze(1)).view(len(a), synapse.pools, -1)
-    product = torch.einsum("ngo,ngi->goi", told, b).reshape(synapse.weight.shape)
+    signal = (a * credit.unsqueeze(1)).view(len(a), synapse.pools, -1)
+    product = torch.einsum("ngo,ngi->goi", signal, b).reshape(synapse.weight.shape)
     found: list[tuple[Tensor, Tensor]] = [(synapse.weight, product)]
     if c is not None and synapse.bias is not None:
         found.append((synapse.bias, credit @ c))

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack, final
 
 import torch
 from torch import Tensor, nn
 
-from ..optimizer import (
-    POSITIVE,
-    POSITIVE_INT,
-    Constraint,
-    Estimate,
-    Params,
-    Probe,
-    ProcessGroup,
-    mean_loss,
-)
-from ..recorder import Synapse
-from ..synaptic import synapses_of
+from ..core.constraints import POSITIVE, POSITIVE_INT, Constraint, one_of
+from ..core.losses import mean_loss
+from ..core.params import Params, ProcessGroup, synapses_of
+from ..core.probe import Probe
+from ..core.readout import ReadoutOptions
+from ..core.recorder import Firing
+from ..core.rule import Estimate
+from ..core.synapse import Synapse
 from .base import DISTRIBUTION, FILL, Perturbation, compared
 
 
@@ -51,6 +47,7 @@ SHAPE: dict[str, Callable[[Tensor], Tensor]] = {
 _Place = tuple[Tensor, tuple[int, ...], float]  # a parameter, where in it, and the width of its change
 
 
+@final
 class WeightPerturbation(Perturbation):
     r"""Weight perturbation: all weights at once along random directions, each credited with its change of loss.
 
@@ -109,14 +106,16 @@ class WeightPerturbation(Perturbation):
         antithetic: bool = True,
         distribution: str = "normal",
         shaping: str = "none",
-        **options: Any,
+        seed: int = 0,
+        readout: str | None = None,
+        **options: Unpack[ReadoutOptions],
     ) -> None:
-        super().__init__(params, {"lr": lr, "sigma": sigma}, **options)
+        super().__init__(params, {"lr": lr, "sigma": sigma}, seed=seed, readout=readout, **options)
         self._check_value("population", population, POSITIVE_INT)
         self._check_value("distribution", distribution, DISTRIBUTION)
         if shaping != "none" and population < 2:
             raise ValueError(f"WeightPerturbation: shaping={shaping!r} compares losses: raise population={population}")
-        self._check_value("shaping", shaping, (lambda v: v in SHAPE, f"one of {', '.join(SHAPE)}"))
+        self._check_value("shaping", shaping, one_of(*SHAPE))
         self.population = population
         self.antithetic = antithetic
         self.distribution = distribution
@@ -127,9 +126,9 @@ class WeightPerturbation(Perturbation):
     def _estimate(self, probe: Probe) -> Estimate:
         plastic = self._plastic()
         params = [p for p, _ in plastic]
-        self._begin(probe)
+        self._prepare(probe)
         mine, fill = self._share("population", self.population), FILL[self.distribution]
-        clean = None if self.antithetic else probe()
+        clean = None if self.antithetic else self._base_point(probe)
         found: dict[int, Tensor] = {}
         total: Tensor | None = None
         with self._restored(params) as saved:
@@ -173,6 +172,7 @@ class WeightPerturbation(Perturbation):
         return loss, {p: g.to(p.dtype) for p, g in zip(params, grads, strict=True)}, self._next_state()
 
 
+@final
 class SerialPerturbation(Perturbation):
     r"""Serial perturbation: one weight after another is changed alone, and credited with the change of loss.
 
@@ -226,13 +226,14 @@ class SerialPerturbation(Perturbation):
         coordinates: int = 1,
         central: bool = True,
         batched: bool = False,
-        **options: Any,
+        seed: int = 0,
+        readout: str | None = None,
+        **options: Unpack[ReadoutOptions],
     ) -> None:
         self.batched = batched
-        super().__init__(params, {"lr": lr, "sigma": sigma}, **options)
+        super().__init__(params, {"lr": lr, "sigma": sigma}, seed=seed, readout=readout, **options)
         self._check_value("coordinates", coordinates, POSITIVE_INT)
         self.coordinates = coordinates
-        self._recorder.anchored = True
         self.central = central
         self._order: tuple[Any, list[int]] = (None, [])
         self._own_state = {**self._own_state, "sweep": 0, "position": 0}
@@ -253,7 +254,7 @@ class SerialPerturbation(Perturbation):
 
     def _claimed(self) -> Iterable[Synapse]:
         """None, where weights themselves are changed."""
-        return super()._claimed() if self.batched else ()
+        return super()._claimed() if self.batched else self._readout.layers.values()
 
     def _visits(self, total: int) -> list[int]:
         """The order of the current sweep, made once a sweep."""
@@ -265,7 +266,7 @@ class SerialPerturbation(Perturbation):
 
     def _estimate(self, probe: Probe) -> Estimate:
         plastic = self._plastic()
-        self._begin(probe)
+        self._prepare(probe)
         ends = list(accumulate(p.numel() for p, _ in plastic))
         order, position = self._visits(ends[-1]), self._own_state["position"]
         visited = order[position : position + self.coordinates]
@@ -275,7 +276,7 @@ class SerialPerturbation(Perturbation):
             which = bisect_right(ends, visit)
             p, group = plastic[which]
             places.append((p, _unravel(visit - ends[which] + p.numel(), p.shape), group["sigma"]))
-        clean = None if self.central else probe()
+        clean = None if self.central else self._base_point(probe)
         mine = {i: places[i] for i in self._share("coordinates", self.coordinates) if i < len(places)}
         together = self._at_once(probe, mine, clean) if self.batched and mine and not probe.always_grad else None
         found, total = together or self._one_by_one(probe, mine, clean)
@@ -326,6 +327,8 @@ class SerialPerturbation(Perturbation):
         count = len(changes)
         changed: dict[Synapse, tuple[Tensor, Tensor, Tensor]] = {}  # which input; of it, and without it, to whom
         for synapse in self._recorder.synapses.values():
+            if synapse.layer in self._readout.layers:
+                continue
             weight = synapse.weight
             source = torch.zeros(count, 1, dtype=torch.int64, device=weight.device)
             of_input, alone = weight.new_zeros(2, count, len(weight))
@@ -342,14 +345,12 @@ class SerialPerturbation(Perturbation):
         def evaluate(parts: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
             of_synapse = dict(zip(changed, parts, strict=True))
 
-            def change(synapse: Synapse, u: Tensor) -> Tensor:
-                fired.add(synapse)
-                source, of_input, alone = of_synapse[synapse]
-                x = self._recorder.presynaptic
-                assert x is not None
-                return u.detach() + (x.detach().index_select(-1, source) * of_input + alone).to(u.dtype)
+            def change(firing: Firing, u: Tensor) -> Tensor:
+                fired.add(firing.synapse)
+                source, of_input, alone = of_synapse[firing.synapse]
+                return u.detach() + (firing.x.detach().index_select(-1, source) * of_input + alone).to(u.dtype)
 
-            with self._recorder.visiting(change):
+            with self._cutting(change):
                 return probe(copies=count)
 
         losses = self._mapped(evaluate, list(changed.values()))
@@ -364,6 +365,7 @@ class SerialPerturbation(Perturbation):
         return dict(zip(places, each, strict=True)), total
 
 
+@final
 class HillClimbing(Perturbation):
     r"""Hill climbing: try a random change of all weights, keep it if the loss fell, else undo it.
 
@@ -403,10 +405,22 @@ class HillClimbing(Perturbation):
         *,
         tries: int = 1,
         seed: int = 0,
+        readout: str | None = None,
+        readout_lr: float | None = None,
+        readout_layer: str | nn.Module | Sequence[str | nn.Module] | None = None,
         exclude: Iterable[Any] = (),
         process_group: ProcessGroup = None,
     ) -> None:
-        super().__init__(params, {"lr": lr}, seed=seed, exclude=exclude, process_group=process_group)
+        super().__init__(
+            params,
+            {"lr": lr},
+            seed=seed,
+            readout=readout,
+            readout_lr=readout_lr,
+            readout_layer=readout_layer,
+            exclude=exclude,
+            process_group=process_group,
+        )
         self._check_value("tries", tries, POSITIVE_INT)
         self.tries = tries
 
@@ -415,9 +429,9 @@ class HillClimbing(Perturbation):
     def _estimate(self, probe: Probe) -> Estimate:
         plastic = self._plastic()
         params = [p for p, _ in plastic]
-        self._begin(probe)
+        self._prepare(probe)
         mine = self._share("tries", self.tries)
-        clean = probe()
+        clean = self._base_point(probe)
         found: dict[int, Tensor] = {}
         with self._restored(params) as saved:
             for i in mine:

@@ -7,9 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..optimizer import in_full
-from ..recorder import Synapse
-from ..synaptic import Few
+from ..core.products import SparseSignal, in_full
+from ..core.synapse import Synapse
 
 
 def compete(u: Tensor, synapse: Synapse, outcome: Callable[[Tensor, int], Tensor]) -> Tensor:
@@ -34,28 +33,28 @@ def strongest(u: Tensor, synapse: Synapse, k: int) -> tuple[Tensor, Tensor]:
     return activity, which
 
 
-def few(which: Tensor, told: Tensor, synapse: Synapse) -> Few:
-    """The signal for neurons named within their pools, all events × pools × few."""
+def sparse_signal(which: Tensor, values: Tensor, synapse: Synapse) -> SparseSignal:
+    """The signal for a few neurons of each pool, both events × pools × neurons."""
     if synapse.pools > 1:
         size = len(synapse.weight) // synapse.pools
         which = which + torch.arange(synapse.pools, device=which.device).view(-1, 1) * size
-    return Few(which.flatten(1), told.flatten(1))
+    return SparseSignal(which.flatten(1), values.flatten(1))
 
 
-def softmax_(strength: Tensor, dim: int, losers: float = 0.0) -> Tensor:
+def softmax_(strength: Tensor, dim: int, loser_strength: float = 0.0) -> Tensor:
     """The softmax along a dimension, in place: the largest tensors of a step need no second copy.
 
-    With ``losers``, all shares but the largest are multiplied by minus that.
+    With ``loser_strength``, all shares but the largest are multiplied by minus that.
 
     No share is below exp(-80), which is nothing beside 1: the numbers below that single precision can only just hold
     (from exp(-87) on) take processors some twenty times as long.
     """
-    top, winner = strength.max(dim, keepdim=True) if losers else (strength.amax(dim, keepdim=True), None)
+    top, winner = strength.max(dim, keepdim=True) if loser_strength else (strength.amax(dim, keepdim=True), None)
     strength.sub_(top).clamp_(min=-80).exp_()
     largest = strength.sum(dim, keepdim=True).reciprocal_()  # share, since exp(0) = 1
     if winner is None:
         return strength.mul_(largest)
-    return strength.mul_(-losers * largest).scatter_(dim, winner, largest)
+    return strength.mul_(-loser_strength * largest).scatter_(dim, winner, largest)
 
 
 def along_channels(values: Tensor, u: Tensor, synapse: Synapse) -> Tensor:
@@ -87,7 +86,7 @@ def in_pools(tensor: Tensor, synapse: Synapse) -> Tensor:
     return in_full(rows)
 
 
-def together(rows: Tensor, weight: Tensor, signal: Tensor | None, synapse: Synapse) -> Tensor:
+def signal_activity_product(rows: Tensor, weight: Tensor, signal: Tensor | None, synapse: Synapse) -> Tensor:
     """``⟨s_k u_j⟩`` for the neurons k, j of each pool."""
     products = rows @ weight.mT
     if signal is not None and synapse.bias is not None:
@@ -97,14 +96,14 @@ def together(rows: Tensor, weight: Tensor, signal: Tensor | None, synapse: Synap
 
 def decay_own_(rows: Tensor, weight: Tensor, signal: Tensor | None, synapse: Synapse, lr: float = 0.0) -> None:
     """Take ``⟨s_k u_k⟩ w_k`` of each neuron from its row, in place; with ``lr``, of the weights after the step."""
-    said = None if signal is None or synapse.bias is None else (signal * synapse.bias.detach()).unsqueeze(1)
-    few = max(1, 2**22 // rows.shape[1])  # whose products take little memory
-    for start in range(0, len(rows), few):
-        some = slice(start, start + few)
+    of_bias = None if signal is None or synapse.bias is None else (signal * synapse.bias.detach()).unsqueeze(1)
+    count = max(1, 2**22 // rows.shape[1])  # neurons whose products take little memory
+    for start in range(0, len(rows), count):
+        some = slice(start, start + count)
         row, w = rows[some], weight[some]
         power = torch.linalg.vecdot(row, w).unsqueeze(1)
-        if said is not None:
-            power += said[some]
+        if of_bias is not None:
+            power += of_bias[some]
         row.addcmul_(power, w, value=-1)
         if lr:
             row.div_(1 + lr * power)
@@ -116,8 +115,8 @@ def largest(change: Tensor) -> Tensor:
     return torch.maximum(high, -low).clamp(min=1e-30)
 
 
-def cut(change: Tensor, weight: Tensor, lr: float) -> Tensor:
-    """``change`` of each pool, shortened in place where a step would be longer than the pool's weights."""
+def clip_update_norm(change: Tensor, weight: Tensor, lr: float) -> Tensor:
+    """``change`` of each pool, clipped in place where a step would be longer than the pool's weights."""
     longest = torch.linalg.matrix_norm(weight, keepdim=True)
     length = lr * torch.linalg.matrix_norm(change, keepdim=True)
     return change.mul_((longest / length.clamp(min=1e-12)).clamp(max=1))

@@ -23,6 +23,14 @@ def _mix(value: int) -> int:
     return value ^ (value >> 31)
 
 
+def mixed(seed: int, *counts: int) -> int:
+    """One seed for the stream ``(seed, *counts)``."""
+    key = _mix(seed)
+    for count in counts:
+        key = _mix(key + _mix(count + 1))  # + 1, or a count equal to the seed would cancel it
+    return key >> 1
+
+
 class NoiseSource:
     """Generators of the optimizer's own, one a device, set to a stream by ``(seed, *counts)``."""
 
@@ -33,10 +41,7 @@ class NoiseSource:
         """A generator at the start of the stream ``(seed, *counts)``; valid until the next call for the device."""
         if device not in self._generators:
             self._generators[device] = torch.Generator(device)
-        key = _mix(seed)
-        for count in counts:
-            key = _mix(key + _mix(count + 1))  # + 1, or a count equal to the seed would cancel it
-        return self._generators[device].manual_seed(key >> 1)
+        return self._generators[device].manual_seed(mixed(seed, *counts))
 
 
 def fill_normal_(tensor: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,22 +1,27 @@
-"""Contrastive learning: what a network does with the data in front of it, less what it does when it dreams."""
+"""Contrastive divergence: Hebbian learning from data, anti-Hebbian learning from the machine's own samples."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack, final
 
 import torch
 from torch import Tensor, nn
 
-from .nn.rbm import RBM, bernoulli
-from .noise import NoiseSource
-from .optimizer import POSITIVE_INT, SEED, Constraint, Params, named_modules_of, unique
-from .recorder import Synapse
-from .synaptic import Sums, SynapticRule, synapses_of
+from ..core.constraints import POSITIVE_INT, SEED, Constraint
+from ..core.local_product import LocalRule, means
+from ..core.noise import NoiseSource
+from ..core.params import Params, named_modules_of
+from ..core.readout import ReadoutOptions
+from ..core.recorder import Firing
+from ..core.sums import Sums, product_sums
+from ..core.synapse import Synapse
+from ..nn.rbm import RBM, bernoulli
 
 __all__ = ["ContrastiveDivergence"]
 
 
-class ContrastiveDivergence(SynapticRule):
+@final
+class ContrastiveDivergence(LocalRule):
     r"""Contrastive divergence: Hebbian learning from the data, anti-Hebbian learning from the machine's own samples.
 
     .. math::
@@ -47,10 +52,10 @@ class ContrastiveDivergence(SynapticRule):
         persistent: whether chains go on from step to step.
         chains: how many, if they are persistent. They start at coin tosses, and are state.
         seed: of all sampling; the global random state is left alone.
-        readout: ``None``, ``"delta"`` or ``"teacher"``, as in `SynapticRule`: how the last layer learns, which is no
+        readout: ``None``, ``"delta"`` or ``"teacher"``, as in `LocalRule`: how the last layer learns, which is no
             RBM then.
         options: further options of the readout, ``descent``, its options (``momentum``, ``weight_decay``) and
-            ``process_group``, as in `SynapticRule`, whose errors are raised here as well. Each rank has its share of
+            ``process_group``, as in `LocalRule`, whose errors are raised here as well. Each rank has its share of
             the data and noise of its own for it; persistent chains are the same on all ranks.
 
     Raises:
@@ -81,7 +86,7 @@ class ContrastiveDivergence(SynapticRule):
         chains: int = 100,
         seed: int = 0,
         readout: str | None = None,
-        **options: Any,
+        **options: Unpack[ReadoutOptions],
     ) -> None:
         if not isinstance(persistent, bool):
             raise ValueError(f"ContrastiveDivergence: persistent={persistent!r} must be True or False")
@@ -91,96 +96,77 @@ class ContrastiveDivergence(SynapticRule):
         self._rbms: dict[nn.Module, RBM] = {}
         self._noise = NoiseSource()
         self._firings = 0  # since the last step
-        self._advanced_chains: dict[int, Tensor] = {}
         super().__init__(params, lr, readout=readout, own={"steps": steps}, **options)
         self._own_state = {"seed": seed, "step": 0, "chains": {}}
 
-    def signal(self, u: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor:
-        """``p(h = 1 | v)``."""
-        return torch.sigmoid(u)
-
-    def update(self, product: Tensor, signal: Tensor | None, synapse: Synapse, group: dict[str, Any]) -> Tensor:
-        """The contrast itself."""
-        return product
-
-    def statistic(self, u: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor:
-        """``Σ v``."""
-        return self._visible(synapse).sum(0)
-
-    def others(
-        self, signal: Tensor | None, statistic: Tensor | None, synapse: Synapse, group: dict[str, Any]
-    ) -> dict[Tensor, Tensor]:
-        """``Δb`` and ``Δc``."""
-        biases = {self._rbms[synapse.layer].visible_bias: statistic, synapse.bias: signal}
-        return {p: change for p, change in biases.items() if p is not None and change is not None and p.requires_grad}
-
-    # -- one pass -----------------------------------------------------------------------------------------------
-
-    def _select(self, group: dict[str, Any]) -> tuple[list[Any], list[Synapse]]:
-        if group.get("readout"):
-            return super()._select(group)
+    def trained(self, synapses: list[Synapse], group: dict[str, Any]) -> list[tuple[Synapse, list[tuple[str, Tensor]]]]:
+        """The synapses of RBMs, with their weights and both biases."""
         inside: dict[nn.Module, RBM] = {
             machine.synapse: machine
             for _, module in named_modules_of(group["params"])
             for machine in module.modules()
             if isinstance(machine, RBM)
         }
-        synapses = [s for s in synapses_of(type(self).__name__, group["params"], self._exclusion) if s.layer in inside]
+        for name in (s.name for s in self._readout.layers.values() if s.layer in inside):
+            raise ValueError(
+                f"ContrastiveDivergence: the last layer, '{name}', belongs to an RBM, and would learn as "
+                f"a readout: write readout=None, or put a Linear after it"
+            )
+        synapses = [s for s in synapses if s.layer in inside]
         if not synapses:
             raise ValueError(
                 "ContrastiveDivergence: the model has no bioopt.nn.RBM that is not frozen, and nothing else learns by "
                 "this rule. Build one, bioopt.nn.RBM(visible, hidden), or choose another rule"
             )
-        for name in (s.name for s in synapses if s.layer in self._readouts):
-            raise ValueError(
-                f"ContrastiveDivergence: the last layer, '{name}', belongs to an RBM, and would learn as "
-                f"a readout: write readout=None, or put a Linear after it"
-            )
-        named: list[tuple[str, Tensor]] = []
+        chosen: list[tuple[Synapse, list[tuple[str, Tensor]]]] = []
         for synapse in synapses:
-            machine = inside[synapse.layer]
-            named += synapse.named_parameters()
+            self._rbms[synapse.layer] = machine = inside[synapse.layer]
+            named: list[tuple[str, Tensor]] = [*synapse.named_parameters()]
             if machine.visible_bias.requires_grad:
                 named.append((synapse.name.removesuffix("synapse") + "visible_bias", machine.visible_bias))
-            self._rbms[synapse.layer] = machine
-        return unique(named), synapses
+            chosen.append((synapse, named))
+        return chosen
 
-    def _begin(self) -> None:
-        super()._begin()
+    def reset(self) -> None:
+        """Noise is counted by firings since the last step."""
         self._firings = 0
 
-    def _measure(self, synapse: Synapse, u: Tensor) -> Sums:
-        sums = super()._measure(synapse, u)
-        if synapse.layer in self._readouts or self.persistent:
+    def measure(self, firing: Firing, u: Tensor) -> Sums:
+        """What the data say, less what the chains that start at them say, if chains are not persistent."""
+        synapse = firing.synapse
+        v = firing.x.detach().reshape(-1, firing.x.shape[-1]).to(synapse.weight.dtype)
+        h = torch.sigmoid(u.detach())
+        sums = product_sums(firing, u, h, visible=v.sum(0))
+        if self.persistent:
             return sums
-        v = self._visible(synapse)
         steps, state = self.param_groups[synapse.group]["steps"], self._own_state
         generator = self._noise.stream(
             v.device, state["seed"], state["step"], synapse.index, self._ranks[0], self._firings
         )
         self._firings += 1
-        h = bernoulli(torch.sigmoid(u.detach()).reshape(-1, u.shape[-1]), generator)  # known from the data already
-        self._unlearn(sums, synapse, self._dream(synapse, h, steps, generator), 1.0)
+        h = bernoulli(h.reshape(-1, u.shape[-1]), generator)  # known from the data already
+        self._subtract(sums, synapse, self._negative_phase(synapse, h, steps, generator), 1.0)
         return sums
 
-    def _settle(self) -> None:
-        super()._settle()
-        self._advanced_chains = dict(self._own_state["chains"])
-        for synapse, sums in self._sums.items() if self.persistent else ():
-            if synapse.layer not in self._readouts:
-                chains = self._advanced_chains
-                chains[synapse.index] = v = self._advanced(synapse, chains.get(synapse.index))
-                self._unlearn(sums, synapse, v, sums.events / len(v))
-
-    @torch.no_grad()
-    def _collect(self, losses: Tensor | None = None) -> tuple[dict[Tensor, Tensor], dict[str, Any]]:
-        state = self._own_state
-        self._firings = 0
-        grads, _ = super()._collect(losses)
-        return grads, {"seed": state["seed"], "step": state["step"] + 1, "chains": self._advanced_chains}
+    def changes(
+        self, sums: Sums, synapse: Synapse, group: dict[str, Any], state: dict[str, Any]
+    ) -> dict[Tensor, Tensor]:
+        """The contrast of data and model, of the weights and of both biases."""
+        if self.persistent:
+            v = self._advanced(synapse, state["chains"].get(synapse.index))
+            state["chains"] = {**state["chains"], synapse.index: v}
+            self._subtract(sums, synapse, v, sums.events / len(v))
+        product, hidden = means(sums)
+        visible = sums.values["visible"] / sums.events
+        biases: dict[Tensor | None, Tensor | None] = {
+            self._rbms[synapse.layer].visible_bias: visible,
+            synapse.bias: hidden,
+        }
+        own = {p: change for p, change in biases.items() if p is not None and change is not None and p.requires_grad}
+        return {synapse.weight: product, **own}
 
     def _advanced(self, synapse: Synapse, v: Tensor | None) -> Tensor:
-        """The persistent chains, so many steps later."""
+        """The persistent chains after the Gibbs steps of one step of learning."""
         machine, steps = self._rbms[synapse.layer], self.param_groups[synapse.group]["steps"]
         bias, state = machine.visible_bias.detach(), self._own_state
         generator = self._noise.stream(bias.device, state["seed"], state["step"], synapse.index)
@@ -188,11 +174,10 @@ class ContrastiveDivergence(SynapticRule):
             v = bernoulli(torch.full((self.chains, len(bias)), 0.5, dtype=bias.dtype, device=bias.device), generator)
         with torch.autocast(bias.device.type, enabled=False):
             h = machine.sample_hidden(v.to(bias), generator)
-        return self._dream(synapse, h, steps, generator)
+        return self._negative_phase(synapse, h, steps, generator)
 
-    @torch.no_grad()
-    def _dream(self, synapse: Synapse, h: Tensor, steps: int, generator: torch.Generator) -> Tensor:
-        """Visible units after so many Gibbs steps, the first of which has got as far as ``h``."""
+    def _negative_phase(self, synapse: Synapse, h: Tensor, steps: int, generator: torch.Generator) -> Tensor:
+        """Visible units after the Gibbs steps, the first of which has got as far as ``h``."""
         machine = self._rbms[synapse.layer]
         with torch.autocast(h.device.type, enabled=False):
             v = machine.sample_visible(h.to(machine.weight.dtype), generator)
@@ -200,19 +185,13 @@ class ContrastiveDivergence(SynapticRule):
                 v = machine.sample_visible(machine.sample_hidden(v, generator), generator)
         return v
 
-    @torch.no_grad()
-    def _unlearn(self, sums: Sums, synapse: Synapse, v: Tensor, share: float) -> None:
-        """Take what a sample says, times ``share``, from what the data have said."""
+    def _subtract(self, sums: Sums, synapse: Synapse, v: Tensor, share: float) -> None:
+        """Take the sums of the negative phase's samples, times ``share``, from those of the data."""
         with torch.autocast(v.device.type, enabled=False):
             h = self._rbms[synapse.layer].hidden_given(v)
-            sums.product.addmm_(h.T, v, alpha=-share)
-        if sums.signal is not None:
-            sums.signal.sub_(h.sum(0, dtype=sums.signal.dtype), alpha=share)
-        if sums.statistic is not None:
-            sums.statistic.sub_(v.sum(0, dtype=sums.statistic.dtype), alpha=share)
-
-    def _visible(self, synapse: Synapse) -> Tensor:
-        """What has just entered a machine, samples × visible units."""
-        v = self._recorder.presynaptic
-        assert v is not None
-        return v.detach().reshape(-1, v.shape[-1]).to(synapse.weight.dtype)
+            sums.values["product"].addmm_(h.T, v, alpha=-share)
+        if "signal" in sums.values:
+            hidden = sums.values["signal"]
+            hidden.sub_(h.sum(0, dtype=hidden.dtype), alpha=share)
+        visible = sums.values["visible"]
+        visible.sub_(v.sum(0, dtype=visible.dtype), alpha=share)

@@ -1,0 +1,71 @@
+"""`Diverged`, the check that raises it, and warnings that point at the user's own line."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+__all__ = ["Diverged"]
+
+
+class Diverged(RuntimeError):
+    """A loss, an update or a quantity of a rule's own is infinite or not a number. Nothing was changed by it.
+
+    Attributes:
+        parameter: the name of the weights with the largest norm, the first place to look at.
+        norm: their norm.
+        lr: the learning rate that moves them.
+    """
+
+    def __init__(
+        self, message: str, parameter: str | None = None, norm: float = math.nan, lr: float = math.nan
+    ) -> None:
+        super().__init__(message)
+        self.parameter, self.norm, self.lr = parameter, norm, lr
+
+
+def is_captured(tensors: list[Tensor]) -> bool:
+    """Whether operations on these tensors are only being recorded, for a CUDA graph."""
+    return bool(tensors) and tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def require_finite(optimizer: Optimizer, what: str, tensors: list[Tensor]) -> None:
+    """Raise `Diverged` if anything is infinite or not a number, before anything is changed."""
+    if is_captured(tensors):  # where no number can be read
+        return
+    if not tensors or math.isfinite(total := torch.nn.utils.get_total_norm(tensors).item()):
+        return
+    found = "nan" if math.isnan(total) else "infinite"
+    name, norm, lr = _largest(optimizer)
+    raise Diverged(
+        f"{type(optimizer).__name__}: {what} is {found}; nothing was changed. The largest weights are '{name}', of "
+        f"norm {norm:.3g} with lr={lr:g}: try lr={lr / 10:g} if that has diverged; else check the data",
+        name,
+        norm,
+        lr,
+    )
+
+
+def _largest(optimizer: Optimizer) -> tuple[str, float, float]:
+    """The parameter of the largest (or no finite) norm, its norm and its learning rate."""
+    found = []
+    for i, group in enumerate(optimizer.param_groups):
+        names = group.get("param_names", [f"group{i}.params[{j}]" for j in range(len(group["params"]))])
+        norms = (p.detach().norm().item() for p in group["params"])
+        found += [(name, norm, float(group["lr"])) for name, norm in zip(names, norms, strict=True)]
+    return max(found, key=lambda entry: (not math.isfinite(entry[1]), entry[1]))
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn at the line, outside of bioopt and torch, from which all this was called."""
+    level = 2
+    for depth, frame in enumerate(inspect.stack()[1:], start=2):
+        if not frame.frame.f_globals.get("__name__", "").startswith(("bioopt", "torch", "contextlib")):
+            level = depth
+            break
+    warnings.warn(message, category, stacklevel=level)

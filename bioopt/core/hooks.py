@@ -1,0 +1,75 @@
+"""Forward hooks that keep nothing alive, and that copies of a model do not carry."""
+
+from __future__ import annotations
+
+import copyreg
+import weakref
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ._torch_private import HOOK_TABLES
+
+if TYPE_CHECKING:
+    from .recorder import Recorder
+
+IN_PYTHON = "learning rules run in Python, around the compiled layers: leave fullgraph=True out"
+
+
+class Hook:
+    """A forward hook that calls a recorder without keeping it alive. Copies of the model lack it."""
+
+    def __init__(self, recorder: Recorder | None = None, method: str = "") -> None:
+        self._recorder = weakref.ref(recorder) if recorder is not None else None
+        self._method = method
+
+    @property
+    def recorder(self) -> Recorder | None:
+        """The recorder, if it is still there."""
+        return None if self._recorder is None else self._recorder()
+
+    @torch.compiler.disable(reason=IN_PYTHON)  # type: ignore[untyped-decorator]
+    def __call__(self, *args: Any) -> Any:
+        """Call the recorder."""
+        recorder = self.recorder
+        if recorder is None or args[0] not in recorder.watched:  # moved to another module, as by quantization
+            return None
+        return getattr(recorder, self._method)(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
+        return Hook()
+
+    def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
+        return Hook, ()
+
+
+def leave_no_trace(kind: type[nn.Module]) -> None:
+    """Let copies and saved files of modules of this type carry no hook of ours.
+
+    Types that define their own copying carry hooks that do nothing.
+    """
+    if kind.__reduce_ex__ is object.__reduce_ex__ and kind.__reduce__ is object.__reduce__:
+        copyreg.dispatch_table.setdefault(kind, _reduced)
+
+
+def _reduced(module: nn.Module) -> Any:
+    """What `copy` and `pickle` make a module of, without our hooks."""
+    made, arguments, state, *rest = (*module.__reduce_ex__(2), None)[:5]
+    if isinstance(state, dict):
+        state = dict(state)
+        for table, flags in HOOK_TABLES.items():
+            hooks = state.get(table) or {}
+            ours = {key for key, hook in hooks.items() if isinstance(hook, Hook)}
+            for name in (table, *flags) if ours else ():
+                kept = [(key, value) for key, value in (state.get(name) or {}).items() if key not in ours]
+                state[name] = OrderedDict(kept)
+    return made, arguments, state, *rest
+
+
+def remove_all(handles: list[Any]) -> None:
+    """Take hooks off their modules, and off the list."""
+    for handle in handles:
+        handle.remove()
+    handles.clear()

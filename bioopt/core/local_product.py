@@ -1,0 +1,439 @@
+"""`LocalRule` and `LocalProductRule`: updates from what each synapse sees, formed during one ordinary forward pass."""
+
+from __future__ import annotations
+
+import weakref
+from abc import abstractmethod
+from collections import deque
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor
+
+from ._torch_private import backward_pass
+from .acts import Isolated, cut, isolate
+from .errors import require_finite, warn
+from .one_pass import OnePass
+from .params import Params, no_plastic_layer, surveyed, synapses_of, unique
+from .products import SparseSignal
+from .reach import Pending
+from .readout import ReadoutOptions, Survey, as_grad
+from .recorder import Firing
+from .rule import optional
+from .sums import Gathering, Sums, product_sums
+from .synapse import Synapse, Unwatchable, refusal
+
+__all__ = ["LocalProductRule", "LocalRule", "SynapticRule"]
+
+UNPROVEN = 64  # firings of a layer that are kept until the first backward pass shows whether it reaches them
+
+
+class LocalRule(OnePass):
+    r"""A rule whose synapses are all cut, and learn from sums over events of what each of them sees.
+
+    One position of one sample is one postsynaptic *event*. As a synapse fires, `measure` turns what it sees into sums
+    over events, at once, so no activity outlives its layer; at the step, `changes` makes updates out of the sums of
+    all firings.
+
+    Where the readout learns from the loss, a firing counts once, when a backward pass reaches it: what a loss that is
+    thrown away would have taught is not learned. ``zero_grad()`` drops what backward passes have brought since the
+    last step, so that ``loss.backward(); optimizer.zero_grad()`` skips a batch; `discard` drops all. Firings without
+    gradients (`torch.no_grad`), and all firings where no readout learns from a loss, count at once.
+
+    Args:
+        params: the model (or modules, or groups whose ``"params"`` are modules). Bare parameters are refused.
+        lr: learning rate, per mean event.
+        own: further hyperparameters of the rule, each of which may differ between groups (for subclasses).
+        readout: ``"delta"``, ``"teacher"`` or ``None``, as in `LearningRule`.
+        options: ``readout_lr``, ``readout_layer``, ``readout_options``, ``exclude``, ``descent`` and its
+            options, ``process_group`` (average the sums over these ranks, each of which has its share of the batch),
+            as in `LearningRule`.
+
+    Attributes:
+        target: of ``readout="teacher"``: class labels, one a sample (the target is then 1 for the class and
+            ``-1 / (classes - 1)`` for the others), or activity of the readout's shape.
+
+    Raises:
+        ValueError: a hyperparameter out of range; a model without plastic layers, with unknown ones, or with none
+            besides the readout.
+        TypeError: bare parameters; a model wrapped in DistributedDataParallel.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float,  # η
+        *,
+        own: dict[str, Any] | None = None,
+        readout: str | None = "delta",
+        **options: Unpack[ReadoutOptions],
+    ) -> None:
+        self._sums: dict[Synapse, Sums] = {}  # of firings that have counted at once
+        self._confirmed: dict[Synapse, Sums] = {}  # of those that a backward pass has reached
+        self._unproven: dict[Synapse, deque[Pending]] = {}  # firings of synapses that no backward pass ever reached
+        self._waiting: list[weakref.ref[Pending]] = []  # firings since the last step that no backward pass has reached
+        self._latest: dict[Synapse, Pending] = {}
+        self._due: dict[Synapse, tuple[Pending, Tensor | None]] = {}  # firings whose neurons have not answered yet
+        self._gathering = Gathering()
+        self._backward = -1  # the last backward pass that has reached a firing
+        self._by_readout = False  # whether one of those that count has passed a readout
+        self._proven: set[Synapse] = set()
+        self._unreachable: set[Synapse] = set()
+        self._warned_of: set[Synapse] = set()
+        self._warned_of_grad = False
+        self._warned_of_drop = False
+        super().__init__(params, {"lr": lr, **(own or {})}, readout=readout, **options)
+        self._recorder.reach.linked = self._readout.by_loss
+        self._recorder.reach.arrive = self._confirm
+        self._recorder.act(self._enter, self._leave)
+        self._recorder.on_neurons = self._on_neurons
+
+    # -- what a rule implements ---------------------------------------------------------------------------------
+
+    @abstractmethod
+    def measure(self, firing: Firing, u: Tensor) -> Sums:
+        """The sums over events of one firing.
+
+        Args:
+            firing: which synapse fires, and its presynaptic activity.
+            u: postsynaptic activity, with the graph of the layer alone; of a synapse with ``neurons``, what those made
+                of it.
+        """
+
+    @abstractmethod
+    def changes(
+        self, sums: Sums, synapse: Synapse, group: dict[str, Any], state: dict[str, Any]
+    ) -> dict[Tensor, Tensor]:
+        """The update of each parameter of a synapse.
+
+        Args:
+            sums: over all firings that count, and over ranks; may be changed in place.
+            synapse: the layer, whose parameters are still those that made the sums.
+            group: its param group.
+            state: the rule's own state after the step. Replace what is in it, and never change it in place.
+        """
+
+    @optional
+    def least_neurons(self, group: dict[str, Any]) -> tuple[int, str]:
+        """The least number of neurons that a pool must have, and the option or the reason that asks for them."""
+        return 1, ""
+
+    @optional
+    def trained(self, synapses: list[Synapse], group: dict[str, Any]) -> list[tuple[Synapse, list[tuple[str, Tensor]]]]:
+        """Which synapses of a group the rule trains, and which parameters of each; by default the weights of all."""
+        return [(s, [(f"{s.name}.weight", s.weight)]) for s in synapses]
+
+    @optional
+    def reset(self) -> None:
+        """Drop what was carried from one firing to the next: all that has fired was learned, or dropped."""
+
+    # -- which layers -------------------------------------------------------------------------------------------
+
+    def _require_trainable(self, groups: list[dict[str, Any]], surveys: list[Survey], defaults: dict[str, Any]) -> None:
+        """Raise for all layers at once that the rule cannot train."""
+        name = type(self).__name__
+        surveys = surveys or [surveyed(name, group["params"], self._exclusion) for group in groups]
+        unwatchable = [other for _, others in surveys for other in others]
+        if not any(found for found, _ in surveys):
+            raise ValueError(refusal(name, unwatchable) if unwatchable else no_plastic_layer(name))
+        wrong = {other.layer: other for other in unwatchable}
+        for group, (found, _) in zip(groups, surveys, strict=True):
+            least, reason = self.least_neurons({**defaults, **group})
+            for s in found:
+                if (size := len(s.weight) // s.pools) < least and s.layer not in self._readout.layers:
+                    of = f"it has {size}" + " in each group" * (s.pools > 1)
+                    lacking = f"{reason} takes at least {least} neurons, but {of}"
+                    wrong.setdefault(s.layer, Unwatchable(s.name, s.layer, lacking))
+        if wrong:
+            raise ValueError(refusal(name, list(wrong.values())))
+
+    def _select(self, group: dict[str, Any]) -> tuple[list[Any], list[Synapse]]:
+        synapses = synapses_of(type(self).__name__, group["params"], self._exclusion)
+        self._require_trainable([group], [(synapses, [])], self.defaults)
+        chosen = self.trained([s for s in synapses if s.layer not in self._readout.layers], group)
+        return unique([named for _, own in chosen for named in own]), [s for s, _ in chosen]
+
+    # -- one pass -----------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Before an evaluation which alone is to count."""
+        self._clear()
+        super().begin()
+
+    def _enter(self, synapse: Synapse, x: Tensor) -> Tensor | Isolated:
+        return self._readout.enter(synapse, x) if synapse.layer in self._readout.layers else isolate(synapse, x)
+
+    def _leave(self, firing: Firing, u: Tensor) -> Tensor:
+        synapse, reach = firing.synapse, self._recorder.reach
+        if synapse.layer in self._readout.layers:
+            return self._readout.leave(firing, u, self.target)
+        if firing.replay:
+            return cut(firing, u, reach)
+        pending = reach.pending(synapse)
+        token = reach.token(firing.x, pending)
+        if synapse.neurons is None:
+            with torch.no_grad():
+                sums = self.measure(firing, u)
+            self._count(pending, token, sums)
+        else:
+            self._due[synapse] = pending, token
+        return reach.cut(u, firing.x, pending, token)
+
+    def _on_neurons(self, firing: Firing, spikes: Tensor) -> Tensor:
+        pending, token = self._due[firing.synapse]
+        with torch.no_grad():
+            sums = self.measure(firing, spikes.detach())
+        del self._due[firing.synapse]
+        self._count(pending, token, sums)
+        # Spikes need not have a graph: what they lead to is linked to the synapse here.
+        return spikes if token is None else self._recorder.reach.link(spikes, pending, token)
+
+    def counted_at_once(self, synapse: Synapse) -> Sums | None:
+        """The sums of the firings of a synapse since the last step that have counted at once."""
+        return self._sums.get(synapse)
+
+    def waits(self, synapse: Synapse) -> bool:
+        """Whether what its neurons make of a synapse's firing will count only when a backward pass reaches it."""
+        return self._waits(synapse, self._due[synapse][1])
+
+    def _waits(self, synapse: Synapse, token: Tensor | None) -> bool:
+        return token is not None and bool(self._readout.awake()) and synapse not in self._unreachable
+
+    def _count(self, pending: Pending, token: Tensor | None, sums: Sums) -> None:
+        """Let the sums of a firing count: at once, or when a backward pass reaches it."""
+        synapse = pending.synapse
+        if not self._waits(synapse, token):
+            if self._sums.get(synapse) is not sums:
+                self._merge(self._sums, synapse, sums)
+            return
+        pending.lesson = sums
+        if len(self._waiting) % 256 == 255:
+            self._waiting = [waiting for waiting in self._waiting if waiting() is not None]
+        self._waiting.append(weakref.ref(pending))
+        if synapse.neurons is None:
+            self._latest[synapse] = pending
+        if synapse not in self._proven:
+            self._unproven.setdefault(synapse, deque(maxlen=UNPROVEN)).append(pending)
+
+    def _confirm(self, pending: Pending) -> None:
+        """A backward pass has reached a firing."""
+        backward = backward_pass()
+        if backward > self._backward:  # a new pass: model.zero_grad() as well has dropped what earlier ones brought
+            self._backward = backward
+            if self._confirmed and self._by_readout and all(p.grad is None for p in self._readout.parameters()):
+                self._drop()
+                if not self._warned_of_drop:
+                    self._warned_of_drop = True
+                    warn(
+                        f"{type(self).__name__}: the readout's .grad was set to None after a backward pass, so that "
+                        "what it brought to the layers is dropped, as by zero_grad(). To add up gradients by hand, "
+                        "make an estimate() of each batch"
+                    )
+        if pending.synapse.is_readout:
+            self._by_readout = True
+            return
+        self._proven.add(pending.synapse)
+        self._unreachable.discard(pending.synapse)
+        self._unproven.pop(pending.synapse, None)
+        sums: Any = pending.lesson
+        if sums is not None and not sums.counted:
+            self._merge(self._confirmed, pending.synapse, sums)
+
+    def _merge(self, total: dict[Synapse, Sums], synapse: Synapse, sums: Sums) -> None:
+        """Add sums to those of a synapse. Their own stay: once dropped, they may count in another backward pass."""
+        sums.gathering = self._gathering
+        self._gathering.parts.append(weakref.ref(sums))
+        total[synapse] = total[synapse].plus(sums) if synapse in total else sums
+
+    def _drop(self) -> None:
+        """Forget what backward passes have brought; firings whose graph is still there wait again."""
+        self._confirmed.clear()
+        self._gathering.dropped, self._gathering = not self._gathering.learned, Gathering()
+        self._by_readout = False
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As of torch; also drops what backward passes have brought since the last step."""
+        super().zero_grad(set_to_none)
+        self._drop()
+        if self._readout.by_loss:
+            self.reset()
+
+    def discard(self) -> None:
+        """Drop all that has fired since the last step, whether or not a backward pass has reached it."""
+        super().discard()
+        self._clear()
+
+    def _clear(self) -> None:
+        self._sums.clear()
+        self._unproven.clear()
+        self._waiting.clear()
+        self._latest.clear()
+        self._due.clear()
+        self._readout.clear()
+        self._drop()
+        self.reset()
+
+    @torch.no_grad()
+    def collect(self, losses: Tensor | None = None) -> tuple[dict[Tensor, Tensor], dict[str, Any]]:
+        """As `OnePass.collect`: of all firings since the last step that count."""
+        try:
+            self._settle()
+            gathered = sorted(self._sums.items(), key=lambda item: item[0].index)  # alike on all ranks
+            device = self._trained()[0].device
+            loss = torch.zeros((), device=device) if losses is None else losses.mean()
+            # Not in half precision: the counts are large. On the device only where other ranks are to add theirs.
+            where = None if self.process_group is None else device
+            rows = [list(sums.counts.values()) for _, sums in gathered]
+            counts = torch.tensor(rows, dtype=torch.float32, device=where)
+            values = [value for _, sums in gathered for value in sums.values.values()]
+            self._sum_over_ranks([loss, counts, *values])
+            if losses is not None:
+                require_finite(self, "the loss", [loss])
+            grads = self._readout.collect(self._sum_over_ranks, self._ranks[1])
+            state = self._next_state()
+            for (synapse, sums), row in zip(gathered, counts.tolist(), strict=True):
+                sums.counts = dict(zip(sums.counts, row, strict=True))
+                if not sums.events:  # it ran, but on no sample
+                    continue
+                with torch.autocast(device.type, enabled=False):
+                    changes = self.changes(sums, synapse, self.param_groups[synapse.group], state)
+                for p, change in changes.items():  # one weight in two layers learns from both
+                    grad = as_grad(change, p)
+                    grads[p] = grads[p] + grad if p in grads else grad
+            self._gathering.end()
+            return grads, state
+        finally:
+            self._clear()
+            self.target = None  # an old one must not teach a new batch
+
+    def _settle(self) -> None:
+        """Bring together all that counts, after a check that the pass was one to learn from."""
+        self._check_fired()
+        if missing := self._recorder.missing():
+            raise RuntimeError(f"{type(self).__name__}: {missing}")
+        for synapse, sums in self._confirmed.items():
+            self._merge(self._sums, synapse, sums)
+        self._confirmed.clear()
+
+    def _check_fired(self) -> None:
+        name, fired, readout = type(self).__name__, self._recorder.fired, self._readout
+        if not fired and self._confirmed:  # a backward pass through what fired before the last step
+            return
+        if not fired:
+            raise RuntimeError(self._none_fired())
+        readout.require_fired_last(fired)
+        awake = readout.awake()
+        if not readout.by_loss or not awake:
+            return
+        names, bypassed = readout.names(awake), self._recorder.reach.bypassed
+        lost = [s.name for s, leads in bypassed.items() if not leads]
+        alone = not self.shares_loss and len(awake) == len(readout.layers)  # a resting readout is passed by as well
+        if lost and alone:
+            others = [s.name for s in self._recorder.synapses.values() if s.layer in readout.layers or s.name in lost]
+            raise RuntimeError(
+                f"{name}: the loss reaches {_layers(lost)} past the readout {names}, and {name} lets no error pass "
+                "there, so that this part of the loss would teach nothing. If this is another head of the network, "
+                f"write readout_layer={others}; or give it to another optimizer of bioopt.Mixed"
+            )
+        readout.require_gradient()
+        both = [s.name for s, leads in bypassed.items() if leads and s not in self._warned_of]
+        if both and alone:
+            self._warned_of |= set(bypassed)
+            warn(
+                f"{name}: a part of the loss reaches {_layers(both)} past the readout {names} (a penalty on activity, "
+                "or a connection to the scores). No error passes there: that part teaches nothing"
+            )
+        self._count_unreachable(names)
+
+    def _count_unreachable(self, names: str) -> None:
+        """Let layers that the backward pass has not reached count without it, where that cannot be meant, and warn."""
+        found = list(self._unproven)
+        for synapse in found:
+            self._unreachable.add(synapse)
+            for pending in self._unproven.pop(synapse):
+                self._count_anyway(pending)
+        if found:
+            warn(
+                f"{type(self).__name__}: the loss was sent backward, but did not reach "
+                f"{_layers([s.name for s in found])}: between {'them' if found[1:] else 'it'} and the readout {names} "
+                "something has no gradient (a comparison, argmax, detach()), or the output was not used. All that "
+                "fires there counts at once, also for a loss that is then thrown away"
+            )
+        alive = dict.fromkeys(
+            pending for pending in (*(waiting() for waiting in self._waiting), *self._latest.values()) if pending
+        )
+        if not self._sums and not self._confirmed and alive:
+            for pending in alive:
+                self._count_anyway(pending)
+            if not self._warned_of_grad:
+                self._warned_of_grad = True
+                warn(
+                    f"{type(self).__name__}: the readout {names} has a gradient, but no backward pass has gone through "
+                    "the layers (torch.autograd.grad, or backward(inputs=...)): what has fired last counts, and all "
+                    "whose loss is still there"
+                )
+
+    def _count_anyway(self, pending: Pending) -> None:
+        sums: Any = pending.lesson
+        if sums is not None and pending.window == self._recorder.reach.window and not sums.counted:
+            self._merge(self._sums, pending.synapse, sums)
+
+
+class LocalProductRule(LocalRule):
+    r"""A rule whose update is made of one local product of a teaching signal and presynaptic activity.
+
+    As a synapse fires, the rule turns its postsynaptic activity ``u`` into a teaching signal ``s`` (`signal`); the
+    product ``P = ⟨s xᵀ⟩``, averaged over samples and positions, is formed at once and summed; `update` makes ``Δw`` out
+    of it. Only weights learn; biases and the affine parameters of normalisation layers stay frozen.
+
+    Arguments and errors are those of `LocalRule`.
+    """
+
+    @abstractmethod
+    def signal(self, u: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor | SparseSignal:
+        """The teaching signal ``s``, of ``u``'s shape or for a few neurons of each event.
+
+        Args:
+            u: postsynaptic activity, neurons along ``synapse.channel_dim``.
+            synapse: the layer that fires.
+            group: its param group.
+        """
+
+    @abstractmethod
+    def update(self, product: Tensor, signal: Tensor | None, synapse: Synapse, group: dict[str, Any]) -> Tensor:
+        """``Δw`` from the local product, in memory of its own or the product's.
+
+        Args:
+            product: ``⟨s xᵀ⟩``, of the weight's shape; may be changed in place.
+            signal: ``⟨s⟩`` of each neuron, of the bias's shape; ``None`` where there is no bias.
+            synapse: the layer, whose weight and bias are still those that made the product.
+            group: its param group.
+        """
+
+    def measure(self, firing: Firing, u: Tensor) -> Sums:
+        """``Σ s xᵀ`` and ``Σ s``."""
+        synapse, activity = firing.synapse, u.detach()
+        group = self.param_groups[synapse.group]
+        s = self.signal(activity, synapse, group) if u.numel() else torch.zeros_like(activity)
+        return product_sums(firing, u, s)
+
+    def changes(
+        self, sums: Sums, synapse: Synapse, group: dict[str, Any], state: dict[str, Any]
+    ) -> dict[Tensor, Tensor]:
+        """`update` by the means."""
+        product, signal = means(sums)
+        return {synapse.weight: self.update(product, signal, synapse, group)}
+
+
+def means(sums: Sums) -> tuple[Tensor, Tensor | None]:
+    """``⟨s xᵀ⟩``, in place, and ``⟨s⟩``, where the layer has a bias."""
+    signal = sums.values.get("signal")
+    return sums.values["product"].div_(sums.events), None if signal is None else signal / sums.events
+
+
+def _layers(names: list[str]) -> str:
+    return f"layer{'s' * (len(names) > 1)} " + ", ".join(f"'{name}'" for name in names)
+
+
+#: the name of `LocalProductRule` in earlier versions
+SynapticRule = LocalProductRule

@@ -1,0 +1,283 @@
+"""Which firings a backward pass has reached, told by tokens in the graph of the loss.
+
+Where every synapse is cut, no gradient flows from the loss to the layers; yet what a layer has learned from a batch
+is to count only if the loss of that batch is sent backward. So each firing leaves a *token* in the graph: a tensor
+without values, on which all that is computed from the firing depends. A backward pass arrives at the tokens without
+a gradient, which costs nothing, and nothing of the user's own network runs backward or is kept for it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+from ._torch_private import is_node_of, is_view
+from .synapse import Synapse
+
+_TOKEN = "bioopt"  # in a node's metadata: the token of all firings behind it
+
+
+class Lesson(Protocol):
+    """What one firing teaches."""
+
+    @property
+    def learned(self) -> bool:
+        """Whether a step has learned from it."""
+
+
+@dataclass(eq=False)
+class Pending:
+    """One firing, as the graph of a loss holds it: it ends with a loss that is thrown away.
+
+    Attributes:
+        synapse: which has fired.
+        reach: whose firing it is.
+        window: `Reach.window` as it fired.
+        step: `Reach.step` as it fired.
+        lesson: what it teaches if a backward pass reaches it.
+    """
+
+    synapse: Synapse
+    reach: weakref.ref[Reach]
+    window: int
+    step: int
+    lesson: Lesson | None = None
+
+    def matters(self) -> bool:
+        """Whether a backward pass that arrives here, or at what is beneath, can still make a difference."""
+        reach = self.reach()
+        if reach is None or self.window != reach.window:
+            return False
+        return self.step == reach.step if self.lesson is None else not self.lesson.learned
+
+
+class _Link(torch.autograd.Function):
+    """Stands for one firing, or joins several; its output is a token that others depend on."""
+
+    @staticmethod
+    def forward(ctx: Any, pending: Pending | None, anchor: Tensor, *tokens: Tensor) -> Tensor:
+        ctx.pending, ctx.tokens, ctx.spent = pending, tokens, False
+        ctx.set_materialize_grads(False)
+        return anchor.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
+        if ctx.pending is not None and (reach := ctx.pending.reach()) is not None:
+            reach.arrived(ctx.pending)
+        return (None,) * len(ctx.needs_input_grad)
+
+
+class _Cut(torch.autograd.Function):
+    """Hands ``u`` on unchanged. A gradient goes on only where it is kept; the tokens get None, which costs nothing.
+
+    In place and not a leaf, so that it costs nothing in the forward pass either and ``ReLU(inplace=True)`` may follow.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, pending: Pending | None, kept: bool, *tokens: Tensor) -> Tensor:
+        ctx.pending, ctx.kept, ctx.tokens = pending, kept, tokens
+        ctx.set_materialize_grads(False)
+        ctx.mark_dirty(u)
+        return u
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        (gradient,) = grads
+        pending: Pending | None = ctx.pending
+        if pending is not None and (reach := pending.reach()) is not None:
+            if pending.synapse.is_readout:
+                reach.arrived(pending)
+            elif gradient is not None and not ctx.kept:
+                reach.bypass(pending, gradient)
+        return gradient if ctx.kept else None, *[None] * (len(ctx.needs_input_grad) - 1)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *others: Any) -> Tensor:
+        return tangent
+
+
+class Reach:
+    """The firings of one rule, and which of them a backward pass has reached.
+
+    Attributes:
+        anchor: a tensor that requires grad, on which detached activity can depend, so that a loss made of nothing
+            else can be sent through ``backward()``.
+        linked: whether firings leave a token in the graph.
+        arrive: called with a `Pending` as a backward pass arrives at it. Held weakly where it is a bound method.
+        bypassed: synapses that a gradient has reached past every readout -> whether they also lead to one.
+        window: how often all firings were discarded.
+        step: how often the recorder was reset.
+    """
+
+    def __init__(self) -> None:
+        self.anchor = torch.zeros((), requires_grad=True)
+        self.linked = False
+        self.bypassed: dict[Synapse, bool] = {}
+        self.window = 0
+        self.step = 0
+        self._arrive: Callable[[], Callable[[Pending], None] | None] | None = None
+        self._ends: list[Any] = []  # weak references to the nodes of the readouts that have fired
+
+    @property
+    def arrive(self) -> Callable[[Pending], None] | None:
+        """What happens as a backward pass arrives at a firing."""
+        return None if self._arrive is None else self._arrive()
+
+    @arrive.setter
+    def arrive(self, call: Callable[[Pending], None] | None) -> None:
+        self._arrive = weakly(call)
+
+    def reset(self) -> None:
+        """Begin a new step."""
+        self.step += 1
+        self.bypassed.clear()
+        self._ends.clear()
+
+    def pending(self, synapse: Synapse) -> Pending:
+        """A firing of this synapse."""
+        return Pending(synapse, weakref.ref(self), self.window, self.step)
+
+    def cut(self, u: Tensor, x: Tensor, pending: Pending | None = None, token: Tensor | None = None) -> Tensor:
+        """What a layer hands on: ``u`` without its graph, and a token of the firing, or of those behind ``x``."""
+        u = detached(u)
+        if not torch.is_grad_enabled():
+            return u
+        tokens = [self.anchor, *tokens_behind(x)] if token is None else [token]
+        cut: Tensor = _Cut.apply(u, pending if token is not None else None, False, *tokens)
+        return cut
+
+    def token(self, x: Tensor, pending: Pending) -> Tensor | None:
+        """The token of a firing that ``x`` has entered; ``None`` where no graph is built, or none is wanted."""
+        if not (self.linked and torch.is_grad_enabled()):
+            return None
+        token: Tensor = _Link.apply(pending, self.anchor, *tokens_behind(x))
+        return token
+
+    def link(self, values: Tensor, pending: Pending, token: Tensor) -> Tensor:
+        """The values, which need not have a graph, depending on a firing."""
+        linked: Tensor = _Cut.apply(values.clone(), pending, True, token)
+        return linked
+
+    def end(self, u: Tensor, x: Tensor, pending: Pending) -> Tensor:
+        """What a readout that learns from the loss hands on: ``u`` with its graph, and the tokens behind ``x``."""
+        tokens = tokens_behind(x) if torch.is_grad_enabled() else []
+        if not (tokens and u.requires_grad):
+            return u
+        linked: Tensor = _Cut.apply(u.clone() if is_view(u) else u, pending, True, *tokens)
+        self._ends = [end for end in self._ends if end() is not None] + [weakref.ref(linked.grad_fn)]
+        return linked
+
+    def arrived(self, pending: Pending) -> None:
+        """A backward pass has arrived at a firing, through a readout or past it."""
+        arrive = self.arrive
+        if pending.window == self.window and arrive is not None:  # else it was discarded
+            with torch.no_grad():
+                arrive(pending)
+
+    def bypass(self, pending: Pending, gradient: Tensor) -> None:
+        """A gradient has arrived at the output of a layer, past every readout."""
+        synapse = pending.synapse
+        if pending.window != self.window or synapse in self.bypassed:
+            return
+        captured = gradient.is_cuda and torch.cuda.is_current_stream_capturing()
+        if not captured and bool(gradient.any()):  # some functions of a user's own make zeros of None
+            self.bypassed[synapse] = self._leads_to_readout(synapse)
+
+    def _leads_to_readout(self, synapse: Synapse) -> bool:
+        ends = [node for node in (end() for end in self._ends) if node is not None]
+        links = (node for node in graph_behind(ends) if is_node_of(node, _Link) and node.pending is not None)
+        return any(link.pending.synapse is synapse for link in links)
+
+
+def tokens_behind(value: Tensor) -> list[Tensor]:
+    """The tokens of the firings from which a tensor was computed, through whatever lies between."""
+    return [] if value.grad_fn is None else _live([_token_behind(value.grad_fn)])
+
+
+def _token_behind(end: Any) -> Tensor | None:
+    """One token for all firings behind a node. Each node of a graph is visited once, however many firings follow it."""
+    todo = [end]
+    while todo:
+        node = todo[-1]
+        if _visited(node):
+            todo.pop()
+            continue
+        behind = [n for n, _ in node.next_functions if n is not None]
+        if new := [n for n in behind if not _visited(n)]:
+            todo += new
+            continue
+        node.metadata[_TOKEN] = _joined(_live(_token_at(n) for n in behind))
+        todo.pop()
+    return _token_at(end)
+
+
+def _visited(node: Any) -> bool:
+    return is_node_of(node, _Cut) or not node.next_functions or _TOKEN in node.metadata
+
+
+def _token_at(node: Any) -> Tensor | None:
+    if not is_node_of(node, _Cut):
+        token: Tensor | None = node.metadata.get(_TOKEN) if node.next_functions else None
+        return token
+    if len(node.tokens) > 1:
+        node.tokens = (_joined(list(node.tokens)),)
+    return node.tokens[0] if node.tokens else None
+
+
+def _joined(tokens: list[Tensor]) -> Tensor | None:
+    if len(tokens) < 2:
+        return tokens[0] if tokens else None
+    with torch.enable_grad():
+        token: Tensor = _Link.apply(None, tokens[0].detach(), *tokens)
+    return token
+
+
+def _live(tokens: Iterable[Tensor | None]) -> list[Tensor]:
+    """Those of the tokens, each once, behind which there is a firing that a backward pass can still count."""
+    return [token for token in {id(t): t for t in tokens if t is not None}.values() if _matters(token.grad_fn)]
+
+
+def _matters(end: Any) -> bool:
+    todo, seen = [end], []
+    while todo:
+        node = todo.pop()
+        if not is_node_of(node, _Link) or node.spent:  # another one: an anchor
+            continue
+        if node.pending is not None and node.pending.matters():
+            return True
+        seen.append(node)
+        todo += [token.grad_fn for token in node.tokens]
+    for node in seen:
+        node.spent = True
+    return False
+
+
+def graph_behind(ends: Iterable[Any]) -> Iterator[Any]:
+    """All nodes of a graph behind these, each once."""
+    seen, todo = set(), list(ends)
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        yield node
+        todo += [n for n, _ in node.next_functions if n is not None]
+
+
+def detached(value: Tensor) -> Tensor:
+    """A tensor without its graph; a forward-mode tangent stays."""
+    tangent = forward_ad.unpack_dual(value).tangent
+    return value.detach() if tangent is None else forward_ad.make_dual(value.detach(), tangent.detach())
+
+
+def weakly(call: Any) -> Any:
+    """A function that gives ``call``, which is held weakly where it is a bound method; ``None`` for ``None``."""
+    if call is None:
+        return None
+    return weakref.WeakMethod(call) if hasattr(call, "__self__") else lambda: call

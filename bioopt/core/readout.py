@@ -1,0 +1,294 @@
+"""`Readout`: the last layer, where it learns in a way of its own while the others follow the rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any, NamedTuple, TypedDict
+
+import torch
+from torch import Tensor, nn
+
+from .acts import Isolated, cut, detached, isolate
+from .constraints import NON_NEGATIVE, require_in_range
+from .params import RuleOptions, named_modules_of, no_plastic_layer, surveyed
+from .products import over_events
+from .reach import Reach
+from .recorder import Firing
+from .sums import Sums, product_sums
+from .synapse import Exclusion, Synapse, Unwatchable, refusal, survey
+
+__all__ = ["Readout", "ReadoutOptions"]
+
+KINDS = ("delta", "teacher", None)
+
+
+class _Choice(TypedDict, total=False):
+    readout_lr: float | None
+    readout_layer: str | nn.Module | Sequence[str | nn.Module] | None
+    readout_options: dict[str, Any] | None
+
+
+class ReadoutOptions(RuleOptions, _Choice, total=False):
+    """Options of rules that can have a readout, which `bioopt.LearningRule` describes."""
+
+
+class ReadoutChoice(NamedTuple):
+    """Which layer is the readout, and the options of its param group."""
+
+    lr: float | None
+    layer: str | nn.Module | Sequence[str | nn.Module] | None
+    options: dict[str, Any] | None
+
+
+Survey = tuple[list[Synapse], list[Unwatchable]]
+
+
+class Readout:
+    r"""How the last layer learns: a component that any rule can have.
+
+    ``"delta"``: by its local error times its presynaptic activity, which is the exact gradient of its own weights and
+    what ``loss.backward()`` leaves there, since its input is cut. ``"teacher"``: it needs no loss; its postsynaptic
+    activity is replaced by the target :math:`t` as it learns, and each neuron comes to hold what goes with it:
+    :math:`\Delta w_k = \langle t_k (x - t_k w_k)\rangle`. ``None``: there is none, and all layers follow the rule.
+
+    Attributes:
+        kind: ``"delta"``, ``"teacher"`` or ``None``.
+        layers: the readouts by their modules, in the order of their choice.
+        by_loss: whether it learns from the loss.
+    """
+
+    def __init__(self, rule: str, kind: str | None, reach: Reach) -> None:
+        if kind not in KINDS:
+            raise ValueError(f"{rule}: readout={kind!r} must be 'delta', 'teacher' or None")
+        self.kind = kind
+        self.layers: dict[nn.Module, Synapse] = {}
+        self.by_loss = kind == "delta"
+        self._rule = rule
+        self._reach = reach
+        self._target: Tensor | None = None
+        self._sums: dict[Synapse, Sums] = {}  # of a teacher
+
+    def __bool__(self) -> bool:
+        return self.kind is not None
+
+    # -- which layers -------------------------------------------------------------------------------------------
+
+    def set_apart(
+        self,
+        groups: list[dict[str, Any]],
+        lr: float,
+        excluded: Exclusion,
+        choice: ReadoutChoice,
+        require_trainable: Callable[[list[dict[str, Any]], list[Survey]], None],
+    ) -> list[dict[str, Any]]:
+        """The groups of a rule with one more for each readout.
+
+        Args:
+            groups: as a user gives them.
+            lr: of groups that have none.
+            excluded: what to leave alone.
+            choice: what the user has chosen.
+            require_trainable: the rule's own check of all other layers.
+
+        Raises:
+            ValueError: a readout that is not there, or is excluded; no layer besides it.
+        """
+        name = self._rule
+        if choice.lr is not None:
+            require_in_range(name, "readout_lr", choice.lr, NON_NEGATIVE)
+        if self.kind is None:
+            if any(option is not None for option in choice):
+                raise ValueError(
+                    f"{name}: readout_lr, readout_layer and readout_options need a readout, not readout=None"
+                )
+            require_trainable(groups, [])
+            return groups
+        given = [pair for group in groups for pair in named_modules_of(group["params"])]
+        surveys = [surveyed(name, group["params"], excluded) for group in groups]
+        synapses = [found for found, _ in surveys]
+        everything = [s for group in synapses for s in group]
+        if not everything:
+            unwatchable = [other for _, others in surveys for other in others]
+            raise ValueError(refusal(name, unwatchable) if unwatchable else no_plastic_layer(name))
+        if choice.layer is None and excluded.layers:
+            self._require_last_included(given, everything, excluded)
+        readouts = self._chosen(everything, choice.layer)
+        self.layers = {s.layer: s for s in readouts}
+        require_trainable(groups, surveys)
+        if len(everything) == len(readouts):
+            only = f"'{readouts[0].name}', is the readout" if len(readouts) == 1 else "all, are readouts"
+            raise ValueError(
+                f"{name}: the only plastic layer, {only}, which learns in "
+                f"a way of its own: no layer is left to {name}. Give a deeper model, or readout=None"
+            )
+        kept = [g for g, s in zip(groups, synapses, strict=True) if any(x.layer not in self.layers for x in s)]
+        for one in readouts:
+            home, near = next((g, f) for g, f in zip(groups, synapses, strict=True) if one in f)
+            rate = choice.lr
+            if rate is None or (all(s.layer in self.layers for s in near) and "lr" in home):
+                rate = home.get("lr", lr)
+            kept.append({**home, "lr": rate, **(choice.options or {}), "params": one.layer, "readout": self.kind})
+        return kept
+
+    def _chosen(self, synapses: list[Synapse], wanted: Any) -> list[Synapse]:
+        name = self._rule
+        if wanted is None:
+            return synapses[-1:]
+        chosen: list[Synapse] = []
+        for one in [wanted] if isinstance(wanted, str | int | nn.Module) else list(wanted):
+            found = [synapse for synapse in synapses if one is synapse.layer or str(one) == synapse.name]
+            if not found:
+                raise ValueError(
+                    f"{name}: readout_layer={one!r} is not one of the synapses: {', '.join(s.name for s in synapses)}"
+                )
+            chosen += [synapse for synapse in found if synapse not in chosen]
+        if not chosen:
+            raise ValueError(
+                f"{name}: readout_layer={wanted!r} names no layer; readout=None makes a network without one"
+            )
+        if len(chosen) > 1 and self.kind == "teacher":
+            raise ValueError(f"{name}: readout='teacher' takes one readout, not readout_layer={wanted!r}")
+        return chosen
+
+    def _require_last_included(
+        self, given: list[tuple[str, nn.Module]], synapses: list[Synapse], excluded: Exclusion
+    ) -> None:
+        """Raise where the layer that would be the readout is excluded."""
+        last = [synapse for prefix, module in given for synapse in survey(module, prefix)[0]][-1]
+        if last.layer in excluded.layers:
+            raise ValueError(
+                f"{self._rule}: exclude leaves out '{last.name}', the last layer, which would be the readout. Name "
+                f"another by readout_layer='{synapses[-1].name}', or write readout=None"
+            )
+
+    def select(self, layer: nn.Module) -> tuple[list[Any], list[Synapse]]:
+        """The parameters of a readout's own group, and its synapse."""
+        synapse = self.layers[layer]
+        synapse.is_readout = self.by_loss
+        if self.by_loss:
+            return synapse.named_parameters(), [synapse]
+        return [(f"{synapse.name}.weight", synapse.weight)], [synapse]
+
+    def left_over(self, params: list[Any]) -> list[Any]:
+        """Parameters of a group, in torch's bare or named form, that are not the readout's."""
+        if not self:
+            return params
+        own = {p for layer in self.layers for p in layer.parameters()}
+        return [entry for entry in params if (entry[1] if isinstance(entry, tuple) else entry) not in own]
+
+    def parameters(self) -> list[Tensor]:
+        """The parameters that learn from the loss."""
+        return [p for s in self.layers.values() for p in s.parameters()] if self.by_loss else []
+
+    def awake(self) -> list[Synapse]:
+        """The readouts that are neither frozen nor in evaluation mode."""
+        return [s for s in self.layers.values() if s.layer.training and s.weight.requires_grad]
+
+    # -- one pass -----------------------------------------------------------------------------------------------
+
+    def begin(self, target: Tensor | None) -> None:
+        """Before a pass that counts; ``target``: of a teacher."""
+        self.clear()
+        self._target = target
+
+    def clear(self) -> None:
+        """Drop what has been gathered."""
+        self._sums.clear()
+
+    def enter(self, synapse: Synapse, x: Tensor) -> Tensor | Isolated:
+        """What the readout sees: presynaptic activity without its graph."""
+        return detached(x) if self.by_loss else isolate(synapse, x)
+
+    def leave(self, firing: Firing, u: Tensor, target: Tensor | None = None) -> Tensor:
+        """What the readout hands on: its activity, with the graph of its own parameters where it learns from the loss.
+
+        ``target``: of a teacher, by default that of `begin`.
+        """
+        if self.by_loss:
+            return self._reach.end(u, firing.x, self._reach.pending(firing.synapse))
+        if not firing.replay:
+            with torch.no_grad():
+                s = self._taught(u, firing.synapse, self._target if target is None else target)
+                squares = over_events(s * s, u.ndim + firing.synapse.channel_dim)
+                sums = product_sums(firing, u, s, squares=squares)
+            known = self._sums.get(firing.synapse)
+            self._sums[firing.synapse] = sums if known is None else known.plus(sums)
+        return cut(firing, u, self._reach)
+
+    def _taught(self, u: Tensor, synapse: Synapse, target: Tensor | None) -> Tensor:
+        """The target in the place of the readout's activity."""
+        name = self._rule
+        if target is None:
+            raise RuntimeError(
+                f"{name}: readout='teacher' was given no target for this forward pass: set optimizer.target to the "
+                "labels before the model runs"
+            )
+        target = target.to(u.device)
+        if target.shape == u.shape:
+            return target.to(torch.promote_types(u.dtype, torch.float32))
+        classes = u.shape[-1]
+        if u.ndim != 2 or target.shape != u.shape[:1] or target.is_floating_point():
+            raise ValueError(
+                f"{name}: target of shape {tuple(target.shape)} and type {target.dtype} must be class labels, one a "
+                f"sample, or have the shape {tuple(u.shape)} of the readout '{synapse.name}'"
+            )
+        if target.numel() and not 0 <= int(target.min()) <= int(target.max()) < classes:
+            raise ValueError(f"{name}: target has labels outside 0 to {classes - 1}, the neurons of '{synapse.name}'")
+        rest = 1 / max(classes - 1, 1)
+        hot = torch.zeros_like(u, dtype=torch.promote_types(u.dtype, torch.float32)).sub_(rest)
+        return hot.scatter_(1, target.long().unsqueeze(1), 1.0)
+
+    def require_fired_last(self, fired: Collection[Synapse]) -> None:
+        """Raise where the readout did not fire, or another layer fired after it."""
+        readouts, order = self.awake(), list(fired)
+        if not readouts:
+            return
+        names = self.names(readouts)
+        if not any(s in fired for s in readouts):
+            none = f"none of the readouts {names} fired" if len(readouts) > 1 else f"the readout {names} did not fire"
+            raise RuntimeError(f"{self._rule}: {none}; name another by readout_layer=")
+        if order[-1] not in readouts:
+            raise RuntimeError(
+                f"{self._rule}: layer '{order[-1].name}' fires after the readout {names}, which must be last. "
+                f"Write readout_layer='{order[-1].name}'"
+            )
+
+    def require_gradient(self) -> None:
+        """Raise where no backward pass has reached a readout that learns from the loss."""
+        readouts = self.awake()
+        if not self.by_loss or any(p.grad is not None for s in readouts for p in s.parameters()) or not readouts:
+            return
+        many = len(readouts) > 1
+        raise RuntimeError(
+            f"{self._rule}: the readout{'s' * many} {self.names(readouts)} learn{'s' * (not many)} from the loss, but "
+            f"no gradient has reached {'them' if many else 'it'}: call loss.backward() before step(), or give step() a "
+            "closure that returns the loss. readout=None makes a network without a loss"
+        )
+
+    @staticmethod
+    def names(readouts: Iterable[Synapse]) -> str:
+        """Their names, for a message."""
+        return ", ".join(f"'{s.name}'" for s in readouts)
+
+    def collect(self, sum_over_ranks: Callable[[list[Tensor]], None], ranks: int) -> dict[Tensor, Tensor]:
+        """What to write into ``.grad``, averaged over ranks, from the pass that was made."""
+        found = {p: p.grad for p in self.parameters() if p.grad is not None}
+        sums = sorted(self._sums.items(), key=lambda item: item[0].index)
+        device = next((s.weight.device for s in self.layers.values()), None)
+        counts = torch.tensor([float(s.events) for _, s in sums], device=device if ranks > 1 else None)
+        tensors = [value for _, s in sums for value in s.values.values()]
+        sum_over_ranks([*found.values(), *tensors, *([counts] if sums else [])])
+        grads = {p: g / ranks if ranks > 1 else g for p, g in found.items()}
+        for (synapse, gathered), count in zip(sums, counts.tolist(), strict=True):
+            if count:
+                weight = synapse.weight.detach()
+                product, squares = gathered.values["product"].div_(count), gathered.values["squares"] / count
+                kept = squares.to(weight.dtype).view(-1, *[1] * (weight.ndim - 1)) * weight
+                grads[synapse.weight] = as_grad(product - kept, synapse.weight)
+        self.clear()
+        return grads
+
+
+def as_grad(change: Tensor, p: Tensor) -> Tensor:
+    """``-Δw`` in the memory format of the parameter, in the memory of ``Δw`` where that fits."""
+    return change.neg_() if change.stride() == p.stride() else torch.neg(change, out=torch.empty_like(p))

@@ -1,0 +1,603 @@
+"""`LearningRule`: the contract that every rule shares with its users.
+
+A learning rule decides what each synapse is taught; PyTorch does everything else. A step is two halves, both public::
+
+    loss = rule.estimate(closure)    # evaluate the closure, write p.grad = -Δw
+    rule.descend()                   # any torch.optim class takes it from there
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar, TypeAlias, TypeVar, Unpack
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+
+from ._torch_private import mark_as_stepped, own_parameters, unhooked_step
+from .acts import Isolated, cut, isolate
+from .constraints import NON_NEGATIVE, Constraint, require_in_range
+from .errors import is_captured, require_finite, warn
+from .hooks import IN_PYTHON
+from .integrations import NAME, PACKED, for_checkpoint, needs_estimate, read_checkpoint, recipe, refuse_scaler
+from .owned import OWNED, Owned
+from .params import DescentOptions, Params, ProcessGroup, groups_of, named_modules_of
+from .probe import Closure, Known, Probe, restoring_grad_mode, settled
+from .readout import Readout, ReadoutChoice
+from .recorder import COMPILED, Firing, Leave, Recorder
+from .synapse import Exclusion, Synapse, Unwatchable, is_known
+
+__all__ = ["LearningRule", "optional"]
+
+#: the loss to return, what to write into each ``.grad``, and the rule's own state after the step
+Estimate: TypeAlias = tuple[Tensor, dict[Tensor, Tensor], dict[str, Any]]
+#: called with a firing and its output; may return what is handed on in its place
+Visit: TypeAlias = Callable[[Firing, Tensor], Tensor | None]
+
+SCHEDULERS = ("initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr", "params", "param_names")
+UNFROZEN = "it was frozen when the optimizer was built: optimizer.add_param_group({'params': layer})"
+
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def optional(method: _F) -> _F:
+    """Mark a method of a base class that a rule may implement: it does nothing, or what most rules want."""
+    method.__optional__ = True  # type: ignore[attr-defined]
+    return method
+
+
+class LearningRule(Optimizer, ABC):
+    r"""A `torch.optim.Optimizer` that writes ``p.grad = -Δw`` by a learning rule, and descends by another optimizer.
+
+    Not to be instantiated; a rule implements `_select` (what it trains) and `_estimate` (what it teaches it).
+
+    Args:
+        params: a module, its parameters, named parameters, or groups of any of them. Rules that watch synapses
+            need modules; the others take parameters as `torch.optim` does.
+        defaults: the rule's own hyperparameters, ``lr`` among them. Each may differ between groups.
+        readout: how the last layer learns: ``"delta"``, by its local error times its presynaptic activity, which is
+            the exact gradient of its own weights and needs nothing from any other layer; ``"teacher"``, from a target
+            in place of its own activity, without a loss; ``None``, by the rule, like the other layers. See
+            `bioopt.core.readout.Readout`. It needs modules.
+        readout_lr: learning rate of the readout; by default that of the group it stands in. The ``lr`` of a group
+            that holds nothing else takes precedence.
+        readout_layer: the readout, by name or as a module, or a list of several (with ``"delta"``), each of which
+            learns from the part of the loss that reaches it; by default the last synapse in registration order.
+        readout_options: further options of the readout's param group, such as ``{"momentum": 0.9}``.
+        exclude: what to leave alone: module types, modules, or names of modules or parameters. `coverage` lists them.
+        descent: the optimizer class that makes a step out of ``.grad``. It shares ``param_groups`` and ``state``
+            with the rule, so that its momentum, weight decay, schedulers and checkpoints are PyTorch's own.
+        process_group: ``None`` for no communication; otherwise the ranks that take a step together.
+        descent_options: keywords of ``descent``.
+
+    Attributes:
+        target: of rules and readouts that need it: set it before each forward pass; `step` uses it up. Class labels,
+            one a sample, or activity of the readout's shape.
+        shares_loss: whether other optimizers learn from the same loss (`Mixed` sets it): what passes by the readout is
+            then theirs, and no mistake.
+        forward_passes: how many evaluations the last estimate took, checks included.
+
+    Raises:
+        ValueError: a hyperparameter out of its range, named with its value; an excluded name that is not there; a
+            complex parameter.
+    """
+
+    #: range of each hyperparameter, checked for every param group
+    constraints: ClassVar[dict[str, Constraint]] = {}
+    #: options of earlier versions -> their names now; they are accepted with a warning
+    renamed: ClassVar[dict[str, str]] = {}
+    #: with a process group: whether each rank has a share of the batch, or all have all of it
+    splits_batch: ClassVar[bool] = False
+    #: whether one ordinary forward pass, and at most one backward pass, is all that it needs (see `OnePass`)
+    shares_pass: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        params: Params,
+        defaults: dict[str, Any],
+        *,
+        readout: str | None = None,
+        readout_lr: float | None = None,
+        readout_layer: str | nn.Module | Sequence[str | nn.Module] | None = None,
+        readout_options: dict[str, Any] | None = None,
+        exclude: Iterable[Any] = (),
+        descent: type[Optimizer] = SGD,
+        process_group: ProcessGroup = None,
+        **descent_options: Unpack[DescentOptions],
+    ) -> None:
+        name = type(self).__name__
+        given_options: dict[str, Any] = dict(descent_options)
+        defaults = {**defaults, **self._taken_renamed(given_options)}
+        groups = groups_of(params)
+        self.process_group = process_group
+        self.target: Tensor | None = None
+        self.shares_loss = False
+        self._recorder = Recorder()
+        self._owned = Owned()
+        self._modules: list[tuple[str, nn.Module]] = []
+        self._homes: dict[Tensor, tuple[nn.Module, str, str]] = {}  # of each parameter its layer, and its names
+        given = [pair for group in groups for pair in named_modules_of(group["params"])]
+        self._exclusion = Exclusion.of(name, exclude, given)
+        self._readout = Readout(name, readout, self._recorder.reach)
+        groups = self._readout.set_apart(
+            groups,
+            defaults["lr"],
+            self._exclusion,
+            ReadoutChoice(readout_lr, readout_layer, readout_options),
+            lambda groups, surveys: self._require_trainable(groups, surveys, defaults),
+        )
+        self._once_frozen: list[tuple[str, nn.Module]] = []  # layers that were frozen when they were given
+        self._silent: dict[Synapse, str] = {}  # layers that learn nothing, and why
+        self._unfrozen: set[nn.Module] = set()  # of the once frozen, those warned of
+        self._checked: tuple[Any, ...] = ()
+        self._absent: set[Synapse] = set()  # that did not fire in the last step, and were looked at
+        self._named: set[Synapse] = set()  # that have been warned of
+        self._known = Known()
+        self._undo: list[Callable[[], None]] = []
+        self._estimated = False  # by `estimate` itself: `step` may go on from there
+        #: State that is no parameter's own. Replaced, never changed, so that an earlier state_dict keeps its own.
+        self._own_state: dict[str, Any] = {}
+        self.forward_passes = 0  # that the last estimate took, checks included
+        self._check(defaults)
+        self._readout_grads: dict[Tensor, Tensor] | None = None  # of the estimate that is being made
+        if inspect.signature(descent.step).parameters["closure"].default is inspect.Parameter.empty:
+            raise TypeError(
+                f"{name}(descent={descent.__name__}): {descent.__name__} evaluates the closure itself; "
+                "choose one that makes its step from .grad alone, such as torch.optim.SGD or torch.optim.Adam"
+            )
+        try:
+            # Its defaults, and a check of its options; a matrix, because some optimizers take nothing else.
+            options = {"lr": defaults["lr"], **given_options}
+            own_defaults = descent([torch.zeros(1, 1)], **options).defaults
+        except TypeError as error:
+            raise TypeError(f"{name}(descent={descent.__name__}): {error}") from None
+        super().__init__(groups, {**own_defaults, **defaults, "readout": None, PACKED: None})
+        self._descent = descent([{"params": group["params"]} for group in self.param_groups], **options)
+        self.state.update(self._descent.state)  # some optimizers make theirs at once
+
+    # -- what a rule implements ---------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _select(self, group: dict[str, Any]) -> tuple[list[Any], list[Synapse]]:
+        """The parameters of a group (torch's bare or named form) and the synapses to watch for them."""
+
+    @abstractmethod
+    def _estimate(self, probe: Probe) -> Estimate:
+        """Evaluate the closure as often as needed, from the start each time it is called."""
+
+    @optional
+    def _require_trainable(
+        self,
+        groups: list[dict[str, Any]],
+        surveys: list[tuple[list[Synapse], list[Unwatchable]]],
+        defaults: dict[str, Any],
+    ) -> None:
+        """Raise for all layers at once that the rule cannot train; `surveys` is empty where no module was given."""
+
+    def gradient_parameters(self) -> list[Tensor]:
+        """The parameters that a backward pass must have reached before `collect`; none where no loss is needed."""
+        return self._readout.parameters()
+
+    def begin(self) -> None:
+        """Before an evaluation which alone is to count."""
+        self._recorder.reset()
+        for p in self._trained():
+            p.grad = None
+
+    def collect(self, losses: Tensor | None = None) -> tuple[dict[Tensor, Tensor], dict[str, Any]]:
+        """What to write into each ``.grad``, and the rule's own state after the step, from passes that were made.
+
+        Rules of one pass (`shares_pass`) implement it; the classic loop, ``loss.backward(); step()``, needs it.
+
+        Args:
+            losses: of the pass, if the rule is to check and to average them.
+        """
+        raise RuntimeError(
+            f"{type(self).__name__} evaluates the loss several times a step, so step() needs a closure: "
+            "optimizer.step(closure), where closure() runs the model and returns the loss." + recipe() + " "
+            "(torch.amp.GradScaler, which float16 mixed precision brings along, hands on none: use bfloat16 without it)"
+        )
+
+    def evaluate(self, probe: Probe) -> Estimate:
+        """The loss, what to write into each ``.grad``, and the rule's own state after the step."""
+        self._readout_grads = None
+        losses, grads, state = self._estimate(probe)
+        if self._readout and not self.shares_pass:
+            if self._readout_grads is None:
+                self._base_point(probe)
+            grads = {**grads, **(self._readout_grads or {})}
+            self._readout_grads = self.target = None  # an old target must not teach a new batch
+        return losses, grads, state
+
+    # -- the contract -------------------------------------------------------------------------------------------
+
+    def step(self, closure: Closure | None = None) -> Any:
+        """One step of learning: `estimate`, then `descend`.
+
+        Args:
+            closure: runs the model and returns the loss, best each sample's own; without one, the step descends along
+                what `estimate` has just written, or uses all forward passes since the last step (rules that need only
+                one).
+
+        Returns:
+            What the closure returned, detached; ``None`` without a closure.
+
+        Rules of one pass that keep no running value can be captured in a CUDA graph: the forward pass and ``step()``
+        together, after a few plain steps. Replays then do without Python, which is most of a small batch's time on a
+        GPU; they find options as they were, and check for nothing that is not finite.
+
+        Raises:
+            Diverged: a loss or an update that is infinite or not a number.
+            RuntimeError: no forward pass, a rule that needs a closure and got none. Parameters and optimizer state
+                are then as they were, as after `Diverged`.
+        """
+        loss = self.estimate(closure) if needs_estimate(self, closure, [self]) else None
+        self.descend()
+        return loss
+
+    @torch.compiler.disable(reason=IN_PYTHON)  # type: ignore[untyped-decorator]
+    def estimate(self, closure: Closure | None = None) -> Any:
+        """The first half of `step`: write ``p.grad = -Δw`` for every parameter of the rule, and change nothing else.
+
+        Where a training loop calls ``step()`` itself, write ``rule.estimate(closure)`` in place of the backward pass.
+        """
+        return settled(self._undo, lambda: self._estimate_once(closure))
+
+    def _estimate_once(self, closure: Closure | None) -> Any:
+        loss: Any = None
+        self._estimated = False
+        self._undo += [self._recorder.restoring(), restoring_grad_mode()]
+        self._require_same_parameters()
+        if closure is None:
+            grads, own_state = self.collect()
+        else:
+            probe = Probe(closure, self._trained(), self._known, self._undo)
+            with torch.no_grad():
+                loss, grads, own_state = probe.run(type(self).__name__, self.evaluate)
+            loss = loss if probe.returns_tensor else loss.item()
+        if own_state and is_captured(self._trained()):
+            raise RuntimeError(
+                f"{type(self).__name__} has a memory, which every replay of a CUDA graph would find as it was when "
+                "the graph was captured: take plain steps"
+            )
+        require_finite(self, "an update", list(grads.values()))
+        self.forward_passes = 0 if closure is None else probe.made
+        self._look_for_silent()
+        for p in self._trained():
+            p.grad = grads.get(p)
+        self._own_state = own_state
+        self._estimated = True
+        return loss
+
+    def discard(self) -> None:
+        """Drop what has been gathered since the last step: the next step will not learn from it."""
+        self._recorder.discard()
+
+    @torch.compiler.disable(reason=IN_PYTHON)  # type: ignore[untyped-decorator]
+    @torch.no_grad()
+    def descend(self) -> None:
+        """The second half of `step`: ``descent``'s own step along ``.grad``."""
+        mark_as_stepped(self)
+        self._estimated = False
+        # Linked anew each time: load_state_dict replaces both. Unhooked: hooks on all optimizers must fire once.
+        self._descent.param_groups, self._descent.state = self.param_groups, self.state
+        unhooked_step(self._descent)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as in torch, whose ``"params"`` may be a module. Its options are checked first."""
+        group = dict(param_group)
+        group |= self._taken_renamed(group)
+        self._check({**self.defaults, **group})
+        modules = named_modules_of(group["params"])
+        for layer in (layer for _, module in modules for layer in module.modules()):
+            if isinstance(layer, tuple(self._exclusion.kinds)):
+                self._exclusion.add(layer)
+        if group.get("readout"):
+            group["params"], synapses = self._readout.select(group["params"])
+        else:
+            named, synapses = self._select(group)
+            group["params"] = self._readout.left_over(named)
+            synapses = [s for s in synapses if s.layer not in self._readout.layers]
+        self._require_real(group["params"])
+        super().add_param_group(group)
+        for synapse in synapses:
+            synapse.group = len(self.param_groups) - 1
+            self._recorder.watch(synapse)
+        known = self._inside()
+        self._modules += [(prefix, module) for prefix, module in modules if module not in known]
+        self._known.roots.update({module: None for _, module in modules})
+        mine = set(self.param_groups[-1]["params"])
+        for prefix, module in modules:
+            for name, layer in module.named_modules(prefix=prefix):
+                for attribute, p in own_parameters(layer).items():
+                    if p is not None and p in mine:
+                        self._homes.setdefault(p, (layer, attribute, ".".join(filter(None, (name, attribute)))))
+                if synapses and is_known(layer) and not layer.weight.requires_grad:
+                    self._once_frozen.append((name, layer))
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of torch, with the rule's name; what is no parameter's own is under ``"rule"`` in its ``"state"``."""
+        owned = {OWNED: self._owned.state_dict()} if self._owned.modules else {}
+        return for_checkpoint(super().state_dict(), type(self).__name__, {**self._own_state, **owned})
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned.
+
+        Raises:
+            ValueError: the state of another rule, or of groups of other sizes. Nothing is changed then.
+        """
+        state_dict, own_state = read_checkpoint(state_dict)
+        owned = own_state.pop(OWNED, {})
+        self._require_own(state_dict)
+        self._owned.require_own(type(self).__name__, owned)
+        groups = [{self.renamed.get(key, key): v for key, v in g.items()} for g in state_dict["param_groups"]]
+        state_dict = {**state_dict, "param_groups": groups}
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != NAME})
+        self._owned.load_state_dict(owned)
+        self._own_state = own_state
+
+    def own(self, modules: Mapping[str, nn.Module], **options: Any) -> None:
+        """Add modules that belong to the optimizer as a param group of its own; their values are in `state_dict`.
+
+        To be called once the rule is built, so that the group is there for schedulers and for loading. The modules may
+        be lazy: ``self._owned(name, x)`` calls one, and the first call draws its values from ``self._owned.seed``.
+
+        Args:
+            modules: by names that stay the same, such as those of the layers they belong to.
+            options: of their param group, ``lr`` for one.
+
+        Raises:
+            ValueError: an option out of its range; a name that is taken.
+        """
+        self._check({**self.defaults, **options})
+        named = self._owned.add(type(self).__name__, modules)
+        # torch wants names in all groups or in none.
+        with_names = all("param_names" in group for group in self.param_groups)
+        super().add_param_group({"params": named if with_names else [p for _, p in named], **options})
+
+    def coverage(self, model: nn.Module | None = None) -> dict[str, str]:
+        """Which rule trains each parameter: its name -> the rule's name, or why it is not trained.
+
+        That is ``"frozen"``, ``"excluded"``, or, from the first step on, ``"silent: ..."`` with the reason why the
+        layer, which the rule would train, does not learn.
+
+        Args:
+            model: whose names to use and whose parameters to list; by default those that the rule was given.
+        """
+        labels: dict[Tensor, str] = {}
+        for group in self.param_groups:
+            label = type(self).__name__ + (f" readout ({group['readout']})" if group.get("readout") else "")
+            labels |= {p: label if p.requires_grad else "frozen" for p in group["params"]}
+        for synapse, reason in self._silent.items():
+            labels |= dict.fromkeys(synapse.parameters(), f"silent: {reason}")
+        for _, layer in self._once_frozen:
+            if layer not in self._recorder.synapses:
+                labels |= {p: f"silent: {UNFROZEN}" for p in layer.parameters(False) if p.requires_grad}
+        labels |= dict.fromkeys(self._exclusion.params, "excluded")
+        names = self._names() if model is None else {p: name for name, p in model.named_parameters()}
+        return {name: labels.get(p, "frozen") for p, name in names.items()}
+
+    def close(self) -> None:
+        """Remove every hook from the model. Also happens when the optimizer is garbage-collected."""
+        self._recorder.close()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            f"{type(self).__name__} cannot be copied or pickled: it may watch a model. Copy the model, build a new "
+            "optimizer for the copy, and load_state_dict(optimizer.state_dict())"
+        )
+
+    # -- for rules ----------------------------------------------------------------------------------------------
+
+    def _base_point(self, probe: Probe, visit: Visit | None = None) -> Tensor:
+        """Evaluate once at the step's own weights, and let the readout learn from that; for rules of several passes.
+
+        A rule that evaluates the loss there anyway calls this in place of ``probe()``; for the others it is one pass
+        more, where a readout learns in a way of its own.
+
+        Args:
+            probe: the closure.
+            visit: called with each firing of the other synapses, and its output, which is cut.
+        """
+        readout = self._readout
+        readout.begin(self.target)
+        with self._cutting(visit, readout.leave):
+            losses, _ = probe.gradients(readout.parameters(), [self._recorder.reach.anchor])
+        if readout:
+            require_finite(self, "the loss", [losses])
+            readout.require_fired_last(self._recorder.fired)
+            readout.require_gradient()
+            self._readout_grads = readout.collect(self._sum_over_ranks, self._ranks[1])
+            for p in self._trained():  # out of reach of the next evaluation's zero_grad and backward
+                p.grad = None
+        return losses
+
+    def _cutting(self, visit: Visit | None, leave_readout: Leave | None = None) -> AbstractContextManager[None]:
+        """Cut every synapse for a while, but those of a readout, which see cut activity and are handed on as they are.
+
+        Args:
+            visit: called with each firing and its output, whose graph is that of the layer alone; may return what is
+                handed on in its place.
+            leave_readout: what a readout hands on.
+        """
+        reach, layers = self._recorder.reach, self._readout.layers
+
+        def enter(synapse: Synapse, x: Tensor) -> Tensor | Isolated:
+            return self._readout.enter(synapse, x) if synapse.layer in layers else isolate(synapse, x)
+
+        def leave(firing: Firing, u: Tensor) -> Tensor:
+            if firing.synapse.layer in layers:
+                return u if leave_readout is None else leave_readout(firing, u)
+            other = None if visit is None or firing.replay else visit(firing, u)
+            return cut(firing, u if other is None else other, reach)
+
+        return self._recorder.acting(enter, leave)
+
+    def _next_state(self) -> dict[str, Any]:
+        """The rule's own state after this step; a count of steps goes on."""
+        step = self._own_state.get("step")
+        return {**self._own_state} if step is None else {**self._own_state, "step": step + 1}
+
+    def _names(self) -> dict[Tensor, str]:
+        """The name of each parameter that the rule was given, or that lies in a module which it was given."""
+        names: dict[Tensor, str] = {}
+        for i, group in enumerate(self.param_groups):
+            for j, p in enumerate(group["params"]):
+                names[p] = group["param_names"][j] if "param_names" in group else f"group{i}.params[{j}]"
+        many = len({id(m) for _, m in self._modules}) > 1
+        for i, (prefix, module) in enumerate(self._modules):
+            inside = module.named_parameters(f"group{i}" if many and not prefix else prefix)
+            names |= {p: name for name, p in inside}
+        return names
+
+    def _trained(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _taken_renamed(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Options of earlier versions, taken out of those given, under their names now."""
+        found = {}
+        for old, new in self.renamed.items():
+            if old in options:
+                found[new] = options.pop(old)
+                warn(f"{type(self).__name__}: {old} is now called {new}; write {new}={found[new]!r}", FutureWarning)
+        return found
+
+    def _check(self, options: dict[str, Any]) -> None:
+        for name, constraint in {"lr": NON_NEGATIVE, **self.constraints}.items():
+            self._check_value(name, options[name], constraint)
+
+    def _check_value(self, name: str, value: Any, constraint: Constraint) -> None:
+        require_in_range(type(self).__name__, name, value, constraint)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Asked by `torch.amp.GradScaler`, before it looks for gradients."""
+        return refuse_scaler(self)
+
+    def _require_real(self, params: Iterable[Any]) -> None:
+        """Raise for complex parameters: a rule would see their real part alone."""
+        for i, entry in enumerate(params):
+            name, p = entry if isinstance(entry, tuple) else (f"params[{i}]", entry)
+            if isinstance(p, Tensor) and p.is_complex():
+                raise ValueError(
+                    f"{type(self).__name__}: parameter '{name}' is complex ({p.dtype}), and rules learn real weights: "
+                    f"keep its real and imaginary parts as parameters (torch.view_as_real), or exclude=['{name}']"
+                )
+
+    def _require_same_parameters(self) -> None:
+        """Raise where a parameter is no longer the one that its layer had when the optimizer was built."""
+        for p, (layer, attribute, name) in self._homes.items():
+            if own_parameters(layer).get(attribute) is p:
+                continue
+            if layer not in self._recorder.synapses and any(q is p for q in layer.parameters()):
+                continue  # pruned or parametrized: what is learned is still the parameter beneath
+            how, way_out = (
+                "replaced",
+                "Build the optimizer after the model has its parameters (to_empty gives new ones)",
+            )
+            if f"{attribute}_orig" in own_parameters(layer) or hasattr(layer, "parametrizations"):
+                how = "pruned, parametrized or normalised"
+                way_out = f"Undo that, or build the optimizer after it with exclude=['{name.rpartition('.')[0]}']"
+            raise RuntimeError(
+                f"{type(self).__name__}: parameter '{name}' was {how} after the optimizer was built, so that the layer "
+                f"no longer uses the one that is trained. {way_out}"
+            )
+
+    def _inside(self) -> set[nn.Module]:
+        """All modules that are now in those that were given."""
+        return {inner for _, module in self._modules for inner in module.modules()}
+
+    def _claimed(self) -> Iterable[Synapse]:
+        """The synapses that learn only if they fire."""
+        return self._recorder.synapses.values()
+
+    def _none_fired(self) -> str:
+        """Why no layer has fired, as far as can be seen, and what to do."""
+        synapses = list(self._claimed())
+        inside = self._inside()
+        if synapses and not any(s.layer in inside for s in synapses):
+            why = "its layers were replaced in the model after the optimizer was built: build the optimizer anew"
+        elif synapses and not any(s.weight.requires_grad for s in synapses):
+            why = "its layers were frozen after the optimizer was built (adapters do that): build the optimizer anew"
+        else:
+            why = f"run the model in training mode (model.train()) before step(), or in the closure; {COMPILED}"
+        return f"{type(self).__name__}: no synapse has fired since the last step; {why}"
+
+    def _look_for_silent(self) -> None:
+        """Once, and again whenever a layer was frozen, unfrozen or switched: warn of those that learn nothing."""
+        fired, synapses = self._recorder.fired, list(self._claimed())
+        for synapse in [s for s in self._silent if s in fired]:
+            del self._silent[synapse]
+        absent = [s for s in synapses if s not in fired and s not in self._silent and s not in self._absent]
+        self._absent = {s for s in (*self._absent, *absent) if s not in fired}
+        now = (
+            *((s.weight.requires_grad, s.layer.training) for s in synapses),
+            *(layer.weight.requires_grad for _, layer in self._once_frozen),
+        )
+        if now == self._checked and not absent:
+            return
+        only_replaced, self._checked = now == self._checked, now
+        inside = self._inside()
+        named: list[str] = []
+        for s in synapses:
+            if s in fired or s in self._silent or not s.weight.requires_grad:
+                continue
+            if only_replaced and s.layer in inside:  # it may well fire at another step
+                continue
+            if s.layer not in inside:
+                reason = "it was replaced in the model after the optimizer was built: build the optimizer anew"
+            elif not s.layer.training:
+                reason = "it is in evaluation mode: call train()"
+            else:
+                reason = "it did not run, or something else used its weight without calling it"
+            self._silent[s] = reason
+            if s.layer.training and s in self._named:
+                continue
+            self._named.add(s)
+            named.append(f"'{s.name}' ({reason})")
+        for name, layer in self._once_frozen:
+            unfrozen = layer.weight.requires_grad and layer not in self._recorder.synapses and layer in inside
+            if unfrozen and layer not in self._unfrozen:
+                self._unfrozen.add(layer)
+                named.append(f"'{name}' ({UNFROZEN})")
+        if named:
+            warn(
+                f"{type(self).__name__}: did not fire and learn nothing: {', '.join(named)}. exclude=[...] leaves "
+                "layers out without this warning"
+            )
+
+    def _require_own(self, state_dict: dict[str, Any]) -> None:
+        own, theirs = type(self).__name__, state_dict.get(NAME)
+        if theirs is not None and theirs != own:
+            raise ValueError(f"{own}: the state is that of {theirs}; load it into {theirs}, or start {own} anew")
+        if theirs is not None:
+            return
+        for group in state_dict.get("param_groups", []):  # of an older version, or of another optimizer
+            known = {*self.defaults, *SCHEDULERS}.union(*self.param_groups)
+            if wrong := sorted({*self.defaults} - {*group} or {*group} - known):
+                raise ValueError(
+                    f"{own}: the state names no rule, and its options are not those of {own} (look at "
+                    f"{', '.join(wrong)}): it is that of another optimizer"
+                )
+
+    @property
+    def _ranks(self) -> tuple[int, int]:
+        """Rank of the process and the number of ranks that step together."""
+        if self.process_group is None:
+            return 0, 1
+        return dist.get_rank(self.process_group), dist.get_world_size(self.process_group)
+
+    def _sum_over_ranks(self, tensors: list[Tensor]) -> None:
+        """Replace each tensor by its sum over the ranks, in one message."""
+        if self.process_group is None or not tensors:
+            return
+        flat = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(flat, group=self.process_group)
+        for tensor, total in zip(tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True):
+            tensor.copy_(total.view_as(tensor))

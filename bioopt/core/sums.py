@@ -1,0 +1,89 @@
+"""`Sums`: what the firings of a synapse have brought since the last step, and whether it counts."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from .products import SparseSignal, local_product, over_events
+from .recorder import Firing
+
+
+@dataclass(eq=False)
+class Gathering:
+    """What counts for a step: it ends with the step, or is dropped before."""
+
+    learned: bool = False
+    dropped: bool = False
+    parts: list[weakref.ref[Sums]] = field(default_factory=list)
+
+    def end(self) -> None:
+        """A step has learned from all of it: of what a graph still holds, only that is remembered."""
+        self.learned = True
+        for sums in (part() for part in self.parts):
+            if sums is not None:
+                sums.values = {}
+
+
+@dataclass(eq=False)
+class Sums:
+    """What one synapse has gathered, summed over samples and positions.
+
+    Attributes:
+        values: tensors, by name: ``"product"``, Σ s xᵀ, of the weight's shape; ``"signal"``, Σ s, of the bias's shape
+            where the layer has one; and what else a rule needs.
+        counts: numbers, by name: ``"events"``, of which one is a position of a sample; and what else a rule needs.
+        of_firing: whether they are one firing's own, or the sum of several.
+        gathering: what they have been added to.
+    """
+
+    values: dict[str, Tensor]
+    counts: dict[str, float]
+    of_firing: bool = True
+    gathering: Gathering | None = None
+
+    @property
+    def events(self) -> float:
+        """The number of events."""
+        return self.counts["events"]
+
+    @property
+    def counted(self) -> bool:
+        """Whether a step has learned from them, or the next one will."""
+        return self.gathering is not None and not self.gathering.dropped
+
+    @property
+    def learned(self) -> bool:
+        """Whether a step has learned from them."""
+        return self.gathering is not None and self.gathering.learned
+
+    def plus(self, other: Sums) -> Sums:
+        """The sum with another firing's, in the memory of a sum; a firing's own stay as they are."""
+        total = replace(self, of_firing=False) if self.of_firing else self
+        total.values = {
+            name: one + other.values[name] if self.of_firing else one.add_(other.values[name])
+            for name, one in self.values.items()
+        }
+        total.counts = {name: one + other.counts[name] for name, one in self.counts.items()}
+        return total
+
+
+def product_sums(firing: Firing, u: Tensor, s: Tensor | SparseSignal, **values: Tensor) -> Sums:
+    """The sums of one firing: ``Σ s xᵀ``, and ``Σ s`` where there is a bias.
+
+    Args:
+        firing: which synapse fires.
+        u: its output, whose graph is that of the layer alone.
+        s: the teaching signal, of ``u``'s shape, or that of a few neurons.
+        values: further sums over events.
+    """
+    synapse, channel = firing.synapse, u.ndim + firing.synapse.channel_dim
+    product = local_product(firing, u, s) if u.numel() else torch.zeros_like(synapse.weight)
+    own = {"product": product}
+    if synapse.bias is not None:
+        size = u.shape[channel]
+        own["signal"] = s.total(size) if isinstance(s, SparseSignal) else over_events(s, channel, product.dtype)
+    return Sums(own | values, {"events": u.numel() // u.shape[channel]})

@@ -1,0 +1,93 @@
+"""`FeedbackRule`: backpropagation, but for the weights by which the error returns."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor
+
+from ..core.acts import detached, relay
+from ..core.errors import require_finite
+from ..core.one_pass import OnePass
+from ..core.params import Params, RuleOptions, named_parameters_of, synapses_of
+from ..core.recorder import Firing
+from ..core.synapse import Synapse
+
+__all__ = ["FeedbackRule"]
+
+
+class FeedbackRule(OnePass):
+    r"""A rule that lets the error return through each synapse by other weights than those it went up by.
+
+    Backpropagation sends :math:`W^\top g` from the output of a layer, where the error is :math:`g`, to its input. Here
+    `feedback` says what goes there instead; each layer then learns as in backpropagation, from its own :math:`g` and
+    :math:`x`. Everything between layers (activations, normalisation, skip connections) passes the error back as ever,
+    and has its parameters trained by it.
+
+    Args:
+        params: the model (or modules, or groups whose ``"params"`` are modules), all of whose parameters learn. Bare
+            parameters are refused.
+        lr: learning rate of ``descent``.
+        own: further hyperparameters of the rule, each of which may differ between groups (for subclasses).
+        options: ``exclude``, ``descent`` and its options, ``process_group`` (average gradients over these ranks, each
+            of which has its share of the batch), as in `bioopt.LearningRule`.
+
+    Raises:
+        ValueError: a hyperparameter out of range; a model with layers that have weights and are no known synapses.
+        TypeError: bare parameters; a model wrapped in DistributedDataParallel.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float,  # η
+        *,
+        own: dict[str, Any] | None = None,
+        **options: Unpack[RuleOptions],
+    ) -> None:
+        super().__init__(params, {"lr": lr, **(own or {})}, **options)
+        self._recorder.act(self._enter, self._leave)
+
+    @abstractmethod
+    def feedback(self, synapse: Synapse, g: Tensor, x_shape: torch.Size) -> Tensor:
+        """What reaches the input of a layer, of shape ``x_shape``, for the error ``g`` at its output.
+
+        With `Synapse.transpose` and the layer's own weight, ``synapse.transpose(synapse.weight, g, x_shape)``, this is
+        backpropagation.
+        """
+
+    def _select(self, group: dict[str, Any]) -> tuple[list[Any], list[Synapse]]:
+        synapses = synapses_of(type(self).__name__, group["params"], self._exclusion)
+        return named_parameters_of(group["params"], self._exclusion), synapses
+
+    def _enter(self, synapse: Synapse, x: Tensor) -> Tensor:
+        return detached(x)
+
+    def _leave(self, firing: Firing, u: Tensor) -> Tensor:
+        x_shape = firing.x.shape  # not the activity itself, which need not be kept
+        return relay(firing, u, lambda g: self.feedback(firing.synapse, g, x_shape))
+
+    def gradient_parameters(self) -> list[Tensor]:
+        """All that is not frozen."""
+        return [p for p in self._trained() if p.requires_grad]
+
+    @torch.no_grad()
+    def collect(self, losses: Tensor | None = None) -> tuple[dict[Tensor, Tensor], dict[str, Any]]:
+        """The gradients that the backward pass has left, averaged over ranks."""
+        name = type(self).__name__
+        if not self._recorder.fired:
+            raise RuntimeError(self._none_fired())
+        grads = {p: p.grad for p in self._trained() if p.grad is not None}
+        if not grads:
+            raise RuntimeError(
+                f"{name} learns from the loss, but no gradient has reached a layer: call loss.backward() before "
+                "step(), or give step() a closure that returns the loss"
+            )
+        loss = torch.zeros((), device=self._trained()[0].device) if losses is None else losses.mean()
+        self._sum_over_ranks([loss, *grads.values()])
+        if losses is not None:
+            require_finite(self, "the loss", [loss])
+        ranks = self._ranks[1]
+        return {p: g / ranks if ranks > 1 else g for p, g in grads.items()}, self._next_state()

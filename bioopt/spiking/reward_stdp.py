@@ -1,0 +1,200 @@
+"""Spike-timing-dependent plasticity that a reward lets count."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, Unpack, final
+
+import torch
+from torch import Tensor
+
+from ..core.constraints import RATE, Constraint
+from ..core.errors import require_finite
+from ..core.params import Params, no_plastic_layer, synapses_of, unique
+from ..core.probe import Probe
+from ..core.readout import ReadoutOptions
+from ..core.recorder import Firing
+from ..core.reward import reward_prediction_error
+from ..core.rule import Estimate, LearningRule
+from ..core.synapse import Synapse
+from ..perturbation.base import CREDIT, MICRO_BATCHES, ambiguous
+from .neurons import NeuronFinder, Neurons
+from .traces import WINDOW, Moment, Traces, add_product, advance, bounded, check_bounds
+
+
+@final
+class RewardSTDP(LearningRule):
+    r"""Reward-modulated STDP: pairs of spikes leave an eligibility, which a reward turns into plasticity.
+
+    .. math::
+        e(t) = e^{-\delta/\tau_e}\, e(t - \delta) + A_+\, s(t)\, p(t)^\top - A_-\, q(t)\, x(t)^\top, \qquad
+        \Delta W = \langle (R - \bar R)\, e(T) \rangle, \qquad
+        \bar R \leftarrow \bar R + r\,(\langle R \rangle - \bar R)
+
+    with spikes :math:`x, s` and traces :math:`p, q` as in `STDP`, an eligibility :math:`e` of each sample and synapse
+    that fades with :math:`\tau_e`, and the reward :math:`R` (dopamine), which comes at the end of the sequence, at
+    :math:`T`: minus what the closure returns. :math:`\bar R` is the running mean of the reward (in the first step,
+    that step's own). No error signal and no gradient; what varies from trial to trial is up to the neurons, so give
+    them, or their inputs, some noise.
+
+    With ``credit="sample"`` each sample has its own reward, so that a batch of :math:`N` samples is as many trials;
+    :math:`\langle\cdot\rangle` is the mean over samples and positions. With ``credit="global"`` one reward credits
+    all. Bounds act on the whole change: ``"soft"`` multiplies what strengthens by :math:`w_{max} - W` and what weakens
+    by :math:`W - w_{min}`, ``"hard"`` and ``None`` as in `STDP`.
+
+    Eligibilities of all samples would take a matrix each. Spikes and traces are kept in their place until the reward
+    is known: memory grows with the length of a sequence. Every synapse follows the rule, the last too, so the network
+    ends in spiking neurons, which are found as in `STDP`. Only weights learn.
+
+    Args:
+        params: the model (or modules, or groups whose ``"params"`` are modules). Bare parameters are refused.
+        lr: learning rate of ``descent``.
+        tau_e: :math:`\tau_e`, of the eligibility, in ms; infinite: it does not fade.
+        tau_plus: :math:`\tau_+`, in ms.
+        tau_minus: :math:`\tau_-`, in ms.
+        dt: :math:`\delta`, time between two firings of a layer, in ms.
+        a_plus: :math:`A_+`.
+        a_minus: :math:`A_-`.
+        bounds: ``"soft"``, ``"hard"`` or ``None``.
+        w_min: :math:`w_{min}`.
+        w_max: :math:`w_{max}`.
+        reward_rate: :math:`r` in (0, 1], how fast the expected reward follows.
+        credit: ``"sample"`` or ``"global"``. A scalar loss is global by itself.
+        neurons: as in `STDP`.
+        readout: ``None``, ``"delta"`` or ``"teacher"``, as in `LearningRule`; a readout needs no spiking neurons.
+        options: further options of the readout, ``exclude``, ``descent``, its options and ``process_group`` (average
+            over these ranks, each of which has its share of the batch), as in `LearningRule`.
+
+    Raises:
+        ValueError: a hyperparameter out of range; a model without plastic layers; a layer without spiking neurons
+            after it.
+        TypeError: bare parameters.
+        RuntimeError: as `STDP`; a step without a closure; a layer whose first dimension is not the sample (with
+            ``credit="sample"``); a non-finite loss, after which nothing has changed.
+
+    Sources: E. M. Izhikevich (2007), *Solving the distal reward problem through linkage of STDP and dopamine
+    signaling*; R. V. Florian (2007), *Reinforcement learning through modulation of spike-timing-dependent synaptic
+    plasticity*; N. Frémaux & W. Gerstner (2016), *Neuromodulated spike-timing-dependent plasticity, and theory of
+    three-factor learning rules*.
+    """
+
+    splits_batch = True
+    constraints: ClassVar[dict[str, Constraint]] = {**WINDOW, "tau_e": (lambda v: v > 0, "a number > 0")}
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float,  # η
+        *,
+        tau_e: float = 500.0,  # τe
+        tau_plus: float = 20.0,  # τ+
+        tau_minus: float = 20.0,  # τ-
+        dt: float = 1.0,  # δ
+        a_plus: float = 1.0,  # A+
+        a_minus: float = 1.0,  # A-
+        bounds: str | None = "soft",
+        w_min: float = 0.0,
+        w_max: float = 1.0,
+        reward_rate: float = 0.1,  # r
+        credit: str = "sample",
+        neurons: Neurons | None = None,
+        readout: str | None = None,
+        **options: Unpack[ReadoutOptions],
+    ) -> None:
+        name = type(self).__name__
+        self._check_value("credit", credit, CREDIT)
+        self.credit = credit
+        self._trains: dict[Synapse, Traces] = {}
+        self._moments: dict[Synapse, list[Moment]] = {}
+        self._finder = NeuronFinder(name, neurons)
+        defaults = {
+            "lr": lr,
+            "tau_e": tau_e,
+            "tau_plus": tau_plus,
+            "tau_minus": tau_minus,
+            "dt": dt,
+            "a_plus": a_plus,
+            "a_minus": a_minus,
+            "bounds": bounds,
+            "w_min": w_min,
+            "w_max": w_max,
+        }
+        super().__init__(params, defaults, readout=readout, **options)
+        if not self._trained():
+            raise ValueError(no_plastic_layer(name))
+        self._check_value("reward_rate", reward_rate, RATE)
+        self.reward_rate = reward_rate
+        self._finder.require_known(self._recorder.synapses.values())
+        self._recorder.on_neurons = self._keep
+
+    def _select(self, group: dict[str, Any]) -> tuple[list[Any], list[Synapse]]:
+        name = type(self).__name__
+        check_bounds(name, {**self.defaults, **group})
+        synapses = synapses_of(name, group["params"], self._exclusion)
+        synapses = [s for s in synapses if s.layer not in self._readout.layers]
+        self._finder.find(synapses, group["params"])
+        return unique([(f"{s.name}.weight", s.weight) for s in synapses]), synapses
+
+    def _keep(self, firing: Firing, spikes: Tensor) -> Tensor:
+        synapse, group = firing.synapse, self.param_groups[firing.synapse.group]
+        with torch.no_grad(), torch.autocast(spikes.device.type, enabled=False):
+            before = self._trains.get(synapse)
+            moment, self._trains[synapse] = advance(
+                type(self).__name__, firing, spikes.detach(), before, group, MICRO_BATCHES.capitalize()
+            )
+            kept = moment._replace(x=moment.x.clone(), s=moment.s.clone())  # a network may use their memory again
+            self._moments.setdefault(synapse, []).append(kept)
+        return spikes
+
+    def _estimate(self, probe: Probe) -> Estimate:
+        name = type(self).__name__
+        self._recorder.reset()
+        for p in self._trained():
+            p.grad = None
+        try:
+            with self._cutting(None):
+                losses = probe()
+            require_finite(self, "the loss", [losses])
+            if missing := self._recorder.missing():
+                raise RuntimeError(f"{name}: {missing}")
+            if not self._moments:
+                raise RuntimeError(self._none_fired())
+            per_sample = self.credit == "sample" and losses.ndim > 0
+            error, expected = reward_prediction_error(self, losses, per_sample, self.reward_rate)
+            grads: dict[Tensor, Tensor] = {}
+            changes = {s: self._change(s, moments, error) for s, moments in self._moments.items()}
+            self._sum_over_ranks(list(changes.values()))
+            for synapse, change in changes.items():
+                weight, group = synapse.weight, self.param_groups[synapse.group]
+                change /= self._ranks[1]
+                grad = -bounded(change.clamp(min=0), (-change).clamp(min=0), weight.detach(), group)
+                grads[weight] = grads[weight] + grad if weight in grads else grad
+            return losses, grads, {"reward": expected}
+        finally:
+            self._trains.clear()
+            self._moments.clear()
+
+    def _change(self, synapse: Synapse, moments: list[Moment], error: Tensor) -> Tensor:
+        """``⟨(R - R̄) e(T)⟩`` of one synapse, before bounds."""
+        group, last = self.param_groups[synapse.group], moments[-1].s
+        if error.ndim and (last.ndim < 2 or len(last) != len(error)):
+            raise RuntimeError(
+                f"{type(self).__name__}(credit='sample'): the neurons of layer '{synapse.name}' gave spikes of shape "
+                f"{tuple(last.shape)} where there are {len(error)} losses, one a sample, so their first dimension "
+                f"is not the sample. Use credit='global'; or, {MICRO_BATCHES}"
+            )
+        if error.ndim and ambiguous(synapse, last.shape, len(error)):
+            raise RuntimeError(
+                f"{type(self).__name__}(credit='sample'): the neurons of layer '{synapse.name}' gave spikes of shape "
+                f"{tuple(last.shape)}, in which more than one dimension is as long as the batch of {len(error)}, so "
+                "that samples cannot be told from the other. Take a batch of another size, or credit='global'"
+            )
+        fading = math.exp(-group["dt"] / group["tau_e"])
+        gate = error.to(moments[-1].pre.dtype) / (last.numel() // len(synapse.weight))
+        gate = gate.view(-1, *[1] * (last.ndim - 1)) if gate.ndim else gate
+        change = last.new_zeros(synapse.weight.shape)
+        for age, moment in enumerate(reversed(moments)):
+            gated = gate * fading**age
+            add_product(change, synapse, moment.s * gated, moment.pre, group["a_plus"])
+            add_product(change, synapse, moment.post * gated, moment.x, -group["a_minus"])
+        return change
