@@ -14,8 +14,9 @@ from hydra.utils import instantiate
 from torch import nn
 
 from bioopt.nn import Gate
-from experiments import data, problems
+from experiments import data
 from experiments.context_routing import ContextRouting, counted, guessed, information, weights
+from experiments.data import problems
 from experiments.training import run
 
 from .test_tasks import interrupted, resumed

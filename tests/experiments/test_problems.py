@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from bioopt.costs import UNLABELLED
-from experiments import data, problems
-from experiments.data import Images
+from experiments import data
+from experiments.data import Images, problems
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -143,7 +143,7 @@ def test_they_follow_one_another_where_labels_are_missing() -> None:
         ("wrong_labels", {"share": 1.1}, r"share=1.1 must be a number in \[0, 1\]"),
         ("imbalanced", {"ratio": 0.5}, "ratio=0.5 must be a number >= 1"),
         ("few_labels", {"count": 4}, "count=4 must be an integer >= 5"),
-        ("few_labels", {"count": 1000}, "wants 200 labels of class 0, which has 60 images"),
+        ("few_labels", {"count": 1000}, "needs 200 labels of class 0, which has 60 images"),
         ("contexts", {"count": 1}, "count=1 must be an integer >= 2"),
     ],
 )

@@ -13,7 +13,7 @@ from experiments import data, models
 from experiments.areas import split
 from experiments.building import build_model
 
-from .test_train import config
+from ..test_train import config
 
 
 def features(model: nn.Module, x: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ def test_attention_sees_patches_in_their_places() -> None:
     patches = models.Patches(4)(x)
     assert patches.shape == (2, 6, 48)
     assert torch.equal(patches[1, 4], x[1, :, 4:8, 4:8].flatten())  # the fifth: in the second row the middle one
-    code = models.Places(6, 5)(torch.zeros(1, 6, 5))[0]
+    code = models.PositionalEncoding(6, 5)(torch.zeros(1, 6, 5))[0]
     for place in range(6):
         for i in range(5):
             wave = math.sin if i % 2 == 0 else math.cos
