@@ -11,8 +11,9 @@ import importlib
 import pkgutil
 
 from .augmentation import Augment
+from .checks import SPLITS
 from .features import Features
-from .images import EVALUATION_BATCH, SPLITS, Images
+from .images import EVALUATION_BATCH, Images
 from .loading import from_config, load
 from .registry import DATA_SETS, Loader, Tensors, register
 

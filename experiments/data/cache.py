@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .checks import check_data, check_form, check_returned
+from .checks import SPLITS, check_data, check_form, check_returned
 from .registry import DATA_SETS, Tensors
 
 
@@ -85,7 +86,8 @@ def _write(tensors: Tensors, path: Path) -> None:
     """Write a data set's file, whole or not at all."""
     part = path.with_suffix(".part")
     try:
-        save_file(tensors, part)
+        # Copies: a file cannot hold tensors that share memory, or parts of others.
+        save_file({key: tensors[key].clone(memory_format=torch.contiguous_format) for key in SPLITS}, part)
         part.replace(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(

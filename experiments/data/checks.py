@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+SPLITS = ("train_images", "train_labels", "test_images", "test_labels")  # the tensors of a data set
+
 
 def check_form(tensors: Mapping[str, Tensor]) -> None:
     """Check that all four tensors are there, with the right shapes and types.
@@ -15,8 +17,7 @@ def check_form(tensors: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: names what is missing or wrong.
     """
-    needed = [f"{split}_{part}" for split in ("train", "test") for part in ("images", "labels")]
-    if missing := [key for key in needed if key not in tensors]:
+    if missing := [key for key in SPLITS if key not in tensors]:
         raise ValueError(f"no {', '.join(missing)}")
     for split in ("train", "test"):
         images, labels = tensors[f"{split}_images"], tensors[f"{split}_labels"]

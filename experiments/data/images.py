@@ -12,7 +12,6 @@ from torch import Tensor
 from .augmentation import Augment
 from .checks import check_content, constant_channels
 
-SPLITS = ("train_images", "train_labels", "test_images", "test_labels")
 EVALUATION_BATCH = 250  # images at a time where nothing is learned: the activity of wide layers takes much memory
 
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import cache
-from .checks import check_returned
-from .images import SPLITS, Images
+from .checks import SPLITS, check_returned
+from .images import Images
 from .registry import DATA_SETS
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .images import SPLITS
+from .checks import SPLITS
 
 Tensors = dict[str, Tensor]
 Loader = Callable[[Path], Tensors]

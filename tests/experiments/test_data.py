@@ -14,6 +14,7 @@ import pytest
 import torch
 import torchvision
 from filelock import FileLock
+from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from experiments import data
@@ -440,11 +441,3 @@ def test_the_options_of_a_data_set_reach_its_images(tmp_path: Path) -> None:
     options = {"name": "mine", "root": str(tmp_path)}
     assert data.from_config(OmegaConf.create(options)).shape == (3, 8, 8)
     assert data.from_config(OmegaConf.create({**options, "size": 4})).shape == (3, 4, 4)
-
-
-@pytest.fixture
-def registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a test registers is gone after it."""
-    monkeypatch.setattr(data.registry, "DATA_SETS", data.DATA_SETS)
-    for name, data_set in data.DATA_SETS.items():
-        monkeypatch.setitem(data.DATA_SETS, name, data_set)
