@@ -29,7 +29,7 @@ load = cache(data.load)
 
 @pytest.fixture(autouse=True)
 def loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "load", load)
+    monkeypatch.setattr(data.loading, "load", load)
 
 
 def task(overrides: list[str], **changed: Any) -> Architectures:
