@@ -19,12 +19,12 @@ from torch import Tensor, nn
 import bioopt
 from bioopt.costs import UNLABELLED, CrossEntropy
 
-from . import building, data, problems, training
+from . import building, data, training
 from .areas import Area
-from .data import Images
+from .data import Images, problems
+from .data.problems import PROBLEMS
 from .options import require_counts
 from .pictures import saved
-from .problems import POSED
 from .statistics import interval, with_interval
 from .tasks import Task
 
@@ -42,7 +42,7 @@ class Architectures(Task):
         config: of the run: ``data``; the structures, ``config.structures``, each as in ``conf/model``; and the rules,
             ``config.rules``, each as in ``conf/optimizer``, with options for a structure by its name in ``per_model``.
         device: where to compute.
-        tasks: of `POSED`, each with its options.
+        tasks: of `PROBLEMS`, each with its options.
         train: images of a repetition to train on.
         test: images of a repetition to test on, once for each context.
         steps: of training.
@@ -70,10 +70,10 @@ class Architectures(Task):
             if not found:
                 raise ValueError(f"{name} are none: name one at least")
         for name in tasks:
-            if name not in POSED:
-                raise ValueError(f"task.tasks has {name}, which is not a task; there are {', '.join(POSED)}")
+            if name not in PROBLEMS:
+                raise ValueError(f"task.tasks has {name}, which is not a task; there are {', '.join(PROBLEMS)}")
         self.rounds = repetitions * len(tasks) * len(self.structures) * len(self.rules)
-        self.images = data.load(config.data.name, config.data.root, device)
+        self.images = data.from_config(config.data, device)
         if config.data.validation:
             self.images = self.images.hold_out(config.data.validation)
         if test > len(self.images.test_labels):
@@ -97,7 +97,7 @@ class Architectures(Task):
                 test_labels=self.images.test_labels[tested],
             )
             try:
-                made = POSED[task](images, generator, **self.tasks[task])
+                made = PROBLEMS[task](images, generator, **self.tasks[task])
             except (TypeError, ValueError) as error:
                 raise ValueError(f"task.tasks.{task}: {error}") from error
             self.posed = (task, repetition), made

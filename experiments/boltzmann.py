@@ -20,7 +20,7 @@ from bioopt.nn import RBM
 from bioopt.nn.rbm import bernoulli
 
 from . import data
-from .models import Grey
+from .models import ToUnitInterval
 from .options import require_counts
 from .pictures import saved, uncluttered
 from .tasks import Task
@@ -384,7 +384,7 @@ class Valleys(Task):
         ladder = torch.logspace(math.log10(coldest), math.log10(hottest), temperatures, device=device)
         self.glass = SpinGlass(spins, samples, ladder)
         self.images = data.load("digits", config.data.root, device)
-        grey = Grey()
+        grey = ToUnitInterval()
         self.grey = grey(self.images.prepare(self.images.train_images)).flatten(1)
         self.rbm = RBM(self.grey.shape[1], hidden).to(device)
         mean = (self.grey.sum(0) + 1) / (len(self.grey) + 2)

@@ -22,8 +22,9 @@ from bioopt import Diverged
 from bioopt.costs import CrossEntropy
 from bioopt.nn import Gate
 
-from . import building, data, models, problems, training
+from . import building, data, models, training
 from .areas import Area
+from .data import problems
 from .options import require_counts
 from .pictures import saved
 from .statistics import interval, with_interval
@@ -105,7 +106,7 @@ class ContextRouting(Task):
                     f"{', '.join(self.rules)}"
                 )
         self.lr = lr
-        images = data.load(config.data.name, config.data.root, device)
+        images = data.from_config(config.data, device)
         self.images = replace(images, test_images=images.test_images[:test], test_labels=images.test_labels[:test])
         problems.subset(self.images, torch.Generator(), train, validation)  # or tell now what is wrong
         self.rounds = len(self.rules) * len(self.networks) * repetitions

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bioopt.nn import Hopfield, ModernHopfield, SpikingHopfield
 
-from .data import load
+from .data import from_config
 from .options import require_counts
 from .pictures import saved, uncluttered
 from .tasks import Task
@@ -81,7 +81,7 @@ class Recall(Task):
         require_counts(samples=samples)
         if not 0 <= flips < 0.5:
             raise ValueError(f"task.flips={flips} must be at least 0 and below 0.5, from where a cue tells nothing")
-        images = load(config.data.name, config.data.root, device)
+        images = from_config(config.data, device)
         if images.shape[0] != 1:
             raise ValueError(f"data={config.data.name} is in colour: choose digits, mnist or fashion_mnist")
         if max(digits) > len(images.train_images):

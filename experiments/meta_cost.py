@@ -22,12 +22,13 @@ import bioopt
 from bioopt import Diverged
 from bioopt.costs import UNLABELLED, Cost, Mixture
 
-from . import building, data, problems, training
+from . import building, data, training
 from .areas import Area, assemble, fit, split
+from .data import problems
+from .data.problems import PROBLEMS
 from .files import write_whole
 from .options import require_counts
 from .pictures import saved, uncluttered
-from .problems import POSED
 from .statistics import interval, percent, with_interval
 from .tasks import Task
 
@@ -100,7 +101,7 @@ class MetaCost(Task):
     Args:
         config: of the run: ``model``, ``data``, and the learners, ``config.rules``, each as in ``conf/optimizer``.
         device: where to compute.
-        problems: the tasks, functions of `experiments.problems` by name, each with its options.
+        problems: the tasks, functions of `experiments.data.problems` by name, each with its options.
         costs: names in ``conf/cost``, two or more.
         rates: factors of a learner's rate, the grid for single costs; mixtures are searched between its ends.
         learnings: inner learnings of each outer loop.
@@ -157,15 +158,15 @@ class MetaCost(Task):
                 f"task.population={population} both ways"
             )
         for name in problems:
-            if name not in POSED:
-                raise ValueError(f"task.problems has '{name}', which is not one; there are {', '.join(POSED)}")
+            if name not in PROBLEMS:
+                raise ValueError(f"task.problems has '{name}', which is not one; there are {', '.join(PROBLEMS)}")
         self.config, self.device, self.seed = config, device, int(config.seed)
         self.rules, self.problems, self.costs, self.rates = list(config.rules), problems, list(costs), list(rates)
         self.learnings, self.population, self.sigma, self.lr = learnings, population, sigma, lr
         self.train, self.validation, self.steps, self.batch_size = train, validation, steps, batch_size
         self.tested = tested
         self.rounds = repetitions * len(problems) * len(self.rules)
-        self.images = data.load(config.data.name, config.data.root, device)
+        self.images = data.from_config(config.data, device)
         for name in problems:  # mistakes in their options are told now
             self.posed(name, 0, validation)
 
@@ -173,7 +174,7 @@ class MetaCost(Task):
         """A task, to be tested on so many validation images, or (``None``) on the test set."""
         generator = torch.Generator().manual_seed(seed)
         images = problems.subset(self.images, generator, self.train, validation)
-        return POSED[problem](images, generator, **self.problems[problem])
+        return PROBLEMS[problem](images, generator, **self.problems[problem])
 
     def round(self, number: int) -> dict[str, Any]:
         """One task, one learner, one repetition: each cost alone, both searches, and the test of what was chosen."""

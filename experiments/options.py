@@ -41,6 +41,7 @@ def check(config: DictConfig) -> None:
         if name in plain and plain["task"] is None:
             raise ValueError(f"{name} belongs to experiments such as architectures, and task is null")
     _check_tables(plain["optimizer"], plain["model"]["name"])
+    _check_like(plain["data"], plain["optimizer"].get("per_data") or ())
     require_counts(of="", epochs=config.epochs, batch_size=config.batch_size)
     require_counts(of="readout.", batch_size=config.readout.batch_size)
     require_counts(of="logger.", every=config.logger.every)
@@ -108,7 +109,10 @@ def _known() -> dict[str, Any]:
     """All names of options but those of the open parts, nested as in the configuration."""
     known = _loaded(CONF / "config.yaml")
     groups: dict[str, Any] = {path.name: {} for path in CONF.iterdir() if path.is_dir()}
-    parts = {"data": _loaded(CONF / "data" / "digits.yaml"), "logger": _loaded(CONF / "logger" / "wandb.yaml")}
+    of_data = {
+        name: option for path in sorted((CONF / "data").glob("*.yaml")) for name, option in _loaded(path).items()
+    }
+    parts = {"data": of_data, "logger": _loaded(CONF / "logger" / "wandb.yaml")}
     return {**groups, **dict.fromkeys(OF_TASKS), **{k: v for k, v in known.items() if k != "defaults"}, **parts}
 
 
@@ -149,6 +153,17 @@ def _check_tables(optimizer: Mapping[str, Any], model: str) -> None:
                 f"optimizer.per_model.{model}.{name}={value} has no effect: there are options of parts, "
                 f"optimizer.per_model.{model}.PART.{name}; of the whole network it is optimizer.{name}={value}"
             )
+
+
+def _check_like(data: Mapping[str, Any], per_data: Iterable[str]) -> None:
+    """Refuse a data set that takes its options from one that does not exist, or that takes them from another itself."""
+    like = data.get("like")
+    others = {path.stem: _loaded(path).get("like") for path in sorted((CONF / "data").glob("*.yaml"))}
+    known = [name for name, other in others.items() if other is None]
+    known += [name for name in per_data if name not in others]
+    if like is not None and like not in known:
+        further = f", which is itself like {others[like]}" if like in others else ""
+        raise ValueError(f"data.like={like}{further}: it must be {_listed(known)}")
 
 
 def _listed(names: Sequence[str]) -> str:

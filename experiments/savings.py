@@ -71,7 +71,7 @@ class Savings(Task):
         self.rules = list(config.rules)
         self.disguise, self.criterion, self.most, self.batch_size = disguise, criterion, most, batch_size
         self.rounds = len(self.rules) * repetitions
-        self.images = data.load(config.data.name, config.data.root, device)
+        self.images = data.from_config(config.data, device)
 
     def round(self, number: int) -> dict[str, Any]:
         """One rule, one repetition: its steps to the criterion, and its accuracy after each step, of each phase."""

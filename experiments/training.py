@@ -72,7 +72,7 @@ def _train(config: DictConfig, started: Progress, folder: Path, device: torch.de
         plain["logger"]["mode"] = "disabled"
     torch.manual_seed(config.seed)
     with ranks.first_alone():  # it may have to fetch the data
-        images = data.load(config.data.name, config.data.root, device)
+        images = data.from_config(config.data, device)
     if config.data.validation:
         images = images.hold_out(config.data.validation)
         print(f"data.validation: 'test' below means the last {config.data.validation} training images", flush=True)

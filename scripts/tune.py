@@ -52,7 +52,7 @@ def composed(overrides: list[str]) -> dict[str, Any]:
         if config.task is not None:
             raise ValueError(f"experiment={config.task.name} measures no test accuracy to search by")
         if not config.data.validation:
-            config.data.validation = 300 if config.data.name == "digits" else 10_000
+            config.data.validation = {"digits": 300, "stl10": 1000}.get(config.data.name, 10_000)
     return resolved(config)
 
 

@@ -29,7 +29,7 @@ load = cache(data.load)
 
 @pytest.fixture(autouse=True)
 def loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "load", load)
+    monkeypatch.setattr(data.loading, "load", load)
 
 
 def task(overrides: list[str], **changed: Any) -> Architectures:
@@ -52,7 +52,7 @@ def test_tasks_are_what_they_say() -> None:
     made = task(COMMON, task__tasks__few_labels__count=20)
     posed = {name: made.pose(name, 0) for name in made.tasks}
     clean = posed["clean"]
-    assert list(posed) == list(architectures.POSED)
+    assert list(posed) == list(architectures.PROBLEMS)
     assert (len(clean.train_labels), len(clean.test_labels)) == (200, 40)
     assert int((posed["wrong_labels"].train_labels != clean.train_labels).sum()) == 80
     counts = posed["imbalanced"].train_labels.bincount()

@@ -14,8 +14,9 @@ from hydra.utils import instantiate
 from torch import nn
 
 from bioopt.nn import Gate
-from experiments import data, problems
+from experiments import data
 from experiments.context_routing import ContextRouting, counted, guessed, information, weights
+from experiments.data import problems
 from experiments.training import run
 
 from .test_tasks import interrupted, resumed
@@ -171,7 +172,7 @@ def test_networks_that_cannot_be_of_one_size_are_told(monkeypatch: pytest.Monkey
     few = replace(
         images, train_images=images.train_images[..., ::7, ::7], test_images=images.test_images[..., ::7, ::7]
     )
-    monkeypatch.setattr(data, "load", lambda *_: few)
+    monkeypatch.setattr(data.loading, "load", lambda *_: few)
     with pytest.raises(ValueError, match=r"task\.hidden=1 is too few for networks of one size, .*: take more"):
         task("task.hidden=1")
 

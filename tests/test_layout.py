@@ -45,3 +45,10 @@ def test_the_library_imports_torch_alone() -> None:
             for name in names:
                 top = name.partition(".")[0]
                 assert top in allowed or top in sys.stdlib_module_names, (path.name, name)
+
+
+def test_data_and_models_do_not_depend_on_what_uses_them() -> None:
+    for path in (file for package in ("data", "models") for file in (ROOT / "experiments" / package).glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.level > 1 or (node.module or "").startswith("experiments")):
+                assert node.module == "options", path

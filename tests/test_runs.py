@@ -217,7 +217,7 @@ def test_an_interrupted_write_keeps_the_file_of_before(half: Path, monkeypatch: 
         ("+epoch=3", "epoch is not an option; did you mean epochs?"),
         ("+lr=3", "lr is not an option; did you mean optimizer.lr?"),
         ("+xyz=3", "xyz is not an option; python train.py --help lists them all"),
-        ("+data.foo=1", "data.foo is not an option; data has augment, name, root, validation"),
+        ("+data.foo=1", "data.foo is not an option; data has augment, like, name, root, size, validation"),
         ("+data.augment.crp=1", "data.augment.crp is not an option; did you mean data.augment.crop?"),
         ("+readout.batchsize=1", "readout.batchsize is not an option; did you mean readout.batch_size?"),
         ("+readout.optimizer.beta=1", "readout.optimizer.beta is not an option; did you mean readout.optimizer.betas?"),

@@ -7,13 +7,16 @@ import math
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
+from hydra.utils import get_object
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from experiments import data, models
 from experiments.areas import split
 from experiments.building import build_model
 
-from .test_train import config
+from ..commands import ROOT
+from ..test_train import config
 
 
 def features(model: nn.Module, x: Tensor) -> Tensor:
@@ -86,7 +89,7 @@ def test_whitened_images_have_no_correlations_left() -> None:
     assert torch.equal(small.filter, learned)
 
 
-def test_what_the_readout_hears() -> None:
+def test_the_readout_sees_one_block_or_all() -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 3, 32, 32)
     plain = models.softhebb((3, 32, 32), 10, width=0.05)
@@ -97,10 +100,10 @@ def test_what_the_readout_hears() -> None:
     plain.load_state_dict(whole.state_dict() | {k: v for k, v in plain.state_dict().items() if "trunk" not in k}, False)
     plain.eval()
     last = (features(plain, x) + features(plain, x.flip(3))) / 2
-    heard = features(whole, x)
-    assert heard.shape == (2, 16 * sum(neurons) + 9 * 7)
-    torch.testing.assert_close(heard[:, 16 * sum(neurons[:2]) : 16 * sum(neurons)], last)
-    torch.testing.assert_close(heard, features(whole, x.flip(3)))
+    seen = features(whole, x)
+    assert seen.shape == (2, 16 * sum(neurons) + 9 * 7)
+    torch.testing.assert_close(seen[:, 16 * sum(neurons[:2]) : 16 * sum(neurons)], last)
+    torch.testing.assert_close(seen, features(whole, x.flip(3)))
     conv = whole.get_submodule("trunk.whitened.conv")
     assert conv.stride == (1, 1)
     whole.train()
@@ -110,20 +113,20 @@ def test_what_the_readout_hears() -> None:
         models.softhebb((3, 32, 32), 10, readout_sees="first")
 
 
-def test_the_gate_of_images_with_a_context_sees_the_context_alone() -> None:
+def test_the_gate_of_images_with_a_context_sees_only_the_context() -> None:
     model = models.gated((3, 8, 8), 5, pathways=4, hidden=7, active=1, contexts=2).eval()
     x = torch.randn(6, 3, 8, 8)
     tasks = torch.eye(2)[torch.tensor([0, 1, 0, 1, 0, 1])]
     x[:, 1:] = tasks[:, :, None, None]
     y = model(x)
-    ways = model[0].gate.gates
-    taken = [model[0].gate.pathways[int(way.argmax())] for way in ways]
-    said = [way.max() * pathway(image.flatten()) for way, pathway, image in zip(ways, taken, x[:, 0], strict=True)]
-    torch.testing.assert_close(y, model[1:](torch.stack(said)))
+    gates = model[0].gate.gates
+    taken = [model[0].gate.pathways[int(gate.argmax())] for gate in gates]
+    outputs = [gate.max() * path(image.flatten()) for gate, path, image in zip(gates, taken, x[:, 0], strict=True)]
+    torch.testing.assert_close(y, model[1:](torch.stack(outputs)))
     x[:, 0] = torch.randn(6, 8, 8)
     model(x)
-    assert torch.equal(ways, model[0].gate.gates)
-    assert torch.equal(ways[::2], ways[:1].expand(3, 4))
+    assert torch.equal(gates, model[0].gate.gates)
+    assert torch.equal(gates[::2], gates[:1].expand(3, 4))
     trunk, head = split(model)
     assert [type(module) for module in (*trunk, *head)] == [models.InContext, nn.BatchNorm1d, nn.Linear]
     by_image = models.gated((3, 8, 8), 5, pathways=4, hidden=7, active=2)
@@ -139,7 +142,7 @@ def test_attention_sees_patches_in_their_places() -> None:
     patches = models.Patches(4)(x)
     assert patches.shape == (2, 6, 48)
     assert torch.equal(patches[1, 4], x[1, :, 4:8, 4:8].flatten())  # the fifth: in the second row the middle one
-    code = models.Places(6, 5)(torch.zeros(1, 6, 5))[0]
+    code = models.PositionalEncoding(6, 5)(torch.zeros(1, 6, 5))[0]
     for place in range(6):
         for i in range(5):
             wave = math.sin if i % 2 == 0 else math.cos
@@ -151,7 +154,7 @@ def test_attention_sees_patches_in_their_places() -> None:
     assert model(x).shape == (2, 5)
     assert sum(isinstance(module, nn.Linear) for module in model.modules()) == 1 + 2 * (4 + 2) + 1
     assert [type(module) for module in split(model)[1]] == [nn.Linear]
-    with pytest.raises(ValueError, match=r"model.patch=4 must divide the image, of 8×10 pixels"):
+    with pytest.raises(ValueError, match=r"model.patch=4 must divide the image, of 8×10 pixels, as model.patch=2 does"):
         models.attention((3, 8, 10), 5, **options, blocks=1)
 
 
@@ -164,11 +167,49 @@ def test_hidden_layers_of_the_cnn() -> None:
     assert [type(layer) for layer in plain] == [type(layer) for layer in [*deeper[:9], deeper[-1]]]
 
 
-def test_an_option_that_no_model_can_have_is_told_in_a_sentence() -> None:
+@pytest.mark.parametrize("side", [32, 96])
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "conf/model").glob("*.yaml")))
+def test_every_model_takes_larger_images_and_a_hundred_classes(name: str, side: int) -> None:
+    if name == "spiking":
+        pytest.importorskip("snntorch")
+    small = {
+        "attention": ["model.patch=8"],
+        "cnn": ["model.width=2"],
+        "gated": ["model.hidden=4"],
+        "mlp": ["model.hidden=[4]"],
+        "rbm": ["model.hidden=[4]"],
+        "softhebb": ["model.width=0.02", "model.whitened=3", "model.readout_sees=all"],
+        "spiking": ["model.neurons=100", "model.steps=2", "model.readout=groups"],
+    }
+    labels = torch.arange(100)
+    pixels = torch.randint(0, 256, (100, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = data.Images("fake", pixels, labels, pixels[:4], labels[:4])
+    model = build_model(config(f"model={name}", *small.get(name, [])), images)
+    logits = model(images.prepare(images.test_images))
+    assert logits.shape == (4, 100)
+    assert logits.isfinite().all()
+    if name != "spiking":  # whose readout has no weights
+        nn.functional.cross_entropy(logits, images.test_labels).backward()
+        assert [p for p in model.parameters() if p.grad is not None and p.grad.abs().sum() > 0]
+
+
+def test_configurations_of_older_runs_name_the_same_networks() -> None:
+    for old, new in {
+        "experiments.spiking.spiking": models.spiking,
+        "experiments.models.cnn": models.cnn,
+        "experiments.models.random_trunk": models.random_trunk,
+    }.items():
+        assert get_object(old) is new
+    for path in (ROOT / "conf/model").glob("*.yaml"):
+        target = OmegaConf.load(path)["_target_"]
+        assert get_object(target) is getattr(models, path.stem), target
+
+
+def test_an_impossible_option_is_an_error_of_one_sentence() -> None:
     images = data.load("digits", "")
-    for options, says in (
+    for options, message in (
         (["model=gated", "model.active=9"], r"^model=gated: Gate: active=9 must be"),
         (["model=softhebb", "model.width=-1"], r"^model=softhebb: model.width=-1 must be > 0"),
     ):
-        with pytest.raises(ValueError, match=says):
+        with pytest.raises(ValueError, match=message):
             build_model(config(*options), images)

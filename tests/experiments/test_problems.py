@@ -1,4 +1,4 @@
-"""Tasks made out of one data set: how many labels change, which, and that test sets stay true."""
+"""Problems made from a data set: how many labels change, which, and that test labels stay correct."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from bioopt.costs import UNLABELLED
-from experiments import data, problems
-from experiments.data import Images
+from experiments import data
+from experiments.data import Images, problems
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -17,7 +17,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def numbered(each: int = 60, classes: int = 5) -> Images:
-    """Images that can be told apart: the first pixel says which it is, the second its class."""
+    """Images that can be told apart: the first and the third pixel are the index, the second is the class."""
     labels = torch.arange(each * classes) % classes
     pictures = torch.zeros(len(labels), 1, 2, 2, dtype=torch.uint8)
     pictures[:, 0, 0, 0] = torch.arange(len(labels)) % 256
@@ -40,7 +40,7 @@ MADE = {
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_the_given_data_are_left_alone_and_the_generator_decides(name: str) -> None:
+def test_problems_change_a_copy_and_depend_on_the_generator(name: str) -> None:
     images, make = numbered(), getattr(problems, name)
     before = [getattr(images, split).clone() for split in data.SPLITS]
     torch.manual_seed(1)
@@ -57,7 +57,7 @@ def test_the_given_data_are_left_alone_and_the_generator_decides(name: str) -> N
     assert made.classes == images.classes
 
 
-def test_a_subset_and_its_validation_images_are_apart() -> None:
+def test_a_subset_and_its_validation_images_are_disjoint() -> None:
     images = numbered()
     tuned, final = problems.subset(images, seeded(), 100, 80), problems.subset(images, seeded(), 100)
     assert torch.equal(tuned.train_images, final.train_images)
@@ -71,7 +71,7 @@ def test_a_subset_and_its_validation_images_are_apart() -> None:
     assert which(tuned.train_images) != which(problems.subset(images, seeded(1), 100).train_images)
 
 
-def test_wrong_labels_are_of_the_other_classes_alike() -> None:
+def test_wrong_labels_are_uniform_over_the_other_classes() -> None:
     images = numbered(each=4000)
     made = problems.wrong_labels(images, seeded(), 0.4)
     wrong = made.train_labels != images.train_labels
@@ -84,7 +84,7 @@ def test_wrong_labels_are_of_the_other_classes_alike() -> None:
     assert counts.diagonal().sum() == 0
 
 
-def test_classes_fall_geometrically() -> None:
+def test_class_sizes_fall_geometrically() -> None:
     images = numbered(each=200)
     made = problems.imbalanced(images, seeded(), 16)
     assert made.train_labels.bincount().tolist() == [200, 100, 50, 25, 12]
@@ -93,7 +93,7 @@ def test_classes_fall_geometrically() -> None:
     assert problems.imbalanced(images, seeded(), 1e9).train_labels.bincount()[-1] == 1
 
 
-def test_few_labels_are_true_and_balanced() -> None:
+def test_few_labels_are_correct_and_balanced() -> None:
     images = numbered()
     made = problems.few_labels(images, seeded(), 23)
     known = made.train_labels != UNLABELLED
@@ -102,7 +102,7 @@ def test_few_labels_are_true_and_balanced() -> None:
     assert torch.equal(made.train_images, images.train_images)
 
 
-def test_contexts_conflict_and_say_so_in_channels_of_their_own() -> None:
+def test_contexts_conflict_and_have_channels_of_their_own() -> None:
     images = numbered()
     made = problems.contexts(images, seeded(), 3)
     assert made.shape == (4, 2, 2)
@@ -116,16 +116,16 @@ def test_contexts_conflict_and_say_so_in_channels_of_their_own() -> None:
         for context, true, label in zip(signal[:, :, 0, 0].argmax(1), pictures[:, 0, 0, 1], labels, strict=True):
             names.setdefault((int(context), int(true)), set()).add(int(label))
     assert len(names) == 15
-    assert all(len(said) == 1 for said in names.values())  # training and test agree
-    told = [[names[context, c].copy().pop() for c in range(5)] for context in range(3)]
-    assert told[0] == [0, 1, 2, 3, 4]
-    assert all(sorted(row) == told[0] for row in told)
-    assert len({tuple(row) for row in told}) == 3
+    assert all(len(labels) == 1 for labels in names.values())  # training and test agree
+    table = [[names[context, c].copy().pop() for c in range(5)] for context in range(3)]
+    assert table[0] == [0, 1, 2, 3, 4]
+    assert all(sorted(row) == table[0] for row in table)
+    assert len({tuple(row) for row in table}) == 3
     assert set(made.train_images[:, 1:, 0, 0].argmax(1).tolist()) == {0, 1, 2}
     assert made.test_images[:, 1:, 0, 0].argmax(1).bincount().tolist() == [50, 50, 50]
 
 
-def test_they_follow_one_another_where_labels_are_missing() -> None:
+def test_problems_can_be_combined_where_labels_are_missing() -> None:
     images = problems.few_labels(numbered(), seeded(), 100)
     none = images.train_labels == UNLABELLED
     wrong = problems.wrong_labels(images, seeded(), 0.5)
@@ -135,7 +135,7 @@ def test_they_follow_one_another_where_labels_are_missing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "told"),
+    ("name", "options", "message"),
     [
         ("subset", {"train": 0}, "train=0"),
         ("subset", {"train": 200, "validation": 101}, "at most the 300 training images of numbered"),
@@ -143,10 +143,10 @@ def test_they_follow_one_another_where_labels_are_missing() -> None:
         ("wrong_labels", {"share": 1.1}, r"share=1.1 must be a number in \[0, 1\]"),
         ("imbalanced", {"ratio": 0.5}, "ratio=0.5 must be a number >= 1"),
         ("few_labels", {"count": 4}, "count=4 must be an integer >= 5"),
-        ("few_labels", {"count": 1000}, "wants 200 labels of class 0, which has 60 images"),
+        ("few_labels", {"count": 1000}, "needs 200 labels of class 0, which has 60 images"),
         ("contexts", {"count": 1}, "count=1 must be an integer >= 2"),
     ],
 )
-def test_mistakes_are_told(name: str, options: dict[str, Any], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_wrong_options_are_named(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         getattr(problems, name)(numbered(), seeded(), **options)

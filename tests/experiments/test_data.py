@@ -1,4 +1,4 @@
-"""Data sets: the embedded one, the ones that come through torchvision, and what may be wrong with them."""
+"""Loading data sets, what may be wrong with them, batches, augmentation and features."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ import pytest
 import torch
 import torchvision
 from filelock import FileLock
+from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from experiments import data
+from experiments.data import checks
 
 
 def tensors(n: int = 6, shape: tuple[int, int, int] = (3, 8, 8)) -> dict[str, torch.Tensor]:
@@ -70,8 +72,10 @@ def test_training_images_are_held_out() -> None:
             digits.hold_out(count)  # type: ignore[arg-type]
     by_class = digits.train_labels.argsort()
     digits.train_labels, digits.train_images = digits.train_labels[by_class], digits.train_images[by_class]
-    says = r"data\.validation=200 .* of the 1237 that are left no training image has the label 9, but .*hold out fewer"
-    with pytest.raises(ValueError, match=says):
+    message = (
+        r"data\.validation=200 .* of the 1237 that are left no training image has the label 9, but .*hold out fewer"
+    )
+    with pytest.raises(ValueError, match=message):
         digits.hold_out(200)
 
 
@@ -130,7 +134,7 @@ def test_augmentation_against_a_loop() -> None:
                 data.Augment(**{name: wrong})  # type: ignore[arg-type]
 
 
-def test_images_are_turned_and_stretched_about_their_centre() -> None:
+def test_images_are_rotated_and_stretched_about_their_centre() -> None:
     generator = torch.Generator().manual_seed(0)
     line = torch.zeros(400, 1, 29, 29, dtype=torch.uint8)
     line[:, :, 14, 4:25] = 200
@@ -156,7 +160,7 @@ def test_images_are_turned_and_stretched_about_their_centre() -> None:
         assert moment(images, rows).abs().max() < 0.2
 
 
-def test_images_are_bent_smoothly() -> None:
+def test_images_are_deformed_smoothly() -> None:
     ramp = (8 * torch.arange(29, dtype=torch.uint8)).expand(500, 1, 29, 29).contiguous()
     generator = torch.Generator().manual_seed(0)
     shift = (data.Augment(elastic=1.0)(ramp, generator).float() - ramp)[:, 0] / 8  # columns that a pixel has moved
@@ -194,6 +198,9 @@ def test_predictions_are_averaged_over_views_of_a_test_image() -> None:
         data.Augment(views=0)
 
 
+CLASSES = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}
+
+
 def fake(monkeypatch: pytest.MonkeyPatch, name: str, shape: tuple[int, ...]) -> list[bool]:
     """A torchvision data set as its class presents it after the download."""
     fetched: list[bool] = []
@@ -210,7 +217,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, name: str, shape: tuple[int, ...]) -> 
             targets=targets if channels_last else torch.tensor(targets),
         )
 
-    monkeypatch.setattr(torchvision.datasets, data.TORCHVISION[name], source)
+    monkeypatch.setattr(torchvision.datasets, CLASSES[name], source)
     return fetched
 
 
@@ -238,22 +245,6 @@ def test_fetched_once_through_torchvision(
     assert torch.equal(images.train_images, again.train_images)
 
 
-def test_the_original_mnist_files_are_enough(tmp_path: Path) -> None:
-    """torchvision's own reader, on files in the original format: no network."""
-    raw = tmp_path / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for stem, n in (("train", 30), ("t10k", 10)):
-        images = rng.integers(0, 256, (n, 28, 28), dtype=np.uint8)
-        header = np.array([0x803, n, 28, 28], ">i4").tobytes()
-        (raw / f"{stem}-images-idx3-ubyte").write_bytes(header + images.tobytes())
-        labels = (np.arange(n) % 10).astype(np.uint8)
-        (raw / f"{stem}-labels-idx1-ubyte").write_bytes(np.array([0x801, n], ">i4").tobytes() + labels.tobytes())
-    mnist = data.load("mnist", tmp_path)
-    assert mnist.test_images.shape == (10, 1, 28, 28)
-    assert torch.equal(mnist.test_images[:, 0], torch.from_numpy(images))
-
-
 def test_missing_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def source(*args: object, **kwargs: object) -> None:
         raise OSError("<urlopen error [Errno -3] Temporary failure in name resolution>\nand more")
@@ -266,7 +257,9 @@ def test_missing_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "name resolution" in text
     assert "data=digits" in text
     assert "\n" not in text
-    with pytest.raises(FileNotFoundError, match="only mnist, fashion_mnist, cifar10 can be fetched"):
+    with pytest.raises(
+        FileNotFoundError, match="only cifar10, cifar100, mnist, fashion_mnist, stl10, svhn can be fetched"
+    ):
         data.load("imagenet", tmp_path)
 
 
@@ -292,7 +285,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
             data.load("mnist", tmp_path)
 
 
-def test_a_damaged_file_of_one_s_own_is_not_fetched(tmp_path: Path) -> None:
+def test_a_damaged_file_without_a_loader_is_not_fetched(tmp_path: Path) -> None:
     (tmp_path / "mine.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match=r"mine\.safetensors is damaged .*write .*mine\.safetensors again, or choose"):
         data.load("mine", tmp_path)
@@ -305,7 +298,7 @@ CONSTANT = torch.full((6, 3, 8, 8), 7, dtype=torch.uint8)
 
 
 @pytest.mark.parametrize(
-    ("changed", "says"),
+    ("changed", "message"),
     [
         ({"train_images": CONSTANT}, "all training images are the same"),
         (
@@ -330,11 +323,11 @@ CONSTANT = torch.full((6, 3, 8, 8), 7, dtype=torch.uint8)
         ({"train_images": CONSTANT[:, :, :0]}, r"is damaged .*train_images is torch.uint8 \(6, 3, 0, 8\)"),
     ],
 )
-def test_what_cannot_be_learned_is_named_at_loading(
-    changed: dict[str, torch.Tensor], says: str, tmp_path: Path
+def test_data_that_cannot_be_learned_are_named_at_loading(
+    changed: dict[str, torch.Tensor], message: str, tmp_path: Path
 ) -> None:
     save_file({key: value.contiguous() for key, value in (tensors() | changed).items()}, tmp_path / "mine.safetensors")
-    with pytest.raises(ValueError, match=rf"{says}.*; write {tmp_path}/mine\.safetensors again, or choose") as error:
+    with pytest.raises(ValueError, match=rf"{message}.*; write {tmp_path}/mine\.safetensors again, or choose") as error:
         data.load("mine", tmp_path)
     assert "\n" not in str(error.value)
 
@@ -344,21 +337,21 @@ def test_a_constant_channel_enters_as_zeros(tmp_path: Path, capsys: pytest.Captu
     good["train_images"][:, 1] = 211  # whose mean in float32 is not exact
     save_file(good, tmp_path / "mine.safetensors")
     images = data.load("mine", tmp_path)
-    told = capsys.readouterr().out
-    assert told.startswith(f"warning: data set 'mine', {tmp_path}/mine.safetensors: channel 1 of 3 is constant")
-    assert told.count("\n") == 1
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"warning: data set 'mine', {tmp_path}/mine.safetensors: channel 1 of 3 is constant")
+    assert printed.count("\n") == 1
     for part in (images.train_images, images.test_images):  # the test images have something in it
         assert images.prepare(part)[:, 1].count_nonzero() == 0
     assert images.prepare(images.train_images)[:, 2].std() == pytest.approx(1)
 
 
-def test_a_late_difference_makes_a_channel() -> None:
+def test_a_difference_in_the_last_image_counts() -> None:
     images = torch.zeros(2500, 2, 4, 4, dtype=torch.uint8)
     images[-1, 0, 3, 3] = 1
-    assert data.constant_channels(images) == [1]
+    assert checks.constant_channels(images) == [1]
 
 
-def test_labels_that_have_gaps_or_are_floats_are_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_labels_may_have_gaps_and_be_integral_floats(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = tensors()
     good["train_labels"] = torch.tensor([0.0, 1.0, 3.0, 0.0, 1.0, 3.0])
     good["test_labels"] = torch.tensor([0, 1, 3, 0])
@@ -369,28 +362,28 @@ def test_labels_that_have_gaps_or_are_floats_are_taken(tmp_path: Path, capsys: p
     assert "labels go up to 3, but no training image has 2\n" in capsys.readouterr().out
 
 
-def test_the_check_costs_next_to_nothing() -> None:
+def test_checking_is_fast() -> None:
     images = torch.randint(0, 256, (5000, 3, 32, 32), dtype=torch.uint8).repeat(10, 1, 1, 1)  # as large as CIFAR-10
     labels = torch.arange(50_000) % 10
     begin = time.process_time()
-    assert data._check_content(images, labels, labels) == []
+    assert checks.check_content(images, labels, labels) == []
     assert time.process_time() - begin < 0.05
 
 
-def test_of_two_that_fetch_at_once_the_second_reads_what_the_first_wrote(
+def test_of_several_processes_one_fetches_and_the_others_read_its_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fetched = fake(monkeypatch, "mnist", (20, 28, 28))
     found: list[data.Images] = []
     threads = [threading.Thread(target=lambda: found.append(data.load("mnist", tmp_path))) for _ in range(3)]
-    told, deadline = "", time.monotonic() + 20
+    printed, deadline = "", time.monotonic() + 20
     with FileLock(tmp_path / ".mnist.lock"):  # a fourth, which fails to fetch it
         for thread in threads:
             thread.start()
-        while told.count("waiting for another process that fetches data set 'mnist'") < 3:
+        while printed.count("waiting for another process that fetches data set 'mnist'") < 3:
             assert time.monotonic() < deadline
             time.sleep(0.005)
-            told += capsys.readouterr().out
+            printed += capsys.readouterr().out
     for thread in threads:
         thread.join()
     assert fetched == [True, False]
@@ -425,11 +418,26 @@ def test_a_root_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         data.load("mine", None)  # type: ignore[arg-type]
 
 
-def test_damaged_originals_are_named(tmp_path: Path) -> None:
-    raw = tmp_path / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    for stem in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
-        (raw / f"{stem}-ubyte").write_bytes(np.array([0x803, 5, 28, 28], ">i4").tobytes() + b"cut off")
-    with pytest.raises(FileNotFoundError, match=r"could not be fetched .*\. If .*MNIST is damaged, delete it and run"):
-        data.load("mnist", tmp_path)
-    assert not (tmp_path / "mnist.safetensors").exists()
+def test_images_are_scaled_to_the_size_that_is_asked_for(tmp_path: Path) -> None:
+    good = tensors(n=1200, shape=(3, 12, 18))
+    save_file(good, tmp_path / "mine.safetensors")
+    for wrong in (0, -1, 2.5, True, "32"):
+        with pytest.raises(ValueError, match=rf"data\.size={wrong} must be an integer >= 1, or null"):
+            data.load("mine", tmp_path, size=wrong)  # type: ignore[arg-type]
+    assert torch.equal(data.load("mine", tmp_path, size=12).train_images, good["train_images"])
+    half = data.load("mine", tmp_path, size=6)
+    assert half.shape == (3, 6, 9)
+    assert (len(half.train_images), len(half.test_images)) == (1200, 4)
+    expected = torch.nn.functional.interpolate(
+        good["train_images"][1000:].double(), (6, 9), mode="bilinear", antialias=True
+    )
+    assert (half.train_images[1000:].double() - expected).abs().max() < 0.51
+    assert half.prepare(half.train_images).std() == pytest.approx(1, abs=1e-3)  # of the scaled images
+    assert data.load("digits", "nowhere", size=32).shape == (1, 32, 32)
+
+
+def test_the_options_of_a_data_set_reach_its_images(tmp_path: Path) -> None:
+    save_file(tensors(), tmp_path / "mine.safetensors")
+    options = {"name": "mine", "root": str(tmp_path)}
+    assert data.from_config(OmegaConf.create(options)).shape == (3, 8, 8)
+    assert data.from_config(OmegaConf.create({**options, "size": 4})).shape == (3, 4, 4)

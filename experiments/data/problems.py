@@ -1,6 +1,7 @@
-"""Tasks made out of one data set: labels that are wrong, rare, few, or depend on a context. Test sets stay true.
+"""Harder problems made from a data set: labels that are wrong, rare, few, or depend on a context.
 
-Each takes a data set and gives another; what is random in it comes from a generator of the caller's.
+Each function takes a data set and returns another; its random numbers come from the caller's generator. The labels of
+the test set stay correct.
 """
 
 from __future__ import annotations
@@ -13,20 +14,20 @@ from torch import Tensor
 
 from bioopt.costs import UNLABELLED
 
-from .data import Images
+from .images import Images
 
 
 def subset(images: Images, generator: torch.Generator, train: int, validation: int | None = None) -> Images:
-    """So many training images, drawn at random; the same ones of the same generator, whatever else is asked.
+    """``train`` random training images, which depend on the generator alone and not on ``validation``.
 
     Args:
         images: to draw from.
         generator: of the draw.
-        train: how many to train on.
-        validation: so many others of the training set take the test set's place; ``None``: the test set stays.
+        train: number of training images.
+        validation: number of other training images that replace the test set; ``None`` keeps the test set.
 
     Raises:
-        ValueError: fewer than 1 of either, or more than there are.
+        ValueError: one of the numbers is below 1, or their sum is above the number of training images.
     """
     total = len(images.train_labels)
     if train < 1 or (validation is not None and validation < 1) or train + (validation or 0) > total:
@@ -43,15 +44,15 @@ def subset(images: Images, generator: torch.Generator, train: int, validation: i
 
 
 def clean(images: Images, generator: torch.Generator) -> Images:
-    """The data set as it is."""
+    """The data set itself."""
     return replace(images)
 
 
 def wrong_labels(images: Images, generator: torch.Generator, share: float = 0.4) -> Images:
-    """A share of the training labels, drawn at random, says another class, any of the others alike.
+    """A random share of the training labels is replaced by another class, each of the others with equal probability.
 
     Raises:
-        ValueError: a share outside [0, 1].
+        ValueError: ``share`` is not in [0, 1].
     """
     if not 0 <= share <= 1:
         raise ValueError(f"share={share} must be a number in [0, 1]")
@@ -64,12 +65,12 @@ def wrong_labels(images: Images, generator: torch.Generator, share: float = 0.4)
 
 
 def imbalanced(images: Images, generator: torch.Generator, ratio: float = 50) -> Images:
-    """Of training images of class ``c``, of ``C``, a share ``ratio ** (-c / (C - 1))`` is kept, and at least one.
+    """Of class ``c`` of ``C``, a share ``ratio ** (-c / (C - 1))`` of the training images is kept, and at least one.
 
-    The first class keeps all of its images, the last the share ``1 / ratio``.
+    The first class keeps all of its images, the last a share of ``1 / ratio``.
 
     Raises:
-        ValueError: a ratio below 1.
+        ValueError: ``ratio`` is below 1.
     """
     if not ratio >= 1:
         raise ValueError(f"ratio={ratio} must be a number >= 1: of images of the first class to those of the last")
@@ -82,51 +83,51 @@ def imbalanced(images: Images, generator: torch.Generator, ratio: float = 50) ->
 
 
 def few_labels(images: Images, generator: torch.Generator, count: int = 100) -> Images:
-    """So many training images keep their label, as many of each class (but for one); the others have none.
+    """``count`` training images keep their label, equally many of each class (or one more); the others have none.
 
     Raises:
-        ValueError: fewer labels than classes, or a class of too few images.
+        ValueError: there are fewer labels than classes, or a class has too few images.
     """
     classes = images.classes
     if count < classes:
         raise ValueError(f"count={count} must be an integer >= {classes}, a label for each class")
     labels = torch.full_like(images.train_labels, UNLABELLED)
     for c, members in enumerate(_by_class(images, generator)):
-        wanted = count // classes + (c < count % classes)
-        if len(members) < wanted:
-            raise ValueError(f"count={count} wants {wanted} labels of class {c}, which has {len(members)} images")
-        labels[members[:wanted]] = c
+        labelled = count // classes + (c < count % classes)
+        if len(members) < labelled:
+            raise ValueError(f"count={count} needs {labelled} labels of class {c}, which has {len(members)} images")
+        labels[members[:labelled]] = c
     return replace(images, train_labels=labels)
 
 
 def contexts(images: Images, generator: torch.Generator, count: int = 2) -> Images:
-    """Several tasks of the same images, which name the classes differently and so conflict unless a context is seen.
+    """Several tasks on the same images, whose labels conflict unless the context is known.
 
-    The images get ``count`` more channels, 255 everywhere in that of the context and 0 in the others. A training image
-    is in one context, drawn at random; a test image is in each context once, the first context's images first. The
-    label is the class's name in this context: in the first one the class, in each other a permutation of its own.
+    The images get ``count`` more channels: 255 everywhere in the channel of their context, 0 in the others. A training
+    image is in one random context; each test image is in every context, those of the first context first. Each context
+    has its own permutation of the labels, the first one the identity.
 
     Raises:
-        ValueError: fewer than two contexts.
+        ValueError: there are fewer than two contexts.
     """
     if count < 2:
-        raise ValueError(f"count={count} must be an integer >= 2: one context conflicts with none")
+        raise ValueError(f"count={count} must be an integer >= 2: a single context has no conflicts")
     device = images.train_labels.device
-    renamed = [torch.randperm(images.classes, generator=generator) for _ in range(count - 1)]
-    names = torch.stack([torch.arange(images.classes), *renamed]).to(device)
+    permutations = [torch.randperm(images.classes, generator=generator) for _ in range(count - 1)]
+    labels = torch.stack([torch.arange(images.classes), *permutations]).to(device)
     drawn = torch.randint(count, (len(images.train_labels),), generator=generator).to(device)
     each = torch.arange(count, device=device).repeat_interleave(len(images.test_labels))
     return replace(
         images,
         train_images=_in_context(images.train_images, drawn, count),
-        train_labels=_named(images.train_labels, drawn, names),
+        train_labels=_relabelled(images.train_labels, drawn, labels),
         test_images=_in_context(images.test_images.repeat(count, 1, 1, 1), each, count),
-        test_labels=_named(images.test_labels.repeat(count), each, names),
+        test_labels=_relabelled(images.test_labels.repeat(count), each, labels),
     )
 
 
-#: the tasks that an experiment can pose, by name
-POSED: dict[str, Callable[..., Images]] = {
+#: the problems that experiments choose from, by name
+PROBLEMS: dict[str, Callable[..., Images]] = {
     "clean": clean,
     "wrong_labels": wrong_labels,
     "imbalanced": imbalanced,
@@ -136,7 +137,7 @@ POSED: dict[str, Callable[..., Images]] = {
 
 
 def _by_class(images: Images, generator: torch.Generator) -> list[Tensor]:
-    """Where the training images of each class are, in random order."""
+    """The indices of the training images of each class, in random order."""
     order = torch.randperm(len(images.train_labels), generator=generator).to(images.train_labels.device)
     return [order[images.train_labels[order] == c] for c in range(images.classes)]
 
@@ -146,5 +147,5 @@ def _in_context(images: Tensor, context: Tensor, count: int) -> Tensor:
     return torch.cat([images, signal[:, :, None, None].expand(-1, -1, *images.shape[2:])], 1)
 
 
-def _named(labels: Tensor, context: Tensor, names: Tensor) -> Tensor:
-    return torch.where(labels == UNLABELLED, labels, names[context, labels.clamp(min=0)])
+def _relabelled(labels: Tensor, context: Tensor, new: Tensor) -> Tensor:
+    return torch.where(labels == UNLABELLED, labels, new[context, labels.clamp(min=0)])

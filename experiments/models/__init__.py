@@ -1,0 +1,42 @@
+"""The networks: ordinary modules that do not depend on the rule that trains them, and the controls.
+
+A network is a function of the images' shape, the number of classes and its own options, with a file
+``conf/model/<name>.yaml`` that names it as ``_target_``. Each module here holds one network and its layers. As in
+torchvision, a network hides the module of its name: ``experiments.models.cnn`` is the function.
+"""
+
+from .attention import Patches, PositionalEncoding, Residual, attention
+from .cnn import cnn
+from .controls import random_trunk
+from .gated import InContext, gated
+from .layers import Power, QuickDropout, Triangle
+from .lenet5 import lenet5
+from .mlp import mlp
+from .rbm import Binarize, ToUnitInterval, rbm
+from .shapes import Shape
+from .softhebb import softhebb
+from .spiking import spiking
+from .whitening import Whiten
+
+__all__ = [
+    "Binarize",
+    "InContext",
+    "Patches",
+    "PositionalEncoding",
+    "Power",
+    "QuickDropout",
+    "Residual",
+    "Shape",
+    "ToUnitInterval",
+    "Triangle",
+    "Whiten",
+    "attention",
+    "cnn",
+    "gated",
+    "lenet5",
+    "mlp",
+    "random_trunk",
+    "rbm",
+    "softhebb",
+    "spiking",
+]

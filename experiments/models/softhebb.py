@@ -1,0 +1,145 @@
+"""The convolutional network of SoftHebb (Journé et al., 2023), and what helps beyond it."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .layers import Power, QuickDropout, Triangle
+from .shapes import Shape
+from .whitening import Whiten
+
+
+class StridedInTraining(nn.Sequential):
+    """A block whose ``conv`` learns from every second patch each way, as neighbours are nearly alike.
+
+    Once frozen it sees all patches.
+    """
+
+    conv: nn.Conv2d
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """As of `torch.nn.Sequential`."""
+        self.conv.stride = (2, 2) if self.training else (1, 1)
+        for module in self:
+            x = module(x)
+        return x
+
+
+class Trunk(nn.Module):
+    """Blocks one after another, and blocks parallel to them that see the image too; their outputs are concatenated.
+
+    Args:
+        serial: the blocks one after another; the output of the last is a feature of the image, or of ``all_blocks``.
+        parallel: the blocks parallel to them.
+        all_blocks: whether the outputs of all serial blocks are features, pooled to the size of the last.
+        mirror: whether evaluation averages the output over an image and its mirror image.
+    """
+
+    def __init__(
+        self, serial: dict[str, nn.Module], parallel: dict[str, nn.Module], all_blocks: bool, mirror: bool
+    ) -> None:
+        super().__init__()
+        for name, block in (serial | parallel).items():
+            self.add_module(name, block)
+        self.serial, self.parallel = list(serial), list(parallel)
+        self.all_blocks = all_blocks
+        self.mirror = mirror
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Images N×C×H×W to features N×F."""
+        if self.mirror and not self.training:
+            return (self._features(x) + self._features(x.flip(3))) / 2
+        return self._features(x)
+
+    def _features(self, x: torch.Tensor) -> torch.Tensor:
+        parallel = [self.get_submodule(name)(x).flatten(1) for name in self.parallel]
+        outputs = []
+        for name in self.serial:
+            x = self.get_submodule(name)(x)
+            outputs.append(x)
+        size = (x.shape[2], x.shape[3])
+        outputs = outputs if self.all_blocks else outputs[-1:]
+        return torch.cat([F.adaptive_avg_pool2d(y, size).flatten(1) for y in outputs] + parallel, 1)
+
+    def extra_repr(self) -> str:
+        """Its options."""
+        return f"all_blocks={self.all_blocks}, mirror={self.mirror}"
+
+
+def softhebb(
+    shape: Shape,
+    classes: int,
+    *,
+    width: float = 1.0,
+    whitened: int = 0,
+    readout_sees: str = "last",
+    mirror: bool = False,
+    normalise: bool = False,
+    dropout: float = 0.5,
+) -> nn.Module:
+    """The three-block network of SoftHebb (Journé et al., 2023), with the published initial weights.
+
+    Args:
+        shape: channels, height, width of an image: 1×28×28 or 3×32×32 in the paper.
+        classes: outputs of the readout.
+        width: multiplies the 96, 384 and 1536 channels of the blocks.
+        whitened: number of neurons, parallel to the blocks, that see patches of 6×6 pixels of the whitened image.
+        readout_sees: the output of the ``"last"`` block, as published, or of ``"all"`` blocks.
+        mirror: whether a trunk in evaluation mode averages over an image and its mirror image.
+        normalise: whether each feature is normalised to zero mean and unit variance before the readout.
+        dropout: before the readout.
+    """
+    channels, height, wide = shape
+    if min(height, wide) < 8:
+        raise ValueError(f"model=softhebb pools three times, so it needs images of at least 8×8, not {height}×{wide}")
+    if not width > 0:
+        raise ValueError(f"model.width={width} must be > 0")
+    if readout_sees not in ("last", "all"):
+        raise ValueError(f"model.readout_sees={readout_sees} must be last or all")
+    all_blocks = readout_sees == "all"
+    one, two, three = (max(2, round(width * n)) for n in (96, 384, 1536))
+    serial: dict[str, nn.Module] = {
+        "block1": _soft_block(channels, one, 5, 0.7, nn.MaxPool2d(4, 2, 1)),
+        "block2": _soft_block(one, two, 3, 1.4, nn.MaxPool2d(4, 2, 1)),
+        "block3": _soft_block(two, three, 3, 1.0, nn.AvgPool2d(2)),
+    }
+    parallel: dict[str, nn.Module] = {}
+    if whitened:
+        parallel["whitened"] = StridedInTraining(
+            OrderedDict(
+                whiten=Whiten(channels),
+                norm=nn.BatchNorm2d(channels, affine=False),
+                conv=_scaled(nn.Conv2d(channels, whitened, 6, bias=False)),
+                active=Triangle(),
+                pool=nn.AdaptiveAvgPool2d(3),
+                power=Power(0.7),
+            )
+        )
+    features = (one + two + three if all_blocks else three) * (height // 8) * (wide // 8) + whitened * 9
+    readout = nn.Linear(features, classes)
+    if normalise:
+        nn.init.zeros_(readout.weight)
+    else:  # as published, for 24,576 features at full width
+        nn.init.uniform_(readout.weight, 0, 0.1105 * math.sqrt(24576 / features))
+    norm = {"norm": nn.BatchNorm1d(features, affine=False)} if normalise else {}
+    head = {**norm, "dropout": QuickDropout(dropout), "readout": readout}
+    return nn.Sequential(OrderedDict({"trunk": Trunk(serial, parallel, all_blocks, mirror), **head}))
+
+
+def _soft_block(inputs: int, outputs: int, kernel: int, power: float, pool: nn.Module) -> nn.Module:
+    conv = _scaled(nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, padding_mode="reflect", bias=False))
+    block = OrderedDict(norm=nn.BatchNorm2d(inputs, affine=False), conv=conv, active=Triangle(), pool=pool)
+    if power != 1:
+        block["power"] = Power(power)  # after the pooling, whose maximum it does not change: a quarter of the work
+    return nn.Sequential(block)
+
+
+def _scaled(conv: nn.Conv2d) -> nn.Conv2d:
+    """Weight vectors of L2 norm 25, as published."""
+    nn.init.normal_(conv.weight, std=25 / math.sqrt(conv.weight[0].numel()))
+    return conv
