@@ -109,7 +109,7 @@ class Mixed(Optimizer):
         self._link()
         self._undo += [*(rule._recorder.restoring() for rule in self._rules()), restoring_grad_mode()]
         for rule in self._rules():
-            rule._require_same_parameters()
+            rule._coverage.require_same_parameters()
         if closure is None:
             grads: dict[Tensor, Tensor] = {}
             own_states: dict[LearningRule, dict[str, Any]] = {}
@@ -127,7 +127,7 @@ class Mixed(Optimizer):
         require_finite(self, "an update", list(grads.values()))
         self.forward_passes = 0 if closure is None else probe.made
         for rule in self._rules():
-            rule._look_for_silent()
+            rule._coverage.look_for_silent()
             rule._own_state = own_states.get(rule, rule._own_state)
         for p in self._trained():
             p.grad = grads.get(p)

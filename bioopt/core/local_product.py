@@ -320,7 +320,7 @@ class LocalRule(OnePass):
         if not fired and self._confirmed:  # a backward pass through what fired before the last step
             return
         if not fired:
-            raise RuntimeError(self._none_fired())
+            raise RuntimeError(self._coverage.none_fired())
         readout.require_fired_last(fired)
         awake = readout.awake()
         if not readout.by_loss or not awake:

@@ -78,7 +78,7 @@ class FeedbackRule(OnePass):
         """The gradients that the backward pass has left, averaged over ranks."""
         name = type(self).__name__
         if not self._recorder.fired:
-            raise RuntimeError(self._none_fired())
+            raise RuntimeError(self._coverage.none_fired())
         grads = {p: p.grad for p in self._trained() if p.grad is not None}
         if not grads:
             raise RuntimeError(

@@ -381,7 +381,7 @@ class NoisyActivity(Perturbation):
         time, show whether the first dimension is the sample.
         """
         if not records:
-            raise RuntimeError(self._none_fired())
+            raise RuntimeError(self._coverage.none_fired())
         if self.credit == "global" or losses.ndim == 0:
             return False
         for record in records:

@@ -162,7 +162,7 @@ class ForwardGradient(NoisyActivity):
             with self._cutting(tilt):
                 found = probe.along_tangents()
             if not records:
-                raise RuntimeError(self._none_fired())
+                raise RuntimeError(self._coverage.none_fired())
             return found
 
         def differences(sample: int) -> tuple[Tensor, Tensor]:

@@ -252,10 +252,6 @@ class SerialPerturbation(Perturbation):
                 )
         return named, synapses
 
-    def _claimed(self) -> Iterable[Synapse]:
-        """None, where weights themselves are changed."""
-        return super()._claimed() if self.batched else self._readout.layers.values()
-
     def _visits(self, total: int) -> list[int]:
         """The order of the current sweep, made once a sweep."""
         key = (self._own_state["seed"], self._own_state["sweep"], total)
@@ -357,7 +353,7 @@ class SerialPerturbation(Perturbation):
         if losses is None:
             return None
         if not fired:
-            raise RuntimeError(self._none_fired())
+            raise RuntimeError(self._coverage.none_fired())
         plus = losses[: len(places)]
         other = losses[len(places) :] if clean is None else clean.expand_as(plus)
         each = torch.stack([mean_loss(plus), mean_loss(other), mean_loss(plus - other)], 1)

@@ -158,7 +158,7 @@ class RewardSTDP(LearningRule):
             if missing := self._recorder.missing():
                 raise RuntimeError(f"{name}: {missing}")
             if not self._moments:
-                raise RuntimeError(self._none_fired())
+                raise RuntimeError(self._coverage.none_fired())
             per_sample = self.credit == "sample" and losses.ndim > 0
             error, expected = reward_prediction_error(self, losses, per_sample, self.reward_rate)
             grads: dict[Tensor, Tensor] = {}
