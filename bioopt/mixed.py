@@ -158,7 +158,7 @@ class Mixed(Optimizer):
         self._link()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refused: add the group to the member that shall train it, ``mixed.optimizers[i]``."""
+        """Refused: add the group to the member that trains it, ``mixed.optimizers[i]``."""
         if self.param_groups:
             raise RuntimeError("Mixed: add the group to a member: mixed.optimizers[i].add_param_group(...)")
         super().add_param_group(param_group)

@@ -102,9 +102,9 @@ class Coverage:
         """Why no layer has fired, as far as can be seen, and what to do."""
         synapses, inside = list(self._recorder.synapses.values()), self._inside()
         if synapses and not any(s.layer in inside for s in synapses):
-            why = "its layers were replaced in the model after the optimizer was built: build the optimizer anew"
+            why = "its layers were replaced in the model after the optimizer was built: build a new optimizer"
         elif synapses and not any(s.weight.requires_grad for s in synapses):
-            why = "its layers were frozen after the optimizer was built (adapters do that): build the optimizer anew"
+            why = "its layers were frozen after the optimizer was built (adapters do that): build a new optimizer"
         else:
             why = f"run the model in training mode (model.train()) before step(), or in the closure; {COMPILED}"
         return f"{self._rule}: no synapse has fired since the last step; {why}"
@@ -133,7 +133,7 @@ class Coverage:
             if only_replaced and s.layer in inside:  # it may well fire at another step
                 continue
             if s.layer not in inside:
-                reason = "it was replaced in the model after the optimizer was built: build the optimizer anew"
+                reason = "it was replaced in the model after the optimizer was built: build a new optimizer"
             elif not s.layer.training:
                 reason = "it is in evaluation mode: call train()"
             else:

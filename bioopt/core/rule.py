@@ -178,7 +178,7 @@ class LearningRule(Optimizer, ABC):
         return self._readout.parameters()
 
     def begin(self) -> None:
-        """Before an evaluation which alone is to count."""
+        """Before an evaluation which alone counts."""
         self._recorder.reset()
         for p in self._trained():
             p.grad = None
@@ -189,7 +189,7 @@ class LearningRule(Optimizer, ABC):
         Rules of one pass (`shares_pass`) implement it; the classic loop, ``loss.backward(); step()``, needs it.
 
         Args:
-            losses: of the pass, if the rule is to check and to average them.
+            losses: of the pass, if the rule should check and average them.
         """
         raise RuntimeError(
             f"{type(self).__name__} evaluates the loss several times a step, so step() needs a closure: "
@@ -278,7 +278,7 @@ class LearningRule(Optimizer, ABC):
         """The second half of `step`: ``descent``'s own step along ``.grad``."""
         mark_as_stepped(self)
         self._estimated = False
-        # Linked anew each time: load_state_dict replaces both. Unhooked: hooks on all optimizers must fire once.
+        # Linked again each time: load_state_dict replaces both. Unhooked: hooks on all optimizers must fire once.
         self._descent.param_groups, self._descent.state = self.param_groups, self.state
         unhooked_step(self._descent)
 
@@ -460,7 +460,7 @@ class LearningRule(Optimizer, ABC):
     def _require_own(self, state_dict: dict[str, Any]) -> None:
         own, theirs = type(self).__name__, state_dict.get(NAME)
         if theirs is not None and theirs != own:
-            raise ValueError(f"{own}: the state is that of {theirs}; load it into {theirs}, or start {own} anew")
+            raise ValueError(f"{own}: the state is that of {theirs}; load it into {theirs}, or start {own} without it")
         if theirs is not None:
             return
         for group in state_dict.get("param_groups", []):  # of an older version, or of another optimizer

@@ -78,7 +78,7 @@ class Sanger(LocalProductRule):
 
 @final
 class AntiHebbian(LocalProductRule):
-    r"""Anti-Hebbian decorrelation: neurons that are active together come to inhibit each other.
+    r"""Anti-Hebbian decorrelation: neurons that are active together learn to inhibit each other.
 
     .. math::
         \Delta w_k = -\sum_{j \ne k} \langle u_k u_j \rangle\, w_j

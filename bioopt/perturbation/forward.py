@@ -45,7 +45,7 @@ class ForwardGradient(NoisyActivity):
     Cost a step: ``samples`` forward passes with their derivatives, each of the work of two to three without; with
     ``space="activities"`` one local product more. Batch statistics advance once; dropout masks are the same for all
     directions. Where an operator has no forward derivative, slopes are measured by central differences instead,
-    which is said once.
+    with one warning.
 
     Args:
         params: parameters, named parameters, or the model. ``space="activities"`` needs the model (or modules).

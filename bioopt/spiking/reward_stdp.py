@@ -187,7 +187,7 @@ class RewardSTDP(LearningRule):
             raise RuntimeError(
                 f"{type(self).__name__}(credit='sample'): the neurons of layer '{synapse.name}' gave spikes of shape "
                 f"{tuple(last.shape)}, in which more than one dimension is as long as the batch of {len(error)}, so "
-                "that samples cannot be told from the other. Take a batch of another size, or credit='global'"
+                "that it is unclear which of them counts the samples. Take a batch of another size, or credit='global'"
             )
         fading = math.exp(-group["dt"] / group["tau_e"])
         gate = error.to(moments[-1].pre.dtype) / (last.numel() // len(synapse.weight))
