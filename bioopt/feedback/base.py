@@ -23,7 +23,7 @@ class FeedbackRule(OnePass):
 
     Backpropagation sends :math:`W^\top g` from the output of a layer, where the error is :math:`g`, to its input. Here
     `feedback` computes what goes there instead; each layer then learns as in backpropagation, from its own :math:`g`
-    and :math:`x`. Everything between layers (activations, normalisation, skip connections) passes the error back as ever,
+    and :math:`x`. Everything between layers (activations, normalisation, skip connections) passes the error as ever,
     and has its parameters trained by it.
 
     Args:
