@@ -1,4 +1,4 @@
-"""Pictures of a run: its curves, and what the first layer has come to look for."""
+"""Pictures of a run: its curves, and the receptive fields of its first layer."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 matplotlib.use("Agg")
@@ -50,7 +52,7 @@ def receptive_fields(
 
 
 def neurons(history: list[dict[str, Any]], wins: dict[str, Tensor], title: str, path: Path) -> Path | None:
-    """For each layer: how its neurons' weight vectors grow, and how the events are shared out among its neurons.
+    """For each layer: the norms of its neurons' weight vectors, and how often each neuron is the most active.
 
     Args:
         history: lines of a run with ``weight_norms``, ``{layer: [least, mean, most]}``.
@@ -85,7 +87,7 @@ def neurons(history: list[dict[str, Any]], wins: dict[str, Tensor], title: str, 
 
 
 def course(lines: list[dict[str, Any]], title: str, path: Path) -> Path | None:
-    """What `diagnostics.Diagnostics` measured against steps: a panel for each quantity, a line for each layer.
+    """The measurements of `diagnostics.Diagnostics` against steps: a panel for each quantity, a line for each layer.
 
     Args:
         lines: ``{"step": step, "<quantity>/<layer>": value, ...}`` each.
@@ -118,7 +120,7 @@ def course(lines: list[dict[str, Any]], title: str, path: Path) -> Path | None:
 
 
 def window(delays: list[float], changes: list[float], title: str, path: Path) -> Path:
-    """What a pair of spikes does to a weight, by their delay in ms (postsynaptic less presynaptic)."""
+    """The change of a weight by a pair of spikes, against their delay in ms (postsynaptic less presynaptic)."""
     figure, axes = plt.subplots(figsize=(5.4, 3.2), layout="constrained")
     axes.set_title(title, fontsize=9)
     for colour, part in (("tab:red", [p for p in zip(delays, changes, strict=True) if p[0] >= 0]),
@@ -195,6 +197,14 @@ def _tiles(
             axes.text(x + side / 2, y - 0.03, captions[i], ha="center", va="bottom", fontsize=8)
     axes.set(xlim=(0, width), ylim=(height, 0))
     return saved(figure, path)
+
+
+def mosaic(images: Tensor, shape: tuple[int, int, int], columns: int) -> Any:
+    """Images N×pixels as one image, row by row, with a margin around each; colours are averaged."""
+    tiles = F.pad(images.reshape(-1, *shape).float().mean(1), (1, 1, 1, 1), value=0.5)
+    rows = [torch.cat(list(row), 1) for row in tiles.split(columns)]
+    rows[-1] = F.pad(rows[-1], (0, rows[0].shape[1] - rows[-1].shape[1]))
+    return torch.cat(rows).cpu().numpy()
 
 
 def first_weights(model: nn.Module, most: int) -> Tensor | None:

@@ -24,9 +24,10 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from . import interrupts
+from .checks import check_inside_runs
 from .config import is_result_independent, name_of, read, resolved, run_group
 from .files import alone
-from .options import check, check_inside_runs
+from .options import check
 
 _locks = contextlib.ExitStack()  # of the sweep under way; not in `Sweep`, which launchers send to other processes
 
@@ -116,7 +117,7 @@ def isolated(config: Any) -> dict[str, Any]:
     context = multiprocessing.get_context(method)
     multiprocessing.set_start_method(method, force=True)  # joblib's own workers have one that children do not know
     if method == "forkserver":
-        context.set_forkserver_preload(["experiments.training"])
+        context.set_forkserver_preload(["experiments.run"])
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_run, args=(config, sender))  # type: ignore[attr-defined]
     process.start()
@@ -138,7 +139,7 @@ def isolated(config: Any) -> dict[str, Any]:
 
 
 def _run(config: Any, sender: Connection) -> None:
-    from .training import run
+    from .run import run
 
     interrupts.catch()
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -45,7 +45,7 @@ SHAPE = (1, 28, 28)
 def names() -> list[str]:
     """The forward pass, the controls, then every rule that trains this network: some want one of their own."""
     options = {p.stem: OmegaConf.load(p) for p in sorted((CONF / "optimizer").glob("*.yaml"))}
-    found = [name for name, own in options.items() if "wants" not in own]
+    found = [name for name, own in options.items() if "requires" not in own]
     controls = ["sgd", "adam", "random_trunk"]
     return [FORWARD, *controls, *[n for n in found if n not in controls]]
 

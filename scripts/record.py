@@ -56,7 +56,7 @@ def record(name: str, runs: list[Path]) -> None:
     else:
         accuracies = [summary["test_accuracy"] for summary in summaries]
         result |= {"test_accuracy": accuracies, "mean": statistics.fmean(accuracies), "ci95": interval(accuracies)}
-        more = [key for key in first if key not in USUAL and number(first[key])]  # of `afterwards`
+        more = [key for key in first if key not in USUAL and number(first[key])]  # of `final_analysis`
         result |= {"measured": measured(name, summaries, more)} if more else {}
         result |= {"epochs": first["epochs"], "forward_passes": first["forward_passes"]}
     result |= {
@@ -104,8 +104,8 @@ def described(summary: dict[str, Any], changed: dict[str, Any]) -> dict[str, Any
 
 
 def experiment_of(options: dict[str, Any]) -> str | None:
-    """The experiment that such a run must name: none but it has the run's task, or what it measures afterwards."""
-    marks = {key: options[key] for key in ("task._target_", "afterwards._target_") if key in options}
+    """The experiment that a run must name: the only one with its task, or with its final analysis."""
+    marks = {key: options[key] for key in ("task._target_", "final_analysis._target_") if key in options}
     names = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml")) if marks else []
     return next((name for name in names if marks.items() <= composed([f"experiment={name}"]).items()), None)
 
@@ -118,13 +118,13 @@ def changes(options: dict[str, Any], experiment: str | None = None) -> tuple[lis
     chosen = [] if experiment is None else [f"experiment={experiment}"]
     own = composed(chosen)
     names = {group: options[f"{group}.name"] for group in ("optimizer", "model", "data", "cost")}
-    told = () if experiment is not None else ("optimizer", "model", "data")  # in any case
-    chosen += [f"{g}={name}" for g, name in names.items() if g in told or own[f"{g}.name"] != name]
+    always = () if experiment is not None else ("optimizer", "model", "data")
+    chosen += [f"{g}={name}" for g, name in names.items() if g in always or own[f"{g}.name"] != name]
     plain = composed(chosen)
     changed = {
         key if key in plain else f"+{key}": value
         for key, value in options.items()
-        if not key.startswith("optimizer.per_data.")  # what came of it is in epochs and the like
+        if not key.startswith("optimizer.per_data.")  # its values are in epochs and the like
         and (key not in plain or plain[key] != value)
     }
     inside = {".".join(key.split(".")[:2]) for key in options}
@@ -134,7 +134,7 @@ def changes(options: dict[str, Any], experiment: str | None = None) -> tuple[lis
 
 
 def composed(choices: list[str]) -> dict[str, Any]:
-    """What a run of these choices would be told."""
+    """The options of a run of these choices."""
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 

@@ -10,11 +10,10 @@ import pytest
 import yaml
 
 import experiments
-from experiments.training import run
+from experiments.run import run
 
-from .commands import ROOT
+from .commands import ROOT, TINY, config
 from .test_readme import composed
-from .test_train import TINY, config
 
 PAGES = sorted((ROOT / "docs").glob("**/[!_]*.md"))
 RECORDS = {

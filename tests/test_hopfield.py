@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 import bioopt
 from bioopt.nn import Hopfield, ModernHopfield, SpikingHopfield
-from experiments.hopfield import _crossing, _half, _meeting
-from experiments.training import run
+from experiments.run import run
+from experiments.tasks.hopfield import _crossing, _half, _meeting
 
-from .test_train import config
+from .commands import config
 
 PLAIN = {"competition": "none", "decay": "none", "readout": None}
 

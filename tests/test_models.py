@@ -10,10 +10,10 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
 from experiments import data, models
-from experiments.areas import split
 from experiments.building import build_model
+from experiments.phases import split
 
-from .test_train import config
+from .commands import config
 
 
 def features(model: nn.Module, x: Tensor) -> Tensor:

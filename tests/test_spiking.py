@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 import bioopt
 from bioopt.nn import LatencyEncoding, PoissonEncoding, RateEncoding
+from experiments.run import run
 from experiments.spiking import Competition, assign, spiking, voted, window
-from experiments.training import run
 
+from .commands import config
 from .rules import SPIKING, Neurons, spiking_cnn
-from .test_train import config
 
 
 class Scripted(nn.Module):

@@ -5,29 +5,24 @@ from __future__ import annotations
 import copy
 import math
 import statistics
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from bioopt import Diverged
-from bioopt.costs import CrossEntropy
 from bioopt.nn import Gate
 
-from . import building, data, models, problems, training
-from .areas import Area
-from .options import require_counts
-from .pictures import saved
-from .statistics import interval, with_interval
-from .tasks import Task
+from .. import building, data, models, problems
+from ..checks import require_counts
+from ..statistics import with_interval
+from . import Task, context_routing_plots
+from .context_routing_measures import counted, guessed, information, opened, synapses, times, weights
 
 CHUNK = 1000  # test images at a time, and those of a measurement of time
 
@@ -39,8 +34,8 @@ class ContextRouting(Task):
     context and learns, lets a sample take ``n`` pathways and skips the others; ``all_run``: the same gate lets it take
     all; ``connected``: one hidden layer that sees image and context; ``no_context``: the same, without the context.
     Weights, images, contexts and batches of a repetition are the same for all rules, pathways start alike in all
-    networks. Where a loss becomes no number, the network is back at its random start and counts as such. A round is
-    one rule, one network and one repetition.
+    networks. Where a loss becomes infinite or NaN, the network is put back to its random start and is tested there. A
+    round is one rule, one network and one repetition.
 
     Args:
         config: of the run: ``data``, ``schedule``, and the rules, ``config.rules``, each as in ``conf/optimizer``.
@@ -50,8 +45,8 @@ class ContextRouting(Task):
         hidden: neurons of each pathway.
         active: the networks ``routed_<n>`` there are.
         train: images, drawn anew for each repetition, each of which is in one context.
-        test: at most so many test images, the first ones, each of which is in all contexts.
-        validation: so many other training images take the test set's place, to choose rates by; ``None``: none.
+        test: the most test images, of which the first are taken; each is in all contexts.
+        validation: other training images in place of the test set, to choose rates by; ``None``: the test set.
         epochs: of each rule.
         batch_size: of a step.
         repetitions: how often.
@@ -107,7 +102,7 @@ class ContextRouting(Task):
         self.lr = lr
         images = data.load(config.data.name, config.data.root, device)
         self.images = replace(images, test_images=images.test_images[:test], test_labels=images.test_labels[:test])
-        problems.subset(self.images, torch.Generator(), train, validation)  # or tell now what is wrong
+        problems.subset(self.images, torch.Generator(), train, validation)  # raises now if they do not fit
         self.rounds = len(self.rules) * len(self.networks) * repetitions
         channels, *sides = self.images.shape
         self.shape, self.classes = (channels + contexts, sides[0], sides[1]), self.images.classes
@@ -122,13 +117,13 @@ class ContextRouting(Task):
         if name in ("connected", "no_context"):
             inputs = pixels + self.contexts
             hidden = round((weights(self.network("all_run")) - self.classes) / (inputs + 1 + self.classes))
-            seen = Joined(self.contexts, told=name == "connected")
+            seen = ConcatContext(self.contexts, shown=name == "connected")
             layers = [nn.Linear(inputs, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, self.classes)]
             return nn.Sequential(seen, *layers).to(self.device)
         active = {"fixed": 1, "all_run": None} | {f"routed_{n}": n for n in self.active}
-        learned: nn.Module = nn.Linear(self.contexts, self.pathways)  # drawn in any case: the rest starts alike
+        learned: nn.Module = nn.Linear(self.contexts, self.pathways)  # drawn in any case: the rest is alike
         gate = Gate(
-            Own(self.pathways) if name == "fixed" else learned,
+            OneHotController(self.pathways) if name == "fixed" else learned,
             [nn.Sequential(nn.Linear(pixels, self.hidden), nn.ReLU(inplace=True)) for _ in range(self.pathways)],
             active=active[name],
         )
@@ -137,7 +132,7 @@ class ContextRouting(Task):
         )
 
     def round(self, number: int) -> dict[str, Any]:
-        """One rule, one network, one repetition: how right it is in the end, what it computes, who goes where."""
+        """One rule, one network, one repetition: accuracy, computation, and which context takes which pathway."""
         repetition, which = divmod(number - 1, len(self.rules) * len(self.networks))
         rule, name = self.rules[which // len(self.networks)], self.networks[which % len(self.networks)]
         seed = self.seed * 1_000_003 + repetition  # a round needs nothing of the rounds before
@@ -154,7 +149,7 @@ class ContextRouting(Task):
             model.load_state_dict(weights_at_start)
         found = {"rule": rule, "network": name, "repetition": repetition, **self.tested(model, images)}
         one = images.prepare(images.test_images[torch.randperm(len(images.test_images), generator=generator)[:CHUNK]])
-        took, all_took = seconds([model, other], one)
+        took, all_took = times([model, other], one)
         found |= {"time_per_1000": took / len(one) * 1000, "time_ratio": took / all_took}
         if start is not None:
             found |= {"gates": self.gates(model, images), "gates_at_start": start}
@@ -162,35 +157,31 @@ class ContextRouting(Task):
         return found | {"weights": weights(model), "guess": guessed(images, self.contexts)}
 
     def learn(self, model: nn.Module, rule: str, network: str, images: data.Images, generator: torch.Generator) -> bool:
-        """Train for all epochs, but not on where the loss is no number; whether that went well."""
+        """Train for all epochs, or until the loss is not finite; returns whether it stayed finite."""
         options = {"lr": self.lr.get(rule, {}).get(network, self.config.rules[rule].lr)}
         if "seed" in self.config.rules[rule]:
             options["seed"] = int(torch.randint(2**31, (), generator=generator))
         run = building.with_rule(self.config, rule, **options)
-        optimizer = building.build_optimizer(run, model)
-        learner = Area("", model, CrossEntropy(), optimizer)
-        total = len(images.train_labels)
-        steps = self.epochs * math.ceil(total / self.batch_size)
-        schedule = building.build_schedule(self.config.schedule, optimizer, steps)
-        learner.train()
-        for _ in range(self.epochs):
-            for index in torch.randperm(total, generator=generator).to(self.device).split(self.batch_size):
-                closure = learner.closure(images.prepare(images.train_images[index]), images.train_labels[index])
-                try:
-                    losses: Tensor = optimizer.step(closure)  # type: ignore[arg-type, assignment]
-                except Diverged:
-                    losses = torch.tensor(math.nan)
-                if not bool(losses.isfinite().all()):
-                    training.close([learner])
-                    return False
-                if schedule is not None:
-                    schedule.step()
-        training.close([learner])
+        steps = self.epochs * math.ceil(len(images.train_labels) / self.batch_size)
+        learner = building.build_learner(run, model, f"{rule} on {network}", f"rules.{rule}", schedule_steps=steps)
+        try:
+            learner.fit(self.batches(images, generator))
+        except Diverged:
+            return False
+        finally:
+            learner.close()
         return True
+
+    def batches(self, images: data.Images, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        """All training images in each epoch, in random order."""
+        for _ in range(self.epochs):
+            order = torch.randperm(len(images.train_labels), generator=generator).to(self.device)
+            for index in order.split(self.batch_size):
+                yield images.prepare(images.train_images[index]), images.train_labels[index]
 
     @torch.no_grad()
     def gates(self, model: nn.Module, images: data.Images) -> list[list[float]] | None:
-        """How far each pathway is open in each context, of which the gate sees nothing else."""
+        """How far each pathway is open in each context, which is all that the gate sees of an image."""
         if not isinstance(model[0], models.InContext):  # type: ignore[index]
             return None
         model(images.prepare(images.test_images[:: len(images.test_images) // self.contexts]))
@@ -198,7 +189,7 @@ class ContextRouting(Task):
 
     @torch.no_grad()
     def tested(self, model: nn.Module, images: data.Images) -> dict[str, Any]:
-        """On all test images in all contexts: accuracy, multiply-adds against all pathways', who takes which."""
+        """On all test images in all contexts: accuracy, multiply-adds relative to all pathways, and routing."""
         model.eval()
         gated = isinstance(model[0], models.InContext)  # type: ignore[index]
         right, gates = [], []
@@ -221,7 +212,7 @@ class ContextRouting(Task):
         return found
 
     def finish(self, history: list[dict[str, Any]], title: str, folder: Path) -> tuple[dict[str, float], list[Path]]:
-        """Accuracies, what learned routing gains and lacks, computation and time, and who goes where."""
+        """Accuracies, differences of learned routing to other networks, computation, time and routing."""
         found: dict[str, float] = {}
         for rule in self.rules:
             for name in self.networks:
@@ -249,103 +240,30 @@ class ContextRouting(Task):
                     found[f"{rule}_{name}_repetitions_that_diverged"] = lost
         found["best_guess_without_context"] = statistics.fmean(line["guess"] for line in history)
         return found, [
-            self.bars(history, title, folder / "accuracy.png"),
-            self.routes(history, title, folder / "routes.png"),
+            context_routing_plots.bars(self, history, title, folder / "accuracy.png"),
+            context_routing_plots.routes(self, history, title, folder / "routes.png"),
         ]
 
     def each(self, history: list[dict[str, Any]], rule: str, network: str, key: str) -> list[float]:
         """A number of each repetition."""
         return [line[key] for line in history if line["rule"] == rule and line["network"] == network]
 
-    def bars(self, history: list[dict[str, Any]], title: str, path: Path) -> Path:
-        """Accuracy of each network and rule: mean, 95 % confidence interval, repetitions as points; computation."""
-        figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
-        figure.suptitle(title)
-        width = 0.8 / len(self.rules)
-        ticks = []
-        for place, name in enumerate(self.networks):
-            for i, rule in enumerate(self.rules):
-                values = [100 * a for a in self.each(history, rule, name, "accuracy")]
-                at = place + (i - (len(self.rules) - 1) / 2) * width
-                axes.bar(
-                    at, statistics.fmean(values), 0.92 * width, color=f"C{i}", alpha=0.55,
-                    label=rule.replace("_", " ") if place == 0 else None,
-                    yerr=interval(values), error_kw={"capsize": 2, "elinewidth": 1},
-                )  # fmt: skip
-                axes.plot([at] * len(values), values, ".", color="black", markersize=3, alpha=0.6)
-            computed = statistics.fmean(line["computation"] for line in history if line["network"] == name)
-            ticks.append(f"{self.told(name)}\n{100 * computed:.3g} %")
-        guess = 100 * statistics.fmean(line["guess"] for line in history)
-        axes.axhline(guess, color="grey", linestyle="--", linewidth=1, label="perfect, but for the context")
-        axes.set_xticks(range(len(ticks)), ticks)
-        axes.set_ylim(0, 100)
-        axes.set_ylabel("test accuracy over all contexts (%)")
-        axes.set_xlabel("network, and what it computes for an image, of what all pathways would")
-        axes.grid(axis="y", alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-        figure.legend(loc="outside lower center", ncols=len(self.rules) + 1, frameon=False)
-        return saved(figure, path)
 
-    def told(self, network: str) -> str:
-        """A network as pictures call it."""
-        known = {
-            "fixed": f"fixed routing\n1 of {self.pathways}",
-            "all_run": f"gated\nall {self.pathways} run",
-            "connected": "fully\nconnected",
-            "no_context": "connected,\nno context",
-        }
-        return known.get(network) or f"learned routing\n{network.removeprefix('routed_')} of {self.pathways}"
+class ConcatContext(nn.Module):
+    """Flattens images, with one number for each of their last channels, a context; zeros if it is not shown."""
 
-    def routes(self, history: list[dict[str, Any]], title: str, path: Path) -> Path:
-        """Gates of the first repetition, contexts × pathways: at the random start, and after rules that moved them."""
-        rows = [*self.networks[1 : 1 + len(self.active)], "all_run"]
-        shown = [e for e in history if e["network"] in rows and e["repetition"] == 0]
-        learned = [r for r in self.rules if any(e["gates"] != e["gates_at_start"] for e in shown if e["rule"] == r)]
-        columns = ["random start", *learned]
-        figure, grid = plt.subplots(
-            len(rows), len(columns), figsize=(0.6 + 0.24 * self.pathways * len(columns),
-            1.2 + (0.75 + 0.28 * self.contexts) * len(rows)), layout="constrained", squeeze=False, sharex=True,
-            sharey=True,
-        )  # fmt: skip
-        figure.suptitle(f"{title}: how far each pathway's gate is open, repetition 0", fontsize=10)
-        for line, name in zip(grid, rows, strict=True):
-            first = [e for e in shown if e["network"] == name]
-            gates = [first[0]["gates_at_start"], *(e["gates"] for e in first if e["rule"] in learned)]
-            bits = [information(torch.tensor(each)) for each in gates]
-            for axes, column, each, known in zip(line, columns, gates, bits, strict=True):
-                axes.imshow(each, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-                for context, row in enumerate(each):
-                    for pathway, g in enumerate(row):
-                        if g > 0:
-                            axes.text(
-                                pathway, context, f"{g:.2f}"[g < 0.995 :], ha="center", va="center", fontsize=7,
-                                color="white" if g > 0.5 else "black",
-                            )  # fmt: skip
-                axes.set_title(f"{column.replace('_', ' ')}: {known:.2g} bits", fontsize=8)
-                axes.set_xticks(range(self.pathways), range(1, self.pathways + 1))
-                axes.set_yticks(range(self.contexts), range(1, self.contexts + 1))
-                axes.tick_params(length=0, labelsize=7)
-            line[0].set_ylabel(f"{self.told(name)}\n\ncontext", fontsize=8)
-        for axes in grid[-1]:
-            axes.set_xlabel("pathway", fontsize=8)
-        return saved(figure, path)
-
-
-class Joined(nn.Module):
-    """Images whose last channels are a context, flat, with one number of each of those; or 0, if it is not told."""
-
-    def __init__(self, contexts: int, *, told: bool) -> None:
+    def __init__(self, contexts: int, *, shown: bool) -> None:
         super().__init__()
-        self.contexts, self.told = contexts, told
+        self.contexts, self.shown = contexts, shown
 
     def forward(self, x: Tensor) -> Tensor:
         """Images N×(C + contexts)×H×W to N × (C H W + contexts)."""
         context = x[:, -self.contexts :, 0, 0]
-        return torch.cat([x[:, : -self.contexts].flatten(1), context if self.told else torch.zeros_like(context)], 1)
+        return torch.cat([x[:, : -self.contexts].flatten(1), context if self.shown else torch.zeros_like(context)], 1)
 
 
-class Own(nn.Module):
-    """A controller that learns nothing: it opens pathway ``k`` alone in context ``k``."""
+class OneHotController(nn.Module):
+    """A controller without parameters that opens only pathway ``k`` in context ``k``."""
 
     def __init__(self, pathways: int) -> None:
         super().__init__()
@@ -354,73 +272,3 @@ class Own(nn.Module):
     def forward(self, context: Tensor) -> Tensor:
         """The context, N × K, above 0 for one of them alone, to scores N × P."""
         return F.pad(100 * context, (0, self.pathways - context.shape[1]))
-
-
-def gate_of(model: nn.Module) -> Gate:
-    """Of a network that begins with one."""
-    gate: Gate = model[0].gate  # type: ignore[index]
-    return gate
-
-
-def opened(model: nn.Module) -> Tensor:
-    """How far it opened its pathways for each of the last samples."""
-    gates = gate_of(model).gates
-    assert gates is not None
-    return gates
-
-
-def weights(model: nn.Module) -> int:
-    """How many numbers it could learn."""
-    return sum(p.numel() for p in model.parameters())
-
-
-def synapses(model: nn.Module) -> list[nn.Module]:
-    """Its layers with a weight matrix, those too that are frozen and learn nothing."""
-    return [m for m in model.modules() if isinstance(w := getattr(m, "weight", None), nn.Parameter) and w.ndim > 1]
-
-
-@contextmanager
-def counted(model: nn.Module) -> Iterator[list[int]]:
-    """How many multiply-adds the synapses of a model make meanwhile: for each number they give, one an input."""
-    made = [0]
-
-    def add(layer: nn.Module, _: Any, output: Tensor) -> None:
-        made[0] += output.numel() * layer.weight[0].numel()  # type: ignore[index]
-
-    handles = [layer.register_forward_hook(add) for layer in synapses(model)]
-    try:
-        yield made
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def information(gates: Tensor) -> float:
-    """Mutual information of context and pathway in bits, where gates, contexts × pathways, say how often it is taken.
-
-    As many samples are in each context; a gate counts by its share of those open.
-    """
-    gates = gates.double()
-    joint = gates / gates.sum(1, keepdim=True) / len(gates)
-    apart = joint.sum(1, keepdim=True) * joint.sum(0)
-    return float((joint * (joint / apart).log2()).nansum().clamp(min=0))
-
-
-def guessed(images: data.Images, contexts: int) -> float:
-    """How right one can be at most who knows the class, but not the context."""
-    names = images.test_labels.view(contexts, -1)
-    return float((names.unsqueeze(0) == names.unsqueeze(1)).sum(1).amax(0).float().mean() / contexts)
-
-
-@torch.no_grad()
-def seconds(networks: list[nn.Module], inputs: Tensor, times: int = 25) -> list[float]:
-    """The least time that each takes for these inputs, of so many in turn."""
-    took = [[math.inf] for _ in networks]
-    for _ in range(times):
-        for network, each in zip(networks, took, strict=True):
-            begin = time.perf_counter()
-            network(inputs)
-            if inputs.is_cuda:
-                torch.cuda.synchronize()
-            each.append(time.perf_counter() - begin)
-    return [min(each) for each in took]

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from bioopt.costs import CrossEntropy
 from bioopt.nn import FastWeights, ShortTermMemory
 
-from .options import require_counts
-from .pictures import saved, uncluttered
-from .tasks import Task
+from ..checks import require_counts
+from ..learner import Block, Learner
+from . import Task, delayed_recall_plots
 
-#: who recalls, as pictures call it, with colour and line; "gated": it stores what is asked about, and only that
-MODELS = {
-    "buffer": ("buffer", "tab:blue", "-"),
-    "fast_weights": ("fast weights", "tab:orange", "-"),
-    "gated_buffer": ("buffer, gated", "tab:blue", "--"),
-    "gated_fast_weights": ("fast weights, gated", "tab:orange", "--"),
-    "gru": ("GRU, backpropagation", "black", "-"),
-}
+MODELS = (
+    "buffer",
+    "fast_weights",
+    "gated_buffer",
+    "gated_fast_weights",
+    "gru",
+)  # gated: stores only what is asked about
 
 
 @dataclass
@@ -41,7 +40,7 @@ class Episodes:
 
 
 class Recurrent(nn.Module):
-    """The control: a GRU that sees all that the memories see, and a linear readout at the cue."""
+    """The control: a GRU that sees everything the memories see, and a linear readout at the cue."""
 
     def __init__(self, size: int, values: int, hidden: int) -> None:
         super().__init__()
@@ -58,10 +57,18 @@ class Recurrent(nn.Module):
         return scores
 
 
+class MeanCrossEntropy(CrossEntropy):
+    """The mean over a batch, by torch's own reduction, whose rounding differs from that of a mean of each sample's."""
+
+    def of_labels(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """One number."""
+        return F.cross_entropy(outputs, labels)
+
+
 class DelayedRecall(Task):
     """Pairs of a key and a value, then distractors (other pairs), then one of the keys: which was its value.
 
-    The memories need no training: what they bring back is the answer. The GRU learns from sequences of up to
+    The memories need no training: what they retrieve is the answer. The GRU learns from sequences of up to
     ``gru.load`` pairs and ``gru.delay`` distractors, and is tested beyond. All see the same sequences. A memory that
     is not gated stores distractors as it does pairs; a gated one, and the GRU if it learns to, uses the mark by which
     they differ.
@@ -71,7 +78,7 @@ class DelayedRecall(Task):
         device: where to compute.
         symbols: how many keys there are, each a random vector of unit length.
         size: of that vector.
-        values: how many there are, alike often; chance is one of so many.
+        values: how many there are, equally frequent; chance is one over their number.
         load: pairs of a sequence where the delay changes.
         delays: distractors between the pairs and the cue.
         delay: distractors where the load changes.
@@ -120,40 +127,40 @@ class DelayedRecall(Task):
         self.fast_weights = FastWeights(size, values, **fast_weights)
         self.gru = Recurrent(size, values, gru["hidden"]).to(device)
         self.optimizer = torch.optim.Adam(self.gru.parameters(), lr=gru["lr"])
+        block = Block(self.gru, MeanCrossEntropy(), self.optimizer, clip_norm=1.0)
+        self.learner = Learner(self.gru, block, name="gru", rate=f"task.gru.lr={gru['lr']}")
 
     def round(self, number: int) -> dict[str, Any]:
-        """Train the GRU for so many steps, and test everybody on the same fresh sequences."""
-        losses = []
-        for _ in range(self.steps):
-            load = int(torch.randint(1, self.trained["load"] + 1, ()))
-            delay = int(torch.randint(0, self.trained["delay"] + 1, ()))
-            episodes = self.episodes(load, delay, self.trained["batch_size"])
-            loss = F.cross_entropy(self.gru(episodes), episodes.answer)
-            self.optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(self.gru.parameters(), 1.0)
-            self.optimizer.step()
-            losses.append(loss.detach())
+        """Train the GRU, and test all models on the same fresh sequences."""
+        losses = self.learner.fit(self.training_batches())
         by_delay = [self.accuracies(self.load, delay) for delay in self.delays]
         by_load = [self.accuracies(load, self.delay) for load in self.loads]
         return {
-            "gru_loss": torch.stack(losses).mean().item(),
+            "gru_loss": torch.cat(losses).mean().item(),
             **{name: sum(cell[name] for cell in by_delay + by_load) / len(by_delay + by_load) for name in MODELS},
             "against_delay": {name: [cell[name] for cell in by_delay] for name in MODELS},
             "against_load": {name: [cell[name] for cell in by_load] for name in MODELS},
         }
 
+    def training_batches(self) -> Iterator[tuple[Episodes, Tensor]]:
+        """Sequences of a random load and delay for each step of a round, and their answers."""
+        for _ in range(self.steps):
+            load = int(torch.randint(1, self.trained["load"] + 1, ()))
+            delay = int(torch.randint(0, self.trained["delay"] + 1, ()))
+            episodes = self.episodes(load, delay, self.trained["batch_size"])
+            yield episodes, episodes.answer
+
     def state_dict(self) -> dict[str, Any]:
-        """The GRU as it is, and its optimizer."""
+        """The GRU and its optimizer."""
         return {"gru": self.gru.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Train the GRU on from there."""
+        """Restore what `state_dict` returned."""
         self.gru.load_state_dict(state["gru"])
         self.optimizer.load_state_dict(state["optimizer"])
 
     def episodes(self, load: int, delay: int, count: int) -> Episodes:
-        """So many sequences of ``load`` pairs with different keys, then ``delay`` distractors with other keys."""
+        """A batch of sequences: ``load`` pairs with different keys, then ``delay`` distractors with other keys."""
         device = self.symbols.device
         order = torch.rand(count, len(self.symbols), device=device).argsort(1)
         others = torch.randint(load, len(self.symbols), (count, delay), device=device)
@@ -187,41 +194,20 @@ class DelayedRecall(Task):
         beyond = [delay > self.trained["delay"] for delay in self.delays]
         found: dict[str, float] = {}
         for name in MODELS:
-            for where, wanted in (("trained", False), ("longer", True)):
-                cells = [a for a, far in zip(last["against_delay"][name], beyond, strict=True) if far == wanted]
+            for where, far in (("trained", False), ("longer", True)):
+                cells = [
+                    a
+                    for a, beyond_training in zip(last["against_delay"][name], beyond, strict=True)
+                    if beyond_training == far
+                ]
                 if cells:
                     found[f"{name}_at_{where}_delays"] = sum(cells) / len(cells)
             found[f"{name}_at_load_{self.loads[-1]}"] = last["against_load"][name][-1]
-        return found, [self.picture(last, title, folder / "recall.png")]
-
-    def picture(self, last: dict[str, Any], title: str, path: Path) -> Path:
-        """Accuracy against delay and against load, with chance and with what the GRU has been trained on."""
-        figure, grid = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained", sharey=True)
-        figure.suptitle(title)
-        panels = [
-            ("against_delay", self.delays, f"distractors between {self.load} pairs and the cue", (0, "delay")),
-            ("against_load", self.loads, f"pairs to remember, {self.delay} distractors after them", (1, "load")),
-        ]
-        for axes, (key, along, label, (least, limit)) in zip(grid, panels, strict=True):
-            trained = axes.axvspan(least, self.trained[limit], color="grey", alpha=0.15, linewidth=0)
-            chance = axes.axhline(100 / self.values, color="grey", linewidth=0.8, linestyle=":")
-            lines = [
-                axes.plot(along, [100 * a for a in last[key][name]], line, color=colour, marker=".")[0]
-                for name, (_, colour, line) in MODELS.items()
-            ]
-            axes.set(xlabel=label, ylim=(0, 104))
-            uncluttered(axes)
-        grid[0].set_ylabel("right answers (%)")
-        names = [label for label, _, _ in MODELS.values()]
-        figure.legend(
-            [*lines, chance, trained], [*names, "chance", "the GRU was trained on this"],
-            loc="outside lower center", ncols=4, frameon=False,
-        )  # fmt: skip
-        return saved(figure, path)
+        return found, [delayed_recall_plots.picture(self, last, title, folder / "recall.png")]
 
 
 def recalled(memory: Any, episodes: Episodes, gated: bool) -> Tensor:
-    """What a memory brings back at the cue, having stored each step, or (gated) only what matters."""
+    """What a memory retrieves at the cue, having stored each step, or (gated) only the pairs."""
     state = None
     for key, value, matters in zip(episodes.keys, episodes.values, episodes.matters, strict=True):
         state = memory.write(key, value, state, matters if gated else 1.0)

@@ -17,7 +17,7 @@ import yaml
 from experiments import report as reports
 from experiments.report import NothingToReport, report
 
-from .commands import ROOT
+from ..commands import ROOT
 from .test_sweeps import finished
 
 ODD = [None, True, -1, 10**400, math.nan, "", "text", "$x_{", "=1+1", "a\nb|<b>", "\ud800", [1, {"a": 2}], {}]

@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
-from matplotlib.axes import Axes
-from matplotlib.patches import Rectangle
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-import bioopt
-from bioopt.costs import UNLABELLED, CrossEntropy
+from bioopt.costs import UNLABELLED
 
-from . import building, data, problems, training
-from .areas import Area
-from .data import Images
-from .options import require_counts
-from .pictures import saved
-from .problems import POSED
-from .statistics import interval, with_interval
-from .tasks import Task
+from .. import building, data, problems
+from ..checks import require_counts
+from ..data import Images
+from ..problems import POSED
+from ..statistics import with_interval
+from . import Task, architectures_plots
 
 
 class Architectures(Task):
@@ -34,9 +28,9 @@ class Architectures(Task):
 
     Of the data set, a repetition draws the images to train on and to test on, and makes the tasks out of them
     (`problems`); these, the initial weights of a structure and the batches are the same for all rules, so that
-    differences are paired by repetition. All costs are of labels: samples that have none do not enter. Where images
-    have channels of a context, every structure sees them; one with an option ``contexts`` is told how many they are. A
-    round is one rule, structure, task and repetition, and needs nothing of the rounds before.
+    differences are paired by repetition. All learn from labels: samples without one are left out. Where images have
+    channels of a context, every structure gets them, and an option ``contexts`` of a structure is set to their number.
+    A round is one rule, structure, task and repetition, and needs nothing of the rounds before.
 
     Args:
         config: of the run: ``data``; the structures, ``config.structures``, each as in ``conf/model``; and the rules,
@@ -80,14 +74,14 @@ class Architectures(Task):
             raise ValueError(f"task.test={test} must be at most the {len(self.images.test_labels)} test images")
         self.posed: tuple[tuple[str, int], Images] | None = None  # the last one, which several rounds have in common
         self.weights: dict[str, int] = {}
-        for task in reversed(tasks):  # mistakes are to be told now, not in an hour
+        for task in reversed(tasks):  # reports mistakes now, not in an hour
             images = self.pose(task, 0)
             for structure in self.structures:
                 count = sum(p.numel() for p in self.build(structure, images).parameters())
-                self.weights[structure] = count  # of the first task in the end
+                self.weights[structure] = count  # in the end, of the first task
 
     def pose(self, task: str, repetition: int) -> Images:
-        """A task of a repetition: images to train on, some without a label perhaps, and to test on."""
+        """A task of a repetition: images to train on, of which some may lack a label, and to test on."""
         if self.posed is None or self.posed[0] != (task, repetition):
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + repetition)
             tested = torch.randperm(len(self.images.test_labels), generator=generator)[: self.test].to(self.device)
@@ -97,10 +91,10 @@ class Architectures(Task):
                 test_labels=self.images.test_labels[tested],
             )
             try:
-                made = POSED[task](images, generator, **self.tasks[task])
+                posed = POSED[task](images, generator, **self.tasks[task])
             except (TypeError, ValueError) as error:
                 raise ValueError(f"task.tasks.{task}: {error}") from error
-            self.posed = (task, repetition), made
+            self.posed = (task, repetition), posed
         return self.posed[1]
 
     def build(self, structure: str, images: Images) -> nn.Module:
@@ -111,7 +105,7 @@ class Architectures(Task):
             raise ValueError(f"structures.{structure}: {error}") from error
 
     def configured(self, structure: str, images: Images, rule: str) -> DictConfig:
-        """The run as if it were of this structure, and of this rule, alone."""
+        """The run as if this structure were its model, and this rule its optimizer."""
         run = building.with_rule(self.config, rule)
         run.model = {**self.config.structures[structure], "name": structure}
         contexts = images.shape[0] - self.images.shape[0]
@@ -138,36 +132,32 @@ class Architectures(Task):
         seed = int(torch.randint(2**31, ()))
         if "seed" in run.optimizer:
             run.optimizer.seed = seed
-        optimizer = building.build_optimizer(run, model)
-        learner = Area("", model, CrossEntropy(), optimizer)
-        known = (images.train_labels != UNLABELLED).nonzero().squeeze(1)
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + repetition)
-        told = f"rules.{rule}.per_model.{structure}.lr={run.optimizer.lr}"
-        learner.train()
+        option = f"rules.{rule}.per_model.{structure}"
+        learner = building.build_learner(run, model, f"{rule} on {structure} at {task}", option)
         begin = time.perf_counter()
-        for _ in range(self.steps):
-            chosen = known[torch.randint(len(known), (self.batch_size,), generator=generator).to(self.device)]
-            closure = learner.closure(images.prepare(images.train_images[chosen]), images.train_labels[chosen])
-            try:
-                losses: Tensor = optimizer.step(closure)  # type: ignore[arg-type, assignment]
-            except RuntimeError as error:
-                raise RuntimeError(f"{error} ({told})") from error
-            if not bool(losses.isfinite().all()):
-                raise RuntimeError(f"{rule} on {structure} at {task}: the loss is no number with {told}; lower it")
+        learner.fit(self.batches(images, repetition))
         seconds = time.perf_counter() - begin
-        passes = optimizer.forward_passes if isinstance(optimizer, bioopt.LearningRule) else 1
-        training.close([learner])
+        learner.close()
+        outputs, labels = learner.predict(images.test_batches(data.Augment()))
         return {
             "task": task,
             "structure": structure,
             "rule": rule,
-            "accuracy": accuracy(model, images),
-            "forward_passes": passes,
+            "accuracy": float((outputs.argmax(1) == labels).sum() / len(labels)),
+            "forward_passes": learner.forward_passes,
             "milliseconds": 1000 * seconds / self.steps,
         }
 
+    def batches(self, images: Images, repetition: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Labelled training images, drawn at random for each step."""
+        known = (images.train_labels != UNLABELLED).nonzero().squeeze(1)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + repetition)
+        for _ in range(self.steps):
+            chosen = known[torch.randint(len(known), (self.batch_size,), generator=generator).to(self.device)]
+            yield images.prepare(images.train_images[chosen]), images.train_labels[chosen]
+
     def finish(self, history: list[dict[str, Any]], title: str, folder: Path) -> tuple[dict[str, float], list[Path]]:
-        """By how much the best structure leads, then all accuracies, and what they cost."""
+        """The lead of the best structure, then all accuracies, and what they cost."""
         found: dict[str, float] = {}
         for task in self.tasks:
             for rule in self.rules:
@@ -186,7 +176,7 @@ class Architectures(Task):
             for structure in self.structures:
                 times = [line["milliseconds"] for line in lines if line["structure"] == structure]
                 found[f"{rule}_{structure}_milliseconds"] = statistics.fmean(times)
-        return found, [self.maps(history, title, folder / "architectures.png")]
+        return found, [architectures_plots.maps(self, history, title, folder / "architectures.png")]
 
     def each(
         self, history: list[dict[str, Any]], task: str, rule: str, structure: str, key: str = "accuracy"
@@ -203,56 +193,3 @@ class Architectures(Task):
         """The best structure's accuracy less that of the next, in each repetition."""
         best, second = (self.each(history, task, rule, s) for s in self.ranked(history, task, rule)[:2])
         return [a - b for a, b in zip(best, second, strict=True)]
-
-    def maps(self, history: list[dict[str, Any]], title: str, path: Path) -> Path:
-        """Accuracy in cells, tasks by structures, a panel for each rule; the best of a row framed."""
-        columns = min(2, len(self.rules))
-        rows = math.ceil(len(self.rules) / columns)
-        figure, grid = plt.subplots(
-            rows, columns, figsize=(8.4, 0.9 + rows * (0.8 + 0.42 * len(self.tasks))), layout="constrained",
-            squeeze=False, sharex=True, sharey=True,
-        )  # fmt: skip
-        figure.suptitle(f"{title}: test accuracy (%)")
-        for axes, rule in zip(grid.flat, self.rules, strict=False):
-            shown = self.panel(axes, history, rule)
-        for axes in grid.flat[len(self.rules) :]:
-            axes.axis("off")
-        figure.colorbar(shown, ax=grid, shrink=0.6, aspect=30)
-        note = "framed: the best of a row; solid where the 95 % interval of its lead over the next leaves out zero"
-        figure.supxlabel(note, fontsize=9)
-        return saved(figure, path)
-
-    def panel(self, axes: Axes, history: list[dict[str, Any]], rule: str) -> Any:
-        """One rule's cells."""
-        cells = [
-            [100 * statistics.fmean(self.each(history, task, rule, structure)) for structure in self.structures]
-            for task in self.tasks
-        ]
-        shown = axes.imshow(cells, cmap="viridis", vmin=0, vmax=100, aspect="auto")
-        for row, task in enumerate(self.tasks):
-            for column, value in enumerate(cells[row]):
-                colour = "black" if value > 60 else "white"
-                axes.text(column, row, f"{value:.1f}", ha="center", va="center", color=colour, fontsize=11)
-            if len(self.structures) > 1:
-                best = self.structures.index(self.ranked(history, task, rule)[0])
-                lead = self.lead(history, task, rule)
-                half = interval(lead)
-                clear = half is not None and statistics.fmean(lead) > half
-                corner = (best - 0.46, row - 0.44)
-                axes.add_patch(
-                    Rectangle(corner, 0.92, 0.88, fill=False, edgecolor="red", lw=2.2, ls="-" if clear else (0, (2, 2)))
-                )
-        axes.set_title(rule.replace("_", " "), fontsize=12)
-        axes.set_xticks(range(len(self.structures)), [name.replace("_", " ") for name in self.structures])
-        axes.set_yticks(range(len(self.tasks)), [name.replace("_", " ") for name in self.tasks])
-        axes.tick_params(length=0)
-        axes.spines[:].set_visible(False)
-        return shown
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, images: Images) -> float:
-    """On the test images, a fraction."""
-    model.eval()
-    right = [(model(inputs).argmax(1) == labels).sum() for inputs, labels in images.test_batches(data.Augment())]
-    return float(torch.stack(right).sum() / len(images.test_labels))

@@ -1,4 +1,4 @@
-"""`Recall`: how many patterns content-addressable memories hold, and what they make of corrupted digits."""
+"""How many patterns do content-addressable memories hold? Random ones, and corrupted digits."""
 
 from __future__ import annotations
 
@@ -10,25 +10,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib import pyplot as plt
 from omegaconf import DictConfig
 from torch import Tensor
 
 from bioopt.nn import Hopfield, ModernHopfield, SpikingHopfield
 
-from .data import load
-from .options import require_counts
-from .pictures import saved, uncluttered
-from .tasks import Task
+from .. import data
+from ..checks import require_counts
+from . import Task, hopfield_plots
+from .hopfield_plots import RULES, THEORY, Dynamics, Recalled
 
-THEORY = 0.138  # patterns a neuron, where their number goes to infinity: Amit, Gutfreund & Sompolinsky (1985)
-CUES = 40  # at most so many patterns of a memory are recalled
-HELD = (
-    0.9  # overlap: a random pattern is held with more than 0.96, or lost, and what is recalled overlaps by about 0.35
-)
-RIGHT = 0.98  # overlap with a digit: two different ones may well overlap by 0.8
+CUES = 40  # the most patterns of a memory that are recalled
+HELD = 0.9  # overlap: a random pattern is held with more than 0.96; one that is lost overlaps by about 0.35
+RIGHT = 0.98  # overlap with a digit: two different ones can overlap by 0.8
 MOST = 2**17  # patterns of a modern memory
-RULES = ("hebbian", "storkey", "pseudo_inverse")
 Memory = Hopfield | ModernHopfield | SpikingHopfield
 
 
@@ -38,11 +33,12 @@ class Recall(Task):
     Four kinds of rounds, one after the other. *Loads*: Hebbian memories of several sizes, each filled with ``load``
     times as many random patterns as it has neurons, start in the patterns themselves; the share held is the share of
     them in which the overlap stays above 0.9. Below the critical load that share grows with the size N, above it falls:
-    so it is where the curve of the largest memory crosses those of the others, in the mean. (The load at which half are
-    lost falls with N as well. A straight line in ``1 / sqrt(N)`` leads to one for infinite N, but four sizes do not
-    tell it from other powers, which lead elsewhere.) *Rules*: all binary memories of one size from cues with errors.
-    *Modern*: as many patterns as it takes to lose half, by doubling. *Digits*: the first images of the training set in
-    black and white, from cues with errors and from their upper half; right is what overlaps by 0.98.
+    the critical load is where the curve of the largest memory crosses those of the others, on average. (The load at
+    which half are lost falls with N as well. A straight line in ``1 / sqrt(N)`` extrapolates it to infinite N, but four
+    sizes cannot distinguish this from other powers, which extrapolate to other loads.) *Rules*: all binary memories of
+    one size from cues with errors. *Modern*: patterns are doubled until half of them are lost. *Digits*: the first
+    images of the training set in black and white, from cues with errors and from their upper half; a digit is right if
+    it overlaps by 0.98.
 
     Args:
         config: of the run; ``data`` has the digits.
@@ -80,8 +76,8 @@ class Recall(Task):
                 raise ValueError(f"task.{name}={shares} must rise, each at least one pattern in {least} neurons")
         require_counts(samples=samples)
         if not 0 <= flips < 0.5:
-            raise ValueError(f"task.flips={flips} must be at least 0 and below 0.5, from where a cue tells nothing")
-        images = load(config.data.name, config.data.root, device)
+            raise ValueError(f"task.flips={flips} must be at least 0 and below 0.5, where a cue carries no information")
+        images = data.load(config.data.name, config.data.root, device)
         if images.shape[0] != 1:
             raise ValueError(f"data={config.data.name} is in colour: choose digits, mnist or fashion_mnist")
         if max(digits) > len(images.train_images):
@@ -145,7 +141,7 @@ class Recall(Task):
         return found
 
     def finish(self, history: list[dict[str, Any]], title: str, folder: Path) -> tuple[dict[str, float], list[Path]]:
-        """The critical load and the others, and pictures: of capacities, and of cues, paths and results."""
+        """The critical load and other capacities, and pictures: of capacities, of recalled digits and of dynamics."""
         lines = {kind: [line for line in history if kind in line] for kind in ("load", "rule_load", "modern", "digits")}
         fallen = ((n, _half(lines["load"], "load", f"held_{n}")) for n in self.samples)
         half = {n: share for n, share in fallen if share is not None}
@@ -173,14 +169,17 @@ class Recall(Task):
                 held = [line["digits"] for line in lines["digits"] if line[f"{name}_{cue}"] >= 0.9]
                 found[f"digits_{cue}_{name}"] = max(held, default=0)
         count = min(10, len(self.images))
-        rise, dynamics = self._dynamics(count, title, folder / "dynamics.png")
-        found["largest_rise_of_energy"] = rise
-        pictures = [
-            capacity(lines, half, line, title, folder / "capacity.png"),
-            self._recalled(count, title, folder / "recall.png"),
-            dynamics,
-        ]
-        return found, pictures
+        dynamics = self._dynamics(count)
+        found["largest_rise_of_energy"] = dynamics.largest_rise
+        return found, [
+            hopfield_plots.capacity(lines, half, line, title, folder / "capacity.png"),
+            hopfield_plots.recall(
+                self._recalled(count), self.shape,
+                f"{title}: one of {count} digits, from a cue with {self.flips:.0%} errors and from its half",
+                folder / "recall.png",
+            ),
+            hopfield_plots.dynamics(dynamics, title, folder / "dynamics.png"),
+        ]  # fmt: skip
 
     def _random(self, count: int, n: int) -> Tensor:
         return (torch.randint(0, 2, (count, n)) * 2.0 - 1).to(self.device)
@@ -197,7 +196,7 @@ class Recall(Task):
         return memory
 
     def _memories(self, count: int) -> dict[str, Memory]:
-        """With so many digits in them; the spiking one by the pseudo-inverse, since others do not hold them."""
+        """Memories of the first ``count`` digits; in the spiking one, other rules than the pseudo-inverse lose them."""
         x, n = self.images[:count], self.images.shape[1]
         memories: dict[str, Memory] = {rule: self._binary(Hopfield(n, device=self.device), x, rule) for rule in RULES}
         memories["spiking"] = self._binary(SpikingHopfield(n, device=self.device), x, "pseudo_inverse")
@@ -205,33 +204,19 @@ class Recall(Task):
         memories["modern"].store(x)
         return memories
 
-    def _recalled(self, count: int, title: str, path: Path) -> Path:
-        """Cue, path and result of one digit in each memory, for both kinds of cues."""
+    def _recalled(self, count: int) -> list[Recalled]:
+        """One digit's cue, path and result in each memory, for both kinds of cues."""
         which = min(3, count - 1)
-        memories, columns = self._memories(count), ("cue", "→", "→", "result")
-        figure, grid = plt.subplots(len(memories), 9, figsize=(9.6, 1.15 * len(memories) + 0.9), layout="constrained")
-        figure.suptitle(f"{title}: one of {count} digits, from a cue with {self.flips:.0%} errors and from its half")
-        for first, (cue, cues) in zip((0, 5), self._cues(self.images[which : which + 1]).items(), strict=True):
-            for row, (name, memory) in enumerate(memories.items()):
-                steps = [state.cpu() for state in _steps(memory, cues)]
-                for column, (state, told) in enumerate(zip(steps, columns, strict=True)):
-                    axes = grid[row][first + column]
-                    axes.imshow(state.view(*self.shape).numpy(), cmap="Greys", vmin=-1, vmax=1)
-                    if row == 0:
-                        axes.set_title(told if column else f"{told}, {cue}", fontsize=8)
-                right = _overlap(steps[-1], self.images[which].cpu()).item() > RIGHT
-                grid[row][first + 3].set_xlabel(
-                    "right" if right else "wrong", fontsize=8, color="green" if right else "red"
-                )
-                grid[row][0].set_ylabel(name.replace("_", "-\n"), fontsize=8)
-        for axes in grid.flat:
-            axes.set(xticks=[], yticks=[])
-        for axes in grid[:, 4]:
-            axes.axis("off")
-        return saved(figure, path)
+        memories, found = self._memories(count), []
+        for cue, cues in self._cues(self.images[which : which + 1]).items():
+            for name, memory in memories.items():
+                states = [state.cpu() for state in _steps(memory, cues)]
+                right = _overlap(states[-1], self.images[which].cpu()).item() > RIGHT
+                found.append(Recalled(cue, name, states, right))
+        return found
 
-    def _dynamics(self, count: int, title: str, path: Path) -> tuple[float, Path]:
-        """Energy along asynchronous updates of random cues, and spikes from a digit's cue; the largest rise of any."""
+    def _dynamics(self, count: int) -> Dynamics:
+        """Energies along asynchronous updates of random cues, and spikes from half of a digit."""
         n = self.rules
         x = self._random(max(1, n // 10), n).double()
         memory = self._binary(Hopfield(n, device=self.device, dtype=torch.float64), x, "hebbian")
@@ -241,67 +226,11 @@ class Recall(Task):
         assert isinstance(spiking, SpikingHopfield)
         spikes = spiking.recall(self._cues(self.images[:1])["masked"]).spikes
         assert spikes is not None
-        figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-        figure.suptitle(title)
-        updates = np.arange(len(energies)) / n
-        corrupted = min(10, len(x))
-        left.plot(updates, energies[:, :corrupted] / n, color="tab:blue", linewidth=0.9)
-        left.plot(updates, energies[:, corrupted:] / n, color="tab:orange", linewidth=0.9)
-        left.plot([], [], color="tab:blue", label="patterns with errors")
-        left.plot([], [], color="tab:orange", label="random states")
-        left.set(
-            xlabel="updates of each unit", ylabel="energy / units", title=f"Hopfield, {n} units, {len(x)} patterns"
-        )
-        left.set_xlim(0, min(8, updates[-1]))
-        left.legend(frameon=False)
-        order = self.images[0].cpu().sort(descending=True, stable=True).indices
-        some = order[:: max(1, len(order) // 150)]
-        time, unit = spikes[:, 0].cpu()[:, some].nonzero(as_tuple=True)
-        right.plot(time, unit, "|", markersize=2.5, color="black")
-        right.axvspan(0, spiking.cue_duration, color="tab:blue", alpha=0.15, linewidth=0)
-        active = int((self.images[0].cpu()[some] > 0).sum())
-        right.axhline(active - 0.5, color="tab:red", linewidth=0.8)
-        right.set_ylim(len(some), -1)
-        right.set(xlabel="ms (blue: half of a digit as the cue)", ylabel="some units, those of the digit first")
-        right.set_title("spikes")
-        uncluttered(left, right)
-        return max(0.0, energies.diff(dim=0).max().item()), saved(figure, path)
-
-
-def capacity(lines: dict[str, list[dict[str, Any]]], half: dict[int, float], line: Any, title: str, path: Path) -> Path:
-    """How many patterns memories hold: the Hebbian ones by size, all rules, and the modern one."""
-    figure, grid = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
-    figure.suptitle(title)
-    sizes, limit, rules, modern = grid.flat
-    loads = [line["load"] for line in lines["load"]]
-    for name in [key for key in lines["load"][0] if key.startswith("held_")]:
-        sizes.plot(loads, [line[name] for line in lines["load"]], marker=".", label=f"N = {name.removeprefix('held_')}")
-    sizes.axvline(THEORY, color="grey", linestyle=":", label=f"theory, {THEORY}")
-    sizes.set(xlabel="load, patterns / N", ylabel="share of patterns held", title="Hebbian, from the pattern itself")
-    if half:
-        limit.plot([n**-0.5 for n in half], list(half.values()), "o", label="half of the patterns held")
-    if line is not None:
-        ends = np.array([0, max(n**-0.5 for n in half)])
-        limit.plot(ends, line[0] * ends + line[1], color="tab:blue", label=f"{line[1]:.3f} at N = ∞")
-    limit.plot(0, THEORY, "*", color="grey", markersize=10, label=f"theory, {THEORY}", clip_on=False)
-    limit.set(xlabel=r"$1 / \sqrt{N}$", ylabel="load", title="Hebbian, where half are lost", xlim=(0, None))
-    for name in (*RULES, "spiking"):
-        points = [(line["rule_load"], line[name]) for line in lines["rule_load"]]
-        label = "spiking, Hebbian" if name == "spiking" else name.replace("_", "-")
-        rules.plot(*zip(*points, strict=True), marker=".", label=label)
-    rules.set(xlabel="load, patterns / N", ylabel="share recalled", title="from cues with errors")
-    filled = {line["modern"]: line["patterns"] for line in lines["modern"] if "patterns" in line}
-    modern.plot(list(filled), list(filled.values()), "o-", label="modern, half recalled from cues with errors")
-    modern.plot(list(filled), [THEORY * n for n in filled], ":", color="grey", label=f"Hebbian, {THEORY} N")
-    modern.set(xlabel="units", ylabel="patterns", yscale="log", title="modern")
-    for axes in grid.flat:
-        axes.legend(frameon=False, fontsize=8)
-    uncluttered(*grid.flat)
-    return saved(figure, path)
+        return Dynamics(energies, n, len(x), spikes[:, 0].cpu(), self.images[0].cpu(), spiking.cue_duration)
 
 
 def _steps(memory: Memory, cue: Tensor) -> list[Tensor]:
-    """The cue, two states on the way, and the result; of spiking units, on the way, how often they fire."""
+    """The cue, two states on the way, and the result; of spiking units, their firing rates on the way."""
     if isinstance(memory, Hopfield):
         states = list(memory.recall(cue, every=memory.units // 3).states[:, 0])
         return [states[0], states[1], states[2], states[-1]]
@@ -320,7 +249,7 @@ def _overlap(state: Tensor, x: Tensor) -> Tensor:
 
 
 def _share(recalled: Tensor, x: Tensor, least: float) -> float:
-    """The share of cues, those of the first patterns, that brought back theirs."""
+    """The share of cues, those of the first patterns, from which their pattern was recalled."""
     return (_overlap(recalled, x[: len(recalled)]) > least).double().mean().item()
 
 
