@@ -136,7 +136,7 @@ def build_optimizer(
         is_class = isinstance(make.func, type)  # or a function that takes the model, as the random trunk is
         rule = is_class and issubclass(make.func, bioopt.LearningRule)
         if group is not None and not rule:
-            raise ValueError("it cannot share a run with other ranks; start it without torchrun")
+            raise ValueError("it cannot share a run with other ranks; run it without torchrun")
         shared = {"process_group": group} if group is not None else {}
         by_part = groups(model, parts, whole or model)
         local = is_class and issubclass(make.func, bioopt.SynapticRule) and make.keywords.get("readout", "delta")
