@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from omegaconf import DictConfig
 
+from ..checks import require_counts
 from ..statistics import readable
 
 if TYPE_CHECKING:
@@ -21,21 +22,17 @@ if TYPE_CHECKING:
 class Task(ABC):
     """An experiment in rounds, after each of which it can be interrupted and resumed.
 
-    ``conf/experiment/<name>.yaml`` describes it under ``task``: its name, its ``_target_`` and its options, which
-    follow ``config`` and ``device`` as keywords.
-
-    Args:
-        config: of the whole run, for tasks that use its model, data or optimizer.
-        device: where to compute.
-
-    Attributes:
-        rounds: their number.
-        log: of the run, from the first round on.
+    ``conf/experiment/<name>.yaml`` describes it under ``task``: its name, its ``_target_`` and its options, which are
+    keywords after ``config``, that of the whole run with its model, data and optimizer, and ``device``.
     """
 
     unit = "round"  # the name of a round's number in ``metrics.jsonl``
-    rounds: int
-    log: RunLog
+    rounds: int  # their number
+    log: RunLog  # of the run, from the first round on
+
+    def require_counts(self, *options: str, least: int = 1) -> None:
+        """Raise where one of the task's options is not an integer, or too small."""
+        require_counts(least, **{name: getattr(self, name) for name in options})
 
     @abstractmethod
     def round(self, number: int) -> dict[str, Any] | None:

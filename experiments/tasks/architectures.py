@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from bioopt.costs import UNLABELLED
 
 from .. import building, data, problems
-from ..checks import require_counts
 from ..data import Images
 from ..problems import POSED
 from ..statistics import with_interval
 from . import Task, architectures_plots
 
 
+@dataclass(eq=False)
 class Architectures(Task):
     """Each rule trains each structure at each task, all by the same number of steps and samples.
 
@@ -31,50 +31,36 @@ class Architectures(Task):
     differences are paired by repetition. All learn from labels: samples without one are left out. Where images have
     channels of a context, every structure gets them, and an option ``contexts`` of a structure is set to their number.
     A round is one rule, structure, task and repetition, and needs nothing of the rounds before.
-
-    Args:
-        config: of the run: ``data``; the structures, ``config.structures``, each as in ``conf/model``; and the rules,
-            ``config.rules``, each as in ``conf/optimizer``, with options for a structure by its name in ``per_model``.
-        device: where to compute.
-        tasks: of `POSED`, each with its options.
-        train: images of a repetition to train on.
-        test: images of a repetition to test on, once for each context.
-        steps: of training.
-        batch_size: of a step.
-        repetitions: how often, each with its own images, tasks, weights and batches.
     """
 
-    def __init__(
-        self,
-        config: DictConfig,
-        device: torch.device,
-        *,
-        tasks: dict[str, dict[str, Any]],
-        train: int,
-        test: int,
-        steps: int,
-        batch_size: int,
-        repetitions: int,
-    ) -> None:
-        require_counts(train=train, test=test, steps=steps, batch_size=batch_size, repetitions=repetitions)
-        self.config, self.device, self.seed = config, device, int(config.seed)
-        self.rules, self.structures, self.tasks = list(config.rules), list(config.structures), tasks
-        self.train, self.test, self.steps, self.batch_size = train, test, steps, batch_size
-        for name, found in (("rules", self.rules), ("structures", self.structures), ("task.tasks", tasks)):
+    config: DictConfig
+    device: torch.device
+    _: KW_ONLY
+    tasks: dict[str, dict[str, Any]]  # of `POSED`, each with its options
+    train: int  # images of a repetition to train on
+    test: int  # images of a repetition to test on, once for each context
+    steps: int  # of training
+    batch_size: int  # of a step
+    repetitions: int  # how often, each with its own images, tasks, weights and batches
+
+    def __post_init__(self) -> None:
+        self.require_counts("train", "test", "steps", "batch_size", "repetitions")
+        self.rules, self.structures = list(self.config.rules), list(self.config.structures)
+        for name, found in (("rules", self.rules), ("structures", self.structures), ("task.tasks", self.tasks)):
             if not found:
                 raise ValueError(f"{name} are none: name one at least")
-        for name in tasks:
+        for name in self.tasks:
             if name not in POSED:
                 raise ValueError(f"task.tasks has {name}, which is not a task; there are {', '.join(POSED)}")
-        self.rounds = repetitions * len(tasks) * len(self.structures) * len(self.rules)
-        self.images = data.load(config.data.name, config.data.root, device)
-        if config.data.validation:
-            self.images = self.images.hold_out(config.data.validation)
-        if test > len(self.images.test_labels):
-            raise ValueError(f"task.test={test} must be at most the {len(self.images.test_labels)} test images")
+        self.rounds = self.repetitions * len(self.tasks) * len(self.structures) * len(self.rules)
+        self.images = data.load(self.config.data.name, self.config.data.root, self.device)
+        if self.config.data.validation:
+            self.images = self.images.hold_out(self.config.data.validation)
+        if self.test > len(self.images.test_labels):
+            raise ValueError(f"task.test={self.test} must be at most the {len(self.images.test_labels)} test images")
         self.posed: tuple[tuple[str, int], Images] | None = None  # the last one, which several rounds have in common
         self.weights: dict[str, int] = {}
-        for task in reversed(tasks):  # reports mistakes now, not in an hour
+        for task in reversed(self.tasks):  # reports mistakes now, not in an hour
             images = self.pose(task, 0)
             for structure in self.structures:
                 count = sum(p.numel() for p in self.build(structure, images).parameters())
@@ -83,7 +69,7 @@ class Architectures(Task):
     def pose(self, task: str, repetition: int) -> Images:
         """A task of a repetition: images to train on, of which some may lack a label, and to test on."""
         if self.posed is None or self.posed[0] != (task, repetition):
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + repetition)
+            generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + repetition)
             tested = torch.randperm(len(self.images.test_labels), generator=generator)[: self.test].to(self.device)
             images = replace(
                 problems.subset(self.images, generator, self.train),
@@ -126,7 +112,7 @@ class Architectures(Task):
     def learn(self, rule: str, structure: str, task: str, repetition: int) -> dict[str, Any]:
         """Train and test."""
         images = self.pose(task, repetition)
-        torch.manual_seed(self.seed * 1_000_003 + repetition)  # a round needs nothing of the rounds before
+        torch.manual_seed(self.config.seed * 1_000_003 + repetition)  # a round needs nothing of the rounds before
         model = self.build(structure, images)
         run = self.configured(structure, images, rule)
         seed = int(torch.randint(2**31, ()))
@@ -151,7 +137,7 @@ class Architectures(Task):
     def batches(self, images: Images, repetition: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Labelled training images, drawn at random for each step."""
         known = (images.train_labels != UNLABELLED).nonzero().squeeze(1)
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + repetition)
+        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + repetition)
         for _ in range(self.steps):
             chosen = known[torch.randint(len(known), (self.batch_size,), generator=generator).to(self.device)]
             yield images.prepare(images.train_images[chosen]), images.train_labels[chosen]

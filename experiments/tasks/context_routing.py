@@ -6,7 +6,7 @@ import copy
 import math
 import statistics
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from bioopt import Diverged
 from bioopt.nn import Gate
 
 from .. import building, data, models, problems
-from ..checks import require_counts
 from ..statistics import with_interval
 from . import Task, context_routing_plots
 from .context_routing_measures import counted, guessed, information, opened, synapses, times, weights
@@ -27,6 +26,7 @@ from .context_routing_measures import counted, guessed, information, opened, syn
 CHUNK = 1000  # test images at a time, and those of a measurement of time
 
 
+@dataclass(eq=False)
 class ContextRouting(Task):
     """Several tasks of the same images, whose names of the classes conflict, learned by networks of the same size.
 
@@ -37,79 +37,61 @@ class ContextRouting(Task):
     networks. Where a loss becomes infinite or NaN, the network is put back to its random start and is tested there. A
     round is one rule, one network and one repetition.
 
-    Args:
-        config: of the run: ``data``, ``schedule``, and the rules, ``config.rules``, each as in ``conf/optimizer``.
-        device: where to compute.
-        contexts: how many tasks.
-        pathways: of a gate, of which a fixed one uses as many as there are contexts.
-        hidden: neurons of each pathway.
-        active: the networks ``routed_<n>`` there are.
-        train: images, drawn anew for each repetition, each of which is in one context.
-        test: the most test images, of which the first are taken; each is in all contexts.
-        validation: other training images in place of the test set, to choose rates by; ``None``: the test set.
-        epochs: of each rule.
-        batch_size: of a step.
-        repetitions: how often.
-        lr: of a rule in a network, where it is not ``rules.<rule>.lr``.
-
     Raises:
         ValueError: bad counts; fewer than two contexts, or more than pathways; pathways that are not there; rates of
             rules or networks that are not there; networks that cannot be of one size.
     """
 
-    def __init__(
-        self,
-        config: DictConfig,
-        device: torch.device,
-        *,
-        contexts: int,
-        pathways: int,
-        hidden: int,
-        active: list[int],
-        train: int,
-        test: int,
-        validation: int | None,
-        epochs: int,
-        batch_size: int,
-        repetitions: int,
-        lr: dict[str, dict[str, float]],
-    ) -> None:
-        require_counts(2, contexts=contexts)
-        require_counts(
-            hidden=hidden, train=train, test=test, epochs=epochs, batch_size=batch_size, repetitions=repetitions
-        )
-        if not isinstance(pathways, int) or pathways < contexts:
+    config: DictConfig
+    device: torch.device
+    _: KW_ONLY
+    contexts: int  # how many tasks
+    pathways: int  # of a gate, of which a fixed one uses as many as there are contexts
+    hidden: int  # neurons of each pathway
+    active: list[int]  # the networks ``routed_<n>`` there are
+    train: int  # images, drawn anew for each repetition, each of which is in one context
+    test: int  # the most test images, of which the first are taken; each is in all contexts
+    validation: int | None  # other training images in place of the test set, to choose rates by; ``None``: the test set
+    epochs: int  # of each rule
+    batch_size: int  # of a step
+    repetitions: int  # how often
+    lr: dict[str, dict[str, float]]  # of a rule in a network, where it is not ``rules.<rule>.lr``
+
+    def __post_init__(self) -> None:
+        self.require_counts("contexts", least=2)
+        self.require_counts("hidden", "train", "test", "epochs", "batch_size", "repetitions")
+        pathways, active = self.pathways, self.active
+        if not isinstance(pathways, int) or pathways < self.contexts:
             raise ValueError(
-                f"task.pathways={pathways} must be an integer >= task.contexts={contexts}: fixed routing gives each "
-                "context a pathway of its own"
+                f"task.pathways={pathways} must be an integer >= task.contexts={self.contexts}: fixed routing gives "
+                "each context a pathway of its own"
             )
         if not active or len({*active}) < len(active) or not {*active} <= {*range(1, pathways)}:
             raise ValueError(
                 f"task.active={active} must be different integers from 1 to {pathways - 1}, so that some of the "
                 f"task.pathways={pathways} are skipped; all of them run in the network all_run"
             )
-        self.config, self.device, self.seed = config, device, int(config.seed)
-        self.contexts, self.pathways, self.hidden, self.active = contexts, pathways, hidden, active
-        self.train, self.validation, self.epochs, self.batch_size = train, validation, epochs, batch_size
-        self.rules = list(config.rules)
+        self.rules = list(self.config.rules)
         self.networks = ["fixed", *(f"routed_{n}" for n in active), "all_run", "connected", "no_context"]
-        for rule, rates in lr.items():
+        for rule, rates in self.lr.items():
             if rule not in self.rules or not {*rates} <= {*self.networks}:
                 raise ValueError(
                     f"task.lr.{rule}={rates} must be rates of {', '.join(self.networks)}, by one of the rules "
                     f"{', '.join(self.rules)}"
                 )
-        self.lr = lr
-        images = data.load(config.data.name, config.data.root, device)
-        self.images = replace(images, test_images=images.test_images[:test], test_labels=images.test_labels[:test])
-        problems.subset(self.images, torch.Generator(), train, validation)  # raises now if they do not fit
-        self.rounds = len(self.rules) * len(self.networks) * repetitions
+        images = data.load(self.config.data.name, self.config.data.root, self.device)
+        tested = slice(self.test)
+        self.images = replace(images, test_images=images.test_images[tested], test_labels=images.test_labels[tested])
+        problems.subset(self.images, torch.Generator(), self.train, self.validation)  # raises now if they do not fit
+        self.rounds = len(self.rules) * len(self.networks) * self.repetitions
         channels, *sides = self.images.shape
-        self.shape, self.classes = (channels + contexts, sides[0], sides[1]), self.images.classes
+        self.shape, self.classes = (channels + self.contexts, sides[0], sides[1]), self.images.classes
         sizes = {name: weights(self.network(name)) for name in self.networks}
         self.whole = sum(layer.get_parameter("weight").numel() for layer in synapses(self.network("all_run")))
         if max(sizes.values()) > 1.05 * min(sizes.values()):
-            raise ValueError(f"task.hidden={hidden} is too few for networks of one size, which are {sizes}: take more")
+            raise ValueError(
+                f"task.hidden={self.hidden} is too few for networks of one size, which are {sizes}: take more"
+            )
 
     def network(self, name: str) -> nn.Module:
         """One of ``networks``, at the random start of torch's generator."""
@@ -135,7 +117,7 @@ class ContextRouting(Task):
         """One rule, one network, one repetition: accuracy, computation, and which context takes which pathway."""
         repetition, which = divmod(number - 1, len(self.rules) * len(self.networks))
         rule, name = self.rules[which // len(self.networks)], self.networks[which % len(self.networks)]
-        seed = self.seed * 1_000_003 + repetition  # a round needs nothing of the rounds before
+        seed = self.config.seed * 1_000_003 + repetition  # a round needs nothing of the rounds before
         generator = torch.Generator().manual_seed(seed)
         images = problems.subset(self.images, generator, self.train, self.validation)
         images = problems.contexts(images, generator, self.contexts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from bioopt.costs import CrossEntropy
 from bioopt.nn import FastWeights, ShortTermMemory
 
-from ..checks import require_counts
 from ..learner import Block, Learner
 from . import Task, delayed_recall_plots
 
@@ -65,6 +64,7 @@ class MeanCrossEntropy(CrossEntropy):
         return F.cross_entropy(outputs, labels)
 
 
+@dataclass(eq=False)
 class DelayedRecall(Task):
     """Pairs of a key and a value, then distractors (other pairs), then one of the keys: which was its value.
 
@@ -72,63 +72,45 @@ class DelayedRecall(Task):
     ``gru.load`` pairs and ``gru.delay`` distractors, and is tested beyond. All see the same sequences. A memory that
     is not gated stores distractors as it does pairs; a gated one, and the GRU if it learns to, uses the mark by which
     they differ.
-
-    Args:
-        config: of the run.
-        device: where to compute.
-        symbols: how many keys there are, each a random vector of unit length.
-        size: of that vector.
-        values: how many there are, equally frequent; chance is one over their number.
-        load: pairs of a sequence where the delay changes.
-        delays: distractors between the pairs and the cue.
-        delay: distractors where the load changes.
-        loads: pairs of a sequence.
-        buffer: options of `bioopt.nn.ShortTermMemory`.
-        fast_weights: options of `bioopt.nn.FastWeights`.
-        gru: ``hidden`` neurons, ``lr`` of Adam, ``batch_size``, the largest ``load`` and ``delay`` of training.
-        steps: of training the GRU, in each round.
-        rounds: how many.
-        sequences: tested at each delay and load.
     """
 
-    def __init__(
-        self,
-        config: DictConfig,
-        device: torch.device,
-        *,
-        symbols: int,
-        size: int,
-        values: int,
-        load: int,
-        delays: Sequence[int],
-        delay: int,
-        loads: Sequence[int],
-        buffer: dict[str, Any],
-        fast_weights: dict[str, Any],
-        gru: dict[str, Any],
-        steps: int,
-        rounds: int,
-        sequences: int,
-    ) -> None:
-        require_counts(values=values, steps=steps, rounds=rounds, sequences=sequences)
-        most = max([load, gru["load"], *loads])
-        if most >= symbols:
+    config: DictConfig
+    device: torch.device
+    _: KW_ONLY
+    symbols: int  # how many keys there are, each a random vector of unit length
+    size: int  # of that vector
+    values: int  # how many there are, equally frequent; chance is one over their number
+    load: int  # pairs of a sequence where the delay changes
+    delays: Sequence[int]  # distractors between the pairs and the cue
+    delay: int  # distractors where the load changes
+    loads: Sequence[int]  # pairs of a sequence
+    buffer: dict[str, Any]  # options of `bioopt.nn.ShortTermMemory`
+    fast_weights: dict[str, Any]  # options of `bioopt.nn.FastWeights`
+    # ``hidden`` neurons, ``lr`` of Adam, ``batch_size``, the largest ``load`` and ``delay`` of training
+    gru: dict[str, Any]
+    steps: int  # of training the GRU, in each round
+    rounds: int  # how many
+    sequences: int  # tested at each delay and load
+
+    def __post_init__(self) -> None:
+        self.require_counts("values", "steps", "rounds", "sequences")
+        loads, delays = [self.load, self.gru["load"], *self.loads], [self.delay, self.gru["delay"], *self.delays]
+        if max(loads) >= self.symbols:
             raise ValueError(
-                f"task.symbols={symbols} must be more than {most}, the largest load: the keys of a sequence differ, "
-                "and distractors have others"
+                f"task.symbols={self.symbols} must be more than {max(loads)}, the largest load: the keys of a sequence "
+                "differ, and distractors have others"
             )
-        if min([load, gru["load"], *loads]) < 1 or min([delay, gru["delay"], *delays]) < 0:
+        if min(loads) < 1 or min(delays) < 0:
             raise ValueError("task: each load must be >= 1, and each delay >= 0")
-        self.rounds, self.steps, self.sequences, self.trained = rounds, steps, sequences, gru
-        self.load, self.delays, self.delay, self.loads = load, list(delays), delay, list(loads)
-        self.symbols = F.normalize(torch.randn(symbols, size), dim=1).to(device)
-        self.values = values
-        self.buffer = ShortTermMemory(size, values, **buffer)
-        self.fast_weights = FastWeights(size, values, **fast_weights)
-        self.gru = Recurrent(size, values, gru["hidden"]).to(device)
-        self.optimizer = torch.optim.Adam(self.gru.parameters(), lr=gru["lr"])
-        block = Block(self.gru, MeanCrossEntropy(), self.optimizer, clip_norm=1.0)
-        self.learner = Learner(self.gru, block, name="gru", rate=f"task.gru.lr={gru['lr']}")
+        self.keys = F.normalize(torch.randn(self.symbols, self.size), dim=1).to(self.device)
+        self.memories = {
+            "buffer": ShortTermMemory(self.size, self.values, **self.buffer),
+            "fast_weights": FastWeights(self.size, self.values, **self.fast_weights),
+        }
+        self.network = Recurrent(self.size, self.values, self.gru["hidden"]).to(self.device)
+        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=self.gru["lr"])
+        block = Block(self.network, MeanCrossEntropy(), self.optimizer, clip_norm=1.0)
+        self.learner = Learner(self.network, block, name="gru", rate=f"task.gru.lr={self.gru['lr']}")
 
     def round(self, number: int) -> dict[str, Any]:
         """Train the GRU, and test all models on the same fresh sequences."""
@@ -145,33 +127,33 @@ class DelayedRecall(Task):
     def training_batches(self) -> Iterator[tuple[Episodes, Tensor]]:
         """Sequences of a random load and delay for each step of a round, and their answers."""
         for _ in range(self.steps):
-            load = int(torch.randint(1, self.trained["load"] + 1, ()))
-            delay = int(torch.randint(0, self.trained["delay"] + 1, ()))
-            episodes = self.episodes(load, delay, self.trained["batch_size"])
+            load = int(torch.randint(1, self.gru["load"] + 1, ()))
+            delay = int(torch.randint(0, self.gru["delay"] + 1, ()))
+            episodes = self.episodes(load, delay, self.gru["batch_size"])
             yield episodes, episodes.answer
 
     def state_dict(self) -> dict[str, Any]:
         """The GRU and its optimizer."""
-        return {"gru": self.gru.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return {"gru": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        self.gru.load_state_dict(state["gru"])
+        self.network.load_state_dict(state["gru"])
         self.optimizer.load_state_dict(state["optimizer"])
 
     def episodes(self, load: int, delay: int, count: int) -> Episodes:
         """A batch of sequences: ``load`` pairs with different keys, then ``delay`` distractors with other keys."""
-        device = self.symbols.device
-        order = torch.rand(count, len(self.symbols), device=device).argsort(1)
-        others = torch.randint(load, len(self.symbols), (count, delay), device=device)
+        device = self.keys.device
+        order = torch.rand(count, self.symbols, device=device).argsort(1)
+        others = torch.randint(load, self.symbols, (count, delay), device=device)
         keys = torch.cat([order[:, :load], order.gather(1, others)], 1).T
         values = torch.randint(self.values, (load + delay, count), device=device)
         asked = torch.randint(load, (1, count), device=device)
         return Episodes(
-            keys=self.symbols[keys],
-            values=F.one_hot(values, self.values).to(self.symbols.dtype),
-            matters=(torch.arange(load + delay, device=device) < load).to(self.symbols.dtype),
-            cue=self.symbols[keys.gather(0, asked)[0]],
+            keys=self.keys[keys],
+            values=F.one_hot(values, self.values).to(self.keys.dtype),
+            matters=(torch.arange(load + delay, device=device) < load).to(self.keys.dtype),
+            cue=self.keys[keys.gather(0, asked)[0]],
             answer=values.gather(0, asked)[0],
         )
 
@@ -179,27 +161,19 @@ class DelayedRecall(Task):
     def accuracies(self, load: int, delay: int) -> dict[str, float]:
         """The share of right answers of each model, on the same sequences."""
         episodes = self.episodes(load, delay, self.sequences)
-        scores = {
-            "buffer": recalled(self.buffer, episodes, gated=False),
-            "fast_weights": recalled(self.fast_weights, episodes, gated=False),
-            "gated_buffer": recalled(self.buffer, episodes, gated=True),
-            "gated_fast_weights": recalled(self.fast_weights, episodes, gated=True),
-            "gru": self.gru(episodes),
-        }
+        scores = {name: recalled(memory, episodes, gated=False) for name, memory in self.memories.items()}
+        scores |= {f"gated_{name}": recalled(memory, episodes, gated=True) for name, memory in self.memories.items()}
+        scores["gru"] = self.network(episodes)
         return {name: (s.argmax(1) == episodes.answer).double().mean().item() for name, s in scores.items()}
 
     def finish(self, history: list[dict[str, Any]], title: str, folder: Path) -> tuple[dict[str, float], list[Path]]:
         """Of the last round, for each model: accuracy within and beyond the GRU's training delays, and its span."""
         last = history[-1]
-        beyond = [delay > self.trained["delay"] for delay in self.delays]
+        beyond = [delay > self.gru["delay"] for delay in self.delays]
         found: dict[str, float] = {}
         for name in MODELS:
             for where, far in (("trained", False), ("longer", True)):
-                cells = [
-                    a
-                    for a, beyond_training in zip(last["against_delay"][name], beyond, strict=True)
-                    if beyond_training == far
-                ]
+                cells = [a for a, longer in zip(last["against_delay"][name], beyond, strict=True) if longer == far]
                 if cells:
                     found[f"{name}_at_{where}_delays"] = sum(cells) / len(cells)
             found[f"{name}_at_load_{self.loads[-1]}"] = last["against_load"][name][-1]

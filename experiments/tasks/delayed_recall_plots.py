@@ -31,7 +31,7 @@ def picture(task: DelayedRecall, last: dict[str, Any], title: str, path: Path) -
         ("against_load", task.loads, f"pairs to remember, {task.delay} distractors after them", (1, "load")),
     ]
     for axes, (key, along, label, (least, limit)) in zip(grid, panels, strict=True):
-        trained = axes.axvspan(least, task.trained[limit], color="grey", alpha=0.15, linewidth=0)
+        trained = axes.axvspan(least, task.gru[limit], color="grey", alpha=0.15, linewidth=0)
         chance = axes.axhline(100 / task.values, color="grey", linewidth=0.8, linestyle=":")
         lines = [
             axes.plot(along, [100 * a for a in last[key][name]], line, color=colour, marker=".")[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from torch import Tensor
 from bioopt.nn import Hopfield, ModernHopfield, SpikingHopfield
 
 from .. import data
-from ..checks import require_counts
 from . import Task, hopfield_plots
 from .hopfield_plots import RULES, THEORY, Dynamics, Recalled
 
@@ -27,6 +27,7 @@ MOST = 2**17  # patterns of a modern memory
 Memory = Hopfield | ModernHopfield | SpikingHopfield
 
 
+@dataclass(eq=False)
 class Recall(Task):
     """Recall of random patterns and of real digits by Hopfield's memory, a spiking and a modern one.
 
@@ -39,58 +40,48 @@ class Recall(Task):
     one size from cues with errors. *Modern*: patterns are doubled until half of them are lost. *Digits*: the first
     images of the training set in black and white, from cues with errors and from their upper half; a digit is right if
     it overlaps by 0.98.
-
-    Args:
-        config: of the run; ``data`` has the digits.
-        device: where to compute.
-        neurons: sizes of the Hebbian memories.
-        loads: patterns a neuron in them.
-        samples: memories of the largest size, and of each other in inverse proportion.
-        rules: size of the memories with which rules are compared.
-        rule_loads: patterns a neuron in them.
-        flips: the share of a cue's units that are wrong.
-        modern: sizes of modern memories.
-        digits: numbers of digits stored.
     """
 
-    def __init__(
-        self,
-        config: DictConfig,
-        device: torch.device,
-        *,
-        neurons: list[int],
-        loads: list[float],
-        samples: int,
-        rules: int,
-        rule_loads: list[float],
-        flips: float,
-        modern: list[int],
-        digits: list[int],
-    ) -> None:
-        for name, sizes in {"neurons": neurons, "rules": [rules], "modern": modern, "digits": digits}.items():
+    config: DictConfig
+    device: torch.device
+    _: KW_ONLY
+    neurons: list[int]  # sizes of the Hebbian memories
+    loads: list[float]  # patterns a neuron in them
+    samples: int  # memories of the largest size, and of each other in inverse proportion
+    rules: int  # size of the memories with which rules are compared
+    rule_loads: list[float]  # patterns a neuron in them
+    flips: float  # the share of a cue's units that are wrong
+    modern: list[int]  # sizes of modern memories
+    digits: list[int]  # numbers of digits stored
+
+    def __post_init__(self) -> None:
+        self.require_counts("rules", "samples")
+        for name, sizes in {"neurons": self.neurons, "modern": self.modern, "digits": self.digits}.items():
             if not sizes or any(not isinstance(n, int) or n < 1 for n in sizes):
-                raise ValueError(f"task.{name}={sizes if name != 'rules' else rules} must be integers >= 1")
-        for name, shares in {"loads": loads, "rule_loads": rule_loads}.items():
-            least = min([*neurons, rules])
+                raise ValueError(f"task.{name}={sizes} must be integers >= 1")
+        for name, shares in {"loads": self.loads, "rule_loads": self.rule_loads}.items():
+            least = min([*self.neurons, self.rules])
             if not shares or any(share * least < 1 for share in shares) or list(shares) != sorted(set(shares)):
                 raise ValueError(f"task.{name}={shares} must rise, each at least one pattern in {least} neurons")
-        require_counts(samples=samples)
-        if not 0 <= flips < 0.5:
-            raise ValueError(f"task.flips={flips} must be at least 0 and below 0.5, where a cue carries no information")
-        images = data.load(config.data.name, config.data.root, device)
+        if not 0 <= self.flips < 0.5:
+            raise ValueError(
+                f"task.flips={self.flips} must be at least 0 and below 0.5, where a cue carries no information"
+            )
+        images = data.load(self.config.data.name, self.config.data.root, self.device)
         if images.shape[0] != 1:
-            raise ValueError(f"data={config.data.name} is in colour: choose digits, mnist or fashion_mnist")
-        if max(digits) > len(images.train_images):
-            raise ValueError(f"task.digits={digits}, but {config.data.name} has {len(images.train_images)} images")
+            raise ValueError(f"data={self.config.data.name} is in colour: choose digits, mnist or fashion_mnist")
+        if max(self.digits) > len(images.train_images):
+            raise ValueError(
+                f"task.digits={self.digits}, but {self.config.data.name} has {len(images.train_images)} images"
+            )
         self.shape = images.shape[1:]
-        self.images = torch.where(images.train_images[: max(digits)].flatten(1) > 127, 1.0, -1.0)
-        self.device, self.flips, self.rules = device, flips, rules
-        self.samples = {n: max(1, samples * max(neurons) // n) for n in neurons}
+        self.images = torch.where(images.train_images[: max(self.digits)].flatten(1) > 127, 1.0, -1.0)
+        self.repeats = {n: max(1, self.samples * max(self.neurons) // n) for n in self.neurons}
         self.work: list[tuple[str, Any]] = [
-            *(("load", a) for a in loads),
-            *(("rule_load", a) for a in rule_loads),
-            *(("modern", n) for n in modern),
-            *(("digits", count) for count in digits),
+            *(("load", a) for a in self.loads),
+            *(("rule_load", a) for a in self.rule_loads),
+            *(("modern", n) for n in self.modern),
+            *(("digits", count) for count in self.digits),
         ]
         self.rounds = len(self.work)
 
@@ -102,7 +93,7 @@ class Recall(Task):
 
     def _held(self, share: float) -> dict[str, float]:
         found = {}
-        for n, samples in self.samples.items():
+        for n, samples in self.repeats.items():
             held = []
             for sample in range(samples):
                 x = self._random(round(share * n), n)
@@ -143,11 +134,11 @@ class Recall(Task):
     def finish(self, history: list[dict[str, Any]], title: str, folder: Path) -> tuple[dict[str, float], list[Path]]:
         """The critical load and other capacities, and pictures: of capacities, of recalled digits and of dynamics."""
         lines = {kind: [line for line in history if kind in line] for kind in ("load", "rule_load", "modern", "digits")}
-        fallen = ((n, _half(lines["load"], "load", f"held_{n}")) for n in self.samples)
+        fallen = ((n, _half(lines["load"], "load", f"held_{n}")) for n in self.repeats)
         half = {n: share for n, share in fallen if share is not None}
         found: dict[str, float] = {}
-        largest = max(self.samples)
-        found_at = [_meeting(lines["load"], f"held_{n}", f"held_{largest}") for n in self.samples if n < largest]
+        largest = max(self.repeats)
+        found_at = [_meeting(lines["load"], f"held_{n}", f"held_{largest}") for n in self.repeats if n < largest]
         crossings = [load for load in found_at if load is not None]
         if crossings:
             found["critical_load"] = statistics.fmean(crossings)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from bioopt import Diverged
 from bioopt.costs import UNLABELLED, Cost, Mixture
 
 from .. import building, data, problems
-from ..checks import require_counts
 from ..files import write_whole
 from ..learner import Learner
 from ..phases import assemble, fit_cost, split
@@ -69,6 +68,7 @@ class Tried:
         return max(self.found, key=lambda choice: self.found[choice])
 
 
+@dataclass(eq=False)
 class MetaCost(Task):
     """For each task and learner: every cost by itself, and mixtures that two outer loops choose by the true outcome.
 
@@ -87,78 +87,53 @@ class MetaCost(Task):
     and is tested. A round is one task, one learner and one repetition.
 
     Where labels are missing, half of each batch has some.
-
-    Args:
-        config: of the run: ``model``, ``data``, and the learners, ``config.rules``, each as in ``conf/optimizer``.
-        device: where to compute.
-        problems: the tasks, functions of `experiments.problems` by name, each with its options.
-        costs: names in ``conf/cost``, two or more.
-        rates: factors of a learner's rate, the grid for single costs; mixtures are searched between its ends.
-        learnings: inner learnings of each outer loop.
-        population: directions of a step of the perturbation, each tried both ways.
-        sigma: of the perturbation, in nats of logits and of the rate.
-        lr: of the perturbation, in these units; its losses are standardised (``shaping="zscore"``).
-        train: training images, drawn anew for each repetition.
-        validation: validation images, other ones of the training set.
-        steps: of an inner learning.
-        batch_size: of a step.
-        tested: how many learnings, each from weights of its own, a test accuracy is the mean of.
-        repetitions: how often, each with its own images, weights and batches.
     """
 
-    def __init__(
-        self,
-        config: DictConfig,
-        device: torch.device,
-        *,
-        problems: dict[str, dict[str, Any]],
-        costs: list[str],
-        rates: list[float],
-        learnings: int,
-        population: int,
-        sigma: float,
-        lr: float,
-        train: int,
-        validation: int,
-        steps: int,
-        batch_size: int,
-        tested: int,
-        repetitions: int,
-    ) -> None:
+    config: DictConfig
+    device: torch.device
+    _: KW_ONLY
+    problems: dict[str, dict[str, Any]]  # the tasks, functions of `experiments.problems` by name, each with its options
+    costs: list[str]  # names in ``conf/cost``, two or more
+    rates: list[float]  # factors of a learner's rate, the grid for single costs; mixtures are searched between its ends
+    learnings: int  # inner learnings of each outer loop
+    population: int  # directions of a step of the perturbation, each tried both ways
+    sigma: float  # of the perturbation, in nats of logits and of the rate
+    lr: float  # of the perturbation, in these units; its losses are standardised (``shaping="zscore"``)
+    train: int  # training images, drawn anew for each repetition
+    validation: int  # validation images, other ones of the training set
+    steps: int  # of an inner learning
+    batch_size: int  # of a step
+    tested: int  # how many learnings, each from weights of its own, a test accuracy is the mean of
+    repetitions: int  # how often, each with its own images, weights and batches
+
+    def __post_init__(self) -> None:
         try:
             import optuna
         except ImportError:
             raise ValueError("it needs Optuna: pip install -e '.[tune]'") from None
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        require_counts(
-            learnings=learnings, train=train, validation=validation, steps=steps, batch_size=batch_size, tested=tested,
-            repetitions=repetitions,
-        )  # fmt: skip
-        require_counts(2, population=population)  # whose losses are standardised
-        if len(set(costs)) < 2:
-            raise ValueError(f"task.costs={costs} must be two costs or more: there is nothing to choose")
-        for name in costs:
+        self.require_counts("learnings", "train", "validation", "steps", "batch_size", "tested", "repetitions")
+        self.require_counts("population", least=2)  # whose losses are standardised
+        if len(set(self.costs)) < 2:
+            raise ValueError(f"task.costs={self.costs} must be two costs or more: there is nothing to choose")
+        for name in self.costs:
             if building.build_cost(name, "task.costs").sequences:
                 raise ValueError(f"task.costs has '{name}', which needs sequences, and these tasks are single images")
-        if not rates or not all(rate > 0 for rate in rates):
-            raise ValueError(f"task.rates={rates} must be one factor of the learning rate or more, each > 0")
-        if learnings < 1 + 2 * population:
+        if not self.rates or not all(rate > 0 for rate in self.rates):
+            raise ValueError(f"task.rates={self.rates} must be one factor of the learning rate or more, each > 0")
+        if self.learnings < 1 + 2 * self.population:
             raise ValueError(
-                f"task.learnings={learnings} must be >= {1 + 2 * population}: the start, and each direction of "
-                f"task.population={population} both ways"
+                f"task.learnings={self.learnings} must be >= {1 + 2 * self.population}: the start, and each direction "
+                f"of task.population={self.population} both ways"
             )
-        for name in problems:
+        for name in self.problems:
             if name not in POSED:
                 raise ValueError(f"task.problems has '{name}', which is not one; there are {', '.join(POSED)}")
-        self.config, self.device, self.seed = config, device, int(config.seed)
-        self.rules, self.problems, self.costs, self.rates = list(config.rules), problems, list(costs), list(rates)
-        self.learnings, self.population, self.sigma, self.lr = learnings, population, sigma, lr
-        self.train, self.validation, self.steps, self.batch_size = train, validation, steps, batch_size
-        self.tested = tested
-        self.rounds = repetitions * len(problems) * len(self.rules)
-        self.images = data.load(config.data.name, config.data.root, device)
-        for name in problems:  # raises now where their options do not fit
-            self.posed(name, 0, validation)
+        self.rules = list(self.config.rules)
+        self.rounds = self.repetitions * len(self.problems) * len(self.rules)
+        self.images = data.load(self.config.data.name, self.config.data.root, self.device)
+        for name in self.problems:  # raises now where their options do not fit
+            self.posed(name, 0, self.validation)
 
     def posed(self, problem: str, seed: int, validation: int | None) -> data.Images:
         """A task, with a test set of this number of validation images, or (``None``) the real test set."""
@@ -170,7 +145,7 @@ class MetaCost(Task):
         """One task, one learner, one repetition: each cost alone, both searches, and the test of what was chosen."""
         repetition, rest = divmod(number - 1, len(self.problems) * len(self.rules))
         problem, rule = list(self.problems)[rest // len(self.rules)], self.rules[rest % len(self.rules)]
-        seed = self.seed * 1_000_003 + repetition  # of all learners: a round needs nothing of the rounds before
+        seed = self.config.seed * 1_000_003 + repetition  # of all learners: a round needs nothing of the rounds before
         search, *fresh = torch.randint(
             2**31, (1 + self.tested,), generator=torch.Generator().manual_seed(seed)
         ).tolist()

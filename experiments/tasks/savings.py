@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Iterator
+from dataclasses import KW_ONLY, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,12 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from .. import building, data
-from ..checks import require_counts
 from ..learner import Learner
 from ..statistics import interval
 from . import Task, savings_plots
 
 
+@dataclass(eq=False)
 class Savings(Task):
     """For each rule, a network learns A, then B, then A again; and from the same point, as a control, an unseen C.
 
@@ -30,45 +31,33 @@ class Savings(Task):
     all: features help, old answers interfere. Both start at the same weights, so that their difference,
     ``1 - steps again / steps for C``, is memory of A and nothing else. A round is one rule and one repetition, for
     which initial weights, permutations and batches are the same for all rules.
-
-    Args:
-        config: of the run: ``model``, ``data``, and the rules, ``config.rules``, each as in ``conf/optimizer``.
-        device: where to compute.
-        permute: ``"pixels"``, in a random order, or ``"labels"``, exchanged at random.
-        criterion: the test accuracy at which something is learned.
-        most: steps, after which learning ends in any case.
-        batch_size: of a step.
-        repetitions: how often, each with its own weights, permutations and batches.
     """
 
-    def __init__(
-        self,
-        config: DictConfig,
-        device: torch.device,
-        *,
-        permute: str,
-        criterion: float,
-        most: int,
-        batch_size: int,
-        repetitions: int,
-    ) -> None:
-        if permute not in ("pixels", "labels"):
-            raise ValueError(f"task.permute={permute} must be pixels or labels")
-        if not 0 < criterion <= 1:
-            raise ValueError(f"task.criterion={criterion} must be in (0, 1], a share of right answers")
-        require_counts(most=most, batch_size=batch_size, repetitions=repetitions)
-        self.config, self.device, self.seed = config, device, int(config.seed)
-        self.rules = list(config.rules)
-        self.permuted, self.criterion, self.most, self.batch_size = permute, criterion, most, batch_size
-        self.rounds = len(self.rules) * repetitions
-        self.images = data.load(config.data.name, config.data.root, device)
+    config: DictConfig
+    device: torch.device
+    _: KW_ONLY
+    permute: str  # ``"pixels"``, in a random order, or ``"labels"``, exchanged at random
+    criterion: float  # the test accuracy at which something is learned
+    most: int  # steps, after which learning ends in any case
+    batch_size: int  # of a step
+    repetitions: int  # how often, each with its own weights, permutations and batches
+
+    def __post_init__(self) -> None:
+        if self.permute not in ("pixels", "labels"):
+            raise ValueError(f"task.permute={self.permute} must be pixels or labels")
+        if not 0 < self.criterion <= 1:
+            raise ValueError(f"task.criterion={self.criterion} must be in (0, 1], a share of right answers")
+        self.require_counts("most", "batch_size", "repetitions")
+        self.rules = list(self.config.rules)
+        self.rounds = len(self.rules) * self.repetitions
+        self.images = data.load(self.config.data.name, self.config.data.root, self.device)
 
     def round(self, number: int) -> dict[str, Any]:
         """One rule, one repetition: of each learning, the steps to the criterion and the accuracy after each step."""
         repetition, rule = divmod(number - 1, len(self.rules))
-        torch.manual_seed(self.seed * 1_000_003 + repetition)  # a round needs nothing of the rounds before
+        torch.manual_seed(self.config.seed * 1_000_003 + repetition)  # a round needs nothing of the rounds before
         model = building.build_model(self.config, self.images).to(self.device)
-        a, b, c = (Permutation(self.images, self.permuted) for _ in range(3))
+        a, b, c = (Permutation(self.images, self.permute) for _ in range(3))
         seeds = torch.randint(2**31, (4,)).tolist()
         name = self.rules[rule]
         courses = {"first": self.learn(model, name, a, seeds[0])}

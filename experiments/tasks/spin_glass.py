@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,74 +15,61 @@ import bioopt
 from bioopt.nn import RBM
 
 from .. import data
-from ..checks import require_counts
 from ..models import Grey
 from . import Task, spin_glass_plots
 from .spin_glass_systems import MachineSamples, SpinGlass, pair_overlaps
 
 
+@dataclass(eq=False)
 class Valleys(Task):
     """``experiment=spin_glass``: a glass whose couplings are random, and a machine whose couplings have learned.
 
     In the first half of the rounds the glass reaches equilibrium, and the machine learns from handwritten digits, while
     its samples follow; in the second half both are measured.
-
-    Args:
-        config: of the run.
-        device: where to compute.
-        spins: of a glass.
-        samples: glasses, each with couplings of its own.
-        sweeps: of all spins, in a round.
-        coldest: temperature of a glass; temperatures rise in equal ratios, through 1, where the glass melts.
-        hottest: the highest, of both systems.
-        temperatures: how many.
-        rounds: an even number.
-        hidden: units of the machine.
-        lr: of the machine.
-        epochs: of its learning, in a round.
-        replicas: of the machine.
     """
 
-    def __init__(
-        self,
-        config: DictConfig,
-        device: torch.device,
-        *,
-        spins: int,
-        samples: int,
-        sweeps: int,
-        coldest: float,
-        hottest: float,
-        temperatures: int,
-        rounds: int,
-        hidden: int,
-        lr: float,
-        epochs: int,
-        replicas: int,
-    ) -> None:
-        require_counts(samples=samples, epochs=epochs)
-        require_counts(2, spins=spins, rounds=rounds, replicas=replicas)
-        require_counts(3, temperatures=temperatures)
-        require_counts(10, sweeps=sweeps)
-        if rounds % 2:
-            raise ValueError(f"task.rounds={rounds} must be even: in the first half nothing is measured")
-        if not 0 < coldest < 1 < hottest:
-            raise ValueError(f"task.coldest={coldest} and task.hottest={hottest} must lie on either side of 1, above 0")
-        self.rounds, self.sweeps, self.epochs = rounds, sweeps, epochs
-        ladder = torch.logspace(math.log10(coldest), math.log10(hottest), temperatures, device=device)
-        self.glass = SpinGlass(spins, samples, ladder)
-        self.images = data.load("digits", config.data.root, device)
+    config: DictConfig
+    device: torch.device
+    _: KW_ONLY
+    spins: int  # of a glass
+    samples: int  # glasses, each with couplings of its own
+    sweeps: int  # of all spins, in a round
+    coldest: float  # temperature of a glass; temperatures rise in equal ratios, through 1, where the glass melts
+    hottest: float  # the highest, of both systems
+    temperatures: int  # how many
+    rounds: int  # an even number
+    hidden: int  # units of the machine
+    lr: float  # of the machine
+    epochs: int  # of its learning, in a round
+    replicas: int  # of the machine
+
+    def __post_init__(self) -> None:
+        self.require_counts("samples", "epochs")
+        self.require_counts("spins", "rounds", "replicas", least=2)
+        self.require_counts("temperatures", least=3)
+        self.require_counts("sweeps", least=10)
+        if self.rounds % 2:
+            raise ValueError(f"task.rounds={self.rounds} must be even: in the first half nothing is measured")
+        if not 0 < self.coldest < 1 < self.hottest:
+            raise ValueError(
+                f"task.coldest={self.coldest} and task.hottest={self.hottest} must lie on either side of 1, above 0"
+            )
+        ladder = torch.logspace(
+            math.log10(self.coldest), math.log10(self.hottest), self.temperatures, device=self.device
+        )
+        self.glass = SpinGlass(self.spins, self.samples, ladder)
+        self.images = data.load("digits", self.config.data.root, self.device)
         grey = Grey()
         self.grey = grey(self.images.prepare(self.images.train_images)).flatten(1)
-        self.rbm = RBM(self.grey.shape[1], hidden).to(device)
+        self.rbm = RBM(self.grey.shape[1], self.hidden).to(self.device)
         mean = (self.grey.sum(0) + 1) / (len(self.grey) + 2)
         # Without hidden units, the visible ones then have the data's mean (Hinton, 2010). Biases of 0 would leave it to
         # the hidden units, and noise, with few of them active, would become a phase that no persistent chain visits.
         self.rbm.visible_bias.data.copy_(torch.logit(mean))
-        self.optimizer = bioopt.ContrastiveDivergence(self.rbm, lr, persistent=True, seed=config.seed)
-        warm = torch.logspace(math.log10(0.3), math.log10(hottest), temperatures, device=device)
+        self.optimizer = bioopt.ContrastiveDivergence(self.rbm, self.lr, persistent=True, seed=self.config.seed)
+        warm = torch.logspace(math.log10(0.3), math.log10(self.hottest), self.temperatures, device=self.device)
         warm[(warm.log().abs()).argmin()] = 1.0
-        self.machine = MachineSamples(self.rbm, self.grey.mean(0), replicas, warm)
+        self.machine = MachineSamples(self.rbm, self.grey.mean(0), self.replicas, warm)
 
     def round(self, number: int) -> dict[str, Any]:
         """Equilibrium and learning, or measurements."""

@@ -32,7 +32,7 @@ def test_a_sequence_has_one_answer() -> None:
     assert episodes.keys.shape == (9, 50, 16)
     assert episodes.matters.tolist() == [1, 1, 1, 1, 1, 0, 0, 0, 0]
     for n in range(50):
-        keys = [int((recall.symbols == key).all(1).nonzero()) for key in episodes.keys[:, n]]
+        keys = [int((recall.keys == key).all(1).nonzero()) for key in episodes.keys[:, n]]
         assert len(set(keys[:5])) == 5
         assert not set(keys[:5]) & set(keys[5:])
         (asked,) = [i for i in range(5) if torch.equal(episodes.keys[i, n], episodes.cue[n])]
@@ -43,7 +43,7 @@ def test_a_sequence_has_one_answer() -> None:
 def test_a_buffer_answers_what_it_holds(load: int, delay: int) -> None:
     """Of clear keys it knows the pairs that later items have not displaced, and guesses the rest."""
     recall = task("task.sequences=4000", "task.buffer.inverse_temperature=60")
-    recall.symbols = torch.eye(16)
+    recall.keys = torch.eye(16)
     found = recall.accuracies(load, delay)
     for name, held in (("buffer", min(load, max(0, 7 - delay))), ("gated_buffer", min(load, 7))):
         known = held / load
