@@ -176,7 +176,7 @@ def build_learner(run: DictConfig, model: nn.Module, name: str, of: str, schedul
     optimizer = build_optimizer(run, model)
     scheduler = build_schedule(run.schedule, optimizer, schedule_steps) if schedule_steps else None
     block = Block(model, CrossEntropy(), optimizer, scheduler)
-    return Learner(model, block, name=name, rate=f"{of}.lr={run.optimizer.lr}")
+    return Learner(model, [block], name=name, rate=f"{of}.lr={run.optimizer.lr}")
 
 
 def groups(model: nn.Module, parts: Any, whole: nn.Module) -> Any:

@@ -6,6 +6,7 @@ Imports nothing of ours and no torch: it is loaded before a run is chosen.
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -49,32 +50,21 @@ def with_new_names(config: DictConfig) -> DictConfig:
 
 def rename(plain: Any) -> list[str]:
     """Replace old names of options and classes in plain values, in place; returns what was replaced."""
-    notes = [f"{old} is called {new} now" for old, new in RENAMED.items() if _move(plain, old, new)]
-    for rule, options in (plain.get("rules") or {}).items():
-        notes += [f"rules.{rule}.wants is called requires now"] * _move(
-            {"optimizer": options}, "optimizer.wants", "optimizer.requires"
-        )
+    notes = []
+    of_rules = {f"rules.{rule}.wants": f"rules.{rule}.requires" for rule in plain.get("rules") or {}}
+    for old, new in (RENAMED | of_rules).items():
+        *parents, old_name = old.split(".")
+        part = functools.reduce(lambda part, name: (part or {}).get(name), parents, plain)
+        if isinstance(part, dict) and old_name in part:
+            value, new_name = part.pop(old_name), new.rpartition(".")[2]
+            part[new_name] = value if part.get(new_name) is None else part[new_name]
+            notes.append(f"{old} is called {new} now")
     for name in ("task", "final_analysis"):
         part = plain.get(name)
-        if isinstance(part, dict) and (new := MOVED.get(part.get("_target_", ""))):
-            notes.append(f"{name}._target_={part['_target_']} is {new} now")
-            part["_target_"] = new
+        if isinstance(part, dict) and (moved := MOVED.get(part.get("_target_", ""))):
+            notes.append(f"{name}._target_={part['_target_']} is {moved} now")
+            part["_target_"] = moved
     return notes
-
-
-def _move(plain: Any, old: str, new: str) -> bool:
-    """Move a value from one dotted key to another of the same parent; a value that is there stays."""
-    *parents, old = old.split(".")
-    for name in parents:
-        plain = plain.get(name)
-        if not isinstance(plain, dict):
-            return False
-    if old not in plain:
-        return False
-    value, new = plain.pop(old), new.split(".")[-1]
-    if plain.get(new) is None:
-        plain[new] = value
-    return True
 
 
 def renamed_word(word: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
@@ -19,23 +19,14 @@ Batch = tuple[Any, Tensor]  # inputs and labels
 
 @dataclass
 class Block:
-    """A part of a network that learns from a cost of its own; most networks are a single block.
-
-    Attributes:
-        network: the modules of the block.
-        cost: what it minimises, with readouts of its own where the cost needs them.
-        optimizer: of ``network`` and ``cost``.
-        scheduler: of the optimizer's learning rate; ``None`` keeps it constant.
-        name: of the block; empty where it is the whole network.
-        clip_norm: norm to which the gradient is clipped in the backward pass; ``None`` does not clip.
-    """
+    """A part of a network that learns from a cost of its own; most networks are a single block."""
 
     network: nn.Module
-    cost: Cost
-    optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
-    name: str = ""
-    clip_norm: float | None = None
+    cost: Cost  # to be minimised, with readouts of its own where it needs them
+    optimizer: torch.optim.Optimizer  # of the network and the cost
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None  # of the learning rate; None keeps it constant
+    name: str = ""  # empty where the block is the whole network
+    clip_norm: float | None = None  # to which the gradient is clipped in the backward pass; None does not clip
 
     @property
     def is_rule(self) -> bool:
@@ -85,34 +76,21 @@ class Block:
             self.scheduler.load_state_dict(state["scheduler"])
 
 
+@dataclass(eq=False)
 class Learner:
-    """A network that is trained batch by batch, in one block or in several that exchange no errors.
+    """A network that is trained batch by batch, in one block or in several that exchange no errors."""
 
-    Args:
-        network: the whole network.
-        blocks: its parts in the order of the network, each with its cost and optimizer; or a single block.
-        name: what error messages call the learner.
-        rate: the option that sets the learning rate and its value, such as ``"optimizer.lr=0.1"``; for error messages.
-        frames: successive images of a sequence, for costs that compare them.
-        amp: forward passes under bfloat16 autocast.
-        check: raise `bioopt.Diverged` after each step whose loss is not finite. This waits for the device; without
-            it, the caller checks the losses with `check_losses`, less often.
-    """
-
-    def __init__(
-        self,
-        network: nn.Module,
-        blocks: Block | Sequence[Block],
-        *,
-        name: str = "",
-        rate: str = "",
-        frames: int = 1,
-        amp: bool = False,
-        check: bool = True,
-    ) -> None:
-        self.network, self.blocks = network, [blocks] if isinstance(blocks, Block) else list(blocks)
-        self.name, self.rate, self.frames, self.amp, self.check = name, rate, frames, amp, check
-        self.moment = ""  # such as "epoch 3", for error messages
+    network: nn.Module  # the whole network
+    blocks: list[Block]  # its parts, in the order of the network
+    _: KW_ONLY
+    name: str = ""  # of the learner, in error messages
+    rate: str = ""  # the option that sets the learning rate, as "optimizer.lr=0.1", in error messages
+    moment: str = ""  # of the training, as "epoch 3", in error messages
+    frames: int = 1  # successive images of a sequence, for costs that compare them
+    amp: bool = False  # forward passes under bfloat16 autocast
+    # Raise `bioopt.Diverged` after each step whose loss is not finite, which waits for the device; without it, the
+    # caller uses `check_losses`, less often.
+    check: bool = True
 
     @property
     def last(self) -> Block:

@@ -20,7 +20,8 @@ from typing import Any
 
 from experiments.config import run_group
 from experiments.files import write_json, write_whole
-from experiments.report import Run, markdown_text, number
+from experiments.report import Run
+from experiments.report_page import markdown_text, number
 from experiments.statistics import interval, percent, plain
 
 ROOT = Path(__file__).parent.parent

@@ -110,7 +110,7 @@ class DelayedRecall(Task):
         self.network = Recurrent(self.size, self.values, self.gru["hidden"]).to(self.device)
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=self.gru["lr"])
         block = Block(self.network, MeanCrossEntropy(), self.optimizer, clip_norm=1.0)
-        self.learner = Learner(self.network, block, name="gru", rate=f"task.gru.lr={self.gru['lr']}")
+        self.learner = Learner(self.network, [block], name="gru", rate=f"task.gru.lr={self.gru['lr']}")
 
     def round(self, number: int) -> dict[str, Any]:
         """Train the GRU, and test all models on the same fresh sequences."""

@@ -28,7 +28,7 @@ def batches(count: int = 5) -> Iterator[tuple[Tensor, Tensor]]:
 
 def learner(model: nn.Module, optimizer: torch.optim.Optimizer, **options: object) -> Learner:
     block = Block(model, CrossEntropy(), optimizer, clip_norm=options.pop("clip_norm", None))
-    return Learner(model, block, name="it", rate="lr=1", **options)
+    return Learner(model, [block], name="it", rate="lr=1", **options)
 
 
 @pytest.mark.parametrize("clip_norm", [None, 0.1])
