@@ -82,7 +82,7 @@ def build_model(config: DictConfig, images: data.Images) -> nn.Module:
 
 
 def freeze(model: nn.Module, parts: Sequence[str | int]) -> None:
-    """Keep these parts of the model, by their names, at their random start."""
+    """Freeze these parts of the model, by their names, at their random start."""
     if isinstance(parts, str | int):
         raise ValueError(f"frozen={parts} must be a list of parts, such as [{parts}]")
     for part in map(str, parts):
@@ -94,7 +94,7 @@ def freeze(model: nn.Module, parts: Sequence[str | int]) -> None:
 
 
 def build_cost(spec: Any, option: str = "cost") -> Cost:
-    """A cost by its name in ``conf/cost``, or by its name and options; by ``_target_``, one of your own."""
+    """A cost by its name in ``conf/cost``, with options or without; or one of the user's own, by ``_target_``."""
     given = {"name": spec} if isinstance(spec, str) else OmegaConf.to_container(OmegaConf.create(spec), resolve=True)
     options = {str(key): value for key, value in given.items()} if isinstance(given, dict) else {}
     name, path = options.get("name"), COSTS / f"{options.get('name')}.yaml"
@@ -155,7 +155,7 @@ def build_optimizer(
 
 
 def with_rule(config: DictConfig, rule: str, **options: Any) -> DictConfig:
-    """The run as if one of its ``rules`` were its optimizer, with these options as far as the rule has them."""
+    """The run with one of its ``rules`` as its optimizer, and with those of these options that the rule has."""
     run = config.copy()
     OmegaConf.set_struct(run, False)
     run.optimizer = OmegaConf.to_container(config.rules[rule], resolve=True)

@@ -43,7 +43,7 @@ def curves(history: list[dict[str, Any]], title: str, path: Path) -> Path:
 def receptive_fields(
     model: nn.Module, shape: tuple[int, int, int], title: str, path: Path, most: int = 64
 ) -> Path | None:
-    """The weights of the first layer that sees the image, one tile a neuron, each on a scale of its own."""
+    """The weights of the first layer, if it sees the image: a tile for each neuron, each with a scale of its own."""
     fields = _as_images(first_weights(model, most), shape)
     if fields is None:
         return None
@@ -134,7 +134,7 @@ def window(delays: list[float], changes: list[float], title: str, path: Path) ->
 
 
 def confusion(counts: Tensor, title: str, path: Path) -> Path:
-    """How often each class (a row) was taken for each other (a column); the colours leave the diagonal out."""
+    """The confusion matrix, classes by predicted classes; the diagonal is not coloured."""
     classes = len(counts)
     wrong = counts.clone().fill_diagonal_(0)
     figure, axes = plt.subplots(figsize=(0.5 * classes + 1.2, 0.5 * classes + 1.2), layout="constrained")
@@ -153,7 +153,7 @@ def confusion(counts: Tensor, title: str, path: Path) -> Path:
 
 
 def misclassified(images: Tensor, labels: Tensor, predicted: Tensor, title: str, path: Path) -> Path | None:
-    """Images N×C×H×W of the wrong answers, each with its class and what it was taken for."""
+    """Misclassified images N×C×H×W, each with its class and its predicted class."""
     if not len(images):
         return None
     shown = [image.permute(1, 2, 0).squeeze(2).numpy() for image in images]
@@ -181,7 +181,7 @@ def _tiles(
     images: list[Any], columns: int, side: float, title: str, path: Path, *,
     gap: float = 0.07, captions: Sequence[str] = (), **scale: Any,
 ) -> Path:  # fmt: skip
-    """Images of ``side`` inches, row by row, the first of them captioned. In one axes: many take seconds."""
+    """Images of ``side`` inches, row by row, the first with captions; all in one axes, as many axes take seconds."""
     rows, head, margin = math.ceil(len(images) / columns), 0.5 if captions else 0.3, 0.07
     inner = columns * (side + margin) - margin
     width, height = max(inner + 2 * margin, 0.075 * len(title)), head + rows * (side + gap) - gap + margin
@@ -214,14 +214,14 @@ def first_weights(model: nn.Module, most: int) -> Tensor | None:
 
 
 def _as_images(weights: Tensor | None, shape: tuple[int, int, int]) -> Tensor | None:
-    """Weights of a layer that sees the image, as N×C×H×W; none of another."""
+    """Weights of a layer that sees the image, as N×C×H×W; ``None`` for other layers."""
     if weights is not None and weights.ndim == 2 and weights.shape[1] == math.prod(shape):
         return weights.view(-1, *shape)
     return weights if weights is not None and weights.ndim == 4 and weights.shape[1] == shape[0] else None
 
 
 def uncluttered(*many: Axes) -> None:
-    """A faint grid, and no frame above and to the right."""
+    """Draw a faint grid, and no frame above and to the right."""
     for axes in many:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
@@ -235,6 +235,6 @@ def saved(figure: Figure, path: Path) -> Path:
 
 
 def _image(field: Tensor) -> Any:
-    """Grey level (or colour) 0 in the middle of the scale."""
+    """A field as grey levels or colours, with 0 in the middle of the scale."""
     field = field / field.abs().max().clamp(min=1e-12)
     return (field + 1).div(2).permute(1, 2, 0).numpy() if len(field) == 3 else field.mean(0).numpy()

@@ -95,7 +95,7 @@ def _mapping(name: str, text: str, parse: Callable[[str], Any]) -> dict[str, Any
     """The values of a file by their names, with printable strings."""
     try:
         found = printable(parse(text))
-        json.dumps(found, sort_keys=True)  # nothing but plain values: runs are told apart by this
+        json.dumps(found, sort_keys=True)  # plain values only, by which runs are grouped
     except Exception as error:  # YAML's parser lets through whatever a value raises: IndexError, RecursionError
         raise ValueError(f"it is damaged: {name}: {' '.join(str(error).split())}") from None
     if not isinstance(found, dict):
@@ -177,8 +177,8 @@ def report(paths: Iterable[Path], out: Path, accuracy: float | None = None) -> s
     runs, skipped = find(paths)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        made = report_tasks if any("task" in run.summary for run in runs) else report_training
-        shown, main = made(runs, skipped, out, accuracy)
+        write = report_tasks if any("task" in run.summary for run in runs) else report_training
+        shown, main = write(runs, skipped, out, accuracy)
     except OSError as error:
         raise NothingToReport(f"the report cannot be written to {out}: {error.strerror or error}") from None
     left_out = "".join(f"\nleft out: {line}" for line in skipped)
@@ -258,7 +258,7 @@ def grouped(runs: list[Run]) -> list[RunGroup]:
 
 def _groups(runs: list[Run]) -> list[RunGroup]:
     by_options: dict[str, dict[int, Run]] = {}
-    for run in runs:  # of a run that was made twice, the last
+    for run in runs:  # of two runs with the same options and seed, the last
         by_options.setdefault(json.dumps(run.options, sort_keys=True), {})[run.summary["seed"]] = run
     return [RunGroup([found[seed] for seed in sorted(found)]) for found in by_options.values()]
 

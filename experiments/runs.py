@@ -198,7 +198,7 @@ class Progress:
             self.environments = [*self.environments, environment]
 
     def save(self, folder: Path) -> None:
-        """Write ``checkpoint.pt``, whole or not at all, sealed with the digest of its bytes."""
+        """Write ``checkpoint.pt``, whole or not at all, with a digest of its bytes."""
         archive = io.BytesIO()
         own = {key: value for key, value in vars(self).items() if key != "state"}
         if clash := own.keys() & self.state.keys():
@@ -251,13 +251,13 @@ SEAL_SIZE = len(SEAL) + 64
 
 
 def sealed(archive: bytes) -> bytes:
-    """A zip archive, as torch.save makes it, with the digest of its bytes as its comment: the file loads as before."""
-    content = archive[:-2] + SEAL_SIZE.to_bytes(2, "little")  # the last field of an archive is its comment's size
+    """A zip archive of torch.save, with a digest of its bytes as its comment; torch.load reads it as before."""
+    content = archive[:-2] + SEAL_SIZE.to_bytes(2, "little")  # the last field of an archive is the size of its comment
     return content + SEAL + hashlib.sha256(content).hexdigest().encode()
 
 
 def check_seal(content: bytes) -> None:
-    """Compare an archive with the digest in it; one that was written without is compared with its parts' checksums.
+    """Compare an archive with its digest, or one without a digest with the checksums of its parts.
 
     Raises:
         ValueError: they differ.

@@ -1,6 +1,6 @@
 """Keep the result of finished runs, and make the tables from what was kept.
 
-    python scripts/record.py mnist-cnn-hebbian runs/...-seed0 runs/...-seed1    # one record: same cell, several seeds
+    python scripts/record.py mnist-cnn-hebbian runs/...-seed0 runs/...-seed1    # a record: same options, several seeds
     python scripts/record.py                                                    # only make the tables anew
 
 A record is ``experiments/records/<name>/result.json`` with the pictures of its first run beside it; the tables go to
@@ -34,7 +34,7 @@ USUAL = {
 
 
 def record(name: str, runs: list[Path]) -> None:
-    """Write one record from finished runs that differ in nothing but their seed.
+    """Write one record from finished runs that differ only in their seed.
 
     Raises:
         SystemExit: one of them cannot be recorded; nothing is written.
@@ -99,7 +99,7 @@ def measured(name: str, summaries: list[dict[str, Any]], keys: Iterable[str]) ->
 
 
 def described(summary: dict[str, Any], changed: dict[str, Any]) -> dict[str, Any]:
-    """What was trained, by what, on what."""
+    """The data set, the model and the optimizer."""
     options = {key: value for key, value in changed.items() if key.startswith("model.")}
     return {key: summary[key] for key in ("data", "model", "optimizer")} | {"model_options": options}
 
@@ -144,7 +144,7 @@ def composed(choices: list[str]) -> dict[str, Any]:
 
 
 def command(choices: list[str], changed: dict[str, Any], seeds: list[int]) -> str:
-    """What to type for the same runs."""
+    """The command that makes the same runs."""
     options = [
         key if key.startswith("~") else f"{key}={'null' if value is None else value}".replace(" ", "")
         for key, value in changed.items()
@@ -195,7 +195,7 @@ def tables() -> str:
 
 
 def stored(path: Path) -> dict[str, Any]:
-    """What a record holds.
+    """The contents of a record.
 
     Raises:
         SystemExit: it is damaged.

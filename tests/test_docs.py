@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-import experiments
+from experiments import tasks
 from experiments.run import run
 
 from .commands import ROOT, TINY, config
@@ -83,9 +83,9 @@ def test_a_rule_of_your_own_runs_as_written(tmp_path: Path, monkeypatch: pytest.
 
 def test_an_experiment_of_your_own_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = ROOT / "docs/experiments.md"
-    ((_, code), (_, options)) = blocks(page, "python|yaml")
+    ((_, code), (_, options), _) = blocks(page, "python|yaml")
     written(tmp_path, {"walk.py": code, "experiment/walk.yaml": options})
-    monkeypatch.setattr(experiments, "__path__", [*experiments.__path__, str(tmp_path)])
+    monkeypatch.setattr(tasks, "__path__", [*tasks.__path__, str(tmp_path)])
     chosen = [f"hydra.searchpath=[file://{tmp_path}]", "experiment=walk", "task.width=3", "logger.mode=disabled"]
     assert run(config(*chosen, f"run_dir={tmp_path}/run"))["measured"]["farthest"] > 0
 

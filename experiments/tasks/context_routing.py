@@ -23,7 +23,7 @@ from ..statistics import with_interval
 from . import Task, context_routing_plots
 from .context_routing_measures import counted, guessed, information, opened, synapses, times, weights
 
-CHUNK = 1000  # test images at a time, and those of a measurement of time
+CHUNK = 1000  # test images of a batch, and of a measurement of time
 
 
 @dataclass(eq=False)
@@ -45,16 +45,16 @@ class ContextRouting(Task):
     config: DictConfig
     device: torch.device
     _: KW_ONLY
-    contexts: int  # how many tasks
+    contexts: int  # number of tasks
     pathways: int  # of a gate, of which a fixed one uses as many as there are contexts
     hidden: int  # neurons of each pathway
-    active: list[int]  # the networks ``routed_<n>`` there are
+    active: list[int]  # the ``n`` of networks ``routed_<n>``
     train: int  # images, drawn anew for each repetition, each of which is in one context
     test: int  # the most test images, of which the first are taken; each is in all contexts
     validation: int | None  # other training images in place of the test set, to choose rates by; ``None``: the test set
     epochs: int  # of each rule
     batch_size: int  # of a step
-    repetitions: int  # how often
+    repetitions: int  # each with its own images, weights and batches
     lr: dict[str, dict[str, float]]  # of a rule in a network, where it is not ``rules.<rule>.lr``
 
     def __post_init__(self) -> None:
@@ -175,7 +175,7 @@ class ContextRouting(Task):
         model.eval()
         gated = isinstance(model[0], models.InContext)  # type: ignore[index]
         right, gates = [], []
-        with counted(model) as made:
+        with counted(model) as count:
             for some, labels in zip(images.test_images.split(CHUNK), images.test_labels.split(CHUNK), strict=True):
                 right.append(model(images.prepare(some)).argmax(1) == labels)
                 if gated:
@@ -185,8 +185,8 @@ class ContextRouting(Task):
         found: dict[str, Any] = {
             "accuracy": each.mean().item(),
             "worst_context": each.min().item(),
-            "multiply_adds": made[0] / total,
-            "computation": made[0] / total / self.whole,
+            "multiply_adds": count[0] / total,
+            "computation": count[0] / total / self.whole,
         }
         if gated:
             mean = torch.cat(gates).view(self.contexts, -1, self.pathways).mean(1)
@@ -252,5 +252,5 @@ class OneHotController(nn.Module):
         self.pathways = pathways
 
     def forward(self, context: Tensor) -> Tensor:
-        """The context, N × K, above 0 for one of them alone, to scores N × P."""
+        """The context, N × K and above 0 for one of K only, to scores N × P."""
         return F.pad(100 * context, (0, self.pathways - context.shape[1]))

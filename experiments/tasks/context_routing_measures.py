@@ -42,14 +42,14 @@ def synapses(model: nn.Module) -> list[nn.Module]:
 @contextmanager
 def counted(model: nn.Module) -> Iterator[list[int]]:
     """Count the multiply-adds of a model's layers meanwhile: for each output, one per input."""
-    made = [0]
+    count = [0]
 
     def add(layer: nn.Module, _: Any, output: Tensor) -> None:
-        made[0] += output.numel() * layer.weight[0].numel()  # type: ignore[index]
+        count[0] += output.numel() * layer.weight[0].numel()  # type: ignore[index]
 
     handles = [layer.register_forward_hook(add) for layer in synapses(model)]
     try:
-        yield made
+        yield count
     finally:
         for handle in handles:
             handle.remove()

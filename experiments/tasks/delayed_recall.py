@@ -33,7 +33,7 @@ class Episodes:
 
     keys: Tensor  # steps × batch × size
     values: Tensor  # steps × batch × values, one-hot
-    matters: Tensor  # steps: 1 for a pair that may be asked about, 0 for a distractor
+    matters: Tensor  # steps: 1 for a pair that can be asked about, 0 for a distractor
     cue: Tensor  # batch × size: the key of one of the pairs
     answer: Tensor  # batch: the number of its value
 
@@ -77,9 +77,9 @@ class DelayedRecall(Task):
     config: DictConfig
     device: torch.device
     _: KW_ONLY
-    symbols: int  # how many keys there are, each a random vector of unit length
+    symbols: int  # number of keys, each a random vector of unit length
     size: int  # of that vector
-    values: int  # how many there are, equally frequent; chance is one over their number
+    values: int  # number of values, equally frequent; chance is one over it
     load: int  # pairs of a sequence where the delay changes
     delays: Sequence[int]  # distractors between the pairs and the cue
     delay: int  # distractors where the load changes
@@ -89,7 +89,7 @@ class DelayedRecall(Task):
     # ``hidden`` neurons, ``lr`` of Adam, ``batch_size``, the largest ``load`` and ``delay`` of training
     gru: dict[str, Any]
     steps: int  # of training the GRU, in each round
-    rounds: int  # how many
+    rounds: int  # their number
     sequences: int  # tested at each delay and load
 
     def __post_init__(self) -> None:

@@ -46,10 +46,10 @@ class Recall(Task):
     device: torch.device
     _: KW_ONLY
     neurons: list[int]  # sizes of the Hebbian memories
-    loads: list[float]  # patterns a neuron in them
+    loads: list[float]  # patterns per neuron in them
     samples: int  # memories of the largest size, and of each other in inverse proportion
     rules: int  # size of the memories with which rules are compared
-    rule_loads: list[float]  # patterns a neuron in them
+    rule_loads: list[float]  # patterns per neuron in them
     flips: float  # the share of a cue's units that are wrong
     modern: list[int]  # sizes of modern memories
     digits: list[int]  # numbers of digits stored
@@ -119,7 +119,7 @@ class Recall(Task):
                 x = self._random(count, n)
                 memory = ModernHopfield(n, count, device=self.device)
                 memory.store(x)
-                right.append(_share(memory(self._flipped(x[:256])), x, 1 - 1 / n))  # no unit wrong
+                right.append(_share(memory(self._flipped(x[:256])), x, 1 - 1 / n))  # all units are right
             shares.append(sum(right) / len(right))
         return {"patterns": 2 ** _crossing(range(len(shares)), shares)} if shares[-1] < 0.5 else {"more_than": count}
 
@@ -245,7 +245,7 @@ def _share(recalled: Tensor, x: Tensor, least: float) -> float:
 
 
 def _meeting(lines: list[dict[str, Any]], small: str, large: str) -> float | None:
-    """The last load at which the larger memory's share falls below the smaller one's; none where it never does."""
+    """The last load at which the larger memory's share falls below the smaller one's; ``None`` if it never does."""
     met = None
     for before, after in itertools.pairwise(lines):
         p, q = before[large] - before[small], after[large] - after[small]
@@ -255,7 +255,7 @@ def _meeting(lines: list[dict[str, Any]], small: str, large: str) -> float | Non
 
 
 def _half(lines: list[dict[str, Any]], load: str, share: str) -> float | None:
-    """The load at which half are left; none where it is beyond the loads tried."""
+    """The load at which half are left; ``None`` if it is beyond the loads tried."""
     shares = [line[share] for line in lines]
     if shares[0] < 0.5 or min(shares) >= 0.5:
         return None

@@ -39,7 +39,7 @@ class Dynamics:
 
     @property
     def largest_rise(self) -> float:
-        """The largest increase of energy in an update, which theory says is 0."""
+        """The largest increase of energy in an update, which is 0 in theory."""
         return max(0.0, self.energies.diff(dim=0).max().item())
 
 
@@ -97,7 +97,7 @@ def dynamics(found: Dynamics, title: str, path: Path) -> Path:
 
 
 def capacity(lines: dict[str, list[dict[str, Any]]], half: dict[int, float], line: Any, title: str, path: Path) -> Path:
-    """How many patterns memories hold: the Hebbian ones by size, all rules, and the modern one."""
+    """The capacities of memories: the Hebbian ones by size, all rules, and the modern one."""
     figure, grid = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
     figure.suptitle(title)
     sizes, limit, rules, modern = grid.flat

@@ -262,7 +262,7 @@ class MetaCost(Task):
             if isinstance(block.optimizer, bioopt.SynapticRule):
                 raise ValueError(f"rules.{rule} learns from no cost, so none can be chosen: '~rules.{rule}'")
             block.scheduler = building.build_schedule("cosine", block.optimizer, self.steps)
-        # A loss that is not finite ends no learning here: gradient descent goes on, and is tested as it is.
+        # Losses are not checked: gradient descent that diverges is tested as it is.
         return Learner(model, built, name=rule, rate=f"rules.{rule}.lr={rate}", check=False)
 
     def lengths(self, images: data.Images, seed: int) -> dict[str, float]:

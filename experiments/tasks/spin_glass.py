@@ -36,7 +36,7 @@ class Valleys(Task):
     sweeps: int  # of all spins, in a round
     coldest: float  # temperature of a glass; temperatures rise in equal ratios, through 1, where the glass melts
     hottest: float  # the highest, of both systems
-    temperatures: int  # how many
+    temperatures: int  # their number
     rounds: int  # an even number
     hidden: int  # units of the machine
     lr: float  # of the machine
