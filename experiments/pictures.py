@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import torch
@@ -220,10 +220,10 @@ def _as_images(weights: Tensor | None, shape: tuple[int, int, int]) -> Tensor | 
     return weights if weights is not None and weights.ndim == 4 and weights.shape[1] == shape[0] else None
 
 
-def uncluttered(*many: Axes) -> None:
+def uncluttered(*many: Axes, grid: Literal["x", "y", "both"] = "both") -> None:
     """Draw a faint grid, and no frame above and to the right."""
     for axes in many:
-        axes.grid(alpha=0.3)
+        axes.grid(axis=grid, alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
 
 

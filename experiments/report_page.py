@@ -13,13 +13,12 @@ from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
-
-from .statistics import interval
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from .pictures import uncluttered
+from .statistics import interval
 
 if TYPE_CHECKING:
     from .report import RunGroup
@@ -101,8 +100,7 @@ def curves(groups: list[RunGroup]) -> Figure:
             axes.xaxis.set_major_locator(LogLocator(subs=steps))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
             axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+        uncluttered(axes)
     grid[0].set_ylabel("test accuracy (%)")
     grid[0].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     labels = [_caption(group) for group in groups]
@@ -141,8 +139,7 @@ def bars(groups: list[RunGroup]) -> Figure:
     axes.invert_yaxis()
     start = max(0, math.floor(lowest - 0.15 * (100 - lowest) - 1))
     axes.set(xlabel="test accuracy (%)" + (f"; the axis starts at {start}" if start else ""), xlim=(start, 100))
-    axes.grid(axis="x", alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
+    uncluttered(axes, grid="x")
     return figure
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import math
 import statistics
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,6 @@ from bioopt.nn import Gate
 from .. import building, data, models, problems
 from ..statistics import with_interval
 from . import Task, context_routing_plots
-from .context_routing_measures import counted, guessed, information, opened, synapses, times, weights
 
 CHUNK = 1000  # test images of a batch, and of a measurement of time
 
@@ -223,7 +224,7 @@ class ContextRouting(Task):
         found["best_guess_without_context"] = statistics.fmean(line["guess"] for line in history)
         return found, [
             context_routing_plots.bars(self, history, title, folder / "accuracy.png"),
-            context_routing_plots.routes(self, history, title, folder / "routes.png"),
+            context_routing_plots.routes(self, history, information, title, folder / "routes.png"),
         ]
 
     def each(self, history: list[dict[str, Any]], rule: str, network: str, key: str) -> list[float]:
@@ -254,3 +255,66 @@ class OneHotController(nn.Module):
     def forward(self, context: Tensor) -> Tensor:
         """The context, N × K and above 0 for one of K only, to scores N × P."""
         return F.pad(100 * context, (0, self.pathways - context.shape[1]))
+
+
+def opened(model: nn.Module) -> Tensor:
+    """How far a network opened its pathways for each of the last samples."""
+    gates: Tensor = model[0].gate.gates  # type: ignore[index]
+    return gates
+
+
+def weights(model: nn.Module) -> int:
+    """The number of parameters."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def synapses(model: nn.Module) -> list[nn.Module]:
+    """The layers with a weight matrix, including frozen ones."""
+    return [m for m in model.modules() if isinstance(w := getattr(m, "weight", None), nn.Parameter) and w.ndim > 1]
+
+
+@contextmanager
+def counted(model: nn.Module) -> Iterator[list[int]]:
+    """Count the multiply-adds of a model's layers meanwhile: for each output, one per input."""
+    count = [0]
+
+    def add(layer: nn.Module, _: Any, output: Tensor) -> None:
+        count[0] += output.numel() * layer.weight[0].numel()  # type: ignore[index]
+
+    handles = [layer.register_forward_hook(add) for layer in synapses(model)]
+    try:
+        yield count
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def information(gates: Tensor) -> float:
+    """Mutual information of context and pathway in bits, where gates, contexts × pathways, are how often it is taken.
+
+    Contexts have equally many samples; a gate counts by its share of those open.
+    """
+    gates = gates.double()
+    joint = gates / gates.sum(1, keepdim=True) / len(gates)
+    apart = joint.sum(1, keepdim=True) * joint.sum(0)
+    return float((joint * (joint / apart).log2()).nansum().clamp(min=0))
+
+
+def guessed(images: data.Images, contexts: int) -> float:
+    """The highest accuracy possible for who knows the class, but not the context."""
+    names = images.test_labels.view(contexts, -1)
+    return float((names.unsqueeze(0) == names.unsqueeze(1)).sum(1).amax(0).float().mean() / contexts)
+
+
+@torch.no_grad()
+def times(networks: list[nn.Module], inputs: Tensor, repeats: int = 25) -> list[float]:
+    """The shortest time in seconds that each network takes for these inputs, of several in turn."""
+    took = [[math.inf] for _ in networks]
+    for _ in range(repeats):
+        for network, each in zip(networks, took, strict=True):
+            begin = time.perf_counter()
+            network(inputs)
+            if inputs.is_cuda:
+                torch.cuda.synchronize()
+            each.append(time.perf_counter() - begin)
+    return [min(each) for each in took]

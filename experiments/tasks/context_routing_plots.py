@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import torch
+from torch import Tensor
 
-from ..pictures import saved
+from ..pictures import saved, uncluttered
 from ..statistics import interval
-from .context_routing_measures import information
 
 if TYPE_CHECKING:
     from .context_routing import ContextRouting
@@ -41,8 +42,7 @@ def bars(task: ContextRouting, history: list[dict[str, Any]], title: str, path: 
     axes.set_ylim(0, 100)
     axes.set_ylabel("test accuracy over all contexts (%)")
     axes.set_xlabel("network, and its multiply-adds for an image, of those of all pathways")
-    axes.grid(axis="y", alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
+    uncluttered(axes, grid="y")
     figure.legend(loc="outside lower center", ncols=len(task.rules) + 1, frameon=False)
     return saved(figure, path)
 
@@ -58,7 +58,9 @@ def label(task: ContextRouting, network: str) -> str:
     return known.get(network) or f"learned routing\n{network.removeprefix('routed_')} of {task.pathways}"
 
 
-def routes(task: ContextRouting, history: list[dict[str, Any]], title: str, path: Path) -> Path:
+def routes(
+    task: ContextRouting, history: list[dict[str, Any]], information: Callable[[Tensor], float], title: str, path: Path
+) -> Path:
     """Gates of the first repetition, contexts × pathways: at the random start, and after rules that moved them."""
     rows = [*task.networks[1 : 1 + len(task.active)], "all_run"]
     shown = [e for e in history if e["network"] in rows and e["repetition"] == 0]

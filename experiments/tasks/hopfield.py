@@ -18,7 +18,7 @@ from bioopt.nn import Hopfield, ModernHopfield, SpikingHopfield
 
 from .. import data
 from . import Task, hopfield_plots
-from .hopfield_plots import RULES, THEORY, Dynamics, Recalled
+from .hopfield_plots import RULES, THEORY
 
 CUES = 40  # the most patterns of a memory that are recalled
 HELD = 0.9  # overlap: a random pattern is held with more than 0.96; one that is lost overlaps by about 0.35
@@ -160,8 +160,8 @@ class Recall(Task):
                 held = [line["digits"] for line in lines["digits"] if line[f"{name}_{cue}"] >= 0.9]
                 found[f"digits_{cue}_{name}"] = max(held, default=0)
         count = min(10, len(self.images))
-        dynamics = self._dynamics(count)
-        found["largest_rise_of_energy"] = dynamics.largest_rise
+        energies, units, patterns, spikes, digit, cue_duration = self._dynamics(count)
+        found["largest_rise_of_energy"] = max(0.0, energies.diff(dim=0).max().item())
         return found, [
             hopfield_plots.capacity(lines, half, line, title, folder / "capacity.png"),
             hopfield_plots.recall(
@@ -169,7 +169,9 @@ class Recall(Task):
                 f"{title}: one of {count} digits, from a cue with {self.flips:.0%} errors and from its half",
                 folder / "recall.png",
             ),
-            hopfield_plots.dynamics(dynamics, title, folder / "dynamics.png"),
+            hopfield_plots.dynamics(
+                energies, units, patterns, spikes, digit, cue_duration, title, folder / "dynamics.png"
+            ),
         ]  # fmt: skip
 
     def _random(self, count: int, n: int) -> Tensor:
@@ -195,19 +197,19 @@ class Recall(Task):
         memories["modern"].store(x)
         return memories
 
-    def _recalled(self, count: int) -> list[Recalled]:
-        """One digit's cue, path and result in each memory, for both kinds of cues."""
+    def _recalled(self, count: int) -> dict[tuple[str, str], tuple[list[Tensor], bool]]:
+        """One digit's states from the cue to the result, and whether it is right, for each kind of cue and memory."""
         which = min(3, count - 1)
-        memories, found = self._memories(count), []
+        memories, found = self._memories(count), {}
         for cue, cues in self._cues(self.images[which : which + 1]).items():
             for name, memory in memories.items():
                 states = [state.cpu() for state in _steps(memory, cues)]
                 right = _overlap(states[-1], self.images[which].cpu()).item() > RIGHT
-                found.append(Recalled(cue, name, states, right))
+                found[cue, name] = states, right
         return found
 
-    def _dynamics(self, count: int) -> Dynamics:
-        """Energies along asynchronous updates of random cues, and spikes from half of a digit."""
+    def _dynamics(self, count: int) -> tuple[Tensor, int, int, Tensor, Tensor, int]:
+        """The arguments of `hopfield_plots.dynamics`, for random patterns, and for half of a digit as the cue."""
         n = self.rules
         x = self._random(max(1, n // 10), n).double()
         memory = self._binary(Hopfield(n, device=self.device, dtype=torch.float64), x, "hebbian")
@@ -217,7 +219,7 @@ class Recall(Task):
         assert isinstance(spiking, SpikingHopfield)
         spikes = spiking.recall(self._cues(self.images[:1])["masked"]).spikes
         assert spikes is not None
-        return Dynamics(energies, n, len(x), spikes[:, 0].cpu(), self.images[0].cpu(), spiking.cue_duration)
+        return energies, n, len(x), spikes[:, 0].cpu(), self.images[0].cpu(), spiking.cue_duration
 
 
 def _steps(memory: Memory, cue: Tensor) -> list[Tensor]:

@@ -1,8 +1,7 @@
-"""Pictures of `hopfield`, and what they show."""
+"""Pictures of `hopfield`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,49 +15,24 @@ THEORY = 0.138  # patterns per neuron, in the limit of many neurons: Amit, Gutfr
 RULES = ("hebbian", "storkey", "pseudo_inverse")
 
 
-@dataclass
-class Recalled:
-    """The recall of a digit from a kind of cue: four states from the cue to the result, and whether that is right."""
-
-    cue: str
-    memory: str
-    states: list[Tensor]
-    right: bool
-
-
-@dataclass
-class Dynamics:
-    """Energies of states along updates of ``units`` units, of patterns with errors and of random states; and spikes."""
-
-    energies: Tensor  # updates × states
-    units: int
-    patterns: int
-    spikes: Tensor  # ms × units, of a spiking memory
-    digit: Tensor  # half of which was its cue
-    cue_duration: int
-
-    @property
-    def largest_rise(self) -> float:
-        """The largest increase of energy in an update, which is 0 in theory."""
-        return max(0.0, self.energies.diff(dim=0).max().item())
-
-
-def recall(found: list[Recalled], shape: tuple[int, ...], title: str, path: Path) -> Path:
-    """Cue, path and result in each memory, a row for each, for both kinds of cues."""
-    memories, cues = list(dict.fromkeys(each.memory for each in found)), list(dict.fromkeys(each.cue for each in found))
+def recall(
+    found: dict[tuple[str, str], tuple[list[Tensor], bool]], shape: tuple[int, ...], title: str, path: Path
+) -> Path:
+    """For each kind of cue and each memory, four states from the cue to the result, and whether that is right."""
+    cues, memories = (list(dict.fromkeys(names)) for names in zip(*found, strict=True))
     figure, grid = plt.subplots(len(memories), 9, figsize=(9.6, 1.15 * len(memories) + 0.9), layout="constrained")
     figure.suptitle(title)
-    for each in found:
-        row, first = memories.index(each.memory), 5 * cues.index(each.cue)
-        labels = (f"cue, {each.cue}", "→", "→", "result")
-        for column, (state, label) in enumerate(zip(each.states, labels, strict=True)):
+    for (cue, memory), (states, right) in found.items():
+        row, first = memories.index(memory), 5 * cues.index(cue)
+        labels = (f"cue, {cue}", "→", "→", "result")
+        for column, (state, label) in enumerate(zip(states, labels, strict=True)):
             axes = grid[row][first + column]
             axes.imshow(state.view(*shape).numpy(), cmap="Greys", vmin=-1, vmax=1)
             if row == 0:
                 axes.set_title(label, fontsize=8)
-        colour = "green" if each.right else "red"
-        grid[row][first + 3].set_xlabel("right" if each.right else "wrong", fontsize=8, color=colour)
-        grid[row][0].set_ylabel(each.memory.replace("_", "-\n"), fontsize=8)
+        colour = "green" if right else "red"
+        grid[row][first + 3].set_xlabel("right" if right else "wrong", fontsize=8, color=colour)
+        grid[row][0].set_ylabel(memory.replace("_", "-\n"), fontsize=8)
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[])
     for axes in grid[:, 4]:
@@ -66,28 +40,47 @@ def recall(found: list[Recalled], shape: tuple[int, ...], title: str, path: Path
     return saved(figure, path)
 
 
-def dynamics(found: Dynamics, title: str, path: Path) -> Path:
-    """Energy along asynchronous updates, and the spikes of some units."""
+def dynamics(
+    energies: Tensor,
+    units: int,
+    patterns: int,
+    spikes: Tensor,
+    digit: Tensor,
+    cue_duration: int,
+    title: str,
+    path: Path,
+) -> Path:
+    """Energies along asynchronous updates, of patterns with errors and of random states; and spikes of some units.
+
+    Args:
+        energies: updates × states.
+        units: of the memory that is updated.
+        patterns: in it.
+        spikes: ms × units, of a spiking memory.
+        digit: half of which was its cue.
+        cue_duration: in ms.
+        title: above the picture.
+        path: where to write it.
+    """
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     figure.suptitle(title)
-    energies, n = found.energies, found.units
-    updates = np.arange(len(energies)) / n
-    corrupted = min(10, found.patterns)
-    left.plot(updates, energies[:, :corrupted] / n, color="tab:blue", linewidth=0.9)
-    left.plot(updates, energies[:, corrupted:] / n, color="tab:orange", linewidth=0.9)
+    updates = np.arange(len(energies)) / units
+    corrupted = min(10, patterns)
+    left.plot(updates, energies[:, :corrupted] / units, color="tab:blue", linewidth=0.9)
+    left.plot(updates, energies[:, corrupted:] / units, color="tab:orange", linewidth=0.9)
     left.plot([], [], color="tab:blue", label="patterns with errors")
     left.plot([], [], color="tab:orange", label="random states")
     left.set(
-        xlabel="updates of each unit", ylabel="energy / units", title=f"Hopfield, {n} units, {found.patterns} patterns"
+        xlabel="updates of each unit", ylabel="energy / units", title=f"Hopfield, {units} units, {patterns} patterns"
     )
     left.set_xlim(0, min(8, updates[-1]))
     left.legend(frameon=False)
-    order = found.digit.sort(descending=True, stable=True).indices
+    order = digit.sort(descending=True, stable=True).indices
     some = order[:: max(1, len(order) // 150)]
-    time, unit = found.spikes[:, some].nonzero(as_tuple=True)
+    time, unit = spikes[:, some].nonzero(as_tuple=True)
     right.plot(time, unit, "|", markersize=2.5, color="black")
-    right.axvspan(0, found.cue_duration, color="tab:blue", alpha=0.15, linewidth=0)
-    active = int((found.digit[some] > 0).sum())
+    right.axvspan(0, cue_duration, color="tab:blue", alpha=0.15, linewidth=0)
+    active = int((digit[some] > 0).sum())
     right.axhline(active - 0.5, color="tab:red", linewidth=0.8)
     right.set_ylim(len(some), -1)
     right.set(xlabel="ms (blue: half of a digit as the cue)", ylabel="some units, those of the digit first")

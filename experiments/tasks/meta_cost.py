@@ -24,7 +24,7 @@ from ..phases import assemble, fit_cost, split
 from ..problems import POSED
 from ..statistics import with_interval
 from . import Task, meta_cost_plots
-from .meta_cost_result import LOOPS, STRATEGIES, Result
+from .meta_cost_plots import LOOPS, STRATEGIES, Result
 
 LEAST = 0.02  # smaller shares are set to 0: they would take time and have hardly any effect
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from bioopt.nn import RBM
 from experiments import likelihood, models
 from experiments.run import run
-from experiments.tasks import spin_glass, spin_glass_systems
+from experiments.tasks import spin_glass
 
 from ..commands import config
 from ..test_contrastive import log_z, machine, states
@@ -63,7 +63,7 @@ def test_annealing_without_steps_between_is_importance_sampling() -> None:
 def test_a_glass_has_the_energies_and_overlaps_of_all_its_states() -> None:
     torch.manual_seed(0)
     t = ladder(0.3, 0.6, 1.2)
-    glass = spin_glass_systems.SpinGlass(8, 5, t)
+    glass = spin_glass.SpinGlass(8, 5, t)
     glass.run(200, False)
     glass.run(2000, True)
     s = spins(8)
@@ -83,13 +83,13 @@ def test_a_glass_has_the_energies_and_overlaps_of_all_its_states() -> None:
 
 def test_couplings_have_the_variance_of_the_model() -> None:
     torch.manual_seed(0)
-    upper = spin_glass_systems.SpinGlass(100, 4, ladder(1.0, 2.0)).couplings[:, *torch.triu_indices(100, 100, 1)]
+    upper = spin_glass.SpinGlass(100, 4, ladder(1.0, 2.0)).couplings[:, *torch.triu_indices(100, 100, 1)]
     assert abs(upper.var().item() * 100 - 1) < 4 * (2 / upper.numel()) ** 0.5
 
 
 def test_quenched_states_are_stable() -> None:
     torch.manual_seed(0)
-    glass = spin_glass_systems.SpinGlass(60, 3, ladder(0.2, 0.4, 0.8, 1.6))
+    glass = spin_glass.SpinGlass(60, 3, ladder(0.2, 0.4, 0.8, 1.6))
     coldest = (glass.energy() / 60).flatten(1).amin(1)
     assert (glass.ground_states() < coldest - 0.2).all()  # from random states, with no sweep at all
     glass.run(300, False)
@@ -100,7 +100,7 @@ def test_a_machine_at_other_temperatures_has_the_distribution_of_all_its_states(
     torch.manual_seed(0)
     rbm = machine(2).float()
     t = ladder(0.5, 1.0, 2.0)
-    samples = spin_glass_systems.MachineSamples(rbm, torch.full((4,), 0.4), 20, t)
+    samples = spin_glass.MachineSamples(rbm, torch.full((4,), 0.4), 20, t)
     samples.run(100, False)
     samples.run(3000, True)
     v, h = states(4).float(), states(3).float()
