@@ -18,48 +18,49 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments import interrupts
-from experiments.config import saved
+from experiments.config import renamed_word, saved, with_new_names
 from experiments.options import check, check_names
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(config: DictConfig) -> None:
-    """One run; what goes wrong in a known way is told in a sentence."""
+    """One run, or one of a sweep; an expected error ends it with a sentence."""
     others = [option for option in HydraConfig.get().overrides.task if not option.startswith("resume=")]
     if config.resume is not None and others and HydraConfig.get().mode == RunMode.RUN:
         sys.exit(f"error: resume={config.resume} goes on with the options of that run; leave out {' '.join(others)}")
-    # Not before they are needed: --help is to come at once.
+    config = with_new_names(config)
+    # Imported where they are needed, so that --help is quick.
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         from experiments.sweeps import run_one
 
         run_one(config)
         return
     try:
-        # What is wrong with the options is said before seconds of imports.
+        # Mistakes in the options are reported before imports that take seconds.
         if config.resume is None:
             check(config)
         else:
             saved(Path(str(config.resume)))
-        from experiments.training import run
+        from experiments.run import run
 
         run(config)
     except (ValueError, TypeError, RuntimeError, OSError, OmegaConfBaseException, InstantiationException) as error:
         interrupts.check()  # a rank whose peers were interrupted before it
         if os.environ.get("HYDRA_FULL_ERROR"):
             raise
-        # Hydra says what it could not find or make; why not is in the cause.
+        # Hydra's message has what it could not build; the cause has why.
         cause = error.__cause__ if isinstance(error, InstantiationException) else None
         why = f"{str(error).split(', set env var')[0]}: {cause}" if cause is not None else error
         sys.exit(f"error: {why}\n(HYDRA_FULL_ERROR=1 shows where)")
 
 
 def optimizers() -> str:
-    """For ``--help``: each optimizer in a line, by family, as the first line of its file has it."""
+    """For ``--help``: a line for each optimizer, by family, from the first line of its file."""
     lines: dict[str, list[str]] = {}
     for path in sorted((Path(__file__).parent / "conf" / "optimizer").glob("*.yaml")):
         with path.open(encoding="utf-8") as file:
             first = file.readline().strip()
-        if not first.startswith("# "):  # it does not say
+        if not first.startswith("# "):
             first = "# Others: "
         family, _, text = first.removeprefix("# ").partition(": ")
         lines.setdefault(family, []).append(f"  {path.stem:<22} {text}")
@@ -71,6 +72,7 @@ OmegaConf.register_new_resolver("optimizers", optimizers, replace=True)
 
 if __name__ == "__main__":
     with interrupts.reported():
+        sys.argv[1:] = [renamed_word(word) if "=" in word else word for word in sys.argv[1:]]
         words = [word for word in sys.argv[1:] if "=" in word and not word.startswith("-")]
         own = any(word.startswith(("--config", "-c", "hydra.searchpath")) for word in sys.argv[1:])
         try:

@@ -1,4 +1,4 @@
-"""What a configuration names, built: network, cost, optimizer, schedule."""
+"""Networks, costs, optimizers and schedules, built from a configuration."""
 
 from __future__ import annotations
 
@@ -15,24 +15,21 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 import bioopt
-from bioopt.costs import Cost
 from bioopt import find_synapses
+from bioopt.costs import Cost, CrossEntropy
 
 from . import data
-from .options import OF_TASKS, unknown
+from .checks import unknown
+from .learner import Block, Learner
+from .options import OF_TASKS
 
 COSTS = Path(__file__).parent.parent / "conf" / "cost"
-APART = {
-    "name",
-    "per_data",
-    "per_model",
-    "schedule",
-    "wants",
-}  # of an optimizer's options, what its class does not take
+# Of an optimizer's options, those that are not keywords of its class.
+NOT_KEYWORDS = {"name", "per_data", "per_model", "requires", "schedule"}
 
 
-def made(option: str, spec: Any, *args: Any, **options: Any) -> Any:
-    """What ``_target_`` makes; what is wrong with it is told by the option that asked for it."""
+def instantiated(option: str, spec: Any, *args: Any, **options: Any) -> Any:
+    """An object of ``_target_``; an error names the option that asked for it."""
     try:
         return instantiate(spec, *args, _convert_="all", **options)
     except InstantiationException as error:
@@ -40,28 +37,28 @@ def made(option: str, spec: Any, *args: Any, **options: Any) -> Any:
 
 
 def check_keywords(config: DictConfig) -> None:
-    """Refuse options that what ``_target_`` names does not take."""
+    """Refuse options that are not keywords of the ``_target_`` that they are given to."""
     plain = OmegaConf.to_container(config, resolve=True)
     assert isinstance(plain, dict)
-    given = {key: plain.get(key) for key in ("optimizer", "model", "task", "afterwards")}
+    given = {key: plain.get(key) for key in ("optimizer", "model", "task", "final_analysis")}
     given["readout.optimizer"] = plain["readout"]["optimizer"]
     for part in OF_TASKS:
         given |= {f"{part}.{name}": spec for name, spec in (plain.get(part) or {}).items()}
     for option, spec in given.items():
         if isinstance(spec, dict) and "_target_" in spec:
-            own = APART if option.startswith(("optimizer", "rules")) else {"name"}
+            own = NOT_KEYWORDS if option.startswith(("optimizer", "rules")) else {"name"}
             _check_keywords(option, spec["_target_"], [str(key) for key in spec if key not in own])
 
 
 def _check_keywords(option: str, target: str, given: list[str]) -> None:
     try:
-        made = get_object(target)
-    except Exception:  # what is wrong with it is for `instantiate` to say
+        found = get_object(target)
+    except Exception:  # `instantiate` will report it
         return
     known: set[str] = set()
-    # What a class passes on by **options is for the next in line, and of a rule at last for its `descent`.
+    # A class passes its **options on to the next in its MRO, and a rule at last to its `descent`.
     chain: list[Any] = (
-        [vars(c)["__init__"] for c in made.__mro__ if "__init__" in vars(c)] if isinstance(made, type) else [made]
+        [vars(c)["__init__"] for c in found.__mro__ if "__init__" in vars(c)] if isinstance(found, type) else [found]
     )
     while chain:
         parameters = {**inspect.signature(chain.pop(0)).parameters}
@@ -71,7 +68,7 @@ def _check_keywords(option: str, target: str, given: list[str]) -> None:
         if "descent" in parameters:
             chain = [parameters["descent"].default]
         if not chain or "descent" in given:
-            return  # not known here
+            return  # which keywords it takes is not known here
     for name in given:
         if name not in known and name not in ("_target_", "_partial_", "_args_", "_convert_", "_recursive_"):
             raise unknown(f"{option}.{name}", [f"{option}.{other}" for other in sorted(known - {"self"})])
@@ -80,12 +77,12 @@ def _check_keywords(option: str, target: str, given: list[str]) -> None:
 def build_model(config: DictConfig, images: data.Images) -> nn.Module:
     """The network of ``model=``, for the shape and classes of the data."""
     options = {k: v for k, v in config.model.items() if k != "name"}
-    model: nn.Module = made(f"model={config.model.name}", options, shape=images.shape, classes=images.classes)
-    return model.to(memory_format=torch.channels_last)  # half the time
+    model: nn.Module = instantiated(f"model={config.model.name}", options, shape=images.shape, classes=images.classes)
+    return model.to(memory_format=torch.channels_last)  # convolutions take half the time
 
 
 def freeze(model: nn.Module, parts: Sequence[str | int]) -> None:
-    """Keep these parts of the model, by their names, at their random start."""
+    """Freeze these parts of the model, by their names, at their random start."""
     if isinstance(parts, str | int):
         raise ValueError(f"frozen={parts} must be a list of parts, such as [{parts}]")
     for part in map(str, parts):
@@ -97,7 +94,7 @@ def freeze(model: nn.Module, parts: Sequence[str | int]) -> None:
 
 
 def build_cost(spec: Any, option: str = "cost") -> Cost:
-    """A cost by its name in ``conf/cost``, or by its name and options; by ``_target_``, one of your own."""
+    """A cost by its name in ``conf/cost``, with options or without; or one of the user's own, by ``_target_``."""
     given = {"name": spec} if isinstance(spec, str) else OmegaConf.to_container(OmegaConf.create(spec), resolve=True)
     options = {str(key): value for key, value in given.items()} if isinstance(given, dict) else {}
     name, path = options.get("name"), COSTS / f"{options.get('name')}.yaml"
@@ -110,7 +107,8 @@ def build_cost(spec: Any, option: str = "cost") -> Cost:
     if name == "mixture":
         if not isinstance(kept["weights"], dict):
             raise ValueError(
-                f"{option}.weights={kept['weights']} must say how much of which: '{{cross_entropy: 1, sparsity: 0.1}}'"
+                f"{option}.weights={kept['weights']} must give the weight of each cost, as in "
+                "'{cross_entropy: 1, sparsity: 0.1}'"
             )
         kept["costs"] = {part: build_cost(part, f"{option}.weights") for part in kept["weights"]}
     try:
@@ -125,34 +123,39 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer of ``optimizer=``: rules get the model or its parts, plain torch optimizers their parameters.
 
-    ``whole``: the network of which ``model`` is an area, for options of parts that lie elsewhere.
+    Args:
+        config: of the run.
+        model: to be trained.
+        group: of the processes that share the run, if there are several.
+        whole: the network of which ``model`` is a block, where options of parts may belong to other blocks.
     """
-    options = {k: v for k, v in config.optimizer.items() if k not in APART}
+    options = {k: v for k, v in config.optimizer.items() if k not in NOT_KEYWORDS}
     make = instantiate(options, _partial_=True, _convert_="all")
     parts = OmegaConf.to_container(config.optimizer.get("per_model", {}).get(config.model.name, OmegaConf.create()))
     try:
         is_class = isinstance(make.func, type)  # or a function that takes the model, as the random trunk is
         rule = is_class and issubclass(make.func, bioopt.LearningRule)
         if group is not None and not rule:
-            raise ValueError("it does not speak to other ranks; run it without torchrun")
-        together = {"process_group": group} if group is not None else {}
+            raise ValueError("it cannot share a run with other ranks; run it without torchrun")
+        shared = {"process_group": group} if group is not None else {}
         by_part = groups(model, parts, whole or model)
-        local = is_class and issubclass(make.func, bioopt.SynapticRule) and make.keywords.get("readout", "delta")
+        local = is_class and issubclass(make.func, bioopt.LocalRule) and make.keywords.get("readout", "delta")
         if whole is not None and local == "delta" and len(find_synapses(model)) == 1:
-            # A readout and nothing else, which learns by its local error as that of the whole network does.
+            # The block is a readout alone; it learns by its local error, as the readout of a whole network does.
             rate = make.keywords.get("readout_lr") or make.keywords["lr"]
             return torch.optim.SGD(model.parameters(), lr=rate, **(make.keywords.get("readout_options") or {}))
         given = by_part if rule else parameters(by_part) if is_class else model
-        optimizer: torch.optim.Optimizer = make(given, **together)
+        optimizer: torch.optim.Optimizer = make(given, **shared)
     except (TypeError, ValueError) as error:
-        wants = {k: v for k, v in config.optimizer.get("wants", {}).items() if OmegaConf.select(config, k) != v}
-        way_out = ". It wants " + " ".join(f"{k.removesuffix('.name')}={v}" for k, v in wants.items()) if wants else ""
+        required = config.optimizer.get("requires", {}).items()
+        lacking = [f"{k.removesuffix('.name')}={v}" for k, v in required if OmegaConf.select(config, k) != v]
+        way_out = f". It requires {' '.join(lacking)}" if lacking else ""
         raise ValueError(f"optimizer={config.optimizer.name}: {error}{way_out}") from error
     return optimizer
 
 
 def with_rule(config: DictConfig, rule: str, **options: Any) -> DictConfig:
-    """The run as if one of its ``rules`` were its optimizer, with these options as far as the rule has them."""
+    """The run with one of its ``rules`` as its optimizer, and with those of these options that the rule has."""
     run = config.copy()
     OmegaConf.set_struct(run, False)
     run.optimizer = OmegaConf.to_container(config.rules[rule], resolve=True)
@@ -160,8 +163,24 @@ def with_rule(config: DictConfig, rule: str, **options: Any) -> DictConfig:
     return run
 
 
+def build_learner(run: DictConfig, model: nn.Module, name: str, of: str, schedule_steps: int = 0) -> Learner:
+    """A learner of a whole network by cross-entropy, with the optimizer of a run.
+
+    Args:
+        run: the run; see `with_rule`.
+        model: the network.
+        name: of the learner in error messages.
+        of: the option that holds its learning rate, as ``rules.sgd``, in error messages.
+        schedule_steps: over which the run's schedule changes the learning rate; 0: it stays constant.
+    """
+    optimizer = build_optimizer(run, model)
+    scheduler = build_schedule(run.schedule, optimizer, schedule_steps) if schedule_steps else None
+    block = Block(model, CrossEntropy(), optimizer, scheduler)
+    return Learner(model, [block], name=name, rate=f"{of}.lr={run.optimizer.lr}")
+
+
 def groups(model: nn.Module, parts: Any, whole: nn.Module) -> Any:
-    """The model, or groups of its modules where there are options for parts: each takes those of the nearest part."""
+    """The model, or groups of its modules where there are options for parts; each module is in its nearest part's."""
     parts = _flat(parts)
     present = dict(model.named_modules())
     for name in parts:
@@ -170,20 +189,20 @@ def groups(model: nn.Module, parts: Any, whole: nn.Module) -> Any:
     parts = {name: own for name, own in parts.items() if name in present}
     if not parts:
         return model
-    made: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, Any]] = {}
     for name, module in present.items():
         if [*module.parameters(recurse=False)]:
             part = max((part for part in parts if f"{name}.".startswith(f"{part}.")), key=len, default="")
-            made.setdefault(part, {"params": [], **parts.get(part, {})})["params"].append((name, module))
-    return list(made.values())
+            found.setdefault(part, {"params": [], **parts.get(part, {})})["params"].append((name, module))
+    return list(found.values())
 
 
 def parameters(given: Any) -> list[dict[str, Any]]:
-    """A model, or groups of its parts, as groups of parameters, which is what plain torch optimizers take."""
-    made = given if isinstance(given, list) else [{"params": [("", given)]}]
+    """The parameters of a model, or of groups of its parts, as the param groups of a plain torch optimizer."""
+    modules = given if isinstance(given, list) else [{"params": [("", given)]}]
     seen: set[nn.Parameter] = set()
     result = []
-    for group in made:
+    for group in modules:
         found = [p for _, module in group["params"] for p in module.parameters() if p not in seen]
         seen |= set(found)
         result.append({**group, "params": found})
@@ -191,7 +210,7 @@ def parameters(given: Any) -> list[dict[str, Any]]:
 
 
 def _flat(parts: Any, prefix: str = "") -> dict[str, dict[str, Any]]:
-    """``{"trunk": {"block1": {"lr": 1}}}`` as ``{"trunk.block1": {"lr": 1}}``; what is no part's is left out."""
+    """``{"trunk": {"block1": {"lr": 1}}}`` as ``{"trunk.block1": {"lr": 1}}``; options outside of parts are dropped."""
     found: dict[str, dict[str, Any]] = {}
     for name, value in (parts or {}).items():
         if isinstance(value, dict):

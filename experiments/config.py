@@ -1,10 +1,12 @@
-"""Configurations as plain values: what a run's folder holds of them, and which options make a difference.
+"""Configurations as plain values: read from a run's folder, and compared by the options that make a difference.
 
 Imports nothing of ours and no torch: it is loaded before a run is chosen.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,77 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-# Options of where and how a run is made: its result does not depend on them.
+# Options of where and how a run is made, on which its result does not depend.
 LOCAL = {"data.root", "device", "diagnostics", "logger", "resume", "run_dir", "sweep", "threads"}
-# What runs that are averaged may differ in.
+# Options in which runs may differ that are averaged.
 RESULT_INDEPENDENT = LOCAL | {"optimizer.seed", "seed"}
+# Names that have changed, accepted for one release: of options (those of optimizers in rules as well), and of classes.
+RENAMED = {
+    "afterwards": "final_analysis",
+    "final_analysis.dream": "final_analysis.gibbs_steps",
+    "optimizer.losers": "optimizer.loser_strength",
+    "optimizer.wants": "optimizer.requires",
+    "task.disguise": "task.permute",
+}
+MOVED = {
+    "experiments.architectures.Architectures": "experiments.tasks.architectures.Architectures",
+    "experiments.boltzmann.Valleys": "experiments.tasks.spin_glass.Valleys",
+    "experiments.boltzmann.likelihood": "experiments.likelihood.likelihood",
+    "experiments.context_routing.ContextRouting": "experiments.tasks.context_routing.ContextRouting",
+    "experiments.delayed_recall.DelayedRecall": "experiments.tasks.delayed_recall.DelayedRecall",
+    "experiments.hopfield.Recall": "experiments.tasks.hopfield.Recall",
+    "experiments.meta_cost.MetaCost": "experiments.tasks.meta_cost.MetaCost",
+    "experiments.savings.Savings": "experiments.tasks.savings.Savings",
+}
+
+
+def with_new_names(config: DictConfig) -> DictConfig:
+    """The configuration with new names in place of old ones; each is printed, as a user may have typed it."""
+    plain = OmegaConf.to_container(config)
+    if not (notes := rename(plain)):
+        return config
+    for note in notes:
+        print(f"warning: {note}; the old name is accepted in this release only", flush=True)
+    return OmegaConf.create(plain)  # type: ignore[return-value]
+
+
+def rename(plain: Any) -> list[str]:
+    """Replace old names of options and classes in plain values, in place; returns what was replaced."""
+    notes = []
+    of_rules = {
+        old.replace("optimizer", f"rules.{rule}"): new.replace("optimizer", f"rules.{rule}")
+        for old, new in RENAMED.items()
+        if old.startswith("optimizer.")
+        for rule in plain.get("rules") or {}
+    }
+    for old, new in (RENAMED | of_rules).items():
+        *parents, old_name = old.split(".")
+        part = functools.reduce(lambda part, name: (part or {}).get(name), parents, plain)
+        if isinstance(part, dict) and old_name in part:
+            value, new_name = part.pop(old_name), new.rpartition(".")[2]
+            part[new_name] = value if part.get(new_name) is None else part[new_name]
+            notes.append(f"{old} is called {new} now")
+    for name in ("task", "final_analysis"):
+        part = plain.get(name)
+        if isinstance(part, dict) and (moved := MOVED.get(part.get("_target_", ""))):
+            notes.append(f"{name}._target_={part['_target_']} is {moved} now")
+            part["_target_"] = moved
+    return notes
+
+
+def renamed_word(word: str) -> str:
+    """An override as it was typed, with the new name of its option; an old name is printed."""
+    key, equals, value = word.partition("=")
+    bare = key.lstrip("+~")
+    for old, new in RENAMED.items():
+        if bare == old or bare.startswith(f"{old}."):
+            bare = new + bare.removeprefix(old)
+    if bare != key.lstrip("+~"):
+        print(
+            f"warning: {key.lstrip('+~')} is called {bare} now; the old name is accepted in this release only",
+            flush=True,
+        )
+    return key.removesuffix(key.lstrip("+~")) + bare + equals + value
 
 
 def resolved(config: DictConfig) -> dict[str, Any]:
@@ -27,17 +96,20 @@ def resolved(config: DictConfig) -> dict[str, Any]:
 
 
 def run_group(config: Any) -> dict[str, Any]:
-    """All options that a result depends on, but the seed: runs of one group may be averaged."""
-    return {key: value for key, value in flat(config).items() if not is_result_independent(key)}
+    """All options that a result depends on, except the seed: runs of one group may be averaged."""
+    plain = copy.deepcopy(config)
+    rename(plain)
+    return {key: value for key, value in flat(plain).items() if not is_result_independent(key)}
 
 
 def is_result_independent(key: str) -> bool:
-    """Whether an option is the seed, or one that a result does not depend on."""
-    return key in RESULT_INDEPENDENT or key.split(".")[0] in RESULT_INDEPENDENT
+    """Whether an option is the seed, or one on which a result does not depend."""
+    # The options that `per_data` has for the run's own data set are among those of the run.
+    return is_local(key) or key in RESULT_INDEPENDENT or key.startswith("optimizer.per_data.")
 
 
 def is_local(key: str) -> bool:
-    """Whether an option is of where and how a run is made."""
+    """Whether an option says only where and how a run is made."""
     return key in LOCAL or key.split(".")[0] in LOCAL
 
 
@@ -50,7 +122,7 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def name_of(options: list[str]) -> str:
-    """A name for a folder, of options as they were typed; of long ones the beginning, and a hash of all."""
+    """A name for a folder, made of options as they were typed; long names are cut and end with a hash of all."""
     name = ",".join(sorted(options)).replace("/", "_").replace("'", "").replace('"', "").replace(" ", "") or "defaults"
     return name if len(name) <= 120 else f"{name[:110]}-{hashlib.sha1(name.encode()).hexdigest()[:8]}"
 
@@ -70,12 +142,14 @@ def read(folder: Path) -> DictConfig:
     if not known:
         raise ValueError(f"{folder} is not a run's folder: its config.yaml is damaged, or was not written by train.py")
     assert isinstance(config, DictConfig)
-    refuse_interpolations(OmegaConf.to_container(config), f"{path}: ")
-    return config
+    plain = OmegaConf.to_container(config)
+    rename(plain)
+    refuse_interpolations(plain, f"{path}: ")
+    return OmegaConf.create(plain)  # type: ignore[return-value]
 
 
 def saved(folder: Path) -> DictConfig:
-    """The configuration of the run that is to go on."""
+    """The configuration of a run that is resumed."""
     if not (folder / "config.yaml").exists():
         raise ValueError(f"resume={folder} is not a run's folder: it has no config.yaml")
     refuse_finished(folder)
@@ -86,13 +160,13 @@ def saved(folder: Path) -> DictConfig:
 
 
 def refuse_finished(folder: Path) -> None:
-    """Raise where a run need not go on."""
+    """Raise where a run has finished already."""
     if (folder / "summary.json").exists():
         raise ValueError(f"resume={folder} has finished: see its summary.json")
 
 
 def refuse_interpolations(plain: Any, where: str, key: str = "") -> None:
-    """Raise for a value that something else would be put in the place of, an environment variable, say."""
+    """Raise for a value that contains an interpolation, of an environment variable for example."""
     if isinstance(plain, dict):
         for name, value in plain.items():
             refuse_interpolations(value, where, f"{key}.{name}" if key else str(name))

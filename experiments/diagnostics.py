@@ -1,4 +1,4 @@
-"""What a rule does inside a network while it learns, measured now and then without changing the run."""
+"""What a rule does inside a network while it learns, measured at intervals without changing the run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .models import Triangle
 
 
 class Diagnostics:
-    """Measures, every so many steps, for each layer or parameter by its name, what a rule does.
+    """Measures at intervals what a rule does in each layer, or to each parameter.
 
     - ``cosine``, ``signal_to_noise``: of the rule's updates against the gradient (`bioopt.diagnose`);
     - ``update_ratio``: length of the step's change over length of the weights;
@@ -34,14 +34,12 @@ class Diagnostics:
     Activities are those after the nonlinearity that follows a layer, in evaluation mode, for the first test images.
 
     Args:
-        options: ``every`` so many steps (or never, where null), ``samples`` updates compared with the gradient, and
-            ``images`` whose activities are looked at.
+        options: ``every``: steps between two measurements (``None``: never), ``samples``: updates compared with the
+            gradient; ``images``: whose activities are recorded.
         model: the network.
-        layers: whose activity is looked at.
+        layers: whose activity is recorded.
         optimizer: what trains it.
         images: the data.
-        lines: what an interrupted run has measured so far.
-        fields: the first layer's weights at the start and after each epoch so far.
     """
 
     def __init__(
@@ -51,8 +49,6 @@ class Diagnostics:
         layers: list[bioopt.Synapse],
         optimizer: torch.optim.Optimizer,
         images: Images,
-        lines: list[dict[str, Any]],
-        fields: list[Tensor],
     ) -> None:
         every, samples, of = options["every"], options["samples"], options["images"]
         for name, value, least in (("every", every, 1), ("samples", samples, 2), ("images", of, 1)):
@@ -62,16 +58,16 @@ class Diagnostics:
         self.every: int | None = every
         self.samples, self.model, self.optimizer, self.images = samples, model, optimizer, images
         self.layers = {synapse.layer: synapse for synapse in layers}
-        self.lines, self.fields = lines, fields
-        self.seconds = 0.0  # spent here
+        self.lines: list[dict[str, Any]] = []  # measured so far
+        self.fields: list[Tensor] = []  # the first layer's weights at the start and after each epoch
+        self.seconds = 0.0  # spent on measurements
         if every is not None:
             self._inputs = images.prepare(images.test_images[:of])
-            if not fields:
-                self._keep_fields()
+            self._keep_fields()
 
     @contextlib.contextmanager
     def around(self, step: int, closure: Callable[[], Tensor]) -> Iterator[None]:
-        """Measure before and after what happens inside, where it is time to."""
+        """Measure before and after the step inside, if this is one of the steps to measure."""
         if self.every is None or step % self.every:
             yield
             return
@@ -82,7 +78,7 @@ class Diagnostics:
             for name, values in bioopt.diagnose(self.optimizer, closure, self.samples).items():
                 for what in ("cosine", "signal_to_noise"):
                     found.setdefault(what, {})[name] = values[what]
-        for buffer, kept in buffers:  # whose owners may learn from whatever they see, as `models.Whiten` does
+        for buffer, kept in buffers:  # modules such as `models.Whiten` learn from every input
             buffer.copy_(kept)
         found |= self._activity()
         before = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
@@ -101,7 +97,7 @@ class Diagnostics:
         self.seconds += time.perf_counter() - begin
 
     def epoch(self, folder: Path) -> None:
-        """Write ``diagnostics.jsonl``, and keep how the first layer looks now."""
+        """Write ``diagnostics.jsonl``, and keep a copy of the first layer's weights."""
         if self.every is None:
             return
         write_lines(folder / "diagnostics.jsonl", self.lines)
@@ -115,7 +111,7 @@ class Diagnostics:
     @torch.no_grad()
     def _activity(self) -> dict[str, dict[str, float]]:
         found: dict[str, dict[str, float]] = {}
-        last: list[bioopt.Synapse] = []  # the layer whose nonlinearity has not come yet
+        last: list[bioopt.Synapse] = []  # the layer whose nonlinearity has not run yet
 
         def look(module: nn.Module, args: Any, output: Tensor) -> None:
             if module in self.layers:
@@ -140,7 +136,7 @@ class Diagnostics:
 
     @torch.no_grad()
     def pictures(self, model: nn.Module, title: str, folder: Path) -> list[Path]:
-        """What a finished run shows: its course, its errors, and how its receptive fields came about."""
+        """Pictures of a finished run: the measurements, its errors, and how its receptive fields developed."""
         if self.every is None:
             return []
         model.eval()

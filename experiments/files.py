@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and folders that one process holds. Imports nothing of ours."""
+"""Files that are written whole or not at all, and folders locked by one process. Imports nothing of ours."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def alone(folder: Path, refusal: str) -> Iterator[None]:
-    """Hold a folder for this process; another that holds it is not waited for, as it may take hours.
+    """Lock a folder for this process; if another has locked it, do not wait, as that may take hours.
 
     Raises:
-        ValueError: another process holds it.
+        ValueError: another process has locked it.
     """
     with contextlib.ExitStack() as stack:
         try:

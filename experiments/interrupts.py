@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a command in one line that says how to go on, with exit code 130 or 143.
+"""Ctrl-C and SIGTERM end a command with one line, which has the command to resume it, and exit code 130 or 143.
 
 This module is loaded before anything else of a run, so it must not import torch.
 """
@@ -18,19 +18,19 @@ _command: str | None = None
 
 
 def go_on_with(command: str | None) -> None:
-    """The command that continues what is under way; none where there is nothing to continue."""
+    """Set the command that resumes the current work; ``None`` where nothing can be resumed."""
     global _command
     _command = command
 
 
 def check() -> None:
-    """Raise the interrupt once more, where a signal came and the code it fell into swallowed its exception."""
+    """Raise KeyboardInterrupt again if a signal has come and the code it interrupted swallowed its exception."""
     if _received is not None:
         raise KeyboardInterrupt
 
 
 def catch() -> None:
-    """From now on, SIGTERM raises KeyboardInterrupt too; what is ignored, as under nohup, stays ignored."""
+    """From now on SIGTERM raises KeyboardInterrupt too; a signal that is ignored, as under nohup, stays ignored."""
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _interrupt)
@@ -38,7 +38,7 @@ def catch() -> None:
 
 @contextlib.contextmanager
 def reported() -> Iterator[None]:
-    """End the process in one line when it is interrupted; of several ranks, the first says it."""
+    """End the process with one line when it is interrupted; of several ranks, the first prints it."""
     catch()
     try:
         yield
@@ -51,7 +51,7 @@ def reported() -> Iterator[None]:
 
 
 def exit_code() -> int:
-    """Of a process that a signal ended, as shells count."""
+    """The exit code of a process that a signal ended, by the convention of shells."""
     return 128 + (_received or signal.SIGINT)
 
 
@@ -60,8 +60,8 @@ def _interrupt(number: int, _: Any) -> None:
     if _received is None:
         _received = number
         raise KeyboardInterrupt
-    # The first is being handled. A second Ctrl-C is impatience and ends the process at once; but one of several
-    # processes gets the same Ctrl-C from the terminal and again from the process that started it.
+    # The first signal is being handled. A second Ctrl-C ends the process at once; but one of several processes
+    # gets the same Ctrl-C twice, from the terminal and from the process that started it.
     one_of_several = "RANK" in os.environ or multiprocessing.parent_process() is not None
     if number == signal.SIGINT and not one_of_several:
         signal.signal(number, signal.SIG_DFL)

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: the terminal, the run's folder, and W&B."""
+"""The log of a run: on the terminal, in the run's folder, and in W&B."""
 
 from __future__ import annotations
 
@@ -19,19 +19,18 @@ from tqdm import tqdm
 from .config import run_group
 from .files import write_json, write_lines
 from .ranks import Ranks
-from .statistics import readable
 
 CONTROLS = ("sgd", "adam", "random_trunk")
 
 
 class RunLog:
-    """Writes one run: a line an epoch on the terminal, ``metrics.jsonl``, and the same to W&B.
+    """Writes one run: a line for each round on the terminal and in ``metrics.jsonl``, and its numbers to W&B.
 
     Args:
         folder: the run's folder.
         config: the resolved configuration, plain containers.
-        wandb_id: of an interrupted run that goes on.
-        history: what it has logged so far, one dict an epoch.
+        wandb_id: of an interrupted run that is resumed.
+        history: the lines of the rounds so far.
     """
 
     def __init__(
@@ -42,7 +41,7 @@ class RunLog:
         self._every = config["logger"]["every"]
         self._epochs = config["epochs"]
         self._wandb = _start_wandb(config, folder, wandb_id)
-        # Lines of an epoch that was not finished are dropped with it.
+        # Drops lines of a round that was not finished.
         self._write_metrics()
 
     @property
@@ -51,13 +50,13 @@ class RunLog:
         return self._wandb.id if self._wandb is not None else None
 
     def batches(self, batches: Iterator[Any], total: int, epoch: int) -> Iterator[Any]:
-        """Go through the batches, with a progress bar where somebody watches a terminal."""
+        """Iterate over the batches, with a progress bar where the output is a terminal."""
         label = f"epoch {epoch}/{self._epochs}"
         watched = sys.stderr.isatty() and Ranks().first
         return iter(tqdm(batches, label, total, leave=False, unit="batch", disable=not watched))
 
     def step(self, step: int, loss: Tensor, diagnostics: list[dict[str, Any]]) -> None:
-        """Log a training loss to W&B now and then, and what was measured inside the network in this step."""
+        """Log to W&B the training loss every ``logger.every`` steps, and the diagnostics of this step if any."""
         if self._wandb is None:
             return
         if step % self._every == 0:
@@ -66,39 +65,25 @@ class RunLog:
             line = {f"diagnostics/{name}": value for name, value in diagnostics[-1].items() if name != "step"}
             self._wandb.log({"step": step, **line})
 
-    def round(self, metrics: dict[str, Any], rounds: int) -> None:
-        """Log one round of a task, whatever it measured."""
-        self.history.append(metrics)
+    def round(self, line: dict[str, Any], numbers: dict[str, Any], label: str, text: str) -> None:
+        """Log one round of a task.
+
+        Args:
+            line: of ``metrics.jsonl``.
+            numbers: for W&B.
+            label: of the round, on the terminal.
+            text: what the terminal shows of it.
+        """
+        self.history.append(line)
         self._write_metrics()
-        numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
-        told = [
-            f"{name.replace('_', ' ')} {readable(v)}" for name, v in numbers.items() if name not in ("round", "seconds")
-        ]
-        print(f"round {metrics['round']:>{len(str(rounds))}}/{rounds}   " + "   ".join(told), flush=True)
+        print(f"{label}   {text}", flush=True)
         if self._wandb is not None:
             self._wandb.log(numbers)
 
-    def epoch(self, metrics: dict[str, Any]) -> None:
-        """Log one epoch."""
-        self.history.append(metrics)
-        self._write_metrics()
-        print(
-            f"epoch {metrics['epoch']:>{len(str(self._epochs))}}/{self._epochs}   train loss"
-            f" {metrics['train_loss']:.4f}"
-            f"   test accuracy {metrics['test_accuracy']:7.2%}   {metrics['images_per_second']:,.0f} images/s",
-            flush=True,
-        )
-        if self._wandb is not None:
-            names = {"train_loss": "train/epoch_loss", "test_loss": "test/loss", "test_accuracy": "test/accuracy"}
-            norms = {f"weight_norm/{layer}": mean for layer, (_, mean, _) in metrics["weight_norms"].items()}
-            self._wandb.log(
-                {names.get(name, name): value for name, value in metrics.items() if name != "weight_norms"} | norms
-            )
-
-    def finish(self, summary: dict[str, Any], pictures: list[Path], told: list[str]) -> None:
-        """Write the summary, tell the terminal, and close W&B."""
+    def finish(self, summary: dict[str, Any], pictures: list[Path], lines: list[str]) -> None:
+        """Write the summary, print these lines, and close W&B."""
         write_json(self.folder / "summary.json", summary)
-        print("\n".join(told))
+        print("\n".join(lines))
         print(f"everything is in {self.folder}")
         if self._wandb is not None:
             import wandb
@@ -157,7 +142,7 @@ def _start_wandb(config: dict[str, Any], folder: Path, run_id: str | None) -> An
     if config["task"]:
         run.define_metric("*", step_metric="round")
         return run
-    for axis in ("step", "epoch", "forward_passes", "seconds"):  # any panel may be drawn against any of them
+    for axis in ("step", "epoch", "forward_passes", "seconds"):  # a panel can be drawn against any of them
         run.define_metric(axis)
     for metric in ("train/loss", "diagnostics/*"):
         run.define_metric(metric, step_metric="step")
@@ -169,7 +154,7 @@ def _start_wandb(config: dict[str, Any], folder: Path, run_id: str | None) -> An
 
 
 def group(config: dict[str, Any]) -> str:
-    """W&B's group: runs that differ in nothing but their seed; the last part tells apart what has the same names."""
+    """W&B's group of runs that differ only in their seed; the hash at its end distinguishes groups of one name."""
     options = json.dumps(run_group(config), sort_keys=True)
     return "-".join([*_names(config), hashlib.sha1(options.encode()).hexdigest()[:6]])
 
@@ -179,7 +164,7 @@ def _names(config: dict[str, Any]) -> list[str]:
 
 
 def _logged_in() -> bool:
-    """Whether W&B knows an account, without a prompt and without a word."""
+    """Whether W&B is logged in, found out without a prompt or output."""
     import wandb
 
     try:

@@ -1,11 +1,10 @@
-"""What a run's options may be, checked before anything is made for them.
+"""The options of a run, checked before anything is built from them.
 
-Nothing here imports torch: a mistake is told at once.
+Nothing here imports torch, so that a mistake is reported at once.
 """
 
 from __future__ import annotations
 
-import difflib
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,13 +12,14 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from .checks import check_inside_runs, require_counts, unknown
 from .config import flat, refuse_interpolations
 
 CONF = Path(__file__).parent.parent / "conf"
-# Whose options are keywords of what their `_target_` names (see `building.check_keywords`), or a task's own.
-OPEN = {"afterwards", "cost", "hydra", "model", "optimizer", "readout.optimizer", "rules", "structures", "task"}
+# Parts whose options are keywords of their `_target_` (see `building.check_keywords`) or of a task.
+OPEN = {"cost", "final_analysis", "hydra", "model", "optimizer", "readout.optimizer", "rules", "structures", "task"}
 OF_TASKS = ("rules", "structures")  # parts that an experiment chooses from the groups optimizer and model
-OF_DATA = ("epochs", "batch_size", "plastic_epochs")  # that `optimizer.per_data` sets
+OF_DATA = ("epochs", "batch_size", "plastic_epochs")  # set by `optimizer.per_data`
 CHOICES = {
     "device": ("auto", "cpu", "cuda"),
     "logger.mode": ("auto", "online", "offline", "disabled"),
@@ -29,7 +29,7 @@ CHOICES = {
 
 
 def check(config: DictConfig) -> None:
-    """Refuse what no run can be made of, as far as that is known without torch.
+    """Refuse a configuration that no run can use, as far as can be seen without torch.
 
     Raises:
         ValueError: names the option and its value, and what it can be.
@@ -64,7 +64,7 @@ def check(config: DictConfig) -> None:
 
 
 def check_names(overrides: Iterable[str]) -> None:
-    """Refuse options that do not exist, among overrides as they were typed; those of groups are Hydra's to check."""
+    """Refuse options that do not exist, among overrides as they were typed; Hydra itself checks those of groups."""
     for override in overrides:
         key = override.lstrip("+").partition("=")[0]
         if not override.startswith("~") and not set("/@") & set(key):
@@ -72,36 +72,6 @@ def check_names(overrides: Iterable[str]) -> None:
             for name in reversed(key.split(".")):
                 given = {name: given}
             _check_names(given, _known())
-
-
-def check_inside_runs(option: str, name: Any) -> None:
-    """Refuse a name of a sweep or a study whose folder would not be inside ``runs``."""
-    path = Path(str(name))
-    if path.is_absolute() or ".." in path.parts or not path.parts:
-        raise ValueError(f"{option}={name} must name a folder inside runs/, such as {option}={path.name or 'mine'}")
-
-
-def require_counts(least: int = 1, of: str = "task.", **options: Any) -> None:
-    """Raise where one of these options, of a task or of what else, is not an integer, or too small."""
-    for name, value in options.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{of}{name}={value} must be an integer >= {least}")
-
-
-def unknown(key: str, known: Iterable[str], elsewhere: Iterable[str] = ()) -> ValueError:
-    """An error that names the nearest option that exists: of a like name beside it, or of the same name elsewhere."""
-    parent, dot, leaf = key.rpartition(".")
-    known = [*known]
-    inside = {name.removeprefix(parent + dot).partition(".")[0] for name in known if name.startswith(parent + dot)}
-    near = [f"{parent}{dot}{name}" for name in difflib.get_close_matches(leaf, sorted(inside), 1)]
-    near += [name for name in [*elsewhere, *known] if name.rpartition(".")[2] == leaf]
-    if near:
-        hint = f"did you mean {near[0]}?"
-    elif parent and inside:
-        hint = f"{parent} has {', '.join(sorted(name for name in inside if not name.startswith('_')))}"
-    else:
-        hint = "python train.py --help lists them all"
-    return ValueError(f"{key} is not an option; {hint}")
 
 
 @functools.cache
@@ -139,7 +109,7 @@ def _check_names(given: Mapping[Any, Any], known: Mapping[str, Any], prefix: str
 
 
 def _check_tables(optimizer: Mapping[str, Any], model: str) -> None:
-    """Refuse, in an optimizer's tables of options for data sets and models, what nothing would look at."""
+    """Refuse entries in an optimizer's tables of options for data sets and models that would have no effect."""
     for data, options in (optimizer.get("per_data") or {}).items():
         for name in options:
             if name not in OF_DATA:

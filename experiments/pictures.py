@@ -1,13 +1,15 @@
-"""Pictures of a run: its curves, and what the first layer has come to look for."""
+"""Pictures of a run: its curves, and the receptive fields of its first layer."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 matplotlib.use("Agg")
@@ -41,7 +43,7 @@ def curves(history: list[dict[str, Any]], title: str, path: Path) -> Path:
 def receptive_fields(
     model: nn.Module, shape: tuple[int, int, int], title: str, path: Path, most: int = 64
 ) -> Path | None:
-    """The weights of the first layer that sees the image, one tile a neuron, each on a scale of its own."""
+    """The weights of the first layer, if it sees the image: a tile for each neuron, each with a scale of its own."""
     fields = _as_images(first_weights(model, most), shape)
     if fields is None:
         return None
@@ -50,7 +52,7 @@ def receptive_fields(
 
 
 def neurons(history: list[dict[str, Any]], wins: dict[str, Tensor], title: str, path: Path) -> Path | None:
-    """For each layer: how its neurons' weight vectors grow, and how the events are shared out among its neurons.
+    """For each layer: the norms of its neurons' weight vectors, and how often each neuron is the most active.
 
     Args:
         history: lines of a run with ``weight_norms``, ``{layer: [least, mean, most]}``.
@@ -85,7 +87,7 @@ def neurons(history: list[dict[str, Any]], wins: dict[str, Tensor], title: str, 
 
 
 def course(lines: list[dict[str, Any]], title: str, path: Path) -> Path | None:
-    """What `diagnostics.Diagnostics` measured against steps: a panel for each quantity, a line for each layer.
+    """The measurements of `diagnostics.Diagnostics` against steps: a panel for each quantity, a line for each layer.
 
     Args:
         lines: ``{"step": step, "<quantity>/<layer>": value, ...}`` each.
@@ -118,7 +120,7 @@ def course(lines: list[dict[str, Any]], title: str, path: Path) -> Path | None:
 
 
 def window(delays: list[float], changes: list[float], title: str, path: Path) -> Path:
-    """What a pair of spikes does to a weight, by their delay in ms (postsynaptic less presynaptic)."""
+    """The change of a weight by a pair of spikes, against their delay in ms (postsynaptic less presynaptic)."""
     figure, axes = plt.subplots(figsize=(5.4, 3.2), layout="constrained")
     axes.set_title(title, fontsize=9)
     for colour, part in (("tab:red", [p for p in zip(delays, changes, strict=True) if p[0] >= 0]),
@@ -132,7 +134,7 @@ def window(delays: list[float], changes: list[float], title: str, path: Path) ->
 
 
 def confusion(counts: Tensor, title: str, path: Path) -> Path:
-    """How often each class (a row) was taken for each other (a column); the colours leave the diagonal out."""
+    """The confusion matrix, classes by predicted classes; the diagonal is not coloured."""
     classes = len(counts)
     wrong = counts.clone().fill_diagonal_(0)
     written = classes <= 30  # more numbers are unreadable and take seconds
@@ -154,7 +156,7 @@ def confusion(counts: Tensor, title: str, path: Path) -> Path:
 
 
 def misclassified(images: Tensor, labels: Tensor, predicted: Tensor, title: str, path: Path) -> Path | None:
-    """Images N×C×H×W of the wrong answers, each with its class and what it was taken for."""
+    """Misclassified images N×C×H×W, each with its class and its predicted class."""
     if not len(images):
         return None
     shown = [image.permute(1, 2, 0).squeeze(2).numpy() for image in images]
@@ -182,7 +184,7 @@ def _tiles(
     images: list[Any], columns: int, side: float, title: str, path: Path, *,
     gap: float = 0.07, captions: Sequence[str] = (), **scale: Any,
 ) -> Path:  # fmt: skip
-    """Images of ``side`` inches, row by row, the first of them captioned. In one axes: many take seconds."""
+    """Images of ``side`` inches, row by row, the first with captions; all in one axes, as many axes take seconds."""
     rows, head, margin = math.ceil(len(images) / columns), 0.5 if captions else 0.3, 0.07
     inner = columns * (side + margin) - margin
     width, height = max(inner + 2 * margin, 0.075 * len(title)), head + rows * (side + gap) - gap + margin
@@ -200,6 +202,14 @@ def _tiles(
     return saved(figure, path)
 
 
+def mosaic(images: Tensor, shape: tuple[int, int, int], columns: int) -> Any:
+    """Images N×pixels as one image, row by row, with a margin around each; colours are averaged."""
+    tiles = F.pad(images.reshape(-1, *shape).float().mean(1), (1, 1, 1, 1), value=0.5)
+    rows = [torch.cat(list(row), 1) for row in tiles.split(columns)]
+    rows[-1] = F.pad(rows[-1], (0, rows[0].shape[1] - rows[-1].shape[1]))
+    return torch.cat(rows).cpu().numpy()
+
+
 def first_weights(model: nn.Module, most: int) -> Tensor | None:
     """A copy of the weights of some neurons of the first layer, on the CPU."""
     weight = next((p for p in model.parameters() if p.ndim > 1), None)
@@ -207,16 +217,16 @@ def first_weights(model: nn.Module, most: int) -> Tensor | None:
 
 
 def _as_images(weights: Tensor | None, shape: tuple[int, int, int]) -> Tensor | None:
-    """Weights of a layer that sees the image, as N×C×H×W; none of another."""
+    """Weights of a layer that sees the image, as N×C×H×W; ``None`` for other layers."""
     if weights is not None and weights.ndim == 2 and weights.shape[1] == math.prod(shape):
         return weights.view(-1, *shape)
     return weights if weights is not None and weights.ndim == 4 and weights.shape[1] == shape[0] else None
 
 
-def uncluttered(*many: Axes) -> None:
-    """A faint grid, and no frame above and to the right."""
+def uncluttered(*many: Axes, grid: Literal["x", "y", "both"] = "both") -> None:
+    """Draw a faint grid, and no frame above and to the right."""
     for axes in many:
-        axes.grid(alpha=0.3)
+        axes.grid(axis=grid, alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -228,6 +238,6 @@ def saved(figure: Figure, path: Path) -> Path:
 
 
 def _image(field: Tensor) -> Any:
-    """Grey level (or colour) 0 in the middle of the scale."""
+    """A field as grey levels or colours, with 0 in the middle of the scale."""
     field = field / field.abs().max().clamp(min=1e-12)
     return (field + 1).div(2).permute(1, 2, 0).numpy() if len(field) == 3 else field.mean(0).numpy()

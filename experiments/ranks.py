@@ -1,4 +1,4 @@
-"""Several processes of one run, as `torchrun` starts them: who this one is, and what it leaves to the first."""
+"""Several processes of one run, as `torchrun` starts them: the rank of this one, and the tasks of the first."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ LOST = (
     "gloo/transport",
     "Connection closed by peer",
     "Connection reset by peer",
-)  # what gloo says of a rank that ended
+)  # in gloo's errors when another rank has ended
 
 
 class Ranks:
-    """One process among those of its run; alone, where `torchrun` did not start it.
+    """One process among those of its run; the only one, unless `torchrun` started it.
 
-    The first rank alone prints and keeps the run's folder. The others do the same work on a folder of their own that
-    is thrown away, so that nothing else needs to know of ranks.
+    Only the first rank prints and keeps the run's folder. The others do the same work in temporary folders, so that
+    the rest of the code needs no case for them.
     """
 
     def __init__(self) -> None:
@@ -37,12 +37,12 @@ class Ranks:
 
     @property
     def group(self) -> dist.ProcessGroup | None:
-        """What a rule takes as ``process_group``."""
+        """The ``process_group`` of a rule."""
         return dist.group.WORLD if self.count > 1 else None
 
     @contextlib.contextmanager
     def joined(self, device: str, options: Mapping[str, Any]) -> Iterator[torch.device]:
-        """Join the others, by NCCL with a GPU each, or on CPUs by gloo; gives the device of this process.
+        """Join the others, by NCCL with a GPU each, or on CPUs by gloo; yields the device of this process.
 
         Raises:
             ValueError: the ranks' options differ, or there are too few GPUs.
@@ -76,10 +76,10 @@ class Ranks:
             dist.destroy_process_group()
 
     def _compare(self, store: Store, options: Mapping[str, Any]) -> None:
-        """Refuse, on every rank, options that differ from those of the first; before a backend is chosen by them."""
+        """Refuse, on every rank, options that differ from the first rank's, before they determine a backend."""
         store.set(f"options/{self.rank}", json.dumps(options))
         given = [json.loads(store.get(f"options/{rank}")) for rank in range(self.count)]
-        # The first may keep the store, and leaves when all have read it.
+        # The first rank may host the store, so it waits until all have read it.
         store.set(f"read/{self.rank}", "")
         if self.first:
             store.wait([f"read/{rank}" for rank in range(self.count)])
@@ -92,7 +92,7 @@ class Ranks:
                     )
 
     def from_first(self, value: Any) -> Any:
-        """What the first rank has."""
+        """The value that the first rank has."""
         if self.count == 1:
             return value
         box = [value]
@@ -101,7 +101,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def first_alone(self) -> Iterator[None]:
-        """The first rank goes through this block before the others do."""
+        """The first rank executes this block before the others do."""
         if not self.first:
             self.from_first(None)
         yield
@@ -110,7 +110,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def folder(self, folder: Path | None) -> Iterator[Path]:
-        """Where to write: the run's folder, or one that nobody keeps."""
+        """The folder to write to: the run's, or a temporary one on other ranks than the first."""
         if self.first and folder is not None:
             yield folder
             return
@@ -118,5 +118,5 @@ class Ranks:
             yield Path(scratch)
 
     def share(self, batch: torch.Tensor) -> torch.Tensor:
-        """The share of a batch that falls to this rank."""
+        """The share of a batch that this rank processes."""
         return batch[self.rank :: self.count]

@@ -1,4 +1,4 @@
-"""A run as its folder holds it: configuration, progress, and the commit of the code that made it."""
+"""A run on disk: its folder, its checkpoint, and the commit of the code that made it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def run_command(folder: Path) -> str:
-    """What continues a run."""
+    """The command that resumes a run."""
     name = str(folder)
     plain = re.fullmatch(r"[\w./+-]+", name)
     return f"python train.py resume={name}" if plain else f"python train.py \"resume='{name}'\""
@@ -44,7 +44,7 @@ def run_command(folder: Path) -> str:
 
 @contextlib.contextmanager
 def new_folder(config: DictConfig) -> Iterator[Path]:
-    """A folder for a new run, with its configuration in it; gone again where the run fails before it begins."""
+    """A folder for a new run, with its configuration in it; removed again if the run fails before its first round."""
     wanted = Path(config.run_dir)
     first = not wanted.parent.exists()
     try:
@@ -74,7 +74,7 @@ def new_folder(config: DictConfig) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[Path]:
-    """A run's folder, for this process alone, and how to go on where it is interrupted or the disk is full."""
+    """A run's folder, locked for this process; an interrupt or a full disk is reported with the command to resume."""
     with alone(folder, f"{folder} is in use: another process is making this run; wait until it ends"):
         refuse_finished(folder)
         interrupts.go_on_with(run_command(folder))
@@ -94,8 +94,8 @@ def held(folder: Path) -> Iterator[Path]:
                 (folder / ".lock").unlink(missing_ok=True)
 
 
-def circumstances(device: torch.device, commit: str | None) -> dict[str, Any]:
-    """What a summary says of the machine and the code."""
+def environment_info(device: torch.device, commit: str | None) -> dict[str, Any]:
+    """The machine and the code, for a summary."""
     threads = torch.get_num_threads()
     name = (
         torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {threads} thread{'s' * (threads > 1)}"
@@ -104,14 +104,14 @@ def circumstances(device: torch.device, commit: str | None) -> dict[str, Any]:
 
 
 def environment(device: torch.device, commit: str | None, ranks: int) -> dict[str, Any]:
-    """What the last bits of a result depend on, besides its options."""
+    """What the last bits of a result depend on, besides the options of the run."""
     cpu = {"processor": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
     own = {"device": torch.cuda.get_device_name(device)} if device.type == "cuda" else {"device": "cpu", **cpu}
     return {"commit": commit, "torch": str(torch.__version__), **own, "ranks": ranks}
 
 
 def set_threads(asked: int | None, before: int | None) -> None:
-    """CPU threads: those that were asked for, or those of the run that goes on, where there are as many cores."""
+    """Set CPU threads: as asked for, or else as before the run was interrupted, if there are enough cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if count := asked or (before if before is not None and before <= cores else None):
         torch.set_num_threads(count)
@@ -138,45 +138,39 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
 
 @dataclass
 class Progress:
-    """What a run needs to go on after its last whole epoch, bit for bit."""
+    """What a run needs to be resumed after its last whole epoch (of a task: round), bit for bit."""
 
     epoch: int = 0
-    model: Mapping[str, Any] = field(default_factory=dict)
-    areas: list[dict[str, Any]] = field(default_factory=list)
+    state: dict[str, Any] = field(default_factory=dict)  # of the task
     random: dict[str, Tensor] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
-    diagnostics: list[dict[str, Any]] = field(default_factory=list)
-    fields: list[Tensor] = field(default_factory=list)
-    forward_passes: int = 0
     seconds: float = 0.0
-    images: int = 0
-    steps: int = 0
     wandb_id: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
     environments: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def commit(self) -> str | None:
-        """The commits that made the run, in their order."""
+        """The commits that made the run, in order."""
         found = list(dict.fromkeys(str(e["commit"]) for e in self.environments if e["commit"] is not None))
         return ", ".join(found) or None
 
     @property
     def threads(self) -> int | None:
-        """With which it ran last."""
+        """The number of CPU threads with which it ran last."""
         return self.environments[-1].get("threads") if self.environments else None
 
     def restore_random(self, device: torch.device) -> None:
-        """Put torch's generators where they were."""
+        """Restore the state of torch's generators."""
         torch.set_rng_state(self.random["cpu"])
         if device.type == "cuda":
             torch.cuda.set_rng_state(self.random["cuda"], device)
 
     def go_on(self, config: Mapping[str, Any], environment: dict[str, Any], folder: Path) -> None:
-        """Go on with these options in this environment.
+        """Continue with these options in this environment.
 
         Raises:
-            ValueError: the options in the run's folder are no longer those that it was made with.
+            ValueError: the options in the run's folder have changed since the checkpoint was written.
         """
         options = {key: value for key, value in flat(config).items() if not is_local(key)}
         for key in self.config.keys() | options.keys() if self.config else ():
@@ -204,17 +198,20 @@ class Progress:
             self.environments = [*self.environments, environment]
 
     def save(self, folder: Path) -> None:
-        """Write ``checkpoint.pt``, whole or not at all, sealed with the digest of its bytes."""
+        """Write ``checkpoint.pt``, whole or not at all, with a digest of its bytes."""
         archive = io.BytesIO()
-        torch.save(vars(self), archive)
+        own = {key: value for key, value in vars(self).items() if key != "state"}
+        if clash := own.keys() & self.state.keys():
+            raise ValueError(f"the task's state_dict has names of the checkpoint itself: {', '.join(sorted(clash))}")
+        torch.save({"version": VERSION, **own, **self.state}, archive)
         write_whole(folder / "checkpoint.pt", sealed(archive.getvalue()))
 
     @classmethod
     def load(cls, folder: Path, device: torch.device) -> Progress:
-        """Read ``checkpoint.pt``; the very start where there is none yet.
+        """Read ``checkpoint.pt``, or return a new progress where there is none yet.
 
         Raises:
-            ValueError: the file is damaged, or not a checkpoint of a run.
+            ValueError: the file is damaged, not a checkpoint of a run, or in another version's format.
         """
         path = folder / "checkpoint.pt"
         if not path.exists():
@@ -222,7 +219,10 @@ class Progress:
         content = path.read_bytes()
         try:
             check_seal(content)
-            progress = cls(**torch.load(io.BytesIO(content), map_location=device, weights_only=True))
+            found = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+            version = found.pop("version", 1)
+            own = {key: found.pop(key) for key in cls.__dataclass_fields__ if key in found}
+            progress = cls(**own, state=found)
             progress.random = {name: state.cpu() for name, state in progress.random.items()}
             last = progress.history[-1] if progress.history else {}
             if not len(progress.history) == last.get("epoch", last.get("round")) == progress.epoch:
@@ -230,27 +230,34 @@ class Progress:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            # torch's own words are of pickles and zip files, over many lines
+            # torch's own messages are about pickles and zip files, and many lines long
             why = str(error) if type(error) is ValueError else "it is not a checkpoint of a run"
             raise ValueError(
                 f"{path} is damaged ({why}), and what the run has learned is lost: delete it, and "
                 f"{run_command(folder)} starts again from the first epoch, with the same options"
             ) from error
+        if version != VERSION:
+            raise ValueError(
+                f"{path} has format {version}, and this version of bioopt reads format {VERSION}: finish the run with "
+                f"the code that began it (commit {progress.commit}), or delete the checkpoint, and "
+                f"{run_command(folder)} starts again from the first epoch, with the same options"
+            )
         return progress
 
 
+VERSION = 2  # of the format of checkpoints
 SEAL = b"sha256:"
 SEAL_SIZE = len(SEAL) + 64
 
 
 def sealed(archive: bytes) -> bytes:
-    """A zip archive, as torch.save makes it, with the digest of its bytes as its comment: the file loads as before."""
-    content = archive[:-2] + SEAL_SIZE.to_bytes(2, "little")  # the last field of an archive is its comment's size
+    """A zip archive of torch.save, with a digest of its bytes as its comment; torch.load reads it as before."""
+    content = archive[:-2] + SEAL_SIZE.to_bytes(2, "little")  # the last field of an archive is the size of its comment
     return content + SEAL + hashlib.sha256(content).hexdigest().encode()
 
 
 def check_seal(content: bytes) -> None:
-    """Compare an archive with the digest in it; one that was written without is compared with its parts' checksums.
+    """Compare an archive with its digest, or one without a digest with the checksums of its parts.
 
     Raises:
         ValueError: they differ.

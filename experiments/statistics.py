@@ -1,4 +1,4 @@
-"""Means, confidence intervals, and numbers as one reads them. Imports nothing of ours."""
+"""Means, confidence intervals and readable numbers. Imports nothing of ours."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import statistics
 
 
 def interval(values: list[float]) -> float | None:
-    """Half the 95 % confidence interval of the mean; none for a single value, or where one is not finite."""
+    """Half the 95 % confidence interval of the mean; ``None`` for a single value, or where one is not finite."""
     if len(values) < 2 or not all(map(math.isfinite, values)):
         return None
-    from scipy.special import stdtrit  # Student's quantile, without the second that scipy.stats takes to load
+    from scipy.special import stdtrit  # Student's quantile; scipy.stats would take a second to load
 
     return float(stdtrit(len(values) - 1, 0.975)) * statistics.stdev(values) / math.sqrt(len(values))
 
@@ -38,10 +38,10 @@ def plain(values: list[float]) -> str:
 
 
 def readable(value: float) -> str:
-    """A number as one reads it."""
+    """A number in a readable format."""
     return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
 
 
 def mean(values: list[float], form: str) -> str:
-    """The mean in a format of Python's; empty where there are no values."""
+    """The mean in this format specification; empty where there are no values."""
     return format(statistics.fmean(values), form) if values else ""

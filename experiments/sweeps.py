@@ -1,6 +1,6 @@
 """Many runs from one command, ``python train.py -m seed=0,1,2 ...``: each in a process and a folder of its own.
 
-A sweep's runs lie in ``runs/<sweep>``, each named by its options, so that the same command goes on where it stopped.
+A sweep's runs are in ``runs/<sweep>``, each named by its options, so that the same command resumes the sweep.
 This module is loaded before a run is chosen, so it must not import torch.
 """
 
@@ -24,18 +24,19 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from . import interrupts
+from .checks import check_inside_runs
 from .config import is_result_independent, name_of, read, resolved, run_group
 from .files import alone
-from .options import check, check_inside_runs
+from .options import check
 
 _locks = contextlib.ExitStack()  # of the sweep under way; not in `Sweep`, which launchers send to other processes
 
 
 class Sweep(Callback):
-    """Names a sweep before its first run; after its last, names what failed and makes the report."""
+    """Names a sweep before its first run; after the last, writes the report and names the runs that failed."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """``runs/<options>``, where neither the command nor the experiment gave a name; seeds may be added later."""
+        """Name the folder by the options if it has no name yet; without the seed, so that seeds can be added later."""
         if "WORLD_SIZE" in os.environ:
             sys.exit("error: a sweep does not run under torchrun; start its runs one by one there, without -m")
         if config.sweep is not None:
@@ -58,7 +59,7 @@ class Sweep(Callback):
             sys.exit(f"error: {error}")
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        """A table on the terminal, and ``report.html`` beside the runs."""
+        """Print a table, and write ``report.html`` beside the runs."""
         interrupts.check()
         from .report import NothingToReport, report
 
@@ -74,7 +75,7 @@ class Sweep(Callback):
 
 
 def run_one(config: DictConfig) -> None:
-    """One run of a sweep: skipped where it has finished, resumed where it was interrupted; its error is kept."""
+    """One run of a sweep: skipped if it has finished, resumed if it was interrupted; an error goes to ``error.txt``."""
     job = HydraConfig.get().job
     left_out = job.config.override_dirname.exclude_keys
     overrides = OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task))
@@ -94,7 +95,7 @@ def run_one(config: DictConfig) -> None:
                 return
             plain["resume"] = str(folder)
         elif folder.exists():
-            shutil.rmtree(folder)  # it learned nothing yet
+            shutil.rmtree(folder)  # it has no checkpoint yet
         isolated(plain)
     except Exception as error:
         print(f"failed: {str(error).splitlines()[-1]}", flush=True)
@@ -105,18 +106,18 @@ def run_one(config: DictConfig) -> None:
 
 
 def isolated(config: Any) -> dict[str, Any]:
-    """Run in a process that leaves nothing behind: no seed, no thread count, no W&B run; returns the summary.
+    """Run in a process of its own, which keeps seed, thread count and W&B run from other runs; returns the summary.
 
-    It is forked from a server that has only imported torch, so that a run does not wait for that again.
+    It is forked from a server that has imported torch already, which takes seconds.
 
     Raises:
-        RuntimeError: what went wrong there, with its traceback.
+        RuntimeError: with the traceback of the error there.
     """
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
-    multiprocessing.set_start_method(method, force=True)  # joblib's own workers have one that children do not know
+    multiprocessing.set_start_method(method, force=True)  # joblib's workers have one that is unknown in children
     if method == "forkserver":
-        context.set_forkserver_preload(["experiments.training"])
+        context.set_forkserver_preload(["experiments.run"])
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_run, args=(config, sender))  # type: ignore[attr-defined]
     process.start()
@@ -128,7 +129,7 @@ def isolated(config: Any) -> dict[str, Any]:
         process.join()
         summary, error = None, f"its process ended with exit code {process.exitcode}; is there enough memory?"
     except BaseException:
-        process.terminate()  # it closes its W&B run
+        process.terminate()  # which closes its W&B run
         process.join(60)
         process.kill()
         raise
@@ -138,7 +139,7 @@ def isolated(config: Any) -> dict[str, Any]:
 
 
 def _run(config: Any, sender: Connection) -> None:
-    from .training import run
+    from .run import run
 
     interrupts.catch()
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -147,12 +148,12 @@ def _run(config: Any, sender: Connection) -> None:
             sender.send((run(OmegaConf.create(config)), None))
         except Exception:
             sender.send((None, traceback.format_exc().strip()))
-    except KeyboardInterrupt:  # the sweep says so
+    except KeyboardInterrupt:  # the sweep prints it
         sys.exit(interrupts.exit_code())
 
 
 def _end_with_parent() -> None:
-    """A run whose sweep was killed must not go on unseen: the sweep may be started again."""
+    """End a run whose sweep was killed: the sweep may be started again."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -160,7 +161,7 @@ def _end_with_parent() -> None:
 
 
 def _same(folder: Path, config: Any) -> None:
-    """Refuse a folder whose run had other options under the same name: the defaults may have changed since."""
+    """Refuse a folder whose run had other options under the same name, as defaults may have changed."""
     try:
         before, now = run_group(OmegaConf.to_container(read(folder))), run_group(config)
     except ValueError as error:

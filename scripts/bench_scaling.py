@@ -142,7 +142,7 @@ def measured(
 
 
 def message_ms(size: int, repeats: int = 200) -> float:
-    """Median milliseconds of summing so many numbers over the two processes."""
+    """Median milliseconds of summing this many numbers over the two processes."""
     tensor, taken = torch.zeros(size, dtype=torch.float64), []
     for _ in range(repeats):
         dist.barrier()

@@ -1,6 +1,6 @@
 """Time and memory of one step of every optimizer, as ratios to SGD with backpropagation and to one forward pass.
 
-All train the same CNN; rules that want a network of their own (spiking, RBM) are left out.
+All train the same CNN; rules that need a network of their own (spiking, RBM) are left out.
 
     python scripts/bench_step.py                  # the table
     python scripts/bench_step.py --json out.json  # and a record of it
@@ -32,7 +32,7 @@ from experiments.models import cnn
 
 CONF = Path(__file__).parent.parent / "conf"
 FORWARD = "forward pass"
-# One antithetic pair, one noisy pass, one weight: what a step is made of.
+# One antithetic pair, one noisy pass, one weight: the units of a step.
 ONE = {
     "node_perturbation": "samples",
     "rank_one_perturbation": "samples",
@@ -43,9 +43,9 @@ SHAPE = (1, 28, 28)
 
 
 def names() -> list[str]:
-    """The forward pass, the controls, then every rule that trains this network: some want one of their own."""
+    """The forward pass, the controls, then every rule that trains this network: some need one of their own."""
     options = {p.stem: OmegaConf.load(p) for p in sorted((CONF / "optimizer").glob("*.yaml"))}
-    found = [name for name, own in options.items() if "wants" not in own]
+    found = [name for name, own in options.items() if "requires" not in own]
     controls = ["sgd", "adam", "random_trunk"]
     return [FORWARD, *controls, *[n for n in found if n not in controls]]
 

@@ -1,6 +1,6 @@
 """Keep the result of finished runs, and make the tables from what was kept.
 
-    python scripts/record.py mnist-cnn-hebbian runs/...-seed0 runs/...-seed1    # one record: same cell, several seeds
+    python scripts/record.py mnist-cnn-hebbian runs/...-seed0 runs/...-seed1    # a record: same options, several seeds
     python scripts/record.py                                                    # only make the tables anew
 
 A record is ``experiments/records/<name>/result.json`` with the pictures of its first run beside it; the tables go to
@@ -20,7 +20,8 @@ from typing import Any
 
 from experiments.config import run_group
 from experiments.files import write_json, write_whole
-from experiments.report import Run, markdown_text, number
+from experiments.report import Run
+from experiments.report_page import markdown_text, number
 from experiments.statistics import interval, percent, plain
 
 ROOT = Path(__file__).parent.parent
@@ -33,7 +34,7 @@ USUAL = {
 
 
 def record(name: str, runs: list[Path]) -> None:
-    """Write one record from finished runs that differ in nothing but their seed.
+    """Write one record from finished runs that differ only in their seed.
 
     Raises:
         SystemExit: one of them cannot be recorded; nothing is written.
@@ -56,7 +57,7 @@ def record(name: str, runs: list[Path]) -> None:
     else:
         accuracies = [summary["test_accuracy"] for summary in summaries]
         result |= {"test_accuracy": accuracies, "mean": statistics.fmean(accuracies), "ci95": interval(accuracies)}
-        more = [key for key in first if key not in USUAL and number(first[key])]  # of `afterwards`
+        more = [key for key in first if key not in USUAL and number(first[key])]  # of `final_analysis`
         result |= {"measured": measured(name, summaries, more)} if more else {}
         result |= {"epochs": first["epochs"], "forward_passes": first["forward_passes"]}
     result |= {
@@ -98,14 +99,14 @@ def measured(name: str, summaries: list[dict[str, Any]], keys: Iterable[str]) ->
 
 
 def described(summary: dict[str, Any], changed: dict[str, Any]) -> dict[str, Any]:
-    """What was trained, by what, on what."""
+    """The data set, the model and the optimizer."""
     options = {key: value for key, value in changed.items() if key.startswith("model.")}
     return {key: summary[key] for key in ("data", "model", "optimizer")} | {"model_options": options}
 
 
 def experiment_of(options: dict[str, Any]) -> str | None:
-    """The experiment that such a run must name: none but it has the run's task, or what it measures afterwards."""
-    marks = {key: options[key] for key in ("task._target_", "afterwards._target_") if key in options}
+    """The experiment that a run must name: the only one with its task, or with its final analysis."""
+    marks = {key: options[key] for key in ("task._target_", "final_analysis._target_") if key in options}
     names = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml")) if marks else []
     return next((name for name in names if marks.items() <= composed([f"experiment={name}"]).items()), None)
 
@@ -118,13 +119,13 @@ def changes(options: dict[str, Any], experiment: str | None = None) -> tuple[lis
     chosen = [] if experiment is None else [f"experiment={experiment}"]
     own = composed(chosen)
     names = {group: options[f"{group}.name"] for group in ("optimizer", "model", "data", "cost")}
-    told = () if experiment is not None else ("optimizer", "model", "data")  # in any case
-    chosen += [f"{g}={name}" for g, name in names.items() if g in told or own[f"{g}.name"] != name]
+    always = () if experiment is not None else ("optimizer", "model", "data")
+    chosen += [f"{g}={name}" for g, name in names.items() if g in always or own[f"{g}.name"] != name]
     plain = composed(chosen)
     changed = {
         key if key in plain else f"+{key}": value
         for key, value in options.items()
-        if not key.startswith("optimizer.per_data.")  # what came of it is in epochs and the like
+        if not key.startswith("optimizer.per_data.")  # its values are in epochs and the like
         and (key not in plain or plain[key] != value)
     }
     inside = {".".join(key.split(".")[:2]) for key in options}
@@ -134,7 +135,7 @@ def changes(options: dict[str, Any], experiment: str | None = None) -> tuple[lis
 
 
 def composed(choices: list[str]) -> dict[str, Any]:
-    """What a run of these choices would be told."""
+    """The options of a run of these choices."""
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
@@ -143,7 +144,7 @@ def composed(choices: list[str]) -> dict[str, Any]:
 
 
 def command(choices: list[str], changed: dict[str, Any], seeds: list[int]) -> str:
-    """What to type for the same runs."""
+    """The command that makes the same runs."""
     options = [
         key if key.startswith("~") else f"{key}={'null' if value is None else value}".replace(" ", "")
         for key, value in changed.items()
@@ -194,7 +195,7 @@ def tables() -> str:
 
 
 def stored(path: Path) -> dict[str, Any]:
-    """What a record holds.
+    """The contents of a record.
 
     Raises:
         SystemExit: it is damaged.

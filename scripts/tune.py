@@ -1,10 +1,10 @@
-"""Search an optimizer's options with Optuna, on held-out training images; what was tried is kept, and can go on.
+"""Search an optimizer's options with Optuna, on held-out training images; trials are kept, and a study can be resumed.
 
 python scripts/tune.py optimizer=hebbian data=mnist 'optimizer.lr=tag(log, interval(0.1, 10))' --trials 20
 python scripts/tune.py optimizer=hebbian model=cnn 'optimizer.decay=subspace,own' 'optimizer.k=range(1,4)' --name decay
 
-What is to be searched is written as in Hydra's sweeps: interval(a, b), of integers where both are; tag(log, ...);
-choice(...) or a,b,c; range(...). The study lies in runs/<name>/study.db, its runs beside it; the same command goes on.
+Ranges to search are written as in Hydra's sweeps: interval(a, b), of integers where both are; tag(log, ...);
+choice(...) or a,b,c; range(...). The study is in runs/<name>/study.db, its runs beside it; the same command resumes it.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments import interrupts
+from experiments.checks import check_inside_runs
 from experiments.config import name_of, resolved
-from experiments.options import check_inside_runs, check_names
+from experiments.options import check_names
 from experiments.sweeps import isolated
 
 CONF = str(Path(__file__).parent.parent / "conf")
 
 
 def suggest(trial: Any, override: Override) -> str:
-    """One option as Optuna would have it next."""
+    """The value that Optuna suggests next for one option."""
     key, sweep = override.key_or_group, override.value()
     try:
         if isinstance(sweep, IntervalSweep):
@@ -57,7 +58,7 @@ def composed(overrides: list[str]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Search, then say what was best."""
+    """Search, then print the best options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("options", nargs="+", help="as of train.py; at least one of them with a range to search")
     parser.add_argument("--trials", type=int, default=20, help="that finish, those of before included")
@@ -95,7 +96,7 @@ def main() -> None:
     except Exception as error:  # of the disk, of SQLAlchemy, of Optuna's tables
         why = str(error).splitlines()[0]
         parser.exit(1, f"error: {folder / 'study.db'} cannot be used ({why}); choose another --name\n")
-    # Another seed each time: a study that goes on does not draw its first points again.
+    # Another seed each time: a resumed study does not draw its first points again.
     study.sampler = optuna.samplers.TPESampler(seed=len(study.trials), n_startup_trials=5)
     for trial in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):  # interrupted: once more
         study.enqueue_trial(trial.params)
@@ -113,7 +114,7 @@ def main() -> None:
         trial = study.ask()
         try:
             study.tell(trial, accuracy(trial))
-        except RuntimeError as error:  # it diverged, say: told to Optuna, and on
+        except RuntimeError as error:  # it may have diverged: report it to Optuna, and continue
             print(f"failed: {str(error).splitlines()[-1]}", flush=True)
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
             if len(study.trials) >= 3 * chosen.trials:

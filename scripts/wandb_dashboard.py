@@ -6,7 +6,7 @@
 
 It needs `wandb-workspaces` (`pip install -e '.[dashboard]'`); each call saves a new view. Bars and the first section
 put all runs of an optimizer together, so name a data set and a model where the project has several. All other curves
-are those of a W&B group: runs that differ in nothing but their seed.
+are those of a W&B group: runs that differ only in their seed.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def dashboard(entity: str, project: str, data: str | None = None, model: str | N
         ],
         settings=ws.WorkspaceSettings(max_runs=100),
         runset_settings=ws.RunsetSettings(
-            # W&B keeps each entry of a config under its "value"; filters, unlike groups, have to say so.
+            # W&B keeps each entry of a config under its "value"; filters, unlike groups, must include that.
             filters=[ws.Config(f"{key}.value.name") == value for key, value in only.items()],
             pinned_columns=[
                 f"summary:{key}" for key in ("test_accuracy", "best_test_accuracy", "seconds", "forward_passes")
@@ -120,14 +120,14 @@ def dashboard(entity: str, project: str, data: str | None = None, model: str | N
 
 
 def save(view: ws.Workspace) -> None:
-    """Save the view, or say what is missing for it."""
+    """Save the view, or report what is missing."""
     if not wandb.login(prompt=False):
         sys.exit("error: not logged in to W&B: run `wandb login` or set WANDB_API_KEY (--dry-run needs neither)")
     try:
         _ = wandb.Api().project(view.project, view.entity).id  # else W&B would refuse the view, in words of its own
     except ValueError:
         sys.exit(f"error: W&B shows this account no project {view.entity}/{view.project}: has a run been uploaded?")
-    view.save()  # says its address
+    view.save()  # which prints its address
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Commands as a user types them, each in a process of its own.
+"""Configurations and commands as a user types them, each command in a process of its own.
 
 It is forked from a server that has only imported what `train.py` does: seconds of imports are paid once. What is about
 a fresh process (what it imports) starts one by `fresh`.
@@ -12,6 +12,7 @@ import multiprocessing
 import multiprocessing.util
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
@@ -21,16 +22,55 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
+from hydra import compose, initialize_config_dir
 from matplotlib.figure import Figure
+from omegaconf import DictConfig
 from PIL import Image
 
 from experiments import pictures
 
 ROOT = Path(__file__).parent.parent
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(
-    ["experiments.training", "experiments.report", "sklearn.datasets", "sklearn.model_selection"]
-)
+SERVER.set_forkserver_preload(["experiments.run", "experiments.report", "sklearn.datasets", "sklearn.model_selection"])
+
+
+OPTIMIZERS = sorted(p.stem for p in (ROOT / "conf/optimizer").glob("*.yaml"))
+# A network so small that every optimizer takes a step in no time.
+TINY = ["model=cnn", "model.width=2", "model.kernel=3", "logger.mode=disabled", "epochs=1", "batch_size=256"]
+SOFTHEBB = ["model=softhebb", "model.width=0.03", "batch_size=256", "readout.batch_size=64", "logger.mode=disabled"]
+SPIKING = ["model=spiking", "model.neurons=20", "model.steps=3"]
+
+
+def tiny(optimizer: str) -> list[str]:
+    """The least of a run, with few of the evaluations that some optimizers make in a step."""
+    few = {
+        "node_perturbation": "samples",
+        "rank_one_perturbation": "samples",
+        "serial_perturbation": "coordinates",
+        "weight_perturbation": "population",
+    }
+    own = {  # rules for networks of their own
+        "contrastive_divergence": ["model=rbm", "model.hidden=[8]"],
+        "reward_stdp": [*SPIKING, "model.readout=groups"],
+        "stdp": SPIKING,
+    }
+    common = [*own[optimizer], *(o for o in TINY if not o.startswith("model"))] if optimizer in own else TINY
+    return [f"optimizer={optimizer}", *common, *([f"optimizer.{few[optimizer]}=1"] if optimizer in few else [])]
+
+
+def config(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("config", list(overrides))
+
+
+def inspected(record: Path, home: Path) -> str:
+    """What an offline W&B run holds, in lines of JSON."""
+    shown = subprocess.run(
+        [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", str(record)],
+        capture_output=True, text=True, timeout=120, cwd=home, env={**os.environ, "HOME": str(home)},
+    )  # fmt: skip
+    assert shown.returncode == 0, shown.stderr
+    return shown.stdout
 
 
 def undraw(put: Callable[[object, str, object], None] = setattr) -> None:
@@ -102,6 +142,16 @@ def ended(command: Begun) -> subprocess.CompletedProcess[str]:
 def torchrun(name: str, *arguments: str, ranks: int, cwd: Path) -> subprocess.CompletedProcess[str]:
     """A script of the repository under `torchrun --standalone`, whose ranks are forked from it."""
     return ended(begun(name, *arguments, cwd=cwd, TORCHRUN_RANKS=str(ranks)))
+
+
+def spread(*options: str, cwd: Path, other: Sequence[str] = ()) -> list[Begun]:
+    """`train.py` on two ranks, told of each other as torchrun tells them; the second may have other options."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    each = {"0": options, "1": [*options, *other]}
+    return [begun("train.py", *own, cwd=cwd, **world, RANK=rank, LOCAL_RANK=rank) for rank, own in each.items()]
 
 
 def _perform(command: list[str], cwd: str, environment: dict[str, str], said: Path) -> None:

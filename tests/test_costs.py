@@ -1,28 +1,19 @@
-"""Costs: each against a slow twin, with every rule; areas, which learn from a cost of their own and nothing else."""
+"""Costs: each against a slow twin."""
 
 from __future__ import annotations
 
-import json
 import math
 import pickle
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from bioopt import costs
-from experiments import building, data, training
-from experiments.areas import build_areas, stretched
 from experiments.building import build_cost
-from experiments.training import run
 
 from .commands import ROOT
-from .test_diagnostics import equal_state
-from .test_train import OPTIMIZERS, TINY, config, tiny
 
 NAMES = sorted(path.stem for path in (ROOT / "conf/cost").glob("*.yaml"))
 LABELS = torch.tensor([0, 2, 1, 2, costs.UNLABELLED, 0])
@@ -199,161 +190,3 @@ def test_gradients_are_right_and_each_cost_can_be_copied(name: str) -> None:
 def test_what_does_not_fit_is_told(broken: Callable[[], object], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         broken()
-
-
-# -- areas --------------------------------------------------------------------------------------------------------
-
-IMAGES = data.load("digits", "")
-
-
-def one_step(run: DictConfig, **cost: Any) -> tuple[list[Any], list[bool]]:
-    """The areas after a step of each, and whether it has changed them."""
-    run = run.copy()
-    run.cost = {"name": "cross_entropy", "areas": None, **cost}
-    torch.manual_seed(0)
-    model = building.build_model(run, IMAGES)
-    areas = build_areas(run, model, IMAGES)
-    augment = data.Augment(**run.data.augment)
-    inputs, labels = next(IMAGES.training_batches(8, 0, 0, augment))
-    changed = []
-    for area in areas:
-        area.train()
-        learns = [*area.network.parameters(), *area.cost.parameters()]
-        before = [p.detach().clone() for p in learns]
-        losses: Any = area.optimizer.step(area.closure(inputs, labels, steps=augment.frames))
-        assert losses.shape == (8 * augment.frames,)
-        assert losses.isfinite().all()
-        changed.append(any(not torch.equal(a, b) for a, b in zip(before, learns, strict=True)))
-        inputs = area.says(inputs)
-    return areas, changed
-
-
-SOME = [name for name in NAMES if name not in ("mixture", "cross_entropy")]
-ALL_COSTS = ("hebbian", "node_perturbation", "sgd")  # one of each kind of optimizer; the others take turns
-
-
-@pytest.mark.parametrize("rule", [o for o in OPTIMIZERS if o != "hill_climbing"])  # which may keep nothing
-@pytest.mark.filterwarnings("ignore:ForwardGradient. no forward derivative")
-@pytest.mark.filterwarnings("ignore:.*did not fire")
-def test_every_optimizer_learns_from_every_cost_that_fits(rule: str) -> None:
-    run = config(*tiny(rule), "data.augment.crop=2")
-    for cost in SOME if rule in ALL_COSTS else SOME[OPTIMIZERS.index(rule) % 3 :: 3]:
-        if build_cost(cost).scores:
-            assert one_step(run, name=cost)[1] == [True], cost
-            continue
-        run.data.augment.frames = 2 if build_cost(cost).sequences else 1
-        areas = {"trunk": cost, "head": "cross_entropy"}
-        if rule in ("random_trunk", "reward_stdp"):  # the second's network has no readout that would be a head
-            with pytest.raises(
-                ValueError, match=r"random_trunk freezes the trunk|a trunk and a head .* are of a model"
-            ):
-                one_step(run, areas=areas)
-        else:
-            assert one_step(run, areas=areas)[1] == [True, True], cost
-
-
-def test_no_error_passes_between_areas() -> None:
-    """An area learns what it learns alone: whatever the head's cost, and with whatever rule."""
-    trunks = []
-    for head in ("cross_entropy", "hinge"):
-        areas, _ = one_step(config(*tiny("node_perturbation")), areas={"trunk": "contrastive", "head": head})
-        trunks.append([*areas[0].network.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*trunks, strict=True))
-
-
-def test_a_trunk_learns_what_its_cost_alone_would_teach_it() -> None:
-    areas, _ = one_step(config(*tiny("sgd")), areas={"trunk": "contrastive", "head": "cross_entropy"})
-    run = config("optimizer=sgd", *TINY)
-    torch.manual_seed(0)
-    model = building.build_model(run, IMAGES)
-    inputs, labels = next(IMAGES.training_batches(8, 0, 0, data.Augment(**run.data.augment)))
-    trunk, head = model[:-1], model[-1]
-    costs.SupervisedContrastive()(trunk(inputs), labels).mean().backward()
-    with torch.no_grad():
-        for p in trunk.parameters():
-            p -= run.optimizer.lr * p.grad
-    for twin, found in zip(trunk.parameters(), areas[0].network.parameters(), strict=True):
-        torch.testing.assert_close(found, twin)
-    trunk.eval()
-    costs.CrossEntropy()(head(trunk(inputs).detach()), labels).mean().backward()
-    with torch.no_grad():
-        head.weight -= run.optimizer.lr * head.weight.grad
-    torch.testing.assert_close(areas[1].network[0].weight, head.weight)
-
-
-def test_areas_go_from_one_name_to_the_next() -> None:
-    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
-    cut = stretched(model, ["head", "3", "1"])
-    assert {name: [*dict(part.named_children())] for name, part in cut.items()} == {
-        "1": ["0", "1", "2"],  # what comes before and has no weights goes with it
-        "3": ["3", "4"],
-        "head": ["5"],
-    }
-    assert cut["head"][0] is model[5]
-
-
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        (["cost.areas={trunk: contrastive, brain: hinge}"], r"'brain', which is not an area of the model; there are"),
-        (["cost.areas={trunk: contrastive, 4: hinge, head: hinge}"], r"'trunk' and '4' overlap"),
-        (["cost.areas={0: contrastive, trunk: contrastive, head: hinge}"], r"overlap"),
-        (["cost.areas={head: hinge, 9: hinge}"], r"'head' and '9' overlap"),
-        (["cost.areas={trunk: hinge}"], r"nothing tells the head what to learn"),
-        (["cost.areas={head: hinge}"], r"'0' is in no area and would not learn"),
-        (["cost.areas={trunk: hinge, head: contrastive}"], r"cost.areas.head=contrastive makes no class scores"),
-        (["cost.areas={trunk: wishes, head: hinge}"], r"cost.areas.trunk=wishes is not a cost.*squared_error"),
-        (["cost.areas={trunk: {name: focal, gama: 1}, head: hinge}"], r"cost.areas.trunk=focal: .*gama"),
-        (["cost.areas={trunk: {name: focal, gamma: -1}, head: hinge}"], r"cost.areas.trunk=focal: .*gamma=-1"),
-        (["cost.areas={trunk: {name: mixture}, head: hinge}"], r"cost.areas.trunk.weights=None must say how much"),
-        (["cost=mixture", "cost.weights={wishes: 1}"], r"cost.weights=wishes is not a cost"),
-        (["cost=mixture", "cost.weights={hinge: 1, denoising: 1}"], r"denoising cannot be of the network's outputs"),
-        (["cost=denoising"], r"cost=denoising makes no class scores.*cost.areas='\{trunk: denoising"),
-        (["cost=sparsity"], r"cost=sparsity makes no class scores"),
-        (["cost.areas={trunk: slowness, head: hinge}"], r"data.augment.frames=1 gives single ones"),
-        (["data.augment.frames=4", "data.augment.crop=0"], r"nowhere to move"),
-        (["cost.areas={trunk: hinge, head: hinge}", "diagnostics.every=2"], r"diagnostics.every=2 compares"),
-        (["cost.areas={trunk: hinge, head: hinge}", "optimizer=random_trunk"], r"leave cost.areas out"),
-    ],
-)
-def test_areas_that_cannot_be_are_told(options: list[str], says: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=says):
-        run(config("optimizer=sgd", *TINY, f"run_dir={tmp_path}/run", *options))
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_one_area_after_another_says_what_trains_what(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["optimizer=node_perturbation", *TINY, "cost.areas={trunk: denoising, head: {name: hinge, margin: 2}}"]
-    summary = run(config(*options, "optimizer.samples=2", "epochs=2", "plastic_epochs=1", f"run_dir={tmp_path}/run"))
-    told = capsys.readouterr().out
-    assert "NodePerturbation, trunk" in told
-    assert "cost of trunk: readout.weight" in told
-    assert "Adam on the frozen trunk" in told
-    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert lines[0]["train_loss_trunk"] > 0
-    assert "train_loss_trunk" not in lines[1]
-    assert summary["forward_passes"] == 5 * 4 + 2 + 22  # of a step 3, and one for the head; two looks; features
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_an_interrupted_run_in_areas_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    areas = "cost.areas={trunk: {name: mixture, weights: {denoising: 1, contrastive: 0.1}}, head: focal}"
-    options = ["optimizer=sgd", *TINY, areas, "epochs=3", "data.augment.crop=1"]
-    run(config(*options, f"run_dir={tmp_path}/whole"))
-    evaluate, seen = training.evaluate, []
-
-    def interrupted(*given: Any) -> tuple[float, float]:
-        seen.append(given)
-        if len(seen) == 2:
-            raise KeyboardInterrupt
-        return evaluate(*given)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "evaluate", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run(config(*options, f"run_dir={tmp_path}/cut"))
-    run(config(f"resume={tmp_path}/cut"))
-    whole, cut = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "cut"))
-    assert len(whole["areas"][0]["cost"]) == 2  # the decoder
-    for key in ("model", "areas", "random", "forward_passes", "steps"):
-        assert equal_state(whole[key], cut[key]), key

@@ -14,8 +14,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from .commands import ROOT, train
-from .test_train import TINY, config, inspected
+from .commands import ROOT, TINY, config, inspected, train
 
 SCRIPT = str(ROOT / "scripts" / "wandb_dashboard.py")
 AXES = {"epoch", "forward_passes", "seconds", "step"}

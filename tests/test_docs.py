@@ -12,12 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import experiments
-from experiments.training import run
+from experiments import tasks
+from experiments.run import run
 
-from .commands import ROOT
+from .commands import ROOT, TINY, config
 from .test_readme import composed
-from .test_train import TINY, config
 
 PAGES = sorted((ROOT / "docs").glob("**/[!_]*.md"))
 RECORDS = {
@@ -116,9 +115,9 @@ def test_feedback_alignment_of_the_page_is_backpropagation_by_other_weights(
 
 def test_an_experiment_of_your_own_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = ROOT / "docs/experiments.md"
-    *_, (_, code), (_, options) = blocks(page, "python|yaml")
+    (_, code), (_, options), *_ = blocks(page, "python|yaml")
     written(tmp_path, {"walk.py": code, "experiment/walk.yaml": options})
-    monkeypatch.setattr(experiments, "__path__", [*experiments.__path__, str(tmp_path)])
+    monkeypatch.setattr(tasks, "__path__", [*tasks.__path__, str(tmp_path)])
     chosen = [f"hydra.searchpath=[file://{tmp_path}]", "experiment=walk", "task.width=3", "logger.mode=disabled"]
     assert run(config(*chosen, f"run_dir={tmp_path}/run"))["measured"]["farthest"] > 0
 

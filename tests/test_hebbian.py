@@ -828,7 +828,9 @@ def test_models_that_cannot_be_trained_are_refused() -> None:
         l1_unstructured(nn.Linear(4, 4), "weight", 0.5),
         nn.utils.spectral_norm(nn.Linear(4, 4)),
     ):
-        with pytest.raises(ValueError, match=r"layer '1' of type Linear .*is computed from other parameters.*undo.*Mixed.*freeze"):
+        with pytest.raises(
+            ValueError, match=r"layer '1' of type Linear .*is computed from other parameters.*undo.*Mixed.*freeze"
+        ):
             bioopt.Hebbian(nn.Sequential(nn.Linear(4, 4), made_anew), 0.1)
         frozen = nn.Sequential(nn.Linear(4, 4), made_anew.requires_grad_(False))
         assert len(bioopt.Hebbian(frozen, 0.1, readout=None).param_groups[0]["params"]) == 1

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 import bioopt
 from bioopt.nn import Hopfield, ModernHopfield, SpikingHopfield
-from experiments.hopfield import _crossing, _half, _meeting
-from experiments.training import run
+from experiments.run import run
+from experiments.tasks.hopfield import _crossing, _half, _meeting
 
-from .test_train import config
+from .commands import config
 
 PLAIN = {"competition": "none", "decay": "none", "readout": None}
 
@@ -472,7 +472,7 @@ def test_where_half_are_lost() -> None:
     ("option", "told"),
     [
         ("task.neurons=[]", r"task\.neurons=\[\] must be integers >= 1"),
-        ("task.rules=0", r"task\.rules=0 must be integers >= 1"),
+        ("task.rules=0", r"task\.rules=0 must be an integer >= 1"),
         ("task.modern=[8,0]", r"task\.modern=\[8, 0\] must be integers >= 1"),
         ("task.loads=[0.001]", r"task\.loads=\[0\.001\] must rise, each at least one pattern in 250 neurons"),
         ("task.rule_loads=[0.2,0.1]", r"task\.rule_loads=\[0\.2, 0\.1\] must rise"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -11,26 +12,77 @@ import pytest
 
 from .commands import ROOT
 
+LEAVES = ("checks", "config", "files", "interrupts", "pictures", "statistics")
 
-def imports(file: Path, package: str) -> set[str]:
-    """The modules of its own package that a file imports, inside functions as well."""
-    modules = {path.stem for path in file.parent.glob("*.py")}
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.level == 1 or (node.module or "").startswith(package)):
-            names = [node.module.rpartition(".")[2]] if node.module else [alias.name for alias in node.names]
-            found |= {name for name in names if name in modules}
+
+def modules(package: str) -> dict[str, Path]:
+    """All modules of a package by their dotted names; a folder's is that of its ``__init__``."""
+    found = {}
+    for path in (ROOT / package).rglob("*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+class Imports(ast.NodeVisitor):
+    """The names that a module imports, inside functions as well, but not for the annotation of types alone."""
+
+    def __init__(self, module: str, path: Path) -> None:
+        self.package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+        self.names: set[str] = set()
+
+    def visit_If(self, node: ast.If) -> None:
+        if not (isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"):
+            self.generic_visit(node)
+
+    def visit_Import(self, node: ast.Import) -> None:
+        self.names |= {alias.name for alias in node.names}
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        base = self.package.rsplit(".", node.level - 1)[0] if node.level else ""
+        base = ".".join(part for part in (base, node.module) if part)
+        self.names |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+
+
+@functools.cache
+def graph(package: str) -> dict[str, set[str]]:
+    """For each module of a package, those of the package that it imports."""
+    known = modules(package)
+    found = {}
+    for module, path in known.items():
+        imports = Imports(module, path)
+        imports.visit(ast.parse(path.read_text()))
+        found[module] = {name for name in imports.names if name in known and name not in (module, package)}
     return found
 
 
 def test_no_import_circle_in_the_experiments() -> None:
-    graph = {path.stem: imports(path, "experiments") for path in (ROOT / "experiments").glob("*.py")}
     try:
-        order = list(TopologicalSorter(graph).static_order())
+        order = list(TopologicalSorter(graph("experiments")).static_order())
     except CycleError as circle:
         pytest.fail(f"an import circle: {' -> '.join(circle.args[1])}")
+    order = [name.removeprefix("experiments.") for name in order]
     assert order.index("files") < order.index("report") < order.index("sweeps")
-    assert not any(graph[leaf] for leaf in ("config", "files", "interrupts", "pictures", "statistics"))
+    assert order.index("learner") < order.index("phases") < order.index("classification") < order.index("run")
+
+
+def test_leaves_import_nothing_of_ours() -> None:
+    for leaf in (*LEAVES, "learner"):  # the last one needs the library
+        assert not graph("experiments")[f"experiments.{leaf}"], leaf
+
+
+def test_tasks_leave_training_to_learners_and_runs_to_the_engine() -> None:
+    imports = graph("experiments")
+    engine = {f"experiments.{name}" for name in ("run", "classification", "logs", "runs", "ranks", "sweeps")}
+    tasks = [name for name in imports if name.startswith("experiments.tasks")]
+    assert len(tasks) > 10
+    for name in tasks:
+        assert not imports[name] & engine, name
+        source = modules("experiments")[name].read_text()
+        assert ".backward(" not in source, name
+        assert "zero_grad" not in source, name
+        if name.endswith("_plots"):
+            assert not imports[name] & {"experiments.learner", "experiments.building", "experiments.phases"}, name
 
 
 def test_the_library_imports_torch_alone() -> None:

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments.training import run
+from experiments.run import run
 
-from .commands import ROOT
-from .test_train import config
+from .commands import ROOT, config
 
 MNIST = ROOT / "data" / "mnist.safetensors"
 pytestmark = pytest.mark.slow

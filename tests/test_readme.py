@@ -12,8 +12,7 @@ from torch import nn
 
 import bioopt
 
-from .commands import ROOT
-from .test_train import config
+from .commands import ROOT, config
 
 README = (ROOT / "README.md").read_text()
 

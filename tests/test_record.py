@@ -11,9 +11,9 @@ from omegaconf import OmegaConf
 from experiments.config import resolved
 from scripts import record
 
-from .test_report import edited
-from .test_sweeps import finished
-from .test_train import config
+from .commands import config
+from .experiments.test_report import edited
+from .experiments.test_sweeps import finished
 
 
 @pytest.fixture

@@ -22,10 +22,9 @@ import torch.multiprocessing as mp
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 
-from experiments.training import run
+from experiments.run import run
 
-from .commands import ROOT
-from .test_train import TINY, config
+from .commands import ROOT, TINY, config
 
 Call = Callable[..., str]
 
@@ -58,7 +57,7 @@ def numbers(record: Any) -> list[float]:
 
 
 def test_every_script_is_run_in_the_tests() -> None:
-    text = "".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
+    text = "".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
     tested = re.findall(r'(?:call\("|script\("scripts/|"scripts" / ")(\w+\.py)"', text)
     assert set(tested) == {path.name for path in (ROOT / "scripts").glob("*.py")}
 
@@ -78,6 +77,14 @@ def test_bench_step(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     rows = json.loads(record.read_text())["rows"]
     assert [row["name"] for row in rows] == names
     assert all(math.isfinite(n) and n > 0 for n in numbers(rows))
+
+
+def test_bench_relay(call: Call, tmp_path: Path) -> None:
+    record = tmp_path / "out.json"
+    shown = table(call("bench_relay.py", "--seconds", "0", "--batch", "2", "--device", "cpu", "--json", str(record)))
+    rows = json.loads(record.read_text())["rows"]
+    assert [row[0] for row in shown] == [row["network"] for row in rows]
+    assert all(row["ratio"] > 0 for row in rows)
 
 
 def test_bench_hebbian(call: Call, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from bioopt.nn import Attention
 
-from ..options import require_counts
+from ..checks import require_counts
 from .shapes import Shape
 
 

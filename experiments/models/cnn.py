@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from ..options import require_counts
+from ..checks import require_counts
 from .mlp import perceptron
 from .shapes import Shape
 

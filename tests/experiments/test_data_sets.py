@@ -13,6 +13,7 @@ import scipy.io
 import torch
 import torchvision
 import yaml
+from experiments.training import run
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from PIL import Image
@@ -20,7 +21,6 @@ from safetensors.torch import load_file
 
 from experiments import data
 from experiments.options import check
-from experiments.training import run
 
 from ..commands import ROOT
 from ..test_train import config

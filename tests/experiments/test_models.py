@@ -12,11 +12,10 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from experiments import data, models
-from experiments.areas import split
 from experiments.building import build_model
+from experiments.phases import split
 
-from ..commands import ROOT
-from ..test_train import config
+from ..commands import ROOT, config
 
 
 def features(model: nn.Module, x: Tensor) -> Tensor:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from experiments.training import run
 
 from experiments.models import spiking
 from experiments.models.spiking import Competition
 from experiments.spiking import assign, voted, window
-from experiments.training import run
 
 from ..test_train import config
 

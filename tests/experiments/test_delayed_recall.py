@@ -8,11 +8,11 @@ import pytest
 import torch
 from hydra.utils import instantiate
 
-from experiments.delayed_recall import MODELS, DelayedRecall
-from experiments.training import run
+from experiments.run import run
+from experiments.tasks.delayed_recall import MODELS, DelayedRecall
 
+from ..commands import config
 from .test_tasks import interrupted, resumed
-from .test_train import config
 
 TINY = ["experiment=delayed_recall", "logger.mode=disabled", "task.rounds=2", "task.steps=2", "task.sequences=20"]
 TINY += ["task.gru.hidden=8", "task.gru.batch_size=8", "task.delays=[0,7]", "task.loads=[1,3]"]
@@ -32,7 +32,7 @@ def test_a_sequence_has_one_answer() -> None:
     assert episodes.keys.shape == (9, 50, 16)
     assert episodes.matters.tolist() == [1, 1, 1, 1, 1, 0, 0, 0, 0]
     for n in range(50):
-        keys = [int((recall.symbols == key).all(1).nonzero()) for key in episodes.keys[:, n]]
+        keys = [int((recall.keys == key).all(1).nonzero()) for key in episodes.keys[:, n]]
         assert len(set(keys[:5])) == 5
         assert not set(keys[:5]) & set(keys[5:])
         (asked,) = [i for i in range(5) if torch.equal(episodes.keys[i, n], episodes.cue[n])]
@@ -43,7 +43,7 @@ def test_a_sequence_has_one_answer() -> None:
 def test_a_buffer_answers_what_it_holds(load: int, delay: int) -> None:
     """Of clear keys it knows the pairs that later items have not displaced, and guesses the rest."""
     recall = task("task.sequences=4000", "task.buffer.inverse_temperature=60")
-    recall.symbols = torch.eye(16)
+    recall.keys = torch.eye(16)
     found = recall.accuracies(load, delay)
     for name, held in (("buffer", min(load, max(0, 7 - delay))), ("gated_buffer", min(load, 7))):
         known = held / load
@@ -76,8 +76,8 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pyt
     whole = run(config(*TINY, f"run_dir={tmp_path / 'whole'}"))
     interrupted(monkeypatch, DelayedRecall, 2, *TINY, f"run_dir={tmp_path / 'part'}")
     assert resumed(monkeypatch, tmp_path / "part")["measured"] == whole["measured"]
-    weights = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"] for name in ("whole", "part")]
-    assert all(torch.equal(weights[0]["gru"][key], weights[1]["gru"][key]) for key in weights[0]["gru"])
+    weights = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["gru"] for name in ("whole", "part")]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
 @pytest.mark.parametrize(

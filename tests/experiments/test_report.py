@@ -15,9 +15,10 @@ import pytest
 import yaml
 
 from experiments import report as reports
+from experiments import report_page
 from experiments.report import NothingToReport, report
 
-from .commands import ROOT
+from ..commands import ROOT
 from .test_sweeps import finished
 
 ODD = [None, True, -1, 10**400, math.nan, "", "text", "$x_{", "=1+1", "a\nb|<b>", "\ud800", [1, {"a": 2}], {}]
@@ -87,7 +88,7 @@ def test_every_damaged_run_has_a_row_or_a_reason(kind: str, tmp_path: Path) -> N
         if kind == "task":
             reports.report_tasks(some, [], tmp_path)
         else:
-            cells = reports.group(some)
+            cells = reports.grouped(some)
             header, rows = reports.table(cells, 0.5)
             assert len(rows) == len(cells) > 0
             reports.document("title", header, rows, reports._notes(cells, 0.5), []).encode()
@@ -128,7 +129,7 @@ def test_markdown_shows_names_as_they_are(made: Path) -> None:
     assert r"| \$x^{\_\$ |" in text
     assert r"&lt;b&gt;bad&lt;/b&gt; \|" in text
     assert "<" not in text
-    assert "| random_trunk |" in reports.markdown(["random_trunk"], [])
+    assert "| random_trunk |" in report_page.markdown(["random_trunk"], [])
 
 
 def test_no_cell_of_the_spreadsheet_is_a_formula(made: Path) -> None:
@@ -150,7 +151,7 @@ def test_the_page_has_no_markup_of_names(made: Path) -> None:
 
 def test_pictures_show_names_as_they_are(tmp_path: Path) -> None:
     runs = [reports.Run.read(finished(tmp_path / str(n), name, 0, [0.5])) for n, name in enumerate(NAMES)]
-    cells = reports.group(runs)
+    cells = reports.grouped(runs)
     figure = reports.curves(cells)
     (legend,) = figure.legends
     texts = [*legend.get_texts(), *(bars := reports.bars(cells)).axes[0].get_yticklabels()]
@@ -160,7 +161,7 @@ def test_pictures_show_names_as_they_are(tmp_path: Path) -> None:
     assert not any(text.get_parse_math() for text in texts)
     assert max(map(len, "\n".join(names).splitlines())) <= 48
     for each in (figure, bars):
-        reports.plt.close(each)
+        report_page.plt.close(each)
 
 
 def test_an_infinite_measurement_has_a_mean_but_no_interval(tmp_path: Path) -> None:

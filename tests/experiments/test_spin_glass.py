@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from bioopt.nn import RBM
-from experiments import boltzmann, models
-from experiments.training import run
+from experiments import likelihood, models
+from experiments.run import run
+from experiments.tasks import spin_glass
 
-from .test_contrastive import log_z, machine, states
+from ..commands import config
+from ..test_contrastive import log_z, machine, states
 from .test_tasks import interrupted, resumed
-from .test_train import config
 
 TINY = [
     "task.spins=8", "task.samples=2", "task.sweeps=10", "task.temperatures=4", "task.rounds=4", "task.hidden=5",
@@ -42,7 +43,7 @@ def test_annealed_importance_sampling_finds_the_partition_function() -> None:
     off = []
     for seed in range(20):
         generator = torch.Generator().manual_seed(seed)
-        found, error = boltzmann.log_partition(rbm, base, torch.linspace(0, 1, 200), 100, generator)
+        found, error = likelihood.log_partition(rbm, base, torch.linspace(0, 1, 200), 100, generator)
         assert error < 0.1
         off.append((found - true) / error)
     assert abs(sum(off) / 20) < 4 / 20**0.5  # unbiased, as far as that can be told
@@ -52,7 +53,7 @@ def test_annealed_importance_sampling_finds_the_partition_function() -> None:
 def test_annealing_without_steps_between_is_importance_sampling() -> None:
     """One step from the base-rate machine: a mean that can be written down."""
     rbm, base = machine(1), torch.tensor([0.2, 0.5, 0.6, 0.9], dtype=torch.float64)
-    found, _ = boltzmann.log_partition(rbm, base, ladder(0.0, 1.0), 50_000, torch.Generator().manual_seed(0))
+    found, _ = likelihood.log_partition(rbm, base, ladder(0.0, 1.0), 50_000, torch.Generator().manual_seed(0))
     p = (base * states(4) + (1 - base) * (1 - states(4))).prod(1)
     weights = (-rbm.free_energy(states(4))).exp() / p
     deviation = ((p * weights.square()).sum() - (p * weights).sum() ** 2).sqrt() / (p * weights).sum()
@@ -62,7 +63,7 @@ def test_annealing_without_steps_between_is_importance_sampling() -> None:
 def test_a_glass_has_the_energies_and_overlaps_of_all_its_states() -> None:
     torch.manual_seed(0)
     t = ladder(0.3, 0.6, 1.2)
-    glass = boltzmann.SpinGlass(8, 5, t)
+    glass = spin_glass.SpinGlass(8, 5, t)
     glass.run(200, False)
     glass.run(2000, True)
     s = spins(8)
@@ -82,13 +83,13 @@ def test_a_glass_has_the_energies_and_overlaps_of_all_its_states() -> None:
 
 def test_couplings_have_the_variance_of_the_model() -> None:
     torch.manual_seed(0)
-    upper = boltzmann.SpinGlass(100, 4, ladder(1.0, 2.0)).couplings[:, *torch.triu_indices(100, 100, 1)]
+    upper = spin_glass.SpinGlass(100, 4, ladder(1.0, 2.0)).couplings[:, *torch.triu_indices(100, 100, 1)]
     assert abs(upper.var().item() * 100 - 1) < 4 * (2 / upper.numel()) ** 0.5
 
 
 def test_quenched_states_are_stable() -> None:
     torch.manual_seed(0)
-    glass = boltzmann.SpinGlass(60, 3, ladder(0.2, 0.4, 0.8, 1.6))
+    glass = spin_glass.SpinGlass(60, 3, ladder(0.2, 0.4, 0.8, 1.6))
     coldest = (glass.energy() / 60).flatten(1).amin(1)
     assert (glass.ground_states() < coldest - 0.2).all()  # from random states, with no sweep at all
     glass.run(300, False)
@@ -99,18 +100,18 @@ def test_a_machine_at_other_temperatures_has_the_distribution_of_all_its_states(
     torch.manual_seed(0)
     rbm = machine(2).float()
     t = ladder(0.5, 1.0, 2.0)
-    dreams = boltzmann.Dreams(rbm, torch.full((4,), 0.4), 20, t)
-    dreams.run(100, False)
-    dreams.run(3000, True)
+    samples = spin_glass.MachineSamples(rbm, torch.full((4,), 0.4), 20, t)
+    samples.run(100, False)
+    samples.run(3000, True)
     v, h = states(4).float(), states(3).float()
     with torch.no_grad():
         energy = -(v @ rbm.weight.T @ h.T) - (v @ rbm.visible_bias).unsqueeze(1) - h @ rbm.synapse.bias
     p = (-energy.flatten() / t.view(-1, 1)).softmax(1)
-    torch.testing.assert_close(dreams.mean("energy").float(), p @ energy.flatten() / 7, atol=0.01, rtol=0)
+    torch.testing.assert_close(samples.mean("energy").float(), p @ energy.flatten() / 7, atol=0.01, rtol=0)
     away = torch.nn.functional.normalize(v - 0.4, dim=1)
     visible = p.view(3, 16, 8).sum(2)
     expected = torch.einsum("ta,tb,ab->t", visible, visible, (away @ away.T).square())
-    torch.testing.assert_close(dreams.mean("squared").float(), expected, atol=0.02, rtol=0)
+    torch.testing.assert_close(samples.mean("squared").float(), expected, atol=0.02, rtol=0)
 
 
 def test_the_experiment_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +121,7 @@ def test_the_experiment_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.
     assert -1.2 < whole["measured"]["ground_state_energy"] < -0.2
     assert all(math.isfinite(value) for value in whole["measured"].values())
     folder = tmp_path / "part"
-    interrupted(monkeypatch, boltzmann.Valleys, 4, "experiment=spin_glass", *TINY, f"run_dir={folder}")
+    interrupted(monkeypatch, spin_glass.Valleys, 4, "experiment=spin_glass", *TINY, f"run_dir={folder}")
     assert resumed(monkeypatch, folder)["measured"] == whole["measured"]
 
 
@@ -134,11 +135,11 @@ def test_bad_options_are_named(option: str, match: str, tmp_path: Path) -> None:
         run(config("experiment=spin_glass", *TINY, f"task.{option}", f"run_dir={tmp_path / 'run'}"))
 
 
-def test_a_trained_network_is_measured_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(boltzmann, "published_temperatures", lambda device: torch.linspace(0, 1, 50))
+def test_a_trained_network_is_analysed_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(likelihood, "published_temperatures", lambda device: torch.linspace(0, 1, 50))
     overrides = [
         "experiment=rbm_mnist", "data=digits", "model.hidden=[6]", "epochs=2", "plastic_epochs=1",
-        "afterwards.chains=9", "afterwards.dream=3", "logger.mode=disabled",
+        "final_analysis.chains=9", "final_analysis.gibbs_steps=3", "logger.mode=disabled",
     ]  # fmt: skip
     run(config(*overrides, f"run_dir={tmp_path / 'run'}"))
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -150,7 +151,7 @@ def test_a_trained_network_is_measured_afterwards(tmp_path: Path, monkeypatch: p
 
 
 def test_published_temperatures() -> None:
-    betas = boltzmann.published_temperatures(torch.device("cpu"))
+    betas = likelihood.published_temperatures(torch.device("cpu"))
     assert len(betas) == 14_501
     assert (betas[0], betas[500], betas[4500], betas[-1]) == (0, 0.5, 0.9, 1)
     assert (betas.diff() > 0).all()

@@ -5,62 +5,37 @@ from __future__ import annotations
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
 
 from experiments import data
-from experiments.training import run
+from experiments.run import run
 
-from .commands import ROOT, Begun, appears, begun, ended, started, torchrun, train, unrender
+from ..commands import (
+    OPTIMIZERS,
+    ROOT,
+    SOFTHEBB,
+    TINY,
+    appears,
+    config,
+    ended,
+    inspected,
+    spread,
+    started,
+    tiny,
+    torchrun,
+    train,
+    unrender,
+)
 
-OPTIMIZERS = sorted(p.stem for p in (ROOT / "conf/optimizer").glob("*.yaml"))
 MODELS = sorted(p.stem for p in (ROOT / "conf/model").glob("*.yaml"))
 DATA = sorted(p.stem for p in (ROOT / "conf/data").glob("*.yaml"))
-# A network so small that every optimizer takes a step in no time.
-TINY = ["model=cnn", "model.width=2", "model.kernel=3", "logger.mode=disabled", "epochs=1", "batch_size=256"]
-SPIKING = ["model=spiking", "model.neurons=20", "model.steps=3"]
-
-
-def tiny(optimizer: str) -> list[str]:
-    """The least of a run, with few of the evaluations that some optimizers make in a step."""
-    few = {
-        "node_perturbation": "samples",
-        "rank_one_perturbation": "samples",
-        "serial_perturbation": "coordinates",
-        "weight_perturbation": "population",
-    }
-    own = {  # rules for networks of their own
-        "contrastive_divergence": ["model=rbm", "model.hidden=[8]"],
-        "reward_stdp": [*SPIKING, "model.readout=groups"],
-        "stdp": SPIKING,
-    }
-    common = [*own[optimizer], *(o for o in TINY if not o.startswith("model"))] if optimizer in own else TINY
-    return [f"optimizer={optimizer}", *common, *([f"optimizer.{few[optimizer]}=1"] if optimizer in few else [])]
-
-
-def config(*overrides: str) -> DictConfig:
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose("config", list(overrides))
-
-
-def inspected(record: Path, home: Path) -> str:
-    """What an offline W&B run holds, in lines of JSON."""
-    shown = subprocess.run(
-        [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", str(record)],
-        capture_output=True, text=True, timeout=120, cwd=home, env={**os.environ, "HOME": str(home)},
-    )  # fmt: skip
-    assert shown.returncode == 0, shown.stderr
-    return shown.stdout
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -157,9 +132,6 @@ def test_frozen_parts_stay_at_their_random_start(tmp_path: Path) -> None:
     assert same == {"0.weight"}
     with pytest.raises(ValueError, match=r"frozen=conv is not a part of the model; it has 0, 1, 2"):
         run(config(*tiny("sgd"), "frozen=[conv]", f"run_dir={tmp_path / 'lacking'}"))
-
-
-SOFTHEBB = ["model=softhebb", "model.width=0.03", "batch_size=256", "readout.batch_size=64", "logger.mode=disabled"]
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -306,7 +278,7 @@ LATER = ["plastic_epochs=1", "epochs=1000"]  # told before the first of so many,
         (["model.width=0"], "model=cnn: model.width=0 must be an integer >= 1"),
         (["model.hidden=64"], "model=cnn: model.hidden=64 must be a list of integers >= 1, such as [128]"),
         (["frozen=0"], "frozen=0 must be a list of parts, such as [0]"),
-        (["optimizer=stdp"], "It wants model=spiking"),
+        (["optimizer=stdp"], "It requires model=spiking"),
         (["readout.optimizer.lr=abc", *LATER], "readout.optimizer={'_target_'"),
         (["readout.schedule=linear", *LATER], "readout.schedule=linear must be cosine, constant or halving"),
         (["readout.batch_size=0"], "readout.batch_size=0 must be an integer >= 1"),
@@ -351,7 +323,7 @@ def test_resume_of_a_folder_with_another_s_configuration(text: str, tmp_path: Pa
 
 def test_a_rule_without_its_network_names_what_is_missing(tmp_path: Path) -> None:
     common = ["optimizer=reward_stdp", "model=spiking", "logger.mode=disabled", f"run_dir={tmp_path / 'run'}"]
-    with pytest.raises(ValueError, match=r"It wants model\.readout=groups$"):
+    with pytest.raises(ValueError, match=r"It requires model\.readout=groups$"):
         run(config(*common))
 
 
@@ -435,16 +407,6 @@ def test_options_of_parts_reach_their_groups() -> None:
         build_optimizer(lacking, build_model(lacking, images))
 
 
-def spread(*options: str, cwd: Path, other: Sequence[str] = ()) -> list[Begun]:
-    """`train.py` on two ranks, told of each other as torchrun tells them; the second may have other options."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    each = {"0": options, "1": [*options, *other]}
-    return [begun("train.py", *own, cwd=cwd, **world, RANK=rank, LOCAL_RANK=rank) for rank, own in each.items()]
-
-
 SMALL = ["model=mlp", "model.hidden=[16]", "batch_size=256", "threads=1", "logger.mode=disabled"]
 
 
@@ -488,7 +450,7 @@ def test_an_optimizer_that_cannot_be_spread_says_so(tmp_path: Path) -> None:
     for rank in spread("optimizer=sgd", "run_dir=sgd", "logger.mode=disabled", cwd=tmp_path):
         failed = ended(rank)
         assert failed.returncode != 0
-        assert "error: optimizer=sgd: it does not speak to other ranks; run it without torchrun" in failed.stderr
+        assert "error: optimizer=sgd: it cannot share a run with other ranks; run it without torchrun" in failed.stderr
 
 
 def test_help_lists_every_optimizer_by_family_and_needs_no_torch(tmp_path: Path) -> None:

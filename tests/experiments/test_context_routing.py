@@ -15,12 +15,12 @@ from torch import nn
 
 from bioopt.nn import Gate
 from experiments import data
-from experiments.context_routing import ContextRouting, counted, guessed, information, weights
 from experiments.data import problems
-from experiments.training import run
+from experiments.run import run
+from experiments.tasks.context_routing import ContextRouting, counted, guessed, information, weights
 
+from ..commands import config
 from .test_tasks import interrupted, resumed
-from .test_train import config
 
 RULES = ["node_perturbation", "hebbian", "random_trunk"]
 SMALL = ["experiment=context_routing", "data=digits", "logger.mode=disabled", "task.contexts=2", "task.pathways=3"]

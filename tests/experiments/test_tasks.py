@@ -12,12 +12,11 @@ import torch
 import yaml
 from matplotlib.figure import Figure
 
+from experiments.run import run
 from experiments.runs import Progress
 from experiments.tasks import Task
-from experiments.training import run
 
-from .commands import ROOT, script, train
-from .test_train import TINY, config
+from ..commands import ROOT, TINY, config, script, train
 
 TASKS = sorted(p.stem for p in (ROOT / "conf/experiment").glob("*.yaml") if "\ntask:" in p.read_text())
 
@@ -153,9 +152,9 @@ def test_every_task_is_named_as_its_file(name: str) -> None:
     assert chosen._target_.startswith("experiments.")
 
 
-def test_what_is_measured_afterwards_is_in_the_summary(tmp_path: Path) -> None:
+def test_the_final_analysis_is_in_the_summary(tmp_path: Path) -> None:
     target = f"{{_target_: {__name__}.count, _partial_: true, factor: 2}}"
-    summary = run(config(*TINY, f"afterwards={target}", f"run_dir={tmp_path / 'run'}"))
+    summary = run(config(*TINY, f"final_analysis={target}", f"run_dir={tmp_path / 'run'}"))
     assert summary["twice_the_parameters"] == 2 * summary["trained_parameters"]
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
 

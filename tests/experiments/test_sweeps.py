@@ -18,8 +18,7 @@ from experiments.config import name_of, run_group
 from experiments.report import NothingToReport, report
 from experiments.statistics import percent
 
-from .commands import ROOT, fresh, script, started, train
-from .test_train import TINY, config
+from ..commands import ROOT, TINY, config, fresh, script, started, train
 
 
 def finished(folder: Path, name: str, seed: int, accuracies: list[float], **options: Any) -> Path:

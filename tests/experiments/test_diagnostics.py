@@ -9,12 +9,11 @@ import pytest
 import torch
 
 from experiments.diagnostics import Diagnostics, activity
-from experiments.training import run
+from experiments.run import run
 
-from .commands import unrender
-from .test_contract import equal_state
+from ..commands import SOFTHEBB, config, tiny, unrender
+from ..test_contract import equal_state
 from .test_runs import stopped
-from .test_train import SOFTHEBB, config, tiny
 
 
 @pytest.mark.parametrize("optimizer", ["hebbian", "softhebb", "node_perturbation", "reward_hebbian", "random_trunk"])
@@ -30,7 +29,7 @@ def test_a_run_is_the_same_bit_for_bit_with_and_without(
     for name, more in (("without", []), ("with", ["diagnostics.every=2"])):
         run(config(*common, f"run_dir={tmp_path / name}", *more))
     without, measured = (torch.load(tmp_path / n / "checkpoint.pt", weights_only=True) for n in ("without", "with"))
-    for key in ("model", "areas", "random", "forward_passes", "steps"):
+    for key in ("model", "blocks", "random", "forward_passes", "steps"):
         assert equal_state(without[key], measured[key]), key
     for picture in ("diagnostics", "confusion", "misclassified", "receptive_fields_over_time"):
         assert (tmp_path / "with" / f"{picture}.png").read_bytes().startswith(b"\x89PNG")

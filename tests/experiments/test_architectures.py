@@ -12,12 +12,14 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from bioopt.costs import UNLABELLED
-from experiments import architectures, data
-from experiments.architectures import Architectures
-from experiments.training import run
+from experiments import data
+from experiments.learner import Block
+from experiments.run import run
+from experiments.tasks import architectures
+from experiments.tasks.architectures import Architectures
 
+from ..commands import config
 from .test_tasks import interrupted, resumed
-from .test_train import config
 
 COMMON = ["experiment=architectures", "logger.mode=disabled", "data=digits", "task.train=200", "task.test=40"]
 COMMON += ["task.steps=3", "task.batch_size=8", "task.repetitions=2", "structures.cnn.width=2"]
@@ -100,13 +102,13 @@ def test_every_rule_takes_its_steps_on_every_structure(rule: str, monkeypatch: p
 def test_unlabelled_samples_do_not_enter(monkeypatch: pytest.MonkeyPatch) -> None:
     made = task(COMMON, task__tasks__few_labels__count=20)
     seen: list[torch.Tensor] = []
-    closure = architectures.Area.closure
+    closure = Block.closure
 
-    def watched(self: Any, inputs: torch.Tensor, labels: torch.Tensor) -> Any:
+    def watched(self: Block, inputs: torch.Tensor, labels: torch.Tensor, **options: Any) -> Any:
         seen.append(labels)
-        return closure(self, inputs, labels)
+        return closure(self, inputs, labels, **options)
 
-    monkeypatch.setattr(architectures.Area, "closure", watched)
+    monkeypatch.setattr(Block, "closure", watched)
     made.learn("sgd", "mlp", "few_labels", 0)
     assert len(seen) == 3
     assert int(torch.cat(seen).min()) >= 0

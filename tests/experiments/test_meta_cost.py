@@ -16,12 +16,12 @@ from torch import nn
 
 from bioopt.costs import UNLABELLED, CrossEntropy, Hinge, Mixture
 from experiments import building
-from experiments.areas import fit, split
-from experiments.meta_cost import LEAST, Choice, MetaCost, Result, Tried
-from experiments.training import run
+from experiments.phases import fit_cost, split
+from experiments.run import run
+from experiments.tasks.meta_cost import LEAST, Choice, MetaCost, Result, Tried
 
+from ..commands import config
 from .test_tasks import interrupted, resumed
-from .test_train import config
 
 TINY = ["experiment=meta_cost", "data=digits", "logger.mode=disabled", "model.hidden=[8]", "task.repetitions=1"]
 TINY += ["task.train=200", "task.validation=100", "task.steps=2", "task.batch_size=8", "task.rates=[0.3,3]"]
@@ -137,35 +137,35 @@ def test_each_cost_tells_the_untrained_trunk_as_much() -> None:
         torch.manual_seed(3)
         model = building.build_model(made.config, images)
         shares = tuple(float(i == j) for j in range(4))
-        (trunk, *_) = made.areas("sgd", Choice(shares, 1.0), model, images, 3, lengths)
+        (trunk, *_) = made.learner("sgd", Choice(shares, 1.0), model, images, 3, lengths).blocks
         said = trunk.network(trunk.cost.seen(inputs)).detach().requires_grad_()
         (slope,) = torch.autograd.grad(trunk.cost(said, labels, inputs=inputs).sum(), said)
         assert float(slope.square().sum(1).mean().sqrt()) == pytest.approx(1, rel=0.35), name
 
 
-def test_the_head_is_the_readout_of_scores_or_an_area_by_itself() -> None:
+def test_the_head_is_the_readout_of_scores_or_a_block_by_itself() -> None:
     made = task("task.costs=[hinge,focal,contrastive]")
     images = made.posed("clean", 0, 100)
     lengths = made.lengths(images, 0)
     model = building.build_model(made.config, images)
     trunk, head = split(model)
 
-    (area,) = made.areas("sgd", Choice((0.2, 0.3, 0.5), 2.0), model, images, 0, lengths)
-    learned = {p for group in area.optimizer.param_groups for p in group["params"]}
+    (block,) = made.learner("sgd", Choice((0.2, 0.3, 0.5), 2.0), model, images, 0, lengths).blocks
+    learned = {p for group in block.optimizer.param_groups for p in group["params"]}
     assert learned == set(model.parameters())
-    assert area.optimizer.param_groups[0]["lr"] == pytest.approx(2 * made.config.rules.sgd.lr)
+    assert block.optimizer.param_groups[0]["lr"] == pytest.approx(2 * made.config.rules.sgd.lr)
     inputs, labels = torch.randn(12, 1, 28, 28), torch.arange(12) % 4
     scores, activity = model(inputs), trunk(inputs)
     parts = {name: building.build_cost(name) for name in made.costs}
     wanted = 0.2 / lengths["hinge"] * parts["hinge"](scores, labels)
     wanted = wanted + 0.3 / lengths["focal"] * parts["focal"](scores, labels)
     wanted = wanted + 0.5 / lengths["contrastive"] * parts["contrastive"](activity, labels)
-    torch.testing.assert_close(area.closure(inputs, labels)(), wanted)
+    torch.testing.assert_close(block.closure(inputs, labels)(), wanted)
 
-    below, above = made.areas("sgd", Choice((0.0, 0.0, 1.0), 1.0), model, images, 0, lengths)
+    below, above = made.learner("sgd", Choice((0.0, 0.0, 1.0), 1.0), model, images, 0, lengths).blocks
     assert {p for g in below.optimizer.param_groups for p in g["params"]} == set(trunk.parameters())
     assert {p for g in above.optimizer.param_groups for p in g["params"]} == set(head.parameters())
-    said = below.says(inputs)
+    said = below.forward_detached(inputs)
     torch.testing.assert_close(
         above.closure(said, labels)(),
         F.cross_entropy(head(said), labels, reduction="none") / lengths["cross_entropy"],
@@ -209,7 +209,8 @@ def test_one_size_is_compared_with_choices_of_each_task() -> None:
 
     lines = [line("clean", r, 0.9, 0.5, 0.91) for r in range(3)]
     lines += [line("few_labels", r, 0.6, 0.7, 0.72 + 0.01 * r) for r in range(3)]
-    result = Result(lines, task())
+    made = task()
+    result = Result(lines, made.problems, made.costs)
     assert result.one_size == "cross_entropy"
     assert result.gains("best_cost") == pytest.approx([0.05] * 3)
     assert result.gains("best_cost", "clean") == pytest.approx([0.0] * 3)
@@ -217,7 +218,9 @@ def test_one_size_is_compared_with_choices_of_each_task() -> None:
     assert result.mean("mean", "cross_entropy") == pytest.approx(0.74)
     assert (result.chosen("clean", "cross_entropy"), result.chosen("few_labels", "cross_entropy")) == (3, 0)
     assert result.verdict() == "cross entropy for all is not enough"
-    worse = Result([line(p, r, 0.9, 0.5, 0.8) for p in ("clean", "few_labels") for r in range(3)], task())
+    worse = Result(
+        [line(p, r, 0.9, 0.5, 0.8) for p in ("clean", "few_labels") for r in range(3)], made.problems, made.costs
+    )
     assert worse.verdict() == "nothing is surely better than cross entropy for all"
 
 
@@ -236,7 +239,7 @@ def test_costs_of_a_mixture_may_share_a_readout_which_fit_leaves() -> None:
     parts = {"a": CrossEntropy(), "b": Hinge()}
     inner = Mixture(parts, {"a": 2.0, "b": 0.5}, readout=head)
     outer = Mixture({"inner": inner}, {"inner": 3.0})
-    fit(outer, "trunk", nn.Identity(), activity, 3, 1, last=False)
+    fit_cost(outer, "trunk", nn.Identity(), activity, 3, 1, last=False)
     assert inner.readout is head
     wanted = 6 * parts["a"](head(activity), labels) + 1.5 * parts["b"](head(activity), labels)
     torch.testing.assert_close(outer(activity, labels), wanted)

@@ -21,15 +21,15 @@ import torch
 import yaml
 from torch import nn
 
-from experiments import options, runs, training
+from experiments import options, runs
+from experiments import run as running
 from experiments.building import check_keywords
 from experiments.config import name_of, resolved
 from experiments.files import alone
+from experiments.run import run
 from experiments.runs import Progress, check_seal
-from experiments.training import run
 
-from .commands import ROOT, appears, begun, ended, started, train
-from .test_train import TINY, config, spread, tiny
+from ..commands import ROOT, TINY, appears, begun, config, ended, spread, started, tiny, train
 
 CPU = torch.device("cpu")
 
@@ -52,7 +52,7 @@ def stopped(monkeypatch: pytest.MonkeyPatch, epochs: int, *overrides: str) -> No
 @pytest.fixture
 def half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of a run that was interrupted after one of its two epochs."""
-    from .commands import undraw
+    from ..commands import undraw
 
     undraw(monkeypatch.setattr)
     stopped(monkeypatch, 1, *TINY, "epochs=2", f"run_dir={tmp_path / 'run'}")
@@ -68,9 +68,17 @@ def archive(content: Any) -> bytes:
     return file.getvalue()
 
 
+def saved_by_torch(content: bytes) -> dict[str, Any]:
+    found: dict[str, Any] = torch.load(io.BytesIO(content), weights_only=True)
+    return found
+
+
 def progress() -> Progress:
     return Progress(
-        epoch=1, model={"weight": torch.arange(6.0)}, random={"cpu": torch.get_rng_state()}, history=[{"epoch": 1}]
+        epoch=1,
+        state={"model": {"weight": torch.arange(6.0)}},
+        random={"cpu": torch.get_rng_state()},
+        history=[{"epoch": 1}],
     )
 
 
@@ -100,8 +108,8 @@ def test_any_changed_byte_of_a_checkpoint_is_noticed(tmp_path: Path) -> None:
         "of something else": lambda whole: archive([1, 2, 3]),
         "of another program": lambda whole: archive({"state_dict": torch.zeros(2)}),
         "of a whole module": lambda whole: archive(nn.Linear(1, 1)),
-        "of an epoch that it has not made": lambda whole: archive({**vars(progress()), "epoch": 99}),
-        "without its history": lambda whole: archive({**vars(progress()), "history": []}),
+        "of an epoch that it has not made": lambda whole: archive({**saved_by_torch(whole), "epoch": 99}),
+        "without its history": lambda whole: archive({**saved_by_torch(whole), "history": []}),
     }.items(),
     ids=lambda case: case[0],
 )
@@ -116,9 +124,10 @@ def test_a_damaged_checkpoint_says_what_is_lost_and_how_to_go_on(damage: Any, tm
 
 
 def test_a_checkpoint_without_digest_loads_and_its_checksums_are_compared(tmp_path: Path) -> None:
-    old = {key: value for key, value in vars(progress()).items() if key not in ("config", "environments")}
-    torch.save(old, tmp_path / "checkpoint.pt")
-    assert torch.equal(Progress.load(tmp_path, CPU).model["weight"], torch.arange(6.0))
+    progress().save(tmp_path)
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    torch.save(saved, tmp_path / "checkpoint.pt")
+    assert torch.equal(Progress.load(tmp_path, CPU).state["model"]["weight"], torch.arange(6.0))
     whole = (tmp_path / "checkpoint.pt").read_bytes()
     place = whole.index(torch.arange(6.0).numpy().tobytes())
     (tmp_path / "checkpoint.pt").write_bytes(whole[:place] + b"\1" + whole[place + 1 :])
@@ -153,10 +162,10 @@ def test_options_that_changed_under_a_checkpoint_are_refused(half: Path) -> None
 def test_a_run_that_goes_on_elsewhere_says_so_and_keeps_its_commits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from .commands import undraw
+    from ..commands import undraw
 
     undraw(monkeypatch.setattr)
-    monkeypatch.setattr(training, "code_version", lambda: "aaa")
+    monkeypatch.setattr(running, "code_version", lambda: "aaa")
     stopped(monkeypatch, 1, *TINY, "epochs=3", f"run_dir={tmp_path / 'run'}")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
     torch.set_num_threads(2)  # it goes on with the one thread that it had
@@ -166,7 +175,7 @@ def test_a_run_that_goes_on_elsewhere_says_so_and_keeps_its_commits(
     finally:
         torch.set_num_threads(1)
     assert "warning" not in capsys.readouterr().out
-    monkeypatch.setattr(training, "code_version", lambda: "bbb+")
+    monkeypatch.setattr(running, "code_version", lambda: "bbb+")
     monkeypatch.setattr(torch, "__version__", "9.9")
     summary = run(config(f"resume={tmp_path / 'run'}"))
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
@@ -205,7 +214,7 @@ def test_an_interrupted_write_keeps_the_file_of_before(half: Path, monkeypatch: 
     with pytest.raises(KeyboardInterrupt):
         progress().save(half)
     assert not list(half.glob("*.part"))
-    assert "0.weight" in Progress.load(half, CPU).model
+    assert "0.weight" in Progress.load(half, CPU).state["model"]
 
 
 # Options
@@ -228,7 +237,7 @@ def test_an_interrupted_write_keeps_the_file_of_before(half: Path, monkeypatch: 
         ("+model.widht=1", "model.widht is not an option; did you mean model.width?"),
         ("+optimizer.per_data.digits.epoch=3", "did you mean optimizer.per_data.digits.epochs?"),
         ("+optimizer.per_model.cnn.lr=3", "optimizer.per_model.cnn.lr=3 has no effect"),
-        ("afterwards={_target_:experiments.boltzmann.likelihood,chain:1}", "did you mean afterwards.chains?"),
+        ("final_analysis={_target_:experiments.likelihood.likelihood,chain:1}", "did you mean final_analysis.chains?"),
         ("+rules.sgd.lr=1", "rules belongs to experiments such as architectures"),
         ("epochs=true", "epochs=True must be an integer >= 1"),
         ("seed=4294967296", "seed=4294967296 must be an integer below 2^32"),

@@ -1,0 +1,223 @@
+"""The phases of a run: first everything learns, in blocks with a cost each, then the readout on frozen features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+import bioopt
+from bioopt.costs import Cost
+
+from . import data
+from .building import COSTS, build_cost, build_optimizer, build_schedule, instantiated
+from .learner import Block, Learner
+
+ENDS = ("trunk", "head")  # the two blocks that every network has which `split` accepts
+
+
+def plastic_learner(
+    config: DictConfig, model: nn.Module, images: data.Images, group: dist.ProcessGroup | None = None
+) -> Learner:
+    """The learner of the first phase: the blocks of ``cost.areas``, or the whole network with ``cost``.
+
+    Raises:
+        ValueError: areas that do not exist, overlap or leave a part out; a cost that does not fit.
+    """
+    frames = int(config.data.augment.frames)
+    if config.cost.areas is None:
+        cost = build_cost(config.cost)
+        inputs = images.prepare(images.train_images[:2])
+        fit_cost(cost, "", model, inputs, images.classes, frames, last=True)
+        blocks = [Block(model, cost, build_optimizer(config, model, group))]
+    elif config.optimizer.name == "random_trunk":
+        raise ValueError(
+            "optimizer=random_trunk freezes the trunk, which then learns from no cost: leave cost.areas out; it is "
+            "the control of areas as it is"
+        )
+    else:
+        specs = {str(name): spec for name, spec in config.cost.areas.items()}
+        parts = split_into_blocks(model, list(specs))
+        with_costs = {name: (part, build_cost(specs[name], f"cost.areas.{name}")) for name, part in parts.items()}
+        blocks = assemble(config, model, with_costs, images, group)
+    return _learner(config, model, blocks)
+
+
+def readout_learner(
+    config: DictConfig, head: nn.Module, source: data.Images | data.Features, cost: Cost, plastic: int
+) -> Learner:
+    """The learner of the second phase: the readout alone, with ``readout.optimizer`` and the cost of the first phase.
+
+    Args:
+        config: of the run.
+        head: the readout.
+        source: of its batches.
+        cost: of the network's outputs.
+        plastic: epochs of the first phase.
+    """
+    head.requires_grad_(True)
+    option = f"readout.optimizer={config.readout.optimizer}"
+    optimizer = instantiated(option, config.readout.optimizer, head.parameters())
+    batch_size = config.readout.batch_size
+    if not source.batches(batch_size):
+        raise ValueError(f"readout.batch_size={batch_size} is larger than the training set")
+    total = (config.epochs - plastic) * source.batches(batch_size)
+    schedule = build_schedule(config.readout.schedule, optimizer, total)
+    return _learner(config, head, [Block(head, cost, optimizer, schedule)])
+
+
+def _learner(config: DictConfig, network: nn.Module, blocks: list[Block]) -> Learner:
+    return Learner(
+        network,
+        blocks,
+        name=f"optimizer={config.optimizer.name}",
+        rate=f"optimizer.lr={config.optimizer.lr}",
+        frames=int(config.data.augment.frames),
+        amp=config.amp,
+        check=False,
+    )
+
+
+def plastic_epochs(config: DictConfig, learner: Learner) -> int:
+    """The number of epochs in which everything learns; in the others the trunk is frozen and the readout learns."""
+    if config.plastic_epochs is None:
+        return int(config.epochs)
+    if not isinstance(config.plastic_epochs, int) or config.plastic_epochs < 1:
+        raise ValueError(f"plastic_epochs={config.plastic_epochs} must be an integer >= 1, or null")
+    if config.plastic_epochs >= config.epochs:
+        return int(config.epochs)
+    head = set(split(learner.network)[1].parameters())
+    block = learner.last
+    trained = {p for group in block.optimizer.param_groups for p in group["params"] if p.requires_grad}
+    if not block.is_rule and len(learner.blocks) == 1 and not trained <= head:
+        print(
+            f"optimizer={config.optimizer.name} trains the whole network by gradients: plastic_epochs does not apply, "
+            f"all of it learns for epochs={config.epochs}",
+            flush=True,
+        )
+        return int(config.epochs)
+    return int(config.plastic_epochs)
+
+
+def frozen(trunk: nn.Module, amp: bool) -> Callable[[Tensor], Tensor]:
+    """A function from inputs to the features of a trunk that learns no more."""
+    trunk.eval()
+
+    @torch.no_grad()
+    def features(inputs: Tensor) -> Tensor:
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=amp):
+            outputs: Tensor = trunk(inputs)
+        return outputs.float()
+
+    return features
+
+
+def assemble(
+    config: DictConfig,
+    model: nn.Module,
+    parts: Mapping[str, tuple[nn.Module, Cost]],
+    images: data.Images,
+    group: dist.ProcessGroup | None = None,
+) -> list[Block]:
+    """Blocks from the parts of a network, in its order, and their costs; each gets an optimizer of its own."""
+    blocks = []
+    inputs = images.prepare(images.train_images[:2])
+    for name, (network, cost) in parts.items():
+        last = [*network.children()][-1] is [*model.children()][-1]  # its outputs are the network's
+        inputs = fit_cost(cost, name, network, inputs, images.classes, int(config.data.augment.frames), last=last)
+        cost.to(inputs.device)
+        learns = nn.ModuleDict({**dict(network.named_children()), **({"cost": cost} if [*cost.parameters()] else {})})
+        blocks.append(Block(network, cost, build_optimizer(config, learns, group, whole=model), name=name))
+    return blocks
+
+
+def fit_cost(
+    cost: Cost, block: str, network: nn.Module, inputs: Tensor, classes: int, frames: int, *, last: bool
+) -> Tensor:
+    """Check that a cost suits a block, and give it the readouts that it needs; returns the block's outputs."""
+    option = f"cost.areas.{block}" if block else "cost"
+    name = _name(cost)
+    if last and not cost.scores:
+        raise ValueError(
+            f"{option}={name} makes no class scores, which the network's outputs must be: give it to an area "
+            f"below them, cost.areas='{{trunk: {name}, head: cross_entropy}}'"
+        )
+    if cost.sequences and frames < 2:
+        raise ValueError(
+            f"{option}={name} compares successive images, and data.augment.frames={frames} gives single ones: "
+            "set data.augment.frames=4, with data.augment.crop, over which they move"
+        )
+    parts: list[Any] = list(cost.costs.values()) if isinstance(cost, bioopt.costs.Mixture) else [cost]
+    if last:
+        for part in parts:
+            if not part.scores and part.told != "nothing":
+                raise ValueError(
+                    f"{option}: {_name(part)} cannot be of the network's outputs, which are class scores: give it to "
+                    f"an area below them, cost.areas={{trunk: {_name(part)}, head: cross_entropy}}"
+                )
+        return inputs  # the outputs are class scores already, and need no readout
+    network.eval()
+    with torch.no_grad():
+        outputs: Tensor = network(inputs)
+    network.train()
+    features, size = outputs[0].numel(), inputs[0].numel()
+    for part in parts:
+        wanted = part.wants(classes, size)
+        if wanted is not None and wanted != features and part.readout is None:
+            part.readout = nn.Linear(features, wanted)
+    return outputs
+
+
+def split_into_blocks(model: nn.Module, names: list[str]) -> dict[str, nn.Sequential]:
+    """The blocks of a sequential network, by the names of the children with which they begin.
+
+    Each reaches to the next. ``trunk`` and ``head`` are the two parts of `split`.
+    """
+    children = [name for name, _ in model.named_children()]
+    if not isinstance(model, nn.Sequential):
+        raise ValueError(f"cost.areas={names} needs a model that is an nn.Sequential, whose parts are in a row")
+    starts: dict[str, int] = {}
+    ends = {"trunk": 0, "head": len(split(model)[0])} if set(names) & set(ENDS) else {}
+    for name in map(str, names):
+        if name not in ends and name not in children:
+            known = ", ".join([*ENDS, *(child for child in children if child not in ENDS)])
+            raise ValueError(f"cost.areas has '{name}', which is not an area of the model; there are {known}")
+        starts[name] = ends[name] if name in ends else children.index(name)
+    ordered = sorted(starts, key=lambda name: starts[name])
+    for one, other in pairwise(ordered):
+        if starts[one] == starts[other] or (one == "trunk" and starts[other] < ends["head"]) or one == "head":
+            raise ValueError(f"cost.areas: '{one}' and '{other}' overlap: '{other}' lies inside '{one}'")
+    if ordered[-1] == "trunk":
+        raise ValueError("cost.areas: the head has no cost to learn from; add head: cross_entropy")
+    before = model[: starts[ordered[0]]]
+    if [*before.parameters()]:
+        learns = next(name for name, child in before.named_children() if [*child.parameters()])
+        raise ValueError(f"cost.areas: '{learns}' is in no area and would not learn; add it, or trunk")
+    bounds = [0, *(starts[name] for name in ordered[1:]), len(children)]
+    return {name: model[a:b] for name, (a, b) in zip(ordered, pairwise(bounds), strict=True)}
+
+
+def split(model: nn.Module) -> tuple[nn.Sequential, nn.Sequential]:
+    """Trunk and head of a sequential network, of shared modules; the head is the readout with its norm and dropout."""
+    children = list(model.children())
+    linear = [i for i, child in enumerate(children) if isinstance(child, nn.Linear)]
+    if not isinstance(model, nn.Sequential) or not linear or linear[-1] != len(children) - 1:
+        raise ValueError(
+            "a trunk and a head (plastic_epochs, cost.areas) are of a model that is an nn.Sequential and ends with its "
+            "readout, a Linear"
+        )
+    first = linear[-1]
+    while first and isinstance(children[first - 1], nn.Dropout | nn.BatchNorm1d):
+        first -= 1
+    return model[:first], model[first:]
+
+
+def _name(cost: Cost) -> str:
+    """The name of a cost in ``conf/cost``."""
+    targets = {str(OmegaConf.load(path)._target_): path.stem for path in sorted(COSTS.glob("*.yaml"), reverse=True)}
+    return targets.get(f"bioopt.costs.{type(cost).__name__}", type(cost).__name__)
