@@ -109,7 +109,7 @@ class Mixed(Optimizer):
         self._link()
         self._undo += [*(rule._recorder.restoring() for rule in self._rules()), restoring_grad_mode()]
         for rule in self._rules():
-            rule._require_same_parameters()
+            rule._coverage.require_same_parameters()
         if closure is None:
             grads: dict[Tensor, Tensor] = {}
             own_states: dict[LearningRule, dict[str, Any]] = {}
@@ -127,7 +127,7 @@ class Mixed(Optimizer):
         require_finite(self, "an update", list(grads.values()))
         self.forward_passes = 0 if closure is None else probe.made
         for rule in self._rules():
-            rule._look_for_silent()
+            rule._coverage.look_for_silent()
             rule._own_state = own_states.get(rule, rule._own_state)
         for p in self._trained():
             p.grad = grads.get(p)
@@ -158,7 +158,7 @@ class Mixed(Optimizer):
         self._link()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refused: add the group to the member that shall train it, ``mixed.optimizers[i]``."""
+        """Refused: add the group to the member that trains it, ``mixed.optimizers[i]``."""
         if self.param_groups:
             raise RuntimeError("Mixed: add the group to a member: mixed.optimizers[i].add_param_group(...)")
         super().add_param_group(param_group)

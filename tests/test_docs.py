@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
-import yaml
+import torch
+import torch.nn.functional as F
+from torch import nn
 
 import experiments
 from experiments.training import run
@@ -73,13 +76,42 @@ def test_commands_compose_and_quote_their_records() -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_rule_of_your_own_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = ROOT / "docs/your_own_rule.md"
-    ((_, code), (_, options)) = blocks(page, "python|yaml")
-    written(tmp_path, {"mine.py": code, "optimizer/mine.yaml": options})
+@pytest.mark.parametrize("name", ["mine", "aligned"])
+def test_a_rule_of_your_own_runs_as_written(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [text for _, text in blocks(ROOT / "docs/your_own_rule.md", "python|yaml")]
+    code, options = found[:2] if name == "mine" else found[2:]
+    assert len(code.splitlines()) <= 25
+    written(tmp_path, {f"{name}.py": code, f"optimizer/{name}.yaml": options})
     monkeypatch.syspath_prepend(tmp_path)
-    summary = run(config(f"hydra.searchpath=[file://{tmp_path}]", "optimizer=mine", *TINY, f"run_dir={tmp_path}/run"))
-    assert summary["optimizer"] == yaml.safe_load(options)["name"]
+    chosen = [f"hydra.searchpath=[file://{tmp_path}]", f"optimizer={name}", *TINY, f"run_dir={tmp_path}/run"]
+    assert run(config(*chosen))["optimizer"] == name
+
+
+def test_feedback_alignment_of_the_page_is_backpropagation_by_other_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the equations, written out for a small network."""
+    code = [text for _, text in blocks(ROOT / "docs/your_own_rule.md", "python")][1]
+    names: dict[str, Any] = {}
+    exec(code, names)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    x, y = torch.randn(8, 6).double(), torch.arange(8) % 3
+    optimizer = names["Aligned"](model, lr=0.1)
+    F.cross_entropy(model(x), y).backward()
+    optimizer.estimate()
+    h1 = model[1](model[0](x)).detach()
+    h2 = model[3](model[2](h1)).detach()
+    feedback = {}
+    for index, size in ((1, (4, 5)), (2, (3, 4))):
+        generator = torch.Generator().manual_seed(index)
+        feedback[index] = (torch.randn(size, generator=generator) / size[1] ** 0.5).double()
+    error = (model[4](h2).detach().softmax(1) - F.one_hot(y, 3)) / len(x)
+    delta2 = error @ feedback[2] * (1 - h2**2)
+    delta1 = delta2 @ feedback[1] * (1 - h1**2)
+    for layer, delta, below in ((model[4], error, h2), (model[2], delta2, h1), (model[0], delta1, x)):
+        torch.testing.assert_close(layer.weight.grad, delta.T @ below, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(layer.bias.grad, delta.sum(0), rtol=1e-10, atol=1e-12)
 
 
 def test_an_experiment_of_your_own_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

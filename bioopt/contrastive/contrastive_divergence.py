@@ -42,7 +42,7 @@ class ContrastiveDivergence(LocalRule):
     Samples of :math:`v` are binary, and probabilities of :math:`h` are taken for the means alone, which makes them
     less noisy and leaves them unbiased: with chains long enough the update is the exact gradient. (Hinton's guide also
     allows for probabilities in place of the last :math:`v`, which is not exact.) No loss is needed; machines one above
-    the other, a deep belief net, each learn from what the one below tells them.
+    the other, a deep belief net, each learn from the hidden units of the one below.
 
     Args:
         params: the model (or modules, or groups whose ``"params"`` are modules), with at least one RBM inside. Bare
@@ -132,7 +132,7 @@ class ContrastiveDivergence(LocalRule):
         self._firings = 0
 
     def measure(self, firing: Firing, u: Tensor) -> Sums:
-        """What the data say, less what the chains that start at them say, if chains are not persistent."""
+        """The sums over data, minus those over chains that start at the data, unless chains are persistent."""
         synapse = firing.synapse
         v = firing.x.detach().reshape(-1, firing.x.shape[-1]).to(synapse.weight.dtype)
         h = torch.sigmoid(u.detach())

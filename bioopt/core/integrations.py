@@ -109,7 +109,7 @@ def refuse_trainer_options(rule: str, closure: Callable[[], Any]) -> None:
 
 @torch.compiler.disable(reason="it looks at the call stack")  # type: ignore[untyped-decorator]
 def needs_estimate(optimizer: Any, closure: Callable[[], Any] | None, rules: Iterable[Any]) -> bool:
-    """Whether ``step(closure)`` must make an estimate first, or finds in ``.grad`` what it is to descend along.
+    """Whether ``step(closure)`` must make an estimate first, or finds in ``.grad`` what it descends along.
 
     It does after `estimate`, unless one of the rules has seen a forward pass since; and where
     torch.distributed.checkpoint makes a step with zero gradients and lr=0, for optimizers to create their state.

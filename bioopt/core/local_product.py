@@ -156,7 +156,7 @@ class LocalRule(OnePass):
     # -- one pass -----------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Before an evaluation which alone is to count."""
+        """Before an evaluation which alone counts."""
         self._clear()
         super().begin()
 
@@ -281,7 +281,7 @@ class LocalRule(OnePass):
             gathered = sorted(self._sums.items(), key=lambda item: item[0].index)  # alike on all ranks
             device = self._trained()[0].device
             loss = torch.zeros((), device=device) if losses is None else losses.mean()
-            # Not in half precision: the counts are large. On the device only where other ranks are to add theirs.
+            # Not in half precision: the counts are large. On the device only where other ranks add theirs.
             where = None if self.process_group is None else device
             rows = [list(sums.counts.values()) for _, sums in gathered]
             counts = torch.tensor(rows, dtype=torch.float32, device=where)
@@ -320,7 +320,7 @@ class LocalRule(OnePass):
         if not fired and self._confirmed:  # a backward pass through what fired before the last step
             return
         if not fired:
-            raise RuntimeError(self._none_fired())
+            raise RuntimeError(self._coverage.none_fired())
         readout.require_fired_last(fired)
         awake = readout.awake()
         if not readout.by_loss or not awake:

@@ -21,7 +21,7 @@ def mean_loss(losses: Tensor) -> Tensor:
 def backward_where_missing(losses: Tensor, params: Sequence[Tensor], anchors: Sequence[Tensor] = ()) -> None:
     """Send the mean loss backward, if the closure has not done so itself, to these parameters and to the cuts above.
 
-    ``anchors``: of the rules whose firings are to be counted.
+    ``anchors``: of the rules whose firings count.
     """
     if losses.requires_grad and all(p.grad is None for p in params):
         # No graph leads there when the closure's own backward freed it; then a gradient has arrived.

@@ -79,7 +79,7 @@ class Known:
 
 
 def code_of(closure: Any) -> tuple[Any, ...]:
-    """What tells closures apart that may run other modules: their code, and modules that they hold."""
+    """What distinguishes closures that may run other modules: their code, and modules that they hold."""
     if isinstance(closure, partial):
         held = [*closure.args, *closure.keywords.values()]
         return *code_of(closure.func), *(id(value) for value in held if isinstance(value, nn.Module))
@@ -105,7 +105,7 @@ class Probe:
     """One closure, evaluated several times under the same circumstances.
 
     Every evaluation starts from the same global random state (all see the same dropout masks), half-precision
-    copies of weights are made anew, and the buffers of all modules in training mode (statistics of batch norm, vectors
+    copies of weights are made again, and the buffers of all modules in training mode (statistics of batch norm, vectors
     of spectral norm, counters) end as the first evaluation leaves them.
 
     Args:
@@ -155,7 +155,7 @@ class Probe:
         Args:
             of: the parameters whose gradients are wanted, which are left in their ``.grad`` too. Without any, no graph
                 is built if the closure allows.
-            anchors: `bioopt.core.reach.Reach.anchor` of rules that are to see the backward pass as well.
+            anchors: `bioopt.core.reach.Reach.anchor` of rules that must see the backward pass as well.
         """
         for p in of:
             p.grad = None

@@ -1,7 +1,7 @@
-"""Which firings a backward pass has reached, told by tokens in the graph of the loss.
+"""Which firings a backward pass has reached, known by tokens in the graph of the loss.
 
 Where every synapse is cut, no gradient flows from the loss to the layers; yet what a layer has learned from a batch
-is to count only if the loss of that batch is sent backward. So each firing leaves a *token* in the graph: a tensor
+must count only if the loss of that batch is sent backward. So each firing leaves a *token* in the graph: a tensor
 without values, on which all that is computed from the firing depends. A backward pass arrives at the tokens without
 a gradient, which costs nothing, and nothing of the user's own network runs backward or is kept for it.
 """

@@ -48,7 +48,8 @@ class Readout:
 
     ``"delta"``: by its local error times its presynaptic activity, which is the exact gradient of its own weights and
     what ``loss.backward()`` leaves there, since its input is cut. ``"teacher"``: it needs no loss; its postsynaptic
-    activity is replaced by the target :math:`t` as it learns, and each neuron comes to hold what goes with it:
+    activity is replaced by the target :math:`t` as it learns, and the weights of each neuron move towards the activity
+    that goes with its target:
     :math:`\Delta w_k = \langle t_k (x - t_k w_k)\rangle`. ``None``: there is none, and all layers follow the rule.
 
     Attributes:

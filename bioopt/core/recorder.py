@@ -75,13 +75,13 @@ OnNeurons: TypeAlias = Callable[[Firing, Tensor], Tensor]
 
 @dataclass(eq=False)
 class _Running:
-    """A layer that is running: what was true before, and what is to be undone after."""
+    """A layer that is running: what was true before, and what must be undone after."""
 
     synapse: Synapse
     x: Tensor
     grad_mode: bool
     isolation: saved_tensors_hooks | None = None
-    call: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # the arguments, where the layer is to be verified
+    call: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # the arguments, where the layer must be verified
 
 
 class Recorder:

@@ -19,9 +19,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from ._torch_private import mark_as_stepped, own_parameters, unhooked_step
+from ._torch_private import mark_as_stepped, unhooked_step
 from .acts import Isolated, cut, isolate
 from .constraints import NON_NEGATIVE, Constraint, require_in_range
+from .coverage import Coverage
 from .errors import is_captured, require_finite, warn
 from .hooks import IN_PYTHON
 from .integrations import NAME, PACKED, for_checkpoint, needs_estimate, read_checkpoint, recipe, refuse_scaler
@@ -29,8 +30,8 @@ from .owned import OWNED, Owned
 from .params import DescentOptions, Params, ProcessGroup, groups_of, named_modules_of
 from .probe import Closure, Known, Probe, restoring_grad_mode, settled
 from .readout import Readout, ReadoutChoice
-from .recorder import COMPILED, Firing, Leave, Recorder
-from .synapse import Exclusion, Synapse, Unwatchable, is_known
+from .recorder import Firing, Leave, Recorder
+from .synapse import Exclusion, Synapse, Unwatchable
 
 __all__ = ["LearningRule", "optional"]
 
@@ -40,7 +41,6 @@ Estimate: TypeAlias = tuple[Tensor, dict[Tensor, Tensor], dict[str, Any]]
 Visit: TypeAlias = Callable[[Firing, Tensor], Tensor | None]
 
 SCHEDULERS = ("initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr", "params", "param_names")
-UNFROZEN = "it was frozen when the optimizer was built: optimizer.add_param_group({'params': layer})"
 
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -120,10 +120,9 @@ class LearningRule(Optimizer, ABC):
         self.shares_loss = False
         self._recorder = Recorder()
         self._owned = Owned()
-        self._modules: list[tuple[str, nn.Module]] = []
-        self._homes: dict[Tensor, tuple[nn.Module, str, str]] = {}  # of each parameter its layer, and its names
         given = [pair for group in groups for pair in named_modules_of(group["params"])]
         self._exclusion = Exclusion.of(name, exclude, given)
+        self._coverage = Coverage(name, self._recorder, self._exclusion)
         self._readout = Readout(name, readout, self._recorder.reach)
         groups = self._readout.set_apart(
             groups,
@@ -132,12 +131,6 @@ class LearningRule(Optimizer, ABC):
             ReadoutChoice(readout_lr, readout_layer, readout_options),
             lambda groups, surveys: self._require_trainable(groups, surveys, defaults),
         )
-        self._once_frozen: list[tuple[str, nn.Module]] = []  # layers that were frozen when they were given
-        self._silent: dict[Synapse, str] = {}  # layers that learn nothing, and why
-        self._unfrozen: set[nn.Module] = set()  # of the once frozen, those warned of
-        self._checked: tuple[Any, ...] = ()
-        self._absent: set[Synapse] = set()  # that did not fire in the last step, and were looked at
-        self._named: set[Synapse] = set()  # that have been warned of
         self._known = Known()
         self._undo: list[Callable[[], None]] = []
         self._estimated = False  # by `estimate` itself: `step` may go on from there
@@ -185,7 +178,7 @@ class LearningRule(Optimizer, ABC):
         return self._readout.parameters()
 
     def begin(self) -> None:
-        """Before an evaluation which alone is to count."""
+        """Before an evaluation which alone counts."""
         self._recorder.reset()
         for p in self._trained():
             p.grad = None
@@ -196,7 +189,7 @@ class LearningRule(Optimizer, ABC):
         Rules of one pass (`shares_pass`) implement it; the classic loop, ``loss.backward(); step()``, needs it.
 
         Args:
-            losses: of the pass, if the rule is to check and to average them.
+            losses: of the pass, if the rule should check and average them.
         """
         raise RuntimeError(
             f"{type(self).__name__} evaluates the loss several times a step, so step() needs a closure: "
@@ -253,7 +246,7 @@ class LearningRule(Optimizer, ABC):
         loss: Any = None
         self._estimated = False
         self._undo += [self._recorder.restoring(), restoring_grad_mode()]
-        self._require_same_parameters()
+        self._coverage.require_same_parameters()
         if closure is None:
             grads, own_state = self.collect()
         else:
@@ -268,7 +261,7 @@ class LearningRule(Optimizer, ABC):
             )
         require_finite(self, "an update", list(grads.values()))
         self.forward_passes = 0 if closure is None else probe.made
-        self._look_for_silent()
+        self._coverage.look_for_silent()
         for p in self._trained():
             p.grad = grads.get(p)
         self._own_state = own_state
@@ -285,7 +278,7 @@ class LearningRule(Optimizer, ABC):
         """The second half of `step`: ``descent``'s own step along ``.grad``."""
         mark_as_stepped(self)
         self._estimated = False
-        # Linked anew each time: load_state_dict replaces both. Unhooked: hooks on all optimizers must fire once.
+        # Linked again each time: load_state_dict replaces both. Unhooked: hooks on all optimizers must fire once.
         self._descent.param_groups, self._descent.state = self.param_groups, self.state
         unhooked_step(self._descent)
 
@@ -309,17 +302,8 @@ class LearningRule(Optimizer, ABC):
         for synapse in synapses:
             synapse.group = len(self.param_groups) - 1
             self._recorder.watch(synapse)
-        known = self._inside()
-        self._modules += [(prefix, module) for prefix, module in modules if module not in known]
         self._known.roots.update({module: None for _, module in modules})
-        mine = set(self.param_groups[-1]["params"])
-        for prefix, module in modules:
-            for name, layer in module.named_modules(prefix=prefix):
-                for attribute, p in own_parameters(layer).items():
-                    if p is not None and p in mine:
-                        self._homes.setdefault(p, (layer, attribute, ".".join(filter(None, (name, attribute)))))
-                if synapses and is_known(layer) and not layer.weight.requires_grad:
-                    self._once_frozen.append((name, layer))
+        self._coverage.add(modules, self.param_groups[-1]["params"], watched=bool(synapses))
 
     def state_dict(self) -> dict[str, Any]:
         """As of torch, with the rule's name; what is no parameter's own is under ``"rule"`` in its ``"state"``."""
@@ -370,16 +354,7 @@ class LearningRule(Optimizer, ABC):
         Args:
             model: whose names to use and whose parameters to list; by default those that the rule was given.
         """
-        labels: dict[Tensor, str] = {}
-        for group in self.param_groups:
-            label = type(self).__name__ + (f" readout ({group['readout']})" if group.get("readout") else "")
-            labels |= {p: label if p.requires_grad else "frozen" for p in group["params"]}
-        for synapse, reason in self._silent.items():
-            labels |= dict.fromkeys(synapse.parameters(), f"silent: {reason}")
-        for _, layer in self._once_frozen:
-            if layer not in self._recorder.synapses:
-                labels |= {p: f"silent: {UNFROZEN}" for p in layer.parameters(False) if p.requires_grad}
-        labels |= dict.fromkeys(self._exclusion.params, "excluded")
+        labels = self._coverage.labels(self.param_groups)
         names = self._names() if model is None else {p: name for name, p in model.named_parameters()}
         return {name: labels.get(p, "frozen") for p, name in names.items()}
 
@@ -446,15 +421,7 @@ class LearningRule(Optimizer, ABC):
 
     def _names(self) -> dict[Tensor, str]:
         """The name of each parameter that the rule was given, or that lies in a module which it was given."""
-        names: dict[Tensor, str] = {}
-        for i, group in enumerate(self.param_groups):
-            for j, p in enumerate(group["params"]):
-                names[p] = group["param_names"][j] if "param_names" in group else f"group{i}.params[{j}]"
-        many = len({id(m) for _, m in self._modules}) > 1
-        for i, (prefix, module) in enumerate(self._modules):
-            inside = module.named_parameters(f"group{i}" if many and not prefix else prefix)
-            names |= {p: name for name, p in inside}
-        return names
+        return self._coverage.names(self.param_groups)
 
     def _trained(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -490,92 +457,10 @@ class LearningRule(Optimizer, ABC):
                     f"keep its real and imaginary parts as parameters (torch.view_as_real), or exclude=['{name}']"
                 )
 
-    def _require_same_parameters(self) -> None:
-        """Raise where a parameter is no longer the one that its layer had when the optimizer was built."""
-        for p, (layer, attribute, name) in self._homes.items():
-            if own_parameters(layer).get(attribute) is p:
-                continue
-            if layer not in self._recorder.synapses and any(q is p for q in layer.parameters()):
-                continue  # pruned or parametrized: what is learned is still the parameter beneath
-            how, way_out = (
-                "replaced",
-                "Build the optimizer after the model has its parameters (to_empty gives new ones)",
-            )
-            if f"{attribute}_orig" in own_parameters(layer) or hasattr(layer, "parametrizations"):
-                how = "pruned, parametrized or normalised"
-                way_out = f"Undo that, or build the optimizer after it with exclude=['{name.rpartition('.')[0]}']"
-            raise RuntimeError(
-                f"{type(self).__name__}: parameter '{name}' was {how} after the optimizer was built, so that the layer "
-                f"no longer uses the one that is trained. {way_out}"
-            )
-
-    def _inside(self) -> set[nn.Module]:
-        """All modules that are now in those that were given."""
-        return {inner for _, module in self._modules for inner in module.modules()}
-
-    def _claimed(self) -> Iterable[Synapse]:
-        """The synapses that learn only if they fire."""
-        return self._recorder.synapses.values()
-
-    def _none_fired(self) -> str:
-        """Why no layer has fired, as far as can be seen, and what to do."""
-        synapses = list(self._claimed())
-        inside = self._inside()
-        if synapses and not any(s.layer in inside for s in synapses):
-            why = "its layers were replaced in the model after the optimizer was built: build the optimizer anew"
-        elif synapses and not any(s.weight.requires_grad for s in synapses):
-            why = "its layers were frozen after the optimizer was built (adapters do that): build the optimizer anew"
-        else:
-            why = f"run the model in training mode (model.train()) before step(), or in the closure; {COMPILED}"
-        return f"{type(self).__name__}: no synapse has fired since the last step; {why}"
-
-    def _look_for_silent(self) -> None:
-        """Once, and again whenever a layer was frozen, unfrozen or switched: warn of those that learn nothing."""
-        fired, synapses = self._recorder.fired, list(self._claimed())
-        for synapse in [s for s in self._silent if s in fired]:
-            del self._silent[synapse]
-        absent = [s for s in synapses if s not in fired and s not in self._silent and s not in self._absent]
-        self._absent = {s for s in (*self._absent, *absent) if s not in fired}
-        now = (
-            *((s.weight.requires_grad, s.layer.training) for s in synapses),
-            *(layer.weight.requires_grad for _, layer in self._once_frozen),
-        )
-        if now == self._checked and not absent:
-            return
-        only_replaced, self._checked = now == self._checked, now
-        inside = self._inside()
-        named: list[str] = []
-        for s in synapses:
-            if s in fired or s in self._silent or not s.weight.requires_grad:
-                continue
-            if only_replaced and s.layer in inside:  # it may well fire at another step
-                continue
-            if s.layer not in inside:
-                reason = "it was replaced in the model after the optimizer was built: build the optimizer anew"
-            elif not s.layer.training:
-                reason = "it is in evaluation mode: call train()"
-            else:
-                reason = "it did not run, or something else used its weight without calling it"
-            self._silent[s] = reason
-            if s.layer.training and s in self._named:
-                continue
-            self._named.add(s)
-            named.append(f"'{s.name}' ({reason})")
-        for name, layer in self._once_frozen:
-            unfrozen = layer.weight.requires_grad and layer not in self._recorder.synapses and layer in inside
-            if unfrozen and layer not in self._unfrozen:
-                self._unfrozen.add(layer)
-                named.append(f"'{name}' ({UNFROZEN})")
-        if named:
-            warn(
-                f"{type(self).__name__}: did not fire and learn nothing: {', '.join(named)}. exclude=[...] leaves "
-                "layers out without this warning"
-            )
-
     def _require_own(self, state_dict: dict[str, Any]) -> None:
         own, theirs = type(self).__name__, state_dict.get(NAME)
         if theirs is not None and theirs != own:
-            raise ValueError(f"{own}: the state is that of {theirs}; load it into {theirs}, or start {own} anew")
+            raise ValueError(f"{own}: the state is that of {theirs}; load it into {theirs}, or start {own} without it")
         if theirs is not None:
             return
         for group in state_dict.get("param_groups", []):  # of an older version, or of another optimizer

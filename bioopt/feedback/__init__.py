@@ -1,6 +1,6 @@
 """The feedback family: the error returns to each layer, but not by the layer's own weights.
 
-`base` has what its rules share; each rule says which weights, or which other signal, the error returns by.
+`base` has what its rules share; a rule defines the weights, or the other signal, by which the error returns.
 """
 
 from .base import FeedbackRule

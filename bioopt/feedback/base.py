@@ -22,8 +22,8 @@ class FeedbackRule(OnePass):
     r"""A rule that lets the error return through each synapse by other weights than those it went up by.
 
     Backpropagation sends :math:`W^\top g` from the output of a layer, where the error is :math:`g`, to its input. Here
-    `feedback` says what goes there instead; each layer then learns as in backpropagation, from its own :math:`g` and
-    :math:`x`. Everything between layers (activations, normalisation, skip connections) passes the error back as ever,
+    `feedback` computes what goes there instead; each layer then learns as in backpropagation, from its own :math:`g`
+    and :math:`x`. Everything between layers (activations, normalisation, skip connections) passes the error as ever,
     and has its parameters trained by it.
 
     Args:
@@ -78,7 +78,7 @@ class FeedbackRule(OnePass):
         """The gradients that the backward pass has left, averaged over ranks."""
         name = type(self).__name__
         if not self._recorder.fired:
-            raise RuntimeError(self._none_fired())
+            raise RuntimeError(self._coverage.none_fired())
         grads = {p: p.grad for p in self._trained() if p.grad is not None}
         if not grads:
             raise RuntimeError(

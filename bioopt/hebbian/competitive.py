@@ -50,15 +50,15 @@ class Hebbian(LocalRule):
     convolutions), the features of a Linear layer in each sample. They are compared by the direction of their
     weights, so that none wins for starting out long.
 
-    ``competition`` says what share :math:`y_k` of an event a neuron gets: ``"soft"``, the softmax above; ``"hard"``,
-    the winner takes all; ``"k"``, the softmax among the ``k`` strongest alone; ``"none"``, each gets all
+    ``competition`` sets the share :math:`y_k` of an event that a neuron gets: ``"soft"``, the softmax above;
+    ``"hard"``, the winner takes all; ``"k"``, the softmax among the ``k`` strongest alone; ``"none"``, each gets all
     (:math:`y_k = 1`: with the subspace decay, Oja's rule of 1989, which finds the principal components). With
     ``loser_strength`` :math:`= \lambda > 0`, all but the winner learn the opposite, by :math:`-\lambda y_k`.
 
-    ``decay="subspace"`` is Oja's of 1989, as above: what all the neurons of a pool together already say of the input,
-    :math:`\sum_j u_j w_j`, is taken from it, as by feedback inhibition. It bounds the weights (at rest
+    ``decay="subspace"`` is Oja's of 1989, as above: what the neurons of a pool together already represent of the input,
+    :math:`\sum_j u_j w_j`, is subtracted from it, as by feedback inhibition. It bounds the weights (at rest
     :math:`W^\top W` is the identity on what the neurons respond to) and keeps winners from all learning the same.
-    ``"own"`` is Oja's of 1982: a neuron takes away what it says itself, :math:`u_k w_k`. ``"none"``: only
+    ``"own"`` is Oja's of 1982: a neuron subtracts only what it represents itself, :math:`u_k w_k`. ``"none"``: only
     ``weight_decay``, an option of the descent, bounds the weights.
 
     Decay is taken at the new weights :math:`w'`: the same rule for a small ``lr``, but one that a large one cannot
@@ -242,7 +242,7 @@ class SoftHebb(LocalProductRule):
     sum over events (samples, and positions of a convolution) and the largest absolute entry of the whole layer's
     :math:`D`. The sign is plus for the winner of an event and minus for all others. Neurons compete as in `Hebbian`,
     but by :math:`u` itself: long weight vectors win more, and sharpen the competition. A neuron learns at a rate that
-    falls to zero as its weight vector comes to unit length, where it stays; start it well outside (norm 25 in the
+    falls to zero as its weight vector approaches unit length, where it stays; start it well outside (norm 25 in the
     paper), and give each layer its own ``lr`` and ``inverse_temperature`` by param groups.
 
     With ``k``, only the ``k`` strongest neurons of an event take part in its softmax, and all others learn nothing
@@ -284,7 +284,7 @@ class SoftHebb(LocalProductRule):
         super().__init__(params, lr, readout=readout, own=own, **options)
 
     def least_neurons(self, group: dict[str, Any]) -> tuple[int, str]:
-        """Two, to compete; ``k``, where so many take part."""
+        """Two, to compete; ``k``, where only the ``k`` strongest take part."""
         return (2, "a competition") if group["k"] is None else (group["k"], f"k={group['k']}")
 
     def signal(self, u: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor | SparseSignal:

@@ -3,7 +3,7 @@
 ==================== ============================================================================================
 `weights`            one direction in the space of weights after another: `WeightPerturbation`, `SerialPerturbation`,
                      `HillClimbing`
-`activities`         noise on what neurons say: `NodePerturbation`
+`activities`         noise on postsynaptic activity: `NodePerturbation`
 `rank_one`           a direction in the space of weights for each sample: `RankOnePerturbation`
 `forward`            slopes along random directions, exact: `ForwardGradient`
 ==================== ============================================================================================

@@ -1,4 +1,4 @@
-"""Perturbation of activities: noise on what neurons say, in place of noise on their many weights."""
+"""Perturbation of activities: noise on the neurons' activity, in place of noise on their many weights."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class NodePerturbation(NoisyActivity):
             all in memory. Small layers gain by it: linear ones of 128 neurons ran 1.7 to 2 times as fast on a CPU,
             convolutions slower. Frozen layers beneath all noise are run once for all passes. A closure that it cannot
             run (batch norm in training mode above noise, ``loss.item()``, ``loss.backward()``) is run pass by pass,
-            which is said once.
+            with one warning.
         options: the keywords that follow.
         seed: of the noise; with the step and the pass it fixes all noise.
         descent: the `torch.optim` class that makes the step; its options as further keywords.

@@ -192,7 +192,7 @@ class Perturbation(LearningRule):
     def _mapped(self, evaluate: Callable[..., Tensor], *inputs: Any) -> Tensor | None:
         """The losses for all slices of the inputs in one evaluation, by `torch.func.vmap`; nothing where it fails.
 
-        That is said once, and ``batched`` is then false.
+        A warning says so once, and ``batched`` is then false.
         """
         try:
             losses: Tensor = torch.func.vmap(evaluate, randomness="same")(*inputs)
@@ -381,7 +381,7 @@ class NoisyActivity(Perturbation):
         time, show whether the first dimension is the sample.
         """
         if not records:
-            raise RuntimeError(self._none_fired())
+            raise RuntimeError(self._coverage.none_fired())
         if self.credit == "global" or losses.ndim == 0:
             return False
         for record in records:
@@ -449,7 +449,7 @@ def compared(one: Tensor, other: Tensor) -> Tensor:
 
 
 def credit_of(change: Tensor, per_sample: bool) -> Tensor:
-    """What a change of the losses says of the mean loss: each sample's part of it, or one number for all."""
+    """The change of the mean loss that each sample is credited with, or one number for all."""
     return mean_over_samples(change) / len(change) if per_sample else change.mean()
 
 

@@ -45,7 +45,7 @@ class ForwardGradient(NoisyActivity):
     Cost a step: ``samples`` forward passes with their derivatives, each of the work of two to three without; with
     ``space="activities"`` one local product more. Batch statistics advance once; dropout masks are the same for all
     directions. Where an operator has no forward derivative, slopes are measured by central differences instead,
-    which is said once.
+    with one warning.
 
     Args:
         params: parameters, named parameters, or the model. ``space="activities"`` needs the model (or modules).
@@ -162,7 +162,7 @@ class ForwardGradient(NoisyActivity):
             with self._cutting(tilt):
                 found = probe.along_tangents()
             if not records:
-                raise RuntimeError(self._none_fired())
+                raise RuntimeError(self._coverage.none_fired())
             return found
 
         def differences(sample: int) -> tuple[Tensor, Tensor]:

@@ -127,7 +127,7 @@ class RankOnePerturbation(NoisyActivity):
         changes = outcomes[:, 0] - outcomes[:, 1]
         require_finite(self, "the loss", [changes])
         sizes = {record.synapse: record.samples for record in records}
-        # What was tried on a sample that took another way tells nothing of its loss: noise that can be left out.
+        # A direction tried on a sample that took another pathway did not change its loss: it would only add noise.
         took = dict(zip(routed, self._gathered(seen, self.samples).unbind(1), strict=True)) if routed else {}
         grads: dict[Tensor, Tensor] = {}
         for sample, change in enumerate(changes):

@@ -68,7 +68,7 @@ class WeightPerturbation(Perturbation):
     Cost a step: ``2 population`` forward passes (``population + 1`` with ``antithetic=False``), two more at the very
     first, to see that the closure is repeatable. Memory: one copy of
     the weights, from which they are restored bit for bit and which then becomes ``.grad``; directions are drawn
-    anew from their seed. Batch statistics advance once, dropout masks are the same in all evaluations.
+    again from their seed. Batch statistics advance once, dropout masks are the same in all evaluations.
 
     Args:
         params: parameters, named parameters, or the model: all that require grad are perturbed.
@@ -198,7 +198,7 @@ class SerialPerturbation(Perturbation):
             it adds to its neuron's activity, with the activities of all in memory. For models whose plastic parameters
             are weights and biases of Linear layers; 256 weights of a small network were measured 7 times as fast. A
             closure that vmap cannot run (batch norm in training mode, ``loss.item()``, ``loss.backward()``) is run
-            change by change, which is said once.
+            change by change, with one warning.
         options: the keywords that follow.
         seed: of the order of visits.
         descent: the `torch.optim` class that makes the step; its options as further keywords.
@@ -251,10 +251,6 @@ class SerialPerturbation(Perturbation):
                     "use batched=False, or freeze it"
                 )
         return named, synapses
-
-    def _claimed(self) -> Iterable[Synapse]:
-        """None, where weights themselves are changed."""
-        return super()._claimed() if self.batched else self._readout.layers.values()
 
     def _visits(self, total: int) -> list[int]:
         """The order of the current sweep, made once a sweep."""
@@ -357,7 +353,7 @@ class SerialPerturbation(Perturbation):
         if losses is None:
             return None
         if not fired:
-            raise RuntimeError(self._none_fired())
+            raise RuntimeError(self._coverage.none_fired())
         plus = losses[: len(places)]
         other = losses[len(places) :] if clean is None else clean.expand_as(plus)
         each = torch.stack([mean_loss(plus), mean_loss(other), mean_loss(plus - other)], 1)
@@ -374,7 +370,7 @@ class HillClimbing(Perturbation):
         w & \text{otherwise} \end{cases}, \qquad z \sim \mathcal N(0, I)
 
     with the mean loss :math:`L`. Of several ``tries`` the best is kept. The caricature of learning by trial and error:
-    it uses one bit of what the loss tells, and none at all of a change for the worse. Both losses are those of one
+    it uses one bit of the change of the loss, and nothing of a change for the worse. Both losses are those of one
     batch; small batches make it keep what only looks better.
 
     Cost a step: ``1 + tries`` forward passes, two more at the very first, to see that the closure is repeatable.

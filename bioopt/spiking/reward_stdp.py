@@ -158,7 +158,7 @@ class RewardSTDP(LearningRule):
             if missing := self._recorder.missing():
                 raise RuntimeError(f"{name}: {missing}")
             if not self._moments:
-                raise RuntimeError(self._none_fired())
+                raise RuntimeError(self._coverage.none_fired())
             per_sample = self.credit == "sample" and losses.ndim > 0
             error, expected = reward_prediction_error(self, losses, per_sample, self.reward_rate)
             grads: dict[Tensor, Tensor] = {}
@@ -187,7 +187,7 @@ class RewardSTDP(LearningRule):
             raise RuntimeError(
                 f"{type(self).__name__}(credit='sample'): the neurons of layer '{synapse.name}' gave spikes of shape "
                 f"{tuple(last.shape)}, in which more than one dimension is as long as the batch of {len(error)}, so "
-                "that samples cannot be told from the other. Take a batch of another size, or credit='global'"
+                "that it is unclear which of them counts the samples. Take a batch of another size, or credit='global'"
             )
         fading = math.exp(-group["dt"] / group["tau_e"])
         gate = error.to(moments[-1].pre.dtype) / (last.numel() // len(synapse.weight))

@@ -1,4 +1,4 @@
-"""Spike-timing-dependent plasticity: each pair of spikes strengthens or weakens, as its order says."""
+"""Spike-timing-dependent plasticity: each pair of spikes strengthens or weakens a synapse, depending on its order."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from .neurons import NeuronFinder, Neurons
 from .traces import WINDOW, Traces, add_product, advance, bounded, check_bounds
 
 NEW = (
-    "Where another sequence begins before the step, or after one whose traces are carried on (carry=True), say so: "
-    "optimizer.new_sequence()"
+    "Where another sequence begins before the step, or after one whose traces are carried on (carry=True), call "
+    "optimizer.new_sequence() first"
 )
 
 
@@ -91,7 +91,7 @@ class STDP(LocalRule):
 
     Raises:
         ValueError: a hyperparameter out of range; a layer without spiking neurons after it.
-        RuntimeError: activity that is not 0 or 1; neurons that do not speak; a batch of another size within a
+        RuntimeError: activity that is not 0 or 1; neurons that do not run; a batch of another size within a
             sequence, or after a carried one.
 
     Sources: G. Bi & M. Poo (1998), *Synaptic modifications in cultured hippocampal neurons*; S. Song, K. D. Miller &

@@ -1,0 +1,150 @@
+"""Where the next thing goes (docs/architecture.md): a rule of each family that the core is made for, in a few lines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import bioopt
+from bioopt.core.acts import OutputGate, clamp, detached
+from bioopt.core.params import named_parameters_of, synapses_of
+
+
+def network(dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, 3)]
+    return nn.Sequential(*layers).to(dtype)
+
+
+def data(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(20, 6, generator=generator, dtype=dtype), torch.randint(3, (20,), generator=generator)
+
+
+class PredictiveCoding(bioopt.LearningRule):
+    """A rule with relaxed states: they settle between prediction and loss, and weights follow their errors."""
+
+    def __init__(self, params: Any, lr: float, *, steps: int, inference_lr: float, beta: float) -> None:
+        self.steps, self.inference_lr, self.beta = steps, inference_lr, beta
+        super().__init__(params, {"lr": lr})
+
+    def _select(self, group: dict[str, Any]) -> tuple[list[Any], list[bioopt.Synapse]]:
+        return named_parameters_of(group["params"]), synapses_of("PredictiveCoding", group["params"])
+
+    def _estimate(self, probe: bioopt.Probe) -> Any:
+        states: list[Tensor] = []
+        readout = list(self._recorder.synapses.values())[-1]
+
+        def descended(wrt: Any) -> tuple[Tensor, list[Tensor]]:
+            """The loss, and the gradient of the energy with the loss, summed over samples."""
+            gate, energy, number = OutputGate(), torch.zeros((), dtype=torch.float64), iter(range(len(states) + 9))
+
+            def leave(firing: bioopt.Firing, u: Tensor) -> Tensor:
+                nonlocal energy
+                if firing.synapse is readout:
+                    return gate(u)
+                if (i := next(number)) == len(states):
+                    states.append(u.detach().clone().requires_grad_())
+                energy = energy + (states[i] - u).square().sum() / 2
+                return clamp(states[i])
+
+            with self._recorder.acting(lambda synapse, x: x, leave), torch.enable_grad():
+                losses = probe(grad=True)
+                losses.mean().backward()
+            ((u, error),) = gate.errors
+            outputs, scale = (energy, u), (torch.ones_like(energy), self.beta * len(u) * error)
+            return losses.detach(), [*torch.autograd.grad(outputs, wrt(), scale)]
+
+        for _ in range(self.steps):
+            losses, grads = descended(lambda: states)
+            for state, g in zip(states, grads, strict=True):
+                state.data.sub_(g, alpha=self.inference_lr)
+        params = self._trained()
+        losses, grads = descended(lambda: params)
+        scale = 1 / (self.beta * len(losses))
+        return losses, {p: scale * g for p, g in zip(params, grads, strict=True)}, {}
+
+
+def test_a_rule_with_relaxed_states() -> None:
+    """For a weak loss the equilibrium's update is the gradient."""
+    model, (x, y) = network(), data()
+    F.cross_entropy(model(x), y).backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    optimizer = PredictiveCoding(model, 0.1, steps=60, inference_lr=0.3, beta=1e-4)
+    optimizer.estimate(lambda: F.cross_entropy(model(x), y, reduction="none"))
+    assert optimizer.forward_passes == 61
+    for p, g in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, g, rtol=1e-2, atol=1e-5)
+
+
+class LocalLoss(bioopt.OnePass):
+    """A local loss: each layer's activity, as the next layer sees it, is classified by a head of the rule's own."""
+
+    def __init__(self, params: Any, lr: float, *, classes: int) -> None:
+        super().__init__(params, {"lr": lr})
+        self._layers = list(self._recorder.synapses.values())
+        self.own({s.name: nn.LazyLinear(classes, dtype=s.weight.dtype) for s in self._layers[:-1]}, lr=lr)
+        self._grads: dict[Tensor, Tensor] = {}
+        self._recorder.act(self._enter, lambda firing, u: u)
+
+    def _select(self, group: dict[str, Any]) -> tuple[list[Any], list[bioopt.Synapse]]:
+        return named_parameters_of(group["params"]), synapses_of("LocalLoss", group["params"])
+
+    def _enter(self, synapse: bioopt.Synapse, x: Tensor) -> Tensor:
+        if synapse.index:
+            below = self._layers[synapse.index - 1]
+            with torch.enable_grad():
+                loss = F.cross_entropy(self._owned(below.name, x), self.target)
+            head = [p for n, p in self._owned.modules.named_parameters() if n.startswith(f"{below.name}.")]
+            params = [*below.parameters(), *head]
+            self._grads |= dict(zip(params, torch.autograd.grad(loss, params), strict=True))
+        return detached(x)
+
+    def gradient_parameters(self) -> list[Tensor]:
+        return self._layers[-1].parameters()
+
+    def collect(self, losses: Tensor | None = None) -> tuple[dict[Tensor, Tensor], dict[str, Any]]:
+        grads, self._grads = self._grads, {}
+        return {**grads, **{p: p.grad for p in self.gradient_parameters() if p.grad is not None}}, {}
+
+
+@pytest.mark.parametrize("loop", ["closure", "classic"])
+def test_a_local_loss(loop: str) -> None:
+    model, (x, y) = network(), data()
+    optimizer = LocalLoss(model, 0.5, classes=3)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.5, total_steps=200)
+    first = None
+    for _ in range(150):
+        optimizer.target = y
+        optimizer.zero_grad()
+        if loop == "closure":
+            loss = optimizer.step(lambda: F.cross_entropy(model(x), y))
+        else:
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
+        scheduler.step()
+        first = first or float(loss.detach())
+    assert float(loss.detach()) < 0.2 * first
+    again = LocalLoss(network(), 0.5, classes=3)
+    again.load_state_dict(optimizer.state_dict())  # before its first pass: heads get sizes and values
+    for a, b in zip(optimizer._owned.modules.parameters(), again._owned.modules.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_weights_above_a_block_do_not_change_what_it_learns() -> None:
+    updates = []
+    for change in (0.0, 1.0):
+        model, (x, y) = network(), data()
+        with torch.no_grad():
+            model[4].weight.add_(change)
+        optimizer = LocalLoss(model, 0.5, classes=3)
+        optimizer.target = y
+        optimizer.estimate(lambda model=model, x=x, y=y: F.cross_entropy(model(x), y))
+        updates.append([p.grad.clone() for p in model[:3].parameters()])
+    for one, other in zip(*updates, strict=True):
+        assert torch.equal(one, other)
