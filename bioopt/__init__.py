@@ -36,6 +36,7 @@ from .perturbation import (
     SerialPerturbation,
     WeightPerturbation,
 )
+from .registry import create_optimizer, list_optimizers, presets
 from .spiking import STDP, RewardSTDP
 
 __version__ = "0.1.0"
@@ -71,9 +72,12 @@ __all__ = [
     "SynapticRule",
     "WeightPerturbation",
     "costs",
+    "create_optimizer",
     "diagnose",
     "find_synapses",
+    "list_optimizers",
     "nn",
     "on_rows",
+    "presets",
     "register_synapse",
 ]

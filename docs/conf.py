@@ -23,7 +23,7 @@ exclude_patterns = ["_build"]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 
-default_role = "py:obj"  # `SynapticRule` in a docstring is a link
+default_role = "py:obj"  # `LocalRule` in a docstring is a link
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"

@@ -23,7 +23,7 @@ def test_the_loops_of_the_readme() -> None:
     model = nn.Sequential(OrderedDict(trunk=trunk, head=nn.Linear(64, 3)))
     names = {"model": model, "loader": [(x, y)] * 3, "F": F, "bioopt": bioopt, "x": x, "y": y}
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for block in blocks:
         before = model.trunk[0].weight.detach().clone()
         exec(block, names)

@@ -62,6 +62,21 @@ def test_every_script_is_run_in_the_tests() -> None:
     assert set(tested) == {path.name for path in (ROOT / "scripts").glob("*.py")}
 
 
+def test_generate_names_what_is_out_of_date_and_writes_it(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = importlib.import_module("scripts.generate")
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    monkeypatch.setattr(script, "generated", lambda: {tmp_path / "list.md": "new\n"})
+    (tmp_path / "list.md").write_text("old\n")
+    with pytest.raises(SystemExit, match=r"run `python scripts/generate.py`"):
+        call("generate.py", "--check")
+    assert (tmp_path / "list.md").read_text() == "old\n"
+    assert call("generate.py") == "list.md written\n"
+    assert (tmp_path / "list.md").read_text() == "new\n"
+    assert call("generate.py", "--check") == ""
+
+
 def test_bench_step(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     script = importlib.import_module("scripts.bench_step")
 

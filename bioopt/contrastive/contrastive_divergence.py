@@ -22,7 +22,7 @@ __all__ = ["ContrastiveDivergence"]
 
 @final
 class ContrastiveDivergence(LocalRule):
-    r"""Contrastive divergence: Hebbian learning from the data, anti-Hebbian learning from the machine's own samples.
+    r"""Hebbian learning from the data, anti-Hebbian learning from the machine's own samples.
 
     .. math::
         \Delta W = \langle h\,v^\top \rangle_\text{data} - \langle h\,v^\top \rangle_\text{model}, \qquad

@@ -36,7 +36,7 @@ DECAYS = ("subspace", "own", "none")
 
 @final
 class Hebbian(LocalRule):
-    r"""Competitive Hebbian plasticity: neurons compete for each event, and winners move towards what they saw.
+    r"""Neurons compete for each input; winners move towards what the layer does not yet explain of it.
 
     .. math::
         y_k = \frac{\exp(t\,u_k / \lVert w_k\rVert)}{\sum_j \exp(t\,u_j / \lVert w_j\rVert)}, \qquad
@@ -231,7 +231,7 @@ def _first_wins(shares: Tensor, losers: float) -> Tensor:
 
 @final
 class SoftHebb(LocalProductRule):
-    r"""SoftHebb: soft winner-take-all in which losers learn the opposite, as published.
+    r"""Soft winner-take-all: the winner of an input moves towards it, all other neurons away from it.
 
     .. math::
         y_k = \pm \frac{\exp(t\,u_k)}{\sum_j \exp(t\,u_j)}, \qquad
@@ -305,7 +305,7 @@ class SoftHebb(LocalProductRule):
 
 @final
 class KrotovHopfield(LocalProductRule):
-    r"""Krotov and Hopfield's rule: the strongest neuron learns the event, one of the next unlearns it.
+    r"""The strongest neuron moves towards an input, one of the next strongest away from it.
 
     .. math::
         g_k = \begin{cases} 1 & k \text{ strongest} \\ -\lambda & k \text{ of rank } r \\ 0 & \text{otherwise}

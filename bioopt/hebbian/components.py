@@ -14,7 +14,7 @@ from .arithmetic import clip_update_norm, decay_own_, in_pools, rows_of, signal_
 
 @final
 class Oja(LocalProductRule):
-    r"""Oja's rule: every neuron becomes the first principal component of its input.
+    r"""Every neuron converges to the first principal component of its input.
 
     .. math::
         \Delta w_k = \langle\, u_k\,(x - u_k\,w_k') \,\rangle, \qquad w_k' = w_k + \mathrm{lr}\,\Delta w_k
@@ -43,7 +43,7 @@ class Oja(LocalProductRule):
 
 @final
 class Sanger(LocalProductRule):
-    r"""Sanger's rule, the generalised Hebbian algorithm: neurons become the principal components, in their order.
+    r"""Generalised Hebbian algorithm: neurons converge to the principal components of their input, in order.
 
     .. math::
         \Delta w_k = \langle\, u_k\,(x - \sum_{j \le k} u_j\,w_j') \,\rangle, \qquad
@@ -78,7 +78,7 @@ class Sanger(LocalProductRule):
 
 @final
 class AntiHebbian(LocalProductRule):
-    r"""Anti-Hebbian decorrelation: neurons that are active together learn to inhibit each other.
+    r"""Neurons that are active together learn to inhibit each other, which decorrelates them.
 
     .. math::
         \Delta w_k = -\sum_{j \ne k} \langle u_k u_j \rangle\, w_j

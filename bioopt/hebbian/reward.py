@@ -19,7 +19,7 @@ from ..perturbation.base import NoisyActivity, Record, credited
 
 @final
 class RewardHebbian(NoisyActivity):
-    r"""Reward-modulated Hebbian plasticity: three factors, an eligibility trace and reward minus what was expected.
+    r"""A neuron's own noise leaves an eligibility trace, which unexpected reward turns into learning.
 
     .. math::
         \tilde u = u + \sigma \xi, \qquad

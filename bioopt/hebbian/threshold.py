@@ -20,7 +20,7 @@ from .arithmetic import along_channels, rows_of, weight_shaped
 
 @final
 class BCM(LocalRule):
-    r"""The BCM rule: activity above a sliding threshold strengthens a synapse, activity below weakens it.
+    r"""Activity above a sliding threshold strengthens a synapse, activity below it weakens it.
 
     .. math::
         \Delta w_k = \frac{1}{\theta_k} \langle\, u_k\,(u_k - \theta_k)\,x \,\rangle, \qquad

@@ -24,7 +24,7 @@ OTHER_LAYERS = "NodePerturbation: the closure ran other layers in the noisy pass
 
 @final
 class NodePerturbation(NoisyActivity):
-    r"""Node perturbation: noise on postsynaptic activity, credited with the change of loss it brings.
+    r"""Noise on the activity of neurons is credited with the change of loss that it brings.
 
     .. math::
         \tilde u = u + \sigma \xi, \qquad

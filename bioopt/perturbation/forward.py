@@ -27,7 +27,7 @@ SPACES = ("weights", "activities")
 
 @final
 class ForwardGradient(NoisyActivity):
-    r"""Forward gradient: the exact slope of the loss along random directions, without a backward pass.
+    r"""The exact slope of the loss along random directions of weights or activities, without a backward pass.
 
     .. math::
         \hat g = \frac{1}{S} \sum_{i=1}^{S} (\nabla L \cdot z_i)\; z_i, \qquad

@@ -30,7 +30,7 @@ class _Members(NamedTuple):
 
 @final
 class RankOnePerturbation(NoisyActivity):
-    r"""Weight perturbation along directions of rank one, one for each sample of the batch.
+    r"""Weight perturbation with a rank-one direction of its own for each sample of the batch.
 
     .. math::
         \hat g = \frac{1}{N S} \sum_{n, i}

@@ -49,7 +49,7 @@ _Place = tuple[Tensor, tuple[int, ...], float]  # a parameter, where in it, and 
 
 @final
 class WeightPerturbation(Perturbation):
-    r"""Weight perturbation: all weights at once along random directions, each credited with its change of loss.
+    r"""All weights are changed along random directions, each credited with its change of loss.
 
     .. math::
         \hat g = \frac{1}{M} \sum_{m=1}^{M} \frac{L(w + \sigma z_m) - L(w - \sigma z_m)}{2 \sigma}\; z_m,
@@ -174,7 +174,7 @@ class WeightPerturbation(Perturbation):
 
 @final
 class SerialPerturbation(Perturbation):
-    r"""Serial perturbation: one weight after another is changed alone, and credited with the change of loss.
+    r"""One weight after another is changed alone and credited with the change of loss.
 
     .. math::
         \hat g_i = \frac{L(w + \sigma e_i) - L(w - \sigma e_i)}{2 \sigma}, \qquad \Delta w_i = -\hat g_i
@@ -363,7 +363,7 @@ class SerialPerturbation(Perturbation):
 
 @final
 class HillClimbing(Perturbation):
-    r"""Hill climbing: try a random change of all weights, keep it if the loss fell, else undo it.
+    r"""A random change of all weights is kept if the loss fell, else undone.
 
     .. math::
         w' = \begin{cases} w + \mathrm{lr}\, z & \text{if } L(w + \mathrm{lr}\, z) < L(w) \\

@@ -24,7 +24,7 @@ from .traces import WINDOW, Moment, Traces, add_product, advance, bounded, check
 
 @final
 class RewardSTDP(LearningRule):
-    r"""Reward-modulated STDP: pairs of spikes leave an eligibility, which a reward turns into plasticity.
+    r"""Pairs of spikes leave an eligibility trace, which unexpected reward turns into learning.
 
     .. math::
         e(t) = e^{-\delta/\tau_e}\, e(t - \delta) + A_+\, s(t)\, p(t)^\top - A_-\, q(t)\, x(t)^\top, \qquad

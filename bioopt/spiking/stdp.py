@@ -26,7 +26,7 @@ NEW = (
 
 @final
 class STDP(LocalRule):
-    r"""Spike-timing-dependent plasticity of all pairs of spikes, by exponential traces.
+    r"""Spike timing: a synapse strengthens if its input spikes before its neuron, and weakens if after.
 
     .. math::
         p(t) = e^{-\delta/\tau_+}\, p(t - \delta) + x(t), \qquad

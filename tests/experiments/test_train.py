@@ -464,9 +464,9 @@ def test_help_lists_every_optimizer_by_family_and_needs_no_torch(tmp_path: Path)
     assert done.returncode == 0, done.stderr
     *lines, torch_was_needed = done.stdout.splitlines()
     assert torch_was_needed == "False"
-    shown = lines[lines.index("Boltzmann") : lines.index("== All choices ==")]
+    shown = lines[lines.index("Contrastive") : lines.index("== All choices ==")]
     families = [line for line in shown if line and not line.startswith(" ")]
-    assert families == ["Boltzmann", "Hebbian", "Perturbation", "Spiking", "Control"]
+    assert families == ["Contrastive", "Hebbian", "Perturbation", "Spiking", "Control"]
     rows = {line.split()[0]: line for line in shown if line.startswith("  ")}
     assert sorted(rows) == OPTIMIZERS
     controls = lines.index("Control")
