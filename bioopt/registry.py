@@ -60,7 +60,7 @@ def create_optimizer(
         of_preset = tuned.pop("groups", None)
         groups = of_preset if groups is None else groups
         options = tuned | options
-    return rule(_in_groups(model, groups) if groups else model, **options)
+    return rule(in_groups(model, groups) if groups else model, **options)
 
 
 def list_optimizers(family: str | None = None, filter: str | None = None) -> list[str]:
@@ -172,7 +172,7 @@ def _without(options: Mapping[str, Any], tuned: dict[str, Any], renamed: Mapping
     return kept
 
 
-def _in_groups(model: Params, groups: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+def in_groups(model: Params, groups: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The layers of a model as param groups, each in that of the nearest part with options of its own."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"options for parts ({_listed(groups)}) need the model itself, not its parameters or groups")

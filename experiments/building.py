@@ -17,6 +17,7 @@ from torch import nn
 import bioopt
 from bioopt import find_synapses
 from bioopt.costs import Cost, CrossEntropy
+from bioopt.registry import in_groups
 
 from . import data
 from .checks import unknown
@@ -187,14 +188,7 @@ def groups(model: nn.Module, parts: Any, whole: nn.Module) -> Any:
         if name not in dict(whole.named_modules()):
             raise ValueError(f"per_model has options for '{name}', which is not a part of the model")
     parts = {name: own for name, own in parts.items() if name in present}
-    if not parts:
-        return model
-    found: dict[str, dict[str, Any]] = {}
-    for name, module in present.items():
-        if [*module.parameters(recurse=False)]:
-            part = max((part for part in parts if f"{name}.".startswith(f"{part}.")), key=len, default="")
-            found.setdefault(part, {"params": [], **parts.get(part, {})})["params"].append((name, module))
-    return list(found.values())
+    return in_groups(model, parts) if parts else model
 
 
 def parameters(given: Any) -> list[dict[str, Any]]:

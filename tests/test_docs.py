@@ -115,7 +115,7 @@ def test_feedback_alignment_of_the_page_is_backpropagation_by_other_weights(
 
 def test_an_experiment_of_your_own_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = ROOT / "docs/experiments.md"
-    (_, code), (_, options), *_ = blocks(page, "python|yaml")
+    code, options = (text for _, text in blocks(page, "python|yaml") if "/walk." in text)
     written(tmp_path, {"walk.py": code, "experiment/walk.yaml": options})
     monkeypatch.setattr(tasks, "__path__", [*tasks.__path__, str(tmp_path)])
     chosen = [f"hydra.searchpath=[file://{tmp_path}]", "experiment=walk", "task.width=3", "logger.mode=disabled"]

@@ -93,9 +93,7 @@ class MetaCost(Task):
     config: DictConfig
     device: torch.device
     _: KW_ONLY
-    problems: dict[
-        str, dict[str, Any]
-    ]  # functions of `experiments.data.problems` by name, each with its options
+    problems: dict[str, dict[str, Any]]  # functions of `experiments.data.problems` by name, each with its options
     costs: list[str]  # names in ``conf/cost``, two or more
     rates: list[float]  # factors of a learner's rate, the grid for single costs; mixtures are searched between its ends
     learnings: int  # inner learnings of each outer loop

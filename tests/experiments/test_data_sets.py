@@ -13,7 +13,6 @@ import scipy.io
 import torch
 import torchvision
 import yaml
-from experiments.training import run
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from PIL import Image
@@ -21,9 +20,9 @@ from safetensors.torch import load_file
 
 from experiments import data
 from experiments.options import check
+from experiments.run import run
 
-from ..commands import ROOT
-from ..test_train import config
+from ..commands import ROOT, config
 
 RANDOM = np.random.default_rng(0)
 DATA = sorted(path.stem for path in (ROOT / "conf/data").glob("*.yaml"))

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from experiments.training import run
 
 from experiments.models import spiking
 from experiments.models.spiking import Competition
+from experiments.run import run
 from experiments.spiking import assign, voted, window
 
-from ..test_train import config
+from ..commands import config
 
 
 def test_neurons_that_compete() -> None:
