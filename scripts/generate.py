@@ -23,12 +23,12 @@ from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import bioopt
 from bioopt.registry import family_of, rule_classes, summary_of
 
+ROOT = Path(__file__).parent.parent
 MARKERS = {".md": "<!-- {} -->", ".rst": ".. {}"}
 # Options in an optimizer's YAML file that belong to the run, and are no keywords of the rule.
 OF_THE_RUN = {"_target_", "name", "per_data", "per_model", "requires", "schedule", "seed", "wants"}
