@@ -36,7 +36,10 @@ def check(config: DictConfig) -> None:
     """
     plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(plain, dict)
-    _check_names(plain, _known())
+    known = _known()
+    if plain["logger"]["_target_"] != known["logger"]["_target_"]:  # one of your own, with options of its own
+        known = {**known, "logger": dict.fromkeys([*known["logger"], *plain["logger"]])}
+    _check_names(plain, known)
     for name in OF_TASKS:
         if name in plain and plain["task"] is None:
             raise ValueError(f"{name} belongs to experiments such as architectures, and task is null")

@@ -89,7 +89,7 @@ def perform(
     plain, seconds = resolved(config), started.seconds
     if not ranks.first:
         plain["logger"]["mode"] = "disabled"
-    log = task.log = logs.RunLog(folder, plain, started.wandb_id, started.history)
+    log = task.log = logs.RunLog(folder, plain, started.run_id, started.history)
     try:
         for number in range(started.epoch + 1, task.rounds + 1):
             begin = time.perf_counter()
@@ -107,7 +107,7 @@ def perform(
                 random=random_state(device),
                 history=log.history,
                 seconds=seconds,
-                wandb_id=log.wandb_id,
+                run_id=log.run_id,
                 config=started.config,
                 environments=started.environments,
             ).save(folder)

@@ -145,7 +145,7 @@ class Progress:
     random: dict[str, Tensor] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
-    wandb_id: str | None = None
+    run_id: str | None = None  # of the logger
     config: dict[str, Any] = field(default_factory=dict)
     environments: list[dict[str, Any]] = field(default_factory=list)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 import bioopt
 from bioopt.core.acts import OutputGate, clamp, detached
 from bioopt.core.params import named_parameters_of, synapses_of
+from experiments.run import run
+
+from .commands import config
 
 
 def network(dtype: torch.dtype = torch.float64) -> nn.Sequential:
@@ -148,3 +152,56 @@ def test_weights_above_a_block_do_not_change_what_it_learns() -> None:
         updates.append([p.grad.clone() for p in model[:3].parameters()])
     for one, other in zip(*updates, strict=True):
         assert torch.equal(one, other)
+
+
+def run_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], *chosen: str) -> dict[str, Any]:
+    """A short run with files of one's own: modules, and choices for configuration groups."""
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    short = ["epochs=1", "batch_size=256", f"run_dir={tmp_path}/run"]
+    return run(config(f"hydra.searchpath=[file://{tmp_path}]", *short, *chosen))
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {
+        "wide.py": """
+from torch import nn
+
+def wide(shape, classes, *, hidden):
+    inputs = shape[0] * shape[1] * shape[2]
+    return nn.Sequential(nn.Flatten(), nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, classes))
+""",
+        "model/wide.yaml": "name: wide\n_target_: wide.wide\nhidden: 50\n",
+    }
+    assert run_with(tmp_path, monkeypatch, files, "model=wide", "logger.mode=disabled")["model"] == "wide"
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_logger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {
+        "lines.py": """
+from experiments.logs import Logger
+
+class Lines(Logger):
+    def __init__(self, config, folder, run_id):
+        self.file = (folder / config["logger"]["file"]).open("w")
+
+    def log(self, numbers):
+        print(*numbers, file=self.file)
+
+    def finish(self, summary, pictures):
+        self.close()
+        return "numbers are in a file"
+
+    def close(self):
+        self.file.close()
+""",
+        "logger/lines.yaml": "_target_: lines.Lines\nmode: auto\nevery: 50\nfile: lines.txt\n",
+    }
+    run_with(tmp_path, monkeypatch, files, "logger=lines", "model=mlp")
+    lines = (tmp_path / "run" / "lines.txt").read_text().splitlines()
+    assert lines[0] == "step train/loss"
+    assert any("test/accuracy" in line for line in lines)
