@@ -15,7 +15,7 @@ from bioopt.nn import RBM
 from experiments import boltzmann, models
 from experiments.training import run
 
-from .test_contrastive import log_z, machine, states
+from .nn.machines import log_z, machine, states
 from .test_tasks import interrupted, resumed
 from .test_train import config
 

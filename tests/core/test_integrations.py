@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import bioopt
 
-from .rules import ONE_PASS, RULES, SEVERAL_PASSES, batch, cnn, make, mlp, options_of, per_sample, same, steps, weights
+from ..rules import ONE_PASS, RULES, SEVERAL_PASSES, batch, cnn, make, mlp, options_of, per_sample, same, steps, weights
 
 NAMES = {"ids": lambda rule: rule.__name__}
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import bioopt
 from bioopt.core.probe import settled
 
-from .rules import ONE_EVALUATION, ONE_PASS, ORDINARY, RULES, batch, cnn, make, mlp, per_sample, same, steps, weights
+from ..rules import ONE_EVALUATION, ONE_PASS, ORDINARY, RULES, batch, cnn, make, mlp, per_sample, same, steps, weights
 
 every_rule = pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bioopt.nn import FastWeights, ShortTermMemory
 
-from .rules import mlp
+from ..rules import mlp
 
 SIZE, VALUE, BATCH, STEPS = 6, 4, 3, 12
 BOTH = [

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import bioopt
 
-from .rules import ONE_PASS, batch, cnn, make, mlp, same, spiking_mlp, weights
+from ..rules import ONE_PASS, batch, cnn, make, mlp, same, spiking_mlp, weights
 
 X, Y = torch.randn(8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 4
 one_pass = pytest.mark.parametrize("rule", ONE_PASS, ids=lambda rule: rule.__name__)

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations, prune
 
 import bioopt
 
-from .rules import ONE_PASS, ORDINARY, make, mlp
+from ..rules import ONE_PASS, ORDINARY, make, mlp
 
 PARAMETERS = [bioopt.WeightPerturbation, bioopt.SerialPerturbation, bioopt.HillClimbing]
 FIRING = [rule for rule in ORDINARY if rule not in PARAMETERS]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import bioopt
 
-from .rules import NETWORKS, RULES, batch, cnn, hooks, make, steps
+from ..rules import NETWORKS, RULES, batch, cnn, hooks, make, steps
 
 WATCHING = [rule for rule in RULES if rule.__name__ not in ("WeightPerturbation", "SerialPerturbation", "HillClimbing")]
 every_watching_rule = pytest.mark.parametrize("rule", WATCHING, ids=lambda rule: rule.__name__)

@@ -20,7 +20,7 @@ from bioopt.core.noise import NoiseSource, fill_normal_
 from bioopt.core.rows import rows_now
 from bioopt.nn import Attention, Gate
 
-from .rules import ONE_PASS, ORDINARY, SPIKING, batch, make, per_sample, same, steps, weights
+from ..rules import ONE_PASS, ORDINARY, SPIKING, batch, make, per_sample, same, steps, weights
 
 N, SIZE, HIDDEN, CLASSES, PATHWAYS = 8, 6, 5, 4, 3
 GENERATOR = torch.Generator().manual_seed(7)
