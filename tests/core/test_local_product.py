@@ -19,7 +19,7 @@ from scripts import bench_hebbian
 from scripts.bench_step import allocated
 
 from ..hebbian.twins import oja_twin
-from ..rules import ONE_PASS, ORDINARY, mlp
+from ..rules import ONE_PASS, Case, mlp
 
 
 def test_passes_add_up_to_one_batch() -> None:
@@ -52,17 +52,17 @@ def test_one_weight_in_two_layers_gathers_from_both() -> None:
     torch.testing.assert_close(one.weight.detach(), before + 0.1 * change, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("rule", [rule for rule in ONE_PASS if rule in ORDINARY])
-def test_locality(rule: type) -> None:
+@pytest.mark.parametrize("case", [case for case in ONE_PASS if case.ordinary])
+def test_locality(case: Case) -> None:
     """A trunk update does not change when weights downstream, the labels or the loss change."""
     changes = []
     for variant in range(3):
-        model = mlp(sizes=(6, 5, 5, 4))
+        model = case.mlp(sizes=(6, 5, 5, 4))
         if variant:
             with torch.no_grad():
                 model[2].weight.mul_(3)
                 model[4].weight.normal_()
-        optimizer = rule(model, 0.1)
+        optimizer = case.make(model, 0.1)
         x = torch.randn(8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         y = torch.full((8,), variant)
         optimizer.step(lambda model=model, x=x, y=y, variant=variant: (1 + variant) * F.cross_entropy(model(x), y))
@@ -71,14 +71,14 @@ def test_locality(rule: type) -> None:
     assert torch.equal(changes[0], changes[2])
 
 
-@pytest.mark.parametrize("rule", [rule for rule in ONE_PASS if rule in ORDINARY])
-def test_an_event_without_a_batch_is_a_batch_of_one(rule: type) -> None:
+@pytest.mark.parametrize("case", [case for case in ONE_PASS if case.ordinary])
+def test_an_event_without_a_batch_is_a_batch_of_one(case: Case) -> None:
     """With a bias, whose signal is summed over events, and a running value, where the rule has one."""
     x = torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     results = []
     for batched in (False, True):
-        model = mlp()
-        optimizer = rule(model, 0.1, readout="teacher")
+        model = case.mlp()
+        optimizer = case.make(model, 0.1, readout="teacher")
         for event in x:
             optimizer.target = torch.tensor([1.0, 0, 0, 0]).view((1, 4) if batched else (4,))
             model(event.unsqueeze(0) if batched else event)
@@ -88,15 +88,15 @@ def test_an_event_without_a_batch_is_a_batch_of_one(rule: type) -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("rule", [rule for rule in ONE_PASS if rule in ORDINARY])
-def test_a_step_that_is_captured_reads_nothing_off_the_device(rule: type, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("case", [case for case in ONE_PASS if case.ordinary])
+def test_a_step_that_is_captured_reads_nothing_off_the_device(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a CUDA graph needs it. Tensors without values stand for the device: to read one raises."""
     with torch.device("meta"):
         model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10), nn.Linear(10, 4))
         x, y = torch.empty(5, 3, 8, 8), torch.empty(5, dtype=torch.long)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # which knows no such device
     monkeypatch.setattr(torch, "autocast", lambda *args, **options: contextlib.nullcontext())
-    optimizer = rule(model, lr=0.01)
+    optimizer = case.make(model, lr=0.01)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -107,7 +107,7 @@ def test_a_step_that_is_captured_reads_nothing_off_the_device(rule: type, monkey
         step()  # a plain step reads a number: whether all are finite
     for module in (bioopt.core.rule, bioopt.core.errors):
         monkeypatch.setattr(module, "is_captured", lambda tensors: True)
-    if rule is bioopt.BCM:  # which keeps thresholds
+    if case.rule is bioopt.BCM:  # which keeps thresholds
         with pytest.raises(RuntimeError, match="has a memory"):
             step()
     else:

@@ -14,10 +14,10 @@ from torch.utils.checkpoint import checkpoint
 
 import bioopt
 
-from ..rules import ONE_PASS, batch, cnn, make, mlp, same, spiking_mlp, weights
+from ..rules import ONE_PASS, Case, batch, mlp, same, spiking_mlp, weights
 
 X, Y = torch.randn(8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 4
-one_pass = pytest.mark.parametrize("rule", ONE_PASS, ids=lambda rule: rule.__name__)
+one_pass = pytest.mark.parametrize("case", ONE_PASS, ids=str)
 
 
 def after(
@@ -111,11 +111,11 @@ def test_what_is_thrown_away_teaches_nothing(play, first: bool) -> None:
 
 
 @one_pass
-def test_every_rule_skips_a_discarded_batch(rule: type) -> None:
+def test_every_rule_skips_a_discarded_batch(case: Case) -> None:
     results = []
     for discard in (False, True):
-        model = cnn(dropout=0.0)
-        optimizer = make(rule, model, readout="delta")
+        model = case.cnn(dropout=0.0)
+        optimizer = case.make(model, readout="delta")
         for i in range(3):
             if discard and i:  # STDP takes what comes before the first backward pass for one sequence
                 kept = copy.deepcopy(model[1].state_dict())

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import bioopt
 
-from ..rules import ONE_PASS, ORDINARY, mlp
+from ..rules import ONE_PASS, Case, mlp
 
 
 @pytest.mark.parametrize("form", ["labels", "activity"])
@@ -68,11 +68,11 @@ def test_a_taught_readout_tells_classes_apart() -> None:
     assert (model.eval()(x).argmax(1) == labels).float().mean() > 0.95
 
 
-@pytest.mark.parametrize("rule", [rule for rule in ONE_PASS if rule in ORDINARY])
-def test_the_delta_readout_is_what_backward_leaves_there(rule: type) -> None:
-    model, twin = mlp(), mlp()
+@pytest.mark.parametrize("case", [case for case in ONE_PASS if case.ordinary])
+def test_the_delta_readout_is_what_backward_leaves_there(case: Case) -> None:
+    model, twin = case.mlp(), case.mlp()
     x, y = torch.randn(8, 6, dtype=torch.float64), torch.randint(4, (8,))
-    optimizer = rule(model, lr=0.0, readout_lr=0.1)
+    optimizer = case.make(model, lr=0.0, readout_lr=0.1)
     plain = torch.optim.SGD(twin[2:].parameters(), 0.1)
     for _ in range(3):
         optimizer.step(lambda: F.cross_entropy(model(x), y))

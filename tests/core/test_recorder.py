@@ -12,7 +12,7 @@ import bioopt
 from bioopt import find_synapses
 from bioopt.core.acts import isolate
 
-from ..rules import NETWORKS, ORDINARY, RULES, hooks, make, mlp, same, weights
+from ..rules import CASES, ORDINARY, Case, hooks, mlp, same, weights
 
 
 def test_backprop_reassembled_from_cut_layers_equals_autograd() -> None:
@@ -47,15 +47,15 @@ def test_backprop_reassembled_from_cut_layers_equals_autograd() -> None:
     assert hooks(model) == 0
 
 
-@pytest.mark.parametrize("rule", ORDINARY, ids=lambda rule: rule.__name__)
-def test_in_place_activations_change_nothing(rule: type) -> None:
+@pytest.mark.parametrize("case", ORDINARY, ids=str)
+def test_in_place_activations_change_nothing(case: Case) -> None:
     results = []
     for inplace in (False, True):
         torch.manual_seed(0)
         model = nn.Sequential(
             nn.Linear(6, 5), nn.ReLU(inplace), nn.Linear(5, 5), nn.Hardtanh(-0.3, 0.3, inplace), nn.Linear(5, 4)
         )
-        optimizer = make(rule, model)
+        optimizer = case.make(model)
         x, y = torch.randn(8, 6), torch.randint(4, (8,))
         for _ in range(3):
             optimizer.step(lambda model=model, x=x, y=y: F.cross_entropy(model(x), y, reduction="none"))
@@ -63,8 +63,8 @@ def test_in_place_activations_change_nothing(rule: type) -> None:
     assert same(*results)
 
 
-@pytest.mark.parametrize("rule", ORDINARY, ids=lambda rule: rule.__name__)
-def test_residual_and_shared_layers(rule: type) -> None:
+@pytest.mark.parametrize("case", ORDINARY, ids=str)
+def test_residual_and_shared_layers(case: Case) -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -77,7 +77,7 @@ def test_residual_and_shared_layers(rule: type) -> None:
 
     torch.manual_seed(0)
     model = Net()
-    optimizer = make(rule, model, **({"coordinates": 50} if rule is bioopt.SerialPerturbation else {}))
+    optimizer = case.make(model, **({"coordinates": 50} if case.rule is bioopt.SerialPerturbation else {}))
     x, y = torch.randn(8, 6), torch.randint(4, (8,))
     before = weights(model)
     optimizer.step(lambda: F.cross_entropy(model(x), y, reduction="none"))
@@ -152,9 +152,9 @@ def test_no_graph_and_no_activity_outlives_the_step() -> None:
     import weakref
 
     kept = []
-    for rule in RULES:
-        model = NETWORKS.get(rule, {"mlp": mlp})["mlp"]()
-        optimizer = make(rule, model)
+    for case in CASES:
+        model = case.mlp()
+        optimizer = case.make(model)
         seen = []
         model[1].register_forward_hook(
             lambda m, args, out, seen=seen: seen.append(
@@ -164,10 +164,10 @@ def test_no_graph_and_no_activity_outlives_the_step() -> None:
         x, y = torch.randn(8, 6, dtype=torch.float64), torch.randint(4, (8,))
         loss = optimizer.step(lambda model=model, x=x, y=y: F.cross_entropy(model(x), y, reduction="none"))
         assert loss.grad_fn is None
-        kept.append((rule, model, optimizer, loss, seen))
+        kept.append((case, model, optimizer, loss, seen))
     gc.collect()  # once, for its time: models and optimizers are still there
-    for rule, *_, seen in kept:
-        assert all(ref() is None for pair in seen for ref in pair), rule.__name__
+    for case, *_, seen in kept:
+        assert all(ref() is None for pair in seen for ref in pair), case
 
 
 def test_two_rules_at_one_layer_are_refused_until_one_is_closed() -> None:

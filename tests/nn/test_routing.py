@@ -20,7 +20,7 @@ from bioopt.core.noise import NoiseSource, fill_normal_
 from bioopt.core.rows import rows_now
 from bioopt.nn import Attention, Gate
 
-from ..rules import ONE_PASS, ORDINARY, SPIKING, batch, make, per_sample, same, steps, weights
+from ..rules import ONE_PASS, ORDINARY, Case, batch, make, per_sample, same, steps, weights
 
 N, SIZE, HIDDEN, CLASSES, PATHWAYS = 8, 6, 5, 4, 3
 GENERATOR = torch.Generator().manual_seed(7)
@@ -331,7 +331,7 @@ class Unrolled(nn.Module):
         return said
 
 
-@pytest.mark.parametrize("rule", SPIKING)
+@pytest.mark.parametrize("rule", [bioopt.STDP, bioopt.RewardSTDP])
 def test_spikes_leave_traces_while_samples_take_other_ways(rule: type) -> None:
     model = Unrolled().double()
     spikes = (torch.rand(4, N, SIZE, generator=torch.Generator().manual_seed(1)) < 0.5).double()
@@ -359,25 +359,25 @@ def test_spikes_leave_traces_while_samples_take_other_ways(rule: type) -> None:
 # -- every rule --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", ORDINARY)
+@pytest.mark.parametrize("case", ORDINARY)
 @pytest.mark.parametrize("build", [gated, attentive])
-def test_every_rule_trains_it(rule: type, build: Callable[[], nn.Sequential]) -> None:
+def test_every_rule_trains_it(case: Case, build: Callable[[], nn.Sequential]) -> None:
     model = build()
-    optimizer, before = make(rule, model), weights(model)
+    optimizer, before = case.make(model), weights(model)
     steps(optimizer, model, 2)
     assert not same(before, weights(model))
     assert all(p.isfinite().all() for p in model.parameters())
-    if rule in ONE_PASS:  # all learn at once
+    if case.shares_pass:  # all learn at once
         learned = [s.layer.weight for s in find_synapses(model)]
         names = {id(p): b for p, b in zip(model.parameters(), before, strict=True)}
         assert not any(torch.equal(p, names[id(p)]) for p in learned)
 
 
-@pytest.mark.parametrize("rule", [rule for rule in ONE_PASS if rule in ORDINARY])
-def test_a_pathway_learns_from_its_own_samples_alone(rule: type) -> None:
+@pytest.mark.parametrize("case", [case for case in ONE_PASS if case.ordinary])
+def test_a_pathway_learns_from_its_own_samples_alone(case: Case) -> None:
     x, y = batch(0, 16)
     model = gated()
-    optimizer = make(rule, model)
+    optimizer = case.make(model)
     optimizer.estimate(per_sample(optimizer, model, x, y))
     taken = model[1].gates.argmax(1)
     assert len(set(taken.tolist())) > 2
@@ -387,15 +387,15 @@ def test_a_pathway_learns_from_its_own_samples_alone(rule: type) -> None:
             assert found is None
             continue
         alone = nn.Sequential(nn.Flatten(), *pathway, nn.Linear(6, 5))
-        other = make(rule, alone)
+        other = case.make(alone)
         other.estimate(per_sample(other, alone, x[taken == i], y[taken == i]))
         torch.testing.assert_close(found, alone[1].weight.grad, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("rule", [rule for rule in ONE_PASS if rule in ORDINARY])
-def test_a_pathway_that_none_takes_is_left_alone(rule: type) -> None:
+@pytest.mark.parametrize("case", [case for case in ONE_PASS if case.ordinary])
+def test_a_pathway_that_none_takes_is_left_alone(case: Case) -> None:
     model = gated(forced=2)
-    optimizer, before = make(rule, model, momentum=0.9), weights(model[1].pathways)
+    optimizer, before = case.make(model, momentum=0.9), weights(model[1].pathways)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         steps(optimizer, model, 2)

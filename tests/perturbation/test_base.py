@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import bioopt
 
-from ..rules import SEVERAL_PASSES, make, mlp, options_of, per_sample, same, weights
+from ..rules import OF_RULE, SEVERAL_PASSES, Case, make, mlp, per_sample, same, weights
 from .common import X, Y, estimate, few_losses, flat
 
 
@@ -95,7 +95,7 @@ def test_a_closure_that_is_not_repeatable_is_found_at_the_first_step(rule: type)
 def test_probes_leave_no_trace(rule: type, dtype: torch.dtype) -> None:
     """A hundred estimates, and not a bit of a weight has moved."""
     model = mlp(dtype=dtype)
-    optimizer = make(rule, model, **options_of(rule, sigma=1e-3 if dtype == torch.float32 else 0.05))
+    optimizer = make(rule, model, **OF_RULE[rule].taking(sigma=1e-3 if dtype == torch.float32 else 0.05))
     with torch.no_grad():
         model[0].bias[0] = -0.0  # a sign that an addition of zero would lose
     before = weights(model)
@@ -105,15 +105,15 @@ def test_probes_leave_no_trace(rule: type, dtype: torch.dtype) -> None:
     assert same(before, weights(model))
 
 
-NOISY = [rule for rule in SEVERAL_PASSES if rule is not bioopt.RewardSTDP]  # which draws nothing itself
+NOISY = [case for case in SEVERAL_PASSES if case.takes("seed")]
 
 
-@pytest.mark.parametrize("rule", NOISY, ids=lambda rule: rule.__name__)
-def test_noise_is_a_function_of_seed_step_and_member(rule: type) -> None:
+@pytest.mark.parametrize("case", NOISY, ids=str)
+def test_noise_is_a_function_of_seed_step_and_member(case: Case) -> None:
     def run(seed: int, before: int = 0) -> list[Tensor]:
         torch.manual_seed(before)  # the global state does not matter
-        model = mlp()
-        optimizer = make(rule, model, seed=seed, **options_of(rule, coordinates=20))
+        model = case.mlp()
+        optimizer = case.make(model, seed=seed, **case.taking(coordinates=20))
         for _ in range(2):
             optimizer.step(per_sample(optimizer, model, X, Y))
         return weights(model)
@@ -124,16 +124,16 @@ def test_noise_is_a_function_of_seed_step_and_member(rule: type) -> None:
 
 @pytest.mark.parametrize("option", ["sigma", "population", "samples", "coordinates", "seed"])
 def test_options_out_of_range(option: str) -> None:
-    for rule in SEVERAL_PASSES:
+    for case in SEVERAL_PASSES:
         for value in (-1, "x", 0.5 if option != "sigma" else float("nan")):
             try:
-                make(rule, mlp(), **{option: value})
+                case.make(mlp(), **{option: value})
             except ValueError as error:
-                assert f"{rule.__name__}: {option}={value!r} must be" in str(error)  # noqa: PT017
+                assert f"{case}: {option}={value!r} must be" in str(error)  # noqa: PT017
             except TypeError as error:
                 assert f"unexpected keyword argument '{option}'" in str(error)  # noqa: PT017
             else:
-                pytest.fail(f"{rule.__name__}({option}={value!r}) was taken")
+                pytest.fail(f"{case}({option}={value!r}) was taken")
 
 
 @pytest.mark.parametrize(("rule", "option"), [(bioopt.WeightPerturbation, "sigma"), (bioopt.HillClimbing, "lr")])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import bioopt
 
-from ..rules import SPIKING, Neurons, spiking_cnn
+from ..rules import Neurons, spiking_cnn
 from .common import WINDOW, bounded, pairs, play, random_spikes, scripted
 
 
@@ -204,7 +204,7 @@ def test_carried_traces_are_state() -> None:
 
 def test_spikes_whose_memory_is_used_again() -> None:
     x, s = random_spikes(5, 2, 4), random_spikes(5, 2, 3, seed=1)
-    for rule in SPIKING:
+    for rule in (bioopt.STDP, bioopt.RewardSTDP):
         results = []
         for again in (False, True):
             model = scripted(nn.Linear(4, 3), s)
@@ -293,7 +293,7 @@ def test_neurons_of_snntorch_are_heard() -> None:
 
 
 def test_activity_that_is_no_spike_is_refused_and_changes_nothing() -> None:
-    for rule in SPIKING:
+    for rule in (bioopt.STDP, bioopt.RewardSTDP):
         options = {"readout": None} if rule is bioopt.STDP else {}
         model = nn.Sequential(nn.Linear(4, 3), Neurons())
         optimizer = rule(model, 0.1, **options)
@@ -329,7 +329,7 @@ def test_activity_that_is_no_spike_is_refused_and_changes_nothing() -> None:
 
 
 def test_neurons_that_are_missing_or_silent_are_told() -> None:
-    for rule in SPIKING:
+    for rule in (bioopt.STDP, bioopt.RewardSTDP):
         options = {"readout": None} if rule is bioopt.STDP else {}
         with pytest.raises(ValueError, match=rf"{rule.__name__}: layer '0' has no spiking neurons.*snntorch.Leaky"):
             rule(nn.Sequential(nn.Linear(4, 3), nn.ReLU()), 0.1, **options)
