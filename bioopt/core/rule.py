@@ -513,13 +513,9 @@ class LearningRule(Optimizer, ABC):
         """All modules that are now in those that were given."""
         return {inner for _, module in self._modules for inner in module.modules()}
 
-    def _claimed(self) -> Iterable[Synapse]:
-        """The synapses that learn only if they fire."""
-        return self._recorder.synapses.values()
-
     def _none_fired(self) -> str:
         """Why no layer has fired, as far as can be seen, and what to do."""
-        synapses = list(self._claimed())
+        synapses = list(self._recorder.synapses.values())
         inside = self._inside()
         if synapses and not any(s.layer in inside for s in synapses):
             why = "its layers were replaced in the model after the optimizer was built: build the optimizer anew"
@@ -531,7 +527,7 @@ class LearningRule(Optimizer, ABC):
 
     def _look_for_silent(self) -> None:
         """Once, and again whenever a layer was frozen, unfrozen or switched: warn of those that learn nothing."""
-        fired, synapses = self._recorder.fired, list(self._claimed())
+        fired, synapses = self._recorder.fired, list(self._recorder.synapses.values())
         for synapse in [s for s in self._silent if s in fired]:
             del self._silent[synapse]
         absent = [s for s in synapses if s not in fired and s not in self._silent and s not in self._absent]
