@@ -12,6 +12,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, ClassVar, TypeAlias, TypeVar, Unpack
 
 import torch
@@ -23,7 +24,7 @@ from ._torch_private import mark_as_stepped, own_parameters, unhooked_step
 from .acts import Isolated, cut, isolate
 from .constraints import NON_NEGATIVE, Constraint, require_in_range
 from .errors import is_captured, require_finite, warn
-from .hooks import IN_PYTHON
+from .hooks import IN_PYTHON, remove_all
 from .integrations import NAME, PACKED, for_checkpoint, needs_estimate, read_checkpoint, recipe, refuse_scaler
 from .owned import OWNED, Owned
 from .params import DescentOptions, Params, ProcessGroup, groups_of, named_modules_of
@@ -407,6 +408,8 @@ class LearningRule(Optimizer, ABC):
         """
         readout = self._readout
         readout.begin(self.target)
+        handles = readout.note_others(self._recorder.fired, self._recorder.synapses)
+        self._undo.append(partial(remove_all, handles))
         with self._cutting(visit, readout.leave):
             losses, _ = probe.gradients(readout.parameters(), [self._recorder.reach.anchor])
         if readout:
