@@ -154,7 +154,7 @@ class Case:
 
     Attributes:
         rule: the class.
-        options: constructor options that the tests need: those that are required, and what makes a few steps show.
+        options: constructor options that the tests need: those that are required, and what makes one step change something.
         cnn: a network of the structure of `cnn` that the rule can train.
         mlp: the same for `mlp`.
         needs_target: whether a step needs ``optimizer.target``.
@@ -228,7 +228,7 @@ CASES = [
     Case(bioopt.ContrastiveDivergence, cnn=machines, mlp=machine),
     Case(bioopt.ForwardGradient, evaluates_once=True),
     Case(bioopt.Hebbian),
-    Case(bioopt.HillClimbing, {"tries": 20}),  # one of so many is nearly always kept
+    Case(bioopt.HillClimbing, {"tries": 20}),  # one of 20 is nearly always kept
     Case(bioopt.KrotovHopfield),
     Case(bioopt.NodePerturbation, SIGMA),
     Case(bioopt.Oja),

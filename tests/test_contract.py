@@ -140,7 +140,7 @@ def test_a_step_after_an_estimate_descends_along_it(case: Case) -> None:
 
 
 @pytest.mark.parametrize("rule", [bioopt.Hebbian, bioopt.Oja])
-def test_a_forward_pass_after_an_estimate_is_what_the_step_is_made_of(rule: type) -> None:
+def test_a_step_is_made_of_a_forward_pass_after_an_estimate(rule: type) -> None:
     results = []
     for earlier in (False, True):
         model = cnn(dropout=0.0)
@@ -584,8 +584,8 @@ def test_a_non_finite_loss_changes_nothing(case: Case, value: float) -> None:
             losses.mean().backward()
         return losses
 
-    told = rf"{type(optimizer).__name__}: the loss is (nan|infinite); nothing was changed"
-    with pytest.raises(bioopt.Diverged, match=told) as diverged:
+    message = rf"{type(optimizer).__name__}: the loss is (nan|infinite); nothing was changed"
+    with pytest.raises(bioopt.Diverged, match=message) as diverged:
         optimizer.step(closure)
     assert diverged.value.parameter in {name for name, _ in model.named_parameters()} | {"group0.params[0]"}
     assert diverged.value.norm > 0

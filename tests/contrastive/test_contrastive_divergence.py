@@ -159,7 +159,7 @@ def test_micro_batches_add_up_to_their_mean() -> None:
 
 
 def test_a_deep_belief_net_learns_machine_by_machine() -> None:
-    """The upper one from what the lower one says, as if it stood alone."""
+    """The upper one from the output of the lower one, as if it stood alone."""
     lower, upper, v = machine(0), machine(1, HIDDEN, 2), data()
     model = nn.Sequential(lower, upper)
     optimizer = bioopt.ContrastiveDivergence(model, lr=0.1, persistent=True)

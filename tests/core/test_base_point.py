@@ -102,7 +102,7 @@ def test_all_rules_are_here() -> None:
 
 @every_variant
 def test_none_is_the_default(variant: Variant) -> None:
-    """A rule that is not told otherwise teaches all layers, as before."""
+    """Without the option, all layers follow the rule."""
     assert keywords(variant.rule.__init__) >= {"readout", "readout_lr", "readout_layer"}
     one, two = variant.network(), variant.network()
     results = []
@@ -364,7 +364,7 @@ def test_mistakes_are_explained() -> None:
         assert hooks(model) == watched
 
 
-def test_the_closure_is_told_that_one_backward_pass_is_needed() -> None:
+def test_a_closure_that_always_calls_backward_is_advised() -> None:
     model = plain()
     optimizer = bioopt.NodePerturbation(model, 0.1, sigma=0.1, readout="delta")
 

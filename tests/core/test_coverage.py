@@ -61,7 +61,7 @@ def test_layers_that_do_not_fire_are_named_once_and_not_claimed(case: Case) -> N
 
 
 @firing_rule
-def test_a_layer_that_is_switched_is_told_of_again(case: Case) -> None:
+def test_a_layer_that_is_switched_is_warned_of_again(case: Case) -> None:
     model = network()
     optimizer = build(case, model)
     optimizer.step(losses(model))
@@ -78,7 +78,7 @@ def test_a_layer_that_is_switched_is_told_of_again(case: Case) -> None:
 
 
 @firing_rule
-def test_a_layer_unfrozen_later_is_told_of_and_can_be_added(case: Case) -> None:
+def test_a_layer_unfrozen_later_is_warned_of_and_can_be_added(case: Case) -> None:
     model = network()
     model[0].requires_grad_(False)
     optimizer = build(case, model)
@@ -96,7 +96,7 @@ def test_a_layer_unfrozen_later_is_told_of_and_can_be_added(case: Case) -> None:
 
 
 @firing_rule
-def test_a_module_that_was_replaced_is_told_of(case: Case) -> None:
+def test_a_module_that_was_replaced_is_warned_of(case: Case) -> None:
     model = network()
     optimizer = build(case, model)
     model[0] = nn.Linear(6, 5)
@@ -154,10 +154,10 @@ def test_one_error_names_all_layers_with_the_line_that_excludes_them(case: Case)
     model = Positions()
     with pytest.raises(ValueError, match=rf"{case.name} cannot train") as refused:
         build(case, model)
-    told = str(refused.value)
-    assert "'attention' of type MultiheadAttention" in told
-    assert "type Positions with places" in told
-    line = told[told.index("exclude=") : told.index("], or freeze") + 1]
+    message = str(refused.value)
+    assert "'attention' of type MultiheadAttention" in message
+    assert "type Positions with places" in message
+    line = message[message.index("exclude=") : message.index("], or freeze") + 1]
     assert line == "exclude=[torch.nn.MultiheadAttention, 'places']"
     optimizer = eval(f"build(case, model, {line})")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -202,7 +202,7 @@ def test_excluding_the_readout_asks_for_another(case: Case) -> None:
     case.make(model, exclude=["4"], readout=None)
 
 
-def test_what_cannot_be_excluded_is_told() -> None:
+def test_what_cannot_be_excluded_is_explained() -> None:
     model = network()
     with pytest.raises(ValueError, match="Hebbian: exclude has 'fc', which is no module or parameter"):
         bioopt.Hebbian(model, 0.1, exclude=["fc"])
@@ -298,19 +298,19 @@ def test_types_cover_their_subclasses_and_modules_all_their_names() -> None:
     assert bioopt.Hebbian(network(), 0.1, exclude=0, readout_layer=4).coverage()["0.weight"] == "excluded"
 
 
-def test_a_layer_replaced_later_is_told_of_and_experts_in_turn_are_not() -> None:
+def test_a_layer_replaced_later_is_warned_of_and_experts_in_turn_are_not() -> None:
     model = nn.ModuleList([nn.Linear(6, 5), nn.Linear(6, 5), nn.Linear(5, 4)])
     optimizer = bioopt.NodePerturbation(model, 0.01, sigma=0.01)
 
     def step(expert: int) -> None:
         optimizer.step(lambda: F.cross_entropy(model[2](torch.tanh(model[expert](X))), Y, reduction="none"))
 
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for i in range(8):
             model[0].requires_grad_(i % 3 > 0)
             step(i % 2)
-    assert len(told) <= 2  # of each expert once
+    assert len(caught) <= 2  # of each expert once
     model[2] = nn.Linear(5, 4)
     with pytest.warns(UserWarning, match=r"'2' \(it was replaced in the model"):
         step(0)

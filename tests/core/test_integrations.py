@@ -1,4 +1,4 @@
-"""Other people's tools (torch.amp, torch.compile, schedulers, Lightning): what cannot work says why, and what to do."""
+"""Other people's tools (torch.amp, torch.compile, schedulers, Lightning): what cannot work is refused with the reason and a way out."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_a_compiled_training_step(build) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_closure_may_run_micro_batches(case: Case) -> None:
-    """They are one batch; a rule that credits each sample with its own loss says that it cannot tell them apart."""
+    """They are one batch; a rule that credits each sample with its own loss refuses them."""
     results = []
     for size in (8, 3):
         model = case.mlp()

@@ -21,8 +21,8 @@ from bioopt.core.products import SparseSignal, local_product
     ids=str,
 )
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("learn", ["all neurons", "few neurons"])
-def test_the_product_over_patches_is_autograd_s(
+@pytest.mark.parametrize("learn", ["all neurons", "sparse signal"])
+def test_the_product_over_patches_equals_autograd(
     options: dict, memory_format: torch.memory_format, learn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Wide convolutions on the CPU do not take autograd's own product; several chunks of the batch."""
@@ -32,7 +32,7 @@ def test_the_product_over_patches_is_autograd_s(
     (synapse,) = find_synapses(layer)
     u = layer(x)
     s: Tensor | SparseSignal = torch.randn_like(u)
-    if learn == "few neurons":  # then the product is sparse; some neurons learn nothing at all
+    if learn == "sparse signal":  # then the product is sparse; some neurons learn nothing at all
         order = torch.rand(u.numel() // 256, 253, dtype=torch.float64).argsort(1)[:, :3] + 1
         s = SparseSignal(order + (order >= 100).long(), torch.randn(len(order), 3, dtype=torch.float64))
         assert not {0, 100, 255} & set(s.neurons.unique().tolist())

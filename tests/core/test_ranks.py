@@ -34,7 +34,7 @@ def machine() -> nn.Sequential:
 
 
 def modulated(model: nn.Module, group: dist.ProcessGroup | None) -> bioopt.Hebbian:
-    """One sample is told the opposite, on one of the ranks: all must take the same decay."""
+    """The modulator of one sample is negative, on one of the ranks: all must take the same decay."""
     rule = bioopt.Hebbian(model, 0.1, readout=None, process_group=group)
     modulator = torch.ones(len(X)).double()
     modulator[1] = -0.5

@@ -17,16 +17,16 @@ def test_a_readout_with_a_teacher_learns_the_target_for_its_own_activity(form: s
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).double()
     x, labels = torch.randn(5, 6, dtype=torch.float64), torch.tensor([0, 2, 1, 1, 2])
-    told = [[1.0 if k == label else -0.5 for k in range(3)] for label in labels]
+    targets = [[1.0 if k == label else -0.5 for k in range(3)] for label in labels]
     if form == "activity":
-        told = torch.randn(5, 3, dtype=torch.float64).tolist()
+        targets = torch.randn(5, 3, dtype=torch.float64).tolist()
     seen, before = model[:2](x).detach(), [p.detach().clone() for p in model[2].parameters()]
     change = torch.zeros(3, 8, dtype=torch.float64)
-    for t, h in zip(told, seen, strict=True):
+    for t, h in zip(targets, seen, strict=True):
         for k in range(3):
             change[k] += t[k] * (h - t[k] * before[0][k]) / 5
     optimizer = bioopt.Hebbian(model, 0.0, readout="teacher", readout_lr=0.3)
-    optimizer.target = labels if form == "labels" else torch.tensor(told, dtype=torch.float64)
+    optimizer.target = labels if form == "labels" else torch.tensor(targets, dtype=torch.float64)
     with torch.no_grad():
         model(x)
     optimizer.step()
@@ -69,7 +69,7 @@ def test_a_taught_readout_tells_classes_apart() -> None:
 
 
 @pytest.mark.parametrize("case", [case for case in ONE_PASS if case.ordinary])
-def test_the_delta_readout_is_what_backward_leaves_there(case: Case) -> None:
+def test_the_delta_readout_learns_as_by_backpropagation(case: Case) -> None:
     model, twin = case.mlp(), case.mlp()
     x, y = torch.randn(8, 6, dtype=torch.float64), torch.randint(4, (8,))
     optimizer = case.make(model, lr=0.0, readout_lr=0.1)

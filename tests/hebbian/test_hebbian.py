@@ -213,7 +213,7 @@ def test_anti_hebbian_decorrelates() -> None:
 
 
 def test_bcm_neurons_become_selective() -> None:
-    """Each comes to answer one of two patterns alone, as the theory has it for independent patterns."""
+    """Each neuron ends up answering one of two patterns alone, as the theory has it for independent patterns."""
     torch.manual_seed(0)
     patterns = torch.tensor([[1.0, 0.2, 0.1], [0.1, 0.3, 1.0]])
     layer = nn.Linear(3, 6, bias=False)
@@ -310,7 +310,7 @@ def test_weights_stay_bounded_at_any_learning_rate(rule: type) -> None:
 
 
 def test_winners_become_the_clusters() -> None:
-    """Competition: each neuron comes to stand for one cluster, of unit length."""
+    """Competition: each neuron ends up as the centre of one cluster, of unit length."""
     torch.manual_seed(1)
     centres = torch.eye(4) * 3
     layer = nn.Linear(4, 4, bias=False)

@@ -120,9 +120,9 @@ def test_a_gate_equals_its_twin(active: int | None, context: bool) -> None:
     given = Z if context else None
     found, wanted = module(X, given), slow_gate(module, X, given)
     torch.testing.assert_close(found, wanted)
-    told = torch.randn(found.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    signal = torch.randn(found.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     params = list(module.parameters())
-    one, two = (torch.autograd.grad(y, params, told, allow_unused=True) for y in (found, wanted))
+    one, two = (torch.autograd.grad(y, params, signal, allow_unused=True) for y in (found, wanted))
     close(*[[torch.zeros_like(p) if g is None else g for p, g in zip(params, gs, strict=True)] for gs in (one, two)])
     assert module.gates is not None
     assert not module.gates.requires_grad
@@ -139,8 +139,10 @@ def test_attention_equals_its_twin(context: bool) -> None:
     given = z if context else None
     found, wanted = module(x, given), slow_attention(module, x, given)
     torch.testing.assert_close(found, wanted)
-    told, params = torch.randn_like(x), list(module.parameters())
-    for a, b in zip(torch.autograd.grad(found, params, told), torch.autograd.grad(wanted, params, told), strict=True):
+    signal, params = torch.randn_like(x), list(module.parameters())
+    for a, b in zip(
+        torch.autograd.grad(found, params, signal), torch.autograd.grad(wanted, params, signal), strict=True
+    ):
         torch.testing.assert_close(a, b)
 
 
@@ -201,10 +203,10 @@ def drawn(seed: int, member: int) -> list[Tensor]:
     return [fill_normal_(torch.empty(N, width, dtype=torch.float64), stream) for width in widths]
 
 
-def credit(wanted: list[Tensor], entered: dict[int, Tensor], told: list[Tensor]) -> None:
+def credit(wanted: list[Tensor], entered: dict[int, Tensor], signal: list[Tensor]) -> None:
     for layer, x in entered.items():
-        wanted[2 * layer] += torch.outer(told[layer], x.detach())
-        wanted[2 * layer + 1] += told[layer]
+        wanted[2 * layer] += torch.outer(signal[layer], x.detach())
+        wanted[2 * layer + 1] += signal[layer]
 
 
 NONE = [torch.zeros(())] * (PATHWAYS + 2)
@@ -322,13 +324,13 @@ class Unrolled(nn.Module):
         self.ways: list[Tensor] = []
 
     def forward(self, spikes: Tensor) -> Tensor:
-        said: Any = 0
+        total: Any = 0
         self.ways.clear()
         for x in spikes:
-            said = said + self.neurons(self.readout((self.gate(x) > 0).to(x.dtype)))  # a gate is no whole spike
+            total = total + self.neurons(self.readout((self.gate(x) > 0).to(x.dtype)))  # a gate is no whole spike
             assert self.gate.gates is not None
             self.ways.append(self.gate.gates.argmax(1))
-        return said
+        return total
 
 
 @pytest.mark.parametrize("rule", [bioopt.STDP, bioopt.RewardSTDP])
@@ -345,13 +347,13 @@ def test_spikes_leave_traces_while_samples_take_other_ways(rule: type) -> None:
         wanted = torch.zeros_like(pathway[0].weight)
         for n in range(N):
             p, q = torch.zeros(SIZE).double(), torch.zeros(HIDDEN).double()
-            told = 1 if rule is bioopt.STDP else -(losses[n] - losses.mean())
+            signal = 1 if rule is bioopt.STDP else -(losses[n] - losses.mean())
             for x, way in zip(spikes[:, n], [way[n] for way in model.ways], strict=True):
                 here = float(way == i)
                 s = here * pathway(x)
                 p = math.exp(-1 / 20) * p + here * x
                 q = math.exp(-1 / 20) * q
-                wanted += told * (torch.outer(s, p) - torch.outer(q, here * x)) / N
+                wanted += signal * (torch.outer(s, p) - torch.outer(q, here * x)) / N
                 q = q + s
         torch.testing.assert_close(pathway[0].weight.grad, -wanted)
 

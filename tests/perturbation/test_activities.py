@@ -38,18 +38,18 @@ def test_node_perturbation_equals_its_twin(samples: int, credit: str, distributi
                 change = noisy[b] - clean[b] if credit == "sample" else (noisy - clean).mean() * 8
                 for i, (x, noise) in enumerate(((X, xi[0]), (hidden, xi[1]))):
                     for k in range(noise.shape[1]):
-                        told = change / sigma * noise[b, k] / (8 * samples)
-                        wanted[2 * i][k] += told * x[b]
-                        wanted[2 * i + 1][k] += told
+                        signal = change / sigma * noise[b, k] / (8 * samples)
+                        wanted[2 * i][k] += signal * x[b]
+                        wanted[2 * i + 1][k] += signal
     for a, b in zip(wanted, estimate(optimizer, model), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
-def decorrelating_twin(patches: Tensor, told: Tensor, matrix: Tensor, rate: float) -> tuple[Tensor, Tensor]:
-    """Of one pool: the change of W and the next R, event by event. ``patches`` E×D, ``told`` E×K, one a sample."""
+def decorrelating_twin(patches: Tensor, signal: Tensor, matrix: Tensor, rate: float) -> tuple[Tensor, Tensor]:
+    """Of one pool: the change of W and the next R, event by event. ``patches`` E×D, ``signal`` E×K, one a sample."""
     seen = torch.stack([matrix @ x for x in patches])
     # V sees R x; its step, carried over to W = V R.
-    change = sum(torch.outer(s, x) for s, x in zip(told, seen, strict=True)) @ matrix
+    change = sum(torch.outer(s, x) for s, x in zip(signal, seen, strict=True)) @ matrix
     moment = sum(torch.outer(x, x) for x in seen) / len(seen)
     return change, matrix - rate * (moment - moment.diag().diag()) @ matrix
 
@@ -79,7 +79,7 @@ def test_decorrelation_equals_its_twin(build) -> None:
         for rule in (plain, optimizer):  # lr is 0: both see the same model, and the same noise
             rule.step(lambda: losses_of(model))
             if rule is plain:
-                told = [layer.weight.grad.clone() for layer in synapses]
+                signal = [layer.weight.grad.clone() for layer in synapses]
         x = X
         for module in model:
             if module in synapses:
@@ -99,7 +99,7 @@ def test_decorrelation_equals_its_twin(build) -> None:
                         patches = alone(part).detach().flatten(2).transpose(1, 2).reshape(-1, size)
                     matrix = matrices.get((i, pool), torch.eye(size, dtype=x.dtype))
                     # <s x> R' R, with the plain rule's <s x>
-                    wanted = told[i].reshape(len(module.weight), size)[rows] @ matrix.T @ matrix
+                    wanted = signal[i].reshape(len(module.weight), size)[rows] @ matrix.T @ matrix
                     got = module.weight.grad.reshape(len(module.weight), size)[rows]
                     torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-12)
                     _, matrices[i, pool] = decorrelating_twin(
@@ -114,10 +114,10 @@ def test_decorrelation_equals_its_twin(build) -> None:
 
 def test_decorrelated_plasticity_is_that_of_weights_behind_the_matrix() -> None:
     generator = torch.Generator().manual_seed(0)
-    x, told = torch.randn(9, 4, generator=generator), torch.randn(9, 3, generator=generator)
+    x, signal = torch.randn(9, 4, generator=generator), torch.randn(9, 3, generator=generator)
     matrix = torch.randn(4, 4, generator=generator)
-    change, _ = decorrelating_twin(x, told, matrix, 0.0)
-    torch.testing.assert_close(change, (told.T @ x) @ matrix.T @ matrix)
+    change, _ = decorrelating_twin(x, signal, matrix, 0.0)
+    torch.testing.assert_close(change, (signal.T @ x) @ matrix.T @ matrix)
 
 
 def test_decorrelation_decorrelates() -> None:
@@ -235,11 +235,11 @@ def test_what_vmap_cannot_run_is_run_pass_by_pass(norm: bool, closure) -> None:
             warnings.simplefilter("always")
             for _ in range(2):
                 optimizer.step(lambda model=model, optimizer=optimizer: closure(optimizer, model))
-        said = [str(w.message) for w in caught if "vmap cannot run" in str(w.message)]
-        assert len(said) <= batched
+        messages = [str(w.message) for w in caught if "vmap cannot run" in str(w.message)]
+        assert len(messages) <= batched
         found.append([*weights(model), *model.buffers()])
         if batched and norm:
-            assert "Batch norm" in said[0]
+            assert "Batch norm" in messages[0]
             assert caught[-1].filename == __file__
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)

@@ -147,9 +147,11 @@ def test_a_perturbation_that_the_precision_swallows_is_warned_of(rule: type, opt
         optimizer = rule(model, **{**options, option: value})
         optimizer.step(lambda: F.cross_entropy(model(x).float(), y, reduction="none"))
 
-    with pytest.warns(UserWarning, match=rf"{option}=0.001 moves \d+% of the weights.*bfloat16; try {option}=") as told:
+    with pytest.warns(
+        UserWarning, match=rf"{option}=0.001 moves \d+% of the weights.*bfloat16; try {option}="
+    ) as caught:
         step(1e-3)
-    advised = float(re.search(rf"try {option}=([\d.e-]+)", str(told[0].message))[1])
+    advised = float(re.search(rf"try {option}=([\d.e-]+)", str(caught[0].message))[1])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         step(advised)
@@ -200,7 +202,7 @@ class Sequences(nn.Module):
     [(bioopt.NodePerturbation, {"sigma": 1e-3, "samples": 60}), (bioopt.RewardHebbian, {"sigma": 1.0}),
      (bioopt.ForwardGradient, {"space": "activities", "samples": 60}), (bioopt.RankOnePerturbation, {"sigma": 1e-3})],
 )  # fmt: skip
-def test_a_sequence_as_long_as_the_batch_is_told_from_it(rule: type, options: dict[str, Any]) -> None:
+def test_a_sequence_as_long_as_the_batch_is_distinguished_from_it(rule: type, options: dict[str, Any]) -> None:
     x, y = torch.randn(8, 8, 6), torch.randint(5, (8,))
     model = Sequences("time")
     optimizer = rule(model, 0.0, **options)

@@ -93,7 +93,7 @@ def test_forward_gradient_measures_slopes_where_an_operator_has_none(space: str)
     assert norm.num_batches_tracked == 1  # statistics advance once
     torch.testing.assert_close(norm.running_mean, 0.1 * X.mean(0))
     before = weights(model)
-    estimate(optimizer, model)  # said once
+    estimate(optimizer, model)  # one warning
     assert same(before, weights(model))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class Scripted(nn.Module):
-    """Neurons that emit what they were told, time step by time step, over and over, whatever comes in."""
+    """Neurons that emit given spikes, time step by time step, over and over, whatever their input."""
 
     def __init__(self, spikes: Tensor) -> None:
         super().__init__()

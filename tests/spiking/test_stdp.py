@@ -262,7 +262,7 @@ def test_layers_may_share_their_neurons_and_neurons_may_be_named() -> None:
     assert next(iter(optimizer._recorder.synapses.values())).neurons is model.lif
 
 
-def test_neurons_of_snntorch_are_heard() -> None:
+def test_neurons_of_snntorch_are_found() -> None:
     """Both of their ways: state that is handed on, and state of their own."""
     snntorch = pytest.importorskip("snntorch")
     x = random_spikes(20, 3, 6).float()
@@ -328,7 +328,7 @@ def test_activity_that_is_no_spike_is_refused_and_changes_nothing() -> None:
         optimizer.close()
 
 
-def test_neurons_that_are_missing_or_silent_are_told() -> None:
+def test_neurons_that_are_missing_or_silent_are_explained() -> None:
     for rule in (bioopt.STDP, bioopt.RewardSTDP):
         options = {"readout": None} if rule is bioopt.STDP else {}
         with pytest.raises(ValueError, match=rf"{rule.__name__}: layer '0' has no spiking neurons.*snntorch.Leaky"):
