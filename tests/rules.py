@@ -154,7 +154,7 @@ class Case:
 
     Attributes:
         rule: the class.
-        options: constructor options that the tests need: those that are required, and what makes one step change something.
+        options: constructor options that the tests need: those that are required, and what makes a step change weights.
         cnn: a network of the structure of `cnn` that the rule can train.
         mlp: the same for `mlp`.
         needs_target: whether a step needs ``optimizer.target``.

@@ -1,4 +1,4 @@
-"""Other people's tools (torch.amp, torch.compile, schedulers, Lightning): what cannot work is refused with the reason and a way out."""
+"""torch.amp, torch.compile, schedulers and Lightning: what cannot work is refused with the reason and a way out."""
 
 from __future__ import annotations
 
