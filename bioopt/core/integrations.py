@@ -255,6 +255,8 @@ class ModelGroups(ABC):
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """All groups, as in torch."""
+        if "param_groups" not in vars(self):  # a wrapper's, as Lightning makes them, which then asks what it wraps
+            raise AttributeError("param_groups")
         groups: list[dict[str, Any]] = vars(self)["param_groups"]
         module = sys.modules.get("torch.distributed.checkpoint.state_dict")
         if module is None or sys._getframe(1).f_globals is not vars(module):
