@@ -15,6 +15,7 @@ from .core._torch_private import mark_as_stepped, unhooked_step
 from .core.errors import require_finite
 from .core.hooks import IN_PYTHON
 from .core.integrations import (
+    ModelGroups,
     for_distributed_checkpoint,
     in_distributed_checkpoint,
     needs_estimate,
@@ -28,7 +29,7 @@ from .core.rule import LearningRule
 __all__ = ["Mixed"]
 
 
-class Mixed(Optimizer):
+class Mixed(ModelGroups, Optimizer):
     """Several optimizers, each for its own part of a network, as one.
 
     A step first lets every member estimate, then all descend at once. Members that need one ordinary forward pass
@@ -170,7 +171,11 @@ class Mixed(Optimizer):
             first = accumulate((len(member.param_groups) for member in self.optimizers), initial=0)
             rules = {i: m for m, i in zip(self.optimizers, first, strict=False) if isinstance(m, LearningRule)}
             return for_distributed_checkpoint(
-                super().state_dict(), {i: (type(rule).__name__, rule._own_state) for i, rule in rules.items()}
+                super().state_dict(),
+                {
+                    i: (type(rule).__name__, rule._checkpoint_state(), [i + j for j in rule._owned_groups()])
+                    for i, rule in rules.items()
+                },
             )
         return {
             "optimizers": [member.state_dict() for member in self.optimizers],
@@ -180,10 +185,11 @@ class Mixed(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned; nothing is changed if it does not fit."""
         if "param_groups" in state_dict:  # from torch.distributed.checkpoint
-            counts = [len(member.param_groups) for member in self.optimizers]
+            owned = [len(m._owned_groups()) if isinstance(m, LearningRule) else 0 for m in self.optimizers]
+            counts = [len(m.param_groups) - hidden for m, hidden in zip(self.optimizers, owned, strict=True)]
             state_dict = {"optimizers": parts_of_checkpoint(state_dict, counts)}
         theirs = state_dict.get("optimizers", [])
-        sizes = [[len(g["params"]) for g in d.get("param_groups", [])] for d in theirs]
+        sizes = [[len(g["params"]) for g in read_checkpoint(d)[0]["param_groups"]] for d in theirs]
         own_sizes = [[len(g["params"]) for g in m.param_groups] for m in self.optimizers]
         if sizes != own_sizes:
             raise ValueError(f"Mixed: the loaded state has parameters per group {sizes}, this optimizer {own_sizes}")
@@ -192,7 +198,7 @@ class Mixed(Optimizer):
             raise ValueError(f"Mixed: the loaded state is that of {state_dict['names']}, this optimizer has {own}")
         for member, state in zip(self.optimizers, theirs, strict=True):
             if isinstance(member, LearningRule):
-                member._require_own(read_checkpoint(state)[0])
+                member._require_own(*read_checkpoint(state))
         for member, state in zip(self.optimizers, theirs, strict=True):
             member.load_state_dict(state)
         self._link()
@@ -231,6 +237,11 @@ class Mixed(Optimizer):
     @property
     def _step_supports_amp_scaling(self) -> bool:
         return refuse_scaler(self)
+
+    def _owned_groups(self) -> list[int]:
+        first = accumulate((len(member.param_groups) for member in self.optimizers), initial=0)
+        members = zip(first, self.optimizers, strict=False)
+        return [i + j for i, member in members if isinstance(member, LearningRule) for j in member._owned_groups()]
 
     def _rules(self) -> list[LearningRule]:
         return [member for member in self.optimizers if isinstance(member, LearningRule)]

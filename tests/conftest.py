@@ -19,11 +19,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-def rule_of(item: pytest.Item) -> type | None:
-    """The rule that this is a contract test of: its parameter ``rule``, or the rule that ``build`` makes."""
-    case = getattr(item, "callspec", None)
-    rule = case and (case.params.get("rule") or getattr(case.params.get("build"), "args", [None])[0])
-    return rule if isinstance(rule, type) else None
+def rule_of(item: pytest.Item) -> str | None:
+    """The name of the rule that this is a contract test of: that of its parameter ``case``."""
+    case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
+    return case.name if hasattr(case, "rule") and case.build is None else None
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -34,15 +33,6 @@ def read_once() -> None:
 
     yaml.SafeLoader = yaml.CSafeLoader
     sklearn.datasets.load_digits = functools.cache(sklearn.datasets.load_digits)
-
-
-@pytest.fixture(autouse=True)
-def network_of_the_rule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a test of ``rule``, or of what ``build`` makes, `cnn()` and `mlp()` are networks that the rule can train."""
-    from .rules import NETWORKS
-
-    for name, network in NETWORKS.get(rule_of(request.node), {}).items():
-        monkeypatch.setattr(request.module, name, network, raising=False)
 
 
 @pytest.fixture
@@ -75,7 +65,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
         yield
     finally:
         if rule := rule_of(item):
-            item.user_properties.append(("contract", (rule.__name__, time.process_time() - begin)))
+            item.user_properties.append(("contract", (rule, time.process_time() - begin)))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -1,9 +1,12 @@
-"""The table that enrols every rule of `bioopt.__all__` in every contract test, and the small things tests share."""
+"""One row for each rule of `bioopt.__all__`, by which every contract test builds it, and what tests share."""
 
 from __future__ import annotations
 
 import inspect
+import typing
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -13,45 +16,9 @@ from torch import Tensor, nn
 
 import bioopt
 
-RULES = [
-    rule
-    for rule in (getattr(bioopt, name) for name in bioopt.__all__)
-    if inspect.isclass(rule) and issubclass(rule, bioopt.LearningRule) and not inspect.isabstract(rule)
-]
-ONE_PASS = [rule for rule in RULES if issubclass(rule, bioopt.OnePass)]
-SEVERAL_PASSES = [rule for rule in RULES if rule not in ONE_PASS]
-ONE_EVALUATION = [
-    *ONE_PASS,
-    bioopt.RewardHebbian,
-    bioopt.RewardSTDP,
-    bioopt.ForwardGradient,
-]  # three of them with a closure
-SPIKING = [bioopt.STDP, bioopt.RewardSTDP]  # their networks spike: `spiking_cnn` and `spiking_mlp`
-PLAIN = [bioopt.HillClimbing]  # no optimizer makes its step
-# What a signature requires besides params and lr; a rule without a baseline of its own explores further.
-REQUIRED = {"sigma": 1e-2}
-FURTHER = {bioopt.RewardHebbian: {"sigma": 1.0}}
-USUAL = {bioopt.HillClimbing: {"tries": 20}}  # one of so many is nearly always kept
-
-
-def make(rule: type, params: Any, lr: float = 0.01, **options: Any) -> bioopt.LearningRule:
-    """Build a rule with whatever its signature requires, and without what it has no use for."""
-    options = USUAL.get(rule, {}) | options
-    if rule in PLAIN:
-        options = {name: value for name, value in options.items() if name not in ("descent", "momentum")}
-    for name, parameter in inspect.signature(rule).parameters.items():
-        if parameter.kind == parameter.KEYWORD_ONLY and parameter.default is parameter.empty:
-            options.setdefault(name, (REQUIRED | FURTHER.get(rule, {}))[name])
-    return rule(params, lr, **options)
-
-
-def options_of(rule: type, **options: Any) -> dict[str, Any]:
-    """Those of the options that the rule has."""
-    return {name: value for name, value in options.items() if name in inspect.signature(rule).parameters}
-
 
 def cnn(seed: int = 0, dropout: float = 0.2) -> nn.Sequential:
-    """All that may trouble a rule: in-place activation, batch norm with affine, dropout, bias."""
+    """What may trouble a rule: in-place activation, batch norm with affine, dropout, bias."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return nn.Sequential(
@@ -68,7 +35,7 @@ def cnn(seed: int = 0, dropout: float = 0.2) -> nn.Sequential:
 
 
 class Machine(bioopt.nn.RBM):
-    """An RBM that takes whatever comes."""
+    """An RBM of any input: flattened, and squashed into its range."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.flatten(1).sigmoid())
@@ -106,7 +73,7 @@ def mlp(seed: int = 0, sizes: tuple[int, ...] = (6, 5, 4), dtype: torch.dtype = 
 
 
 class Neurons(nn.Module):
-    """Leaky integrate-and-fire: what came in before counts half, and a spike takes 0.3 away; a slope for gradients."""
+    """Leaky integrate-and-fire: the voltage halves each step, a spike takes 0.3 from it; a surrogate gradient."""
 
     def forward(self, u: Tensor, v: Tensor | None = None) -> tuple[Tensor, Tensor]:
         v = u if v is None else 0.5 * v + u
@@ -122,7 +89,7 @@ class SpikingNet(nn.Sequential):
         for module in self:
             if isinstance(module, nn.BatchNorm2d | nn.Dropout):
                 x = module(x)
-        said = torch.zeros(())
+        total = torch.zeros(())
         voltage: dict[nn.Module, Tensor | None] = {}
         for step in range(3):
             h = (x > 0.5 * step).to(x.dtype)  # the stronger, the more spikes
@@ -133,8 +100,8 @@ class SpikingNet(nn.Sequential):
                     h = module(h)
                 if type(module) is nn.Linear:
                     u = h
-            said = said + u
-        return said
+            total = total + u
+        return total
 
 
 def spiking_cnn(seed: int = 0, dropout: float = 0.2) -> nn.Sequential:
@@ -162,13 +129,148 @@ def spiking_mlp(seed: int = 0, sizes: tuple[int, ...] = (6, 5, 4), dtype: torch.
         return SpikingNet(*(m for a, b in pairwise(sizes) for m in (nn.Linear(a, b), Neurons()))).to(dtype)
 
 
-# Rules for layers, or for signals, of their own: what stands in the place of `cnn` and `mlp` in their tests.
-NETWORKS: dict[type, dict[str, Callable[..., nn.Sequential]]] = {
-    bioopt.ContrastiveDivergence: {"cnn": machines, "mlp": machine},
-    bioopt.STDP: {"cnn": spiking_cnn, "mlp": spiking_mlp},
-    bioopt.RewardSTDP: {"cnn": spiking_cnn, "mlp": spiking_mlp},
-}
-ORDINARY = [rule for rule in RULES if rule not in NETWORKS]  # train whatever synapse there is
+def keywords(call: Callable[..., Any]) -> set[str]:
+    """The arguments that a call takes by name, those of an unpacked TypedDict included."""
+    names = set()
+    for name, parameter in inspect.signature(call).parameters.items():
+        if parameter.kind == parameter.VAR_KEYWORD:
+            hint = typing.get_type_hints(call)[name]
+            if typing.get_origin(hint) is typing.Unpack:
+                names |= typing.get_type_hints(typing.get_args(hint)[0]).keys()
+        elif parameter.kind != parameter.VAR_POSITIONAL:
+            names.add(name)
+    return names - {"self"}
+
+
+def required(rule: type) -> list[str]:
+    """The options that a rule cannot be built without, besides its parameters and lr."""
+    parameters = inspect.signature(rule).parameters.values()
+    return [p.name for p in parameters if p.kind == p.KEYWORD_ONLY and p.default is p.empty]
+
+
+@dataclass(frozen=True)
+class Case:
+    """How the contract tests build a rule, and what they run it on. All else follows from the class.
+
+    Attributes:
+        rule: the class.
+        options: constructor options that the tests need: those that are required, and what makes a step change weights.
+        cnn: a network of the structure of `cnn` that the rule can train.
+        mlp: the same for `mlp`.
+        needs_target: whether a step needs ``optimizer.target``.
+        evaluates_once: whether a step with a closure evaluates it once; rules of one pass do.
+        perturbs_first: whether the first evaluation of a step is a perturbed one, which batch statistics come from.
+        build: what makes the optimizer in the place of the class.
+    """
+
+    rule: type
+    options: dict[str, Any] = field(default_factory=dict)
+    cnn: Callable[..., nn.Sequential] = cnn
+    mlp: Callable[..., nn.Sequential] = mlp
+    needs_target: bool = False
+    evaluates_once: bool = False
+    perturbs_first: bool = False
+    build: Callable[..., Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.shares_pass:
+            object.__setattr__(self, "evaluates_once", True)
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def name(self) -> str:
+        return self.rule.__name__
+
+    @property
+    def shares_pass(self) -> bool:
+        """Whether the classic loop, without a closure, is enough."""
+        return getattr(self.rule, "shares_pass", False)
+
+    @property
+    def ordinary(self) -> bool:
+        """Whether it trains whatever synapses there are, and needs no network of its own."""
+        return self.cnn is cnn
+
+    @cached_property
+    def accepted(self) -> set[str]:
+        return keywords(self.rule.__init__)
+
+    def takes(self, option: str) -> bool:
+        return option in self.accepted
+
+    def taking(self, **options: Any) -> dict[str, Any]:
+        """Those of the options that the rule has."""
+        return {name: value for name, value in options.items() if self.takes(name)}
+
+    @cached_property
+    def takes_parameters(self) -> bool:
+        """Whether it trains bare parameters; other rules need the module, to watch its layers."""
+        try:
+            self.make(self.mlp().parameters(), **self.taking(readout=None))
+        except TypeError:
+            return False
+        return True
+
+    def make(self, params: Any, lr: float = 0.01, **options: Any) -> Any:
+        """Build the optimizer, without options of ``descent`` where the rule makes its step itself."""
+        if not self.takes("descent") and self.build is None:
+            options = {name: value for name, value in options.items() if name not in ("descent", "momentum")}
+        return (self.build or self.rule)(params, lr, **{**self.options, **options})
+
+
+SIGMA = {"sigma": 1e-2}
+CASES = [
+    Case(bioopt.BCM),
+    Case(bioopt.STDP, cnn=spiking_cnn, mlp=spiking_mlp),
+    Case(bioopt.AntiHebbian),
+    Case(bioopt.ContrastiveDivergence, cnn=machines, mlp=machine),
+    Case(bioopt.ForwardGradient, evaluates_once=True),
+    Case(bioopt.Hebbian),
+    Case(bioopt.HillClimbing, {"tries": 20}),  # one of 20 is nearly always kept
+    Case(bioopt.KrotovHopfield),
+    Case(bioopt.NodePerturbation, SIGMA),
+    Case(bioopt.Oja),
+    Case(bioopt.RankOnePerturbation, SIGMA, perturbs_first=True),
+    # Without a clean pass to compare with, it explores further.
+    Case(bioopt.RewardHebbian, {"sigma": 1.0}, evaluates_once=True, perturbs_first=True),
+    Case(bioopt.RewardSTDP, cnn=spiking_cnn, mlp=spiking_mlp, evaluates_once=True),
+    Case(bioopt.Sanger),
+    Case(bioopt.SerialPerturbation, SIGMA, perturbs_first=True),
+    Case(bioopt.SoftHebb),
+    Case(bioopt.WeightPerturbation, SIGMA, perturbs_first=True),
+]
+OF_RULE = {case.rule: case for case in CASES}
+RULES = [
+    rule
+    for rule in (getattr(bioopt, name) for name in bioopt.__all__)
+    if inspect.isclass(rule) and issubclass(rule, bioopt.LearningRule) and not inspect.isabstract(rule)
+]
+ONE_PASS = [case for case in CASES if case.shares_pass]
+SEVERAL_PASSES = [case for case in CASES if not case.shares_pass]
+ORDINARY = [case for case in CASES if case.ordinary]
+
+
+def mixed(model: nn.Sequential, lr: float = 0.01, descent: type = torch.optim.SGD, **options: Any) -> bioopt.Mixed:
+    """Hebbian learning of the layers beneath, and torch's optimizer for those above."""
+    rule = bioopt.Hebbian(model[:5], lr, readout=None, descent=descent, **options)
+    return bioopt.Mixed(rule, descent(model[5:].parameters(), lr, **options))
+
+
+MIXED = Case(bioopt.Mixed, build=mixed, evaluates_once=True)
+
+
+def make(rule: type, params: Any, lr: float = 0.01, **options: Any) -> Any:
+    """Build a rule with the options of its row."""
+    return OF_RULE[rule].make(params, lr, **options)
+
+
+def give_target(optimizer: Any, y: Tensor) -> None:
+    """Set the target of those that need one."""
+    for member in getattr(optimizer, "optimizers", [optimizer]):
+        if type(member) in OF_RULE and OF_RULE[type(member)].needs_target:
+            member.target = y
 
 
 def batch(seed: int = 0, n: int = 10) -> tuple[Tensor, Tensor]:
@@ -181,6 +283,7 @@ def per_sample(optimizer: Any, model: nn.Module, x: Tensor, y: Tensor) -> Callab
 
     def closure() -> Tensor:
         optimizer.zero_grad()
+        give_target(optimizer, y)
         losses = F.cross_entropy(model(x), y, reduction="none")
         if losses.requires_grad:
             losses.mean().backward()
@@ -194,6 +297,7 @@ def ordinary(optimizer: Any, model: nn.Module, x: Tensor, y: Tensor) -> Callable
 
     def closure() -> Tensor:
         optimizer.zero_grad()
+        give_target(optimizer, y)
         loss = F.cross_entropy(model(x), y)
         loss.backward()
         return loss

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 import bioopt
 
-from .rules import RULES, batch, cnn, make, mlp, options_of, ordinary, per_sample, same, steps, weights
+from .rules import CASES, OF_RULE, Case, batch, cnn, make, mlp, ordinary, per_sample, same, steps, weights
 
 
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
-def test_a_diagnosis_before_the_first_step_leaves_no_state(rule: type) -> None:
-    model = cnn()
-    optimizer = make(rule, model)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_diagnosis_before_the_first_step_leaves_no_state(case: Case) -> None:
+    model = case.cnn()
+    optimizer = case.make(model)
     before = str(optimizer.state_dict()["state"])
     bioopt.diagnose(optimizer, per_sample(optimizer, model, *batch()), samples=2)
     assert str(optimizer.state_dict()["state"]) == before
@@ -33,11 +33,11 @@ def test_a_taught_readout_keeps_its_target() -> None:
 
 
 @pytest.mark.parametrize("form", [per_sample, ordinary])
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+@pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.filterwarnings("ignore:.*needs no backward pass")
-def test_a_diagnosis_changes_nothing(rule: type, form) -> None:
-    model, twin = cnn(), cnn()
-    optimizer, other = make(rule, model), make(rule, twin)
+def test_a_diagnosis_changes_nothing(case: Case, form) -> None:
+    model, twin = case.cnn(), case.cnn()
+    optimizer, other = case.make(model), case.make(twin)
     for o, m in ((optimizer, model), (other, twin)):
         torch.manual_seed(0)
         steps(o, m, 1)
@@ -61,7 +61,7 @@ def test_a_diagnosis_changes_nothing(rule: type, form) -> None:
     assert same(weights(model), weights(twin))
 
 
-def few(hidden: int) -> tuple[nn.Module, Tensor, Tensor]:
+def problem(hidden: int) -> tuple[nn.Module, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(3)
     model = mlp(sizes=(4, hidden, 3))
     x = torch.randn(12, 4, dtype=torch.float64, generator=generator)
@@ -69,8 +69,8 @@ def few(hidden: int) -> tuple[nn.Module, Tensor, Tensor]:
 
 
 def diagnosed(rule: type, hidden: int, samples: int, **options) -> dict[str, float]:
-    model, x, y = few(hidden)
-    optimizer = make(rule, model, **options_of(rule, sigma=1e-4), **options)
+    model, x, y = problem(hidden)
+    optimizer = make(rule, model, **OF_RULE[rule].taking(sigma=1e-4), **options)
     return bioopt.diagnose(optimizer, lambda: F.cross_entropy(model(x), y, reduction="none"), samples)["all"]
 
 
@@ -89,10 +89,12 @@ def test_the_variance_of_noisy_activity_grows_with_the_number_of_neurons_alone(r
     """One sample has as many dimensions as there are neurons, whatever the number of their inputs."""
     for inputs, neurons in ((4, 8), (4, 64), (300, 8)):
         torch.manual_seed(0)
-        model, told = nn.Linear(inputs, neurons).double(), torch.randn(neurons, dtype=torch.float64)
+        model, direction = nn.Linear(inputs, neurons).double(), torch.randn(neurons, dtype=torch.float64)
         x = torch.randn(1, inputs, dtype=torch.float64)
-        optimizer = make(rule, model, **options_of(rule, sigma=1e-5, space="activities"))
-        found = bioopt.diagnose(optimizer, lambda model=model, x=x, told=told: (model(x) * told).sum(1), 300)
+        optimizer = make(rule, model, **OF_RULE[rule].taking(sigma=1e-5, space="activities"))
+        found = bioopt.diagnose(
+            optimizer, lambda model=model, x=x, direction=direction: (model(x) * direction).sum(1), 300
+        )
         assert 0.6 < found["all"]["signal_to_noise"] * (neurons + 1) < 1.6
 
 
@@ -104,7 +106,7 @@ def test_a_rule_without_noise_has_none() -> None:
 
 
 def test_what_cannot_be_diagnosed_is_explained() -> None:
-    model, x, y = few(4)
+    model, x, y = problem(4)
     optimizer = bioopt.WeightPerturbation(model, 0.1, sigma=0.1)
     with pytest.raises(TypeError, match="diagnose takes a single rule, not Mixed; diagnose its members"):
         bioopt.diagnose(bioopt.Mixed(optimizer), lambda: F.cross_entropy(model(x), y))

@@ -8,6 +8,7 @@ import warnings
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 __all__ = ["Diverged"]
@@ -56,8 +57,8 @@ def _largest(optimizer: Optimizer) -> tuple[str, float, float]:
     found = []
     for i, group in enumerate(optimizer.param_groups):
         names = group.get("param_names", [f"group{i}.params[{j}]" for j in range(len(group["params"]))])
-        norms = (p.detach().norm().item() for p in group["params"])
-        found += [(name, norm, float(group["lr"])) for name, norm in zip(names, norms, strict=True)]
+        known = [(name, p) for name, p in zip(names, group["params"], strict=True) if not is_lazy(p)]
+        found += [(name, p.detach().norm().item(), float(group["lr"])) for name, p in known]
     return max(found, key=lambda entry: (not math.isfinite(entry[1]), entry[1]))
 
 

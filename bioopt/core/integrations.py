@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from types import FrameType
@@ -21,6 +22,7 @@ __all__ = ["recipe", "refuse_scaler", "refuse_trainer_options"]
 NAME = "rule"  # in a state dict: the name of its rule
 RULE = "rule"  # in a state dict's "state": what is no parameter's own
 PACKED = "rule_state"  # in a param group: the same as bytes, for torch.distributed.checkpoint
+HIDDEN = "owned_groups"  # in these bytes: param groups of modules of the rule's own, which are not the model's
 
 #: for each package with a training loop of its own, how rules are given what they need there: the model, and a closure
 RECIPES = {
@@ -155,42 +157,67 @@ def _refuse_options_of_the_caller(rule: str, closure: Callable[[], Any] | None) 
         )
 
 
-def for_checkpoint(state_dict: dict[str, Any], rule: str, own_state: dict[str, Any]) -> dict[str, Any]:
-    """A rule's state dict, from torch's, the rule's name and its own state."""
+def for_checkpoint(
+    state_dict: dict[str, Any], rule: str, own_state: dict[str, Any], owned: Sequence[int]
+) -> dict[str, Any]:
+    """A rule's state dict, from torch's, the rule's name and its own state; ``owned``: groups of its own modules."""
     if in_distributed_checkpoint():
-        return for_distributed_checkpoint(state_dict, {0: (rule, own_state)})
+        return for_distributed_checkpoint(state_dict, {0: (rule, own_state, owned)})
     groups = [{key: value for key, value in group.items() if key != PACKED} for group in state_dict["param_groups"]]
     own = {RULE: own_state} if own_state else {}
     return {**state_dict, "state": {**state_dict["state"], **own}, "param_groups": groups, NAME: rule}
 
 
 def for_distributed_checkpoint(
-    state_dict: dict[str, Any], rules: dict[int, tuple[str, dict[str, Any]]]
+    state_dict: dict[str, Any], rules: dict[int, tuple[str, dict[str, Any], Sequence[int]]]
 ) -> dict[str, Any]:
-    """The same for torch.distributed.checkpoint, of one rule or more: name and own state of each, by its first group.
+    """The same for torch.distributed.checkpoint, of one rule or more.
 
     It keeps the state of parameters and the options of groups, nothing else, and reads only entries that a new
     optimizer has as well. So an own state is one value among the options of a group, and every parameter has an entry.
+    It also knows the model's parameters alone: groups of modules of a rule's own go along with its own state.
+
+    Args:
+        state_dict: torch's.
+        rules: by the number of its first group, the name of each, its own state, and its groups of own modules.
     """
-    for i, rule in rules.items():
+    hidden = {i for *_, owned in rules.values() for i in owned}
+    groups, state = list(enumerate(state_dict["param_groups"])), state_dict["state"]
+    for first, (name, own_state, owned) in rules.items():
+        taken = {i - first: _with_state(group, state) for i, group in groups if i in owned}
         file = io.BytesIO()
-        torch.save(rule, file)
-        state_dict["param_groups"][i][PACKED] = file.getvalue()
-    empty: dict[Any, Any] = {p: {} for group in state_dict["param_groups"] for p in group["params"]}
-    return {**state_dict, "state": empty | state_dict["state"]}
+        torch.save((name, {**own_state, **({HIDDEN: taken} if taken else {})}), file)
+        groups[first][1][PACKED] = file.getvalue()
+    kept = [group for i, group in groups if i not in hidden]
+    number = {p: i for i, p in enumerate(p for group in kept for p in group["params"])}
+    return {
+        **state_dict,
+        "state": {new: state.get(p, {}) for p, new in number.items()},
+        "param_groups": [{**group, "params": [number[p] for p in group["params"]]} for group in kept],
+    }
+
+
+def _with_state(group: dict[str, Any], state: dict[Any, Any]) -> tuple[dict[str, Any], list[Any]]:
+    """The options of a group, and the state of each of its parameters."""
+    options = {key: value for key, value in group.items() if key not in ("params", PACKED)}
+    return options, [state.get(p, {}) for p in group["params"]]
 
 
 def read_checkpoint(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Torch's state dict and a rule's own state, from either."""
-    groups = state_dict["param_groups"]
+    groups = [{**group, PACKED: None} for group in state_dict["param_groups"]]
     params = {p for group in groups for p in group["params"]}
-    own_state = {} if RULE in params else state_dict["state"].get(RULE, {})
-    packed = next((group[PACKED] for group in groups if group.get(PACKED) is not None), None)
+    own_state = {} if RULE in params else dict(state_dict["state"].get(RULE, {}))
+    state = {p: s for p, s in state_dict["state"].items() if p in params and s}
+    packed = next((g[PACKED] for g in state_dict["param_groups"] if g.get(PACKED) is not None), None)
     if packed is not None:
         rule, own_state = torch.load(io.BytesIO(packed), map_location="cpu", weights_only=True)
         state_dict = {**state_dict, NAME: rule}
-    state = {p: s for p, s in state_dict["state"].items() if p in params and s}
-    return {**state_dict, "state": state, "param_groups": [{**group, PACKED: None} for group in groups]}, own_state
+    for i, (options, states) in sorted(own_state.pop(HIDDEN, {}).items()):
+        keys = [(HIDDEN, i, j) for j in range(len(states))]
+        groups.insert(i, {**options, "params": keys, PACKED: None})
+        state |= {key: s for key, s in zip(keys, states, strict=True) if s}
+    return {**state_dict, "state": state, "param_groups": groups}, own_state
 
 
 def parts_of_checkpoint(state_dict: dict[str, Any], sizes: Sequence[int]) -> list[dict[str, Any]]:
@@ -213,6 +240,33 @@ def in_distributed_checkpoint() -> bool:
     """Whether `get_optimizer_state_dict` or `set_optimizer_state_dict` of torch.distributed.checkpoint is at work."""
     module = sys.modules.get("torch.distributed.checkpoint.state_dict")
     return module is not None and any(frame.f_globals is vars(module) for frame in _callers())
+
+
+class ModelGroups(ABC):
+    """An optimizer that shows torch.distributed.checkpoint the groups of the model's parameters alone.
+
+    It looks every parameter up in the model, and finds no modules of a rule's own there.
+    """
+
+    @abstractmethod
+    def _owned_groups(self) -> list[int]:
+        """The numbers of the groups of modules of a rule's own."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """All groups, as in torch."""
+        if "param_groups" not in vars(self):  # a wrapper's, as Lightning makes them, which then asks what it wraps
+            raise AttributeError("param_groups")
+        groups: list[dict[str, Any]] = vars(self)["param_groups"]
+        module = sys.modules.get("torch.distributed.checkpoint.state_dict")
+        if module is None or sys._getframe(1).f_globals is not vars(module):
+            return groups
+        hidden = self._owned_groups()
+        return [group for i, group in enumerate(groups) if i not in hidden]
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        vars(self)["param_groups"] = groups
 
 
 def _callers() -> Iterator[FrameType]:

@@ -130,6 +130,7 @@ class Probe:
         self._devices = sorted({p.device for p in self._params if p.device.type != "cpu"}, key=str)
         self._random: list[Tensor] = []
         self._count = 0
+        self._needs_gradients = False  # in one of the evaluations
         self.made = 0
         self._before: dict[nn.Module, _Buffers] = {}
         self._after: dict[nn.Module, _Buffers] = {}
@@ -159,6 +160,7 @@ class Probe:
         """
         for p in of:
             p.grad = None
+        self._needs_gradients = self._needs_gradients or bool(of)
         value = self(grad=bool(of))
         backward_where_missing(value, of, anchors)
         return value.detach(), {p: p.grad for p in of if p.grad is not None}
@@ -236,8 +238,9 @@ class Probe:
         except BaseException:
             self._known.needs_grad = False
             raise
+        needs = "a backward pass in one evaluation of a step alone" if self._needs_gradients else "no backward pass"
         warn(
-            f"{rule} needs no backward pass, but the closure calls backward(). To save it, write: "
+            f"{rule} needs {needs}, but the closure calls backward(). To save it, write: "
             f"if loss.requires_grad: loss.backward().{recipe()}"
         )
         return result

@@ -99,6 +99,7 @@ class _Cut(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *others: Any) -> Tensor:
+        torch.autograd.graph.increment_version(tangent)  # torch asks whether it was changed in place, as ``u`` was
         return tangent
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypedDict
 
 import torch
@@ -66,6 +67,8 @@ class Readout:
         self.by_loss = kind == "delta"
         self._rule = rule
         self._reach = reach
+        self._others: list[Synapse] = []
+        self._in_order = False  # whether it was seen to fire last
         self._target: Tensor | None = None
         self._sums: dict[Synapse, Sums] = {}  # of a teacher
 
@@ -115,6 +118,7 @@ class Readout:
             self._require_last_included(given, everything, excluded)
         readouts = self._chosen(everything, choice.layer)
         self.layers = {s.layer: s for s in readouts}
+        self._others = [s for s in everything if s.layer not in self.layers]
         require_trainable(groups, surveys)
         if len(everything) == len(readouts):
             only = f"'{readouts[0].name}', is the readout" if len(readouts) == 1 else "all, are readouts"
@@ -239,6 +243,21 @@ class Readout:
         hot = torch.zeros_like(u, dtype=torch.promote_types(u.dtype, torch.float32)).sub_(rest)
         return hot.scatter_(1, target.long().unsqueeze(1), 1.0)
 
+    def note_others(self, fired: dict[Synapse, None], watched: Collection[nn.Module]) -> list[Any]:
+        """Note layers that the rule does not watch as they fire, until the readout was once seen to fire last.
+
+        Returns:
+            The handles of the hooks.
+        """
+
+        def note(synapse: Synapse, *_: Any) -> None:
+            if synapse.layer.training and synapse.weight.requires_grad:
+                fired.pop(synapse, None)
+                fired[synapse] = None
+
+        others = [] if self._in_order else [s for s in self._others if s.layer not in watched]
+        return [s.layer.register_forward_hook(torch.compiler.disable(partial(note, s))) for s in others]
+
     def require_fired_last(self, fired: Collection[Synapse]) -> None:
         """Raise where the readout did not fire, or another layer fired after it."""
         readouts, order = self.awake(), list(fired)
@@ -253,6 +272,7 @@ class Readout:
                 f"{self._rule}: layer '{order[-1].name}' fires after the readout {names}, which must be last. "
                 f"Write readout_layer='{order[-1].name}'"
             )
+        self._in_order = True
 
     def require_gradient(self) -> None:
         """Raise where no backward pass has reached a readout that learns from the loss."""

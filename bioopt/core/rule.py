@@ -9,9 +9,10 @@ A learning rule decides what each synapse is taught; PyTorch does everything els
 from __future__ import annotations
 
 import inspect
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, ClassVar, TypeAlias, TypeVar, Unpack
 
 import torch
@@ -24,8 +25,17 @@ from .acts import Isolated, cut, isolate
 from .constraints import NON_NEGATIVE, Constraint, require_in_range
 from .coverage import Coverage
 from .errors import is_captured, require_finite, warn
-from .hooks import IN_PYTHON
-from .integrations import NAME, PACKED, for_checkpoint, needs_estimate, read_checkpoint, recipe, refuse_scaler
+from .hooks import IN_PYTHON, remove_all
+from .integrations import (
+    NAME,
+    PACKED,
+    ModelGroups,
+    for_checkpoint,
+    needs_estimate,
+    read_checkpoint,
+    recipe,
+    refuse_scaler,
+)
 from .owned import OWNED, Owned
 from .params import DescentOptions, Params, ProcessGroup, groups_of, named_modules_of
 from .probe import Closure, Known, Probe, restoring_grad_mode, settled
@@ -52,7 +62,7 @@ def optional(method: _F) -> _F:
     return method
 
 
-class LearningRule(Optimizer, ABC):
+class LearningRule(ModelGroups, Optimizer):
     r"""A `torch.optim.Optimizer` that writes ``p.grad = -Δw`` by a learning rule, and descends by another optimizer.
 
     Not to be instantiated; a rule implements `_select` (what it trains) and `_estimate` (what it teaches it).
@@ -307,8 +317,17 @@ class LearningRule(Optimizer, ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """As of torch, with the rule's name; what is no parameter's own is under ``"rule"`` in its ``"state"``."""
+        name = type(self).__name__
+        return for_checkpoint(super().state_dict(), name, self._checkpoint_state(), self._owned_groups())
+
+    def _checkpoint_state(self) -> dict[str, Any]:
+        """What is no parameter's own, and the values of modules of the rule's own."""
         owned = {OWNED: self._owned.state_dict()} if self._owned.modules else {}
-        return for_checkpoint(super().state_dict(), type(self).__name__, {**self._own_state, **owned})
+        return {**self._own_state, **owned}
+
+    def _owned_groups(self) -> list[int]:
+        owned = {id(p) for p in self._owned.modules.parameters()}
+        return [i for i, group in enumerate(self.param_groups) if any(id(p) in owned for p in group["params"])]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned.
@@ -317,9 +336,8 @@ class LearningRule(Optimizer, ABC):
             ValueError: the state of another rule, or of groups of other sizes. Nothing is changed then.
         """
         state_dict, own_state = read_checkpoint(state_dict)
+        self._require_own(state_dict, own_state)
         owned = own_state.pop(OWNED, {})
-        self._require_own(state_dict)
-        self._owned.require_own(type(self).__name__, owned)
         groups = [{self.renamed.get(key, key): v for key, v in g.items()} for g in state_dict["param_groups"]]
         state_dict = {**state_dict, "param_groups": groups}
         super().load_state_dict({key: value for key, value in state_dict.items() if key != NAME})
@@ -382,6 +400,8 @@ class LearningRule(Optimizer, ABC):
         """
         readout = self._readout
         readout.begin(self.target)
+        handles = readout.note_others(self._recorder.fired, self._recorder.synapses)
+        self._undo.append(partial(remove_all, handles))
         with self._cutting(visit, readout.leave):
             losses, _ = probe.gradients(readout.parameters(), [self._recorder.reach.anchor])
         if readout:
@@ -457,7 +477,12 @@ class LearningRule(Optimizer, ABC):
                     f"keep its real and imaginary parts as parameters (torch.view_as_real), or exclude=['{name}']"
                 )
 
-    def _require_own(self, state_dict: dict[str, Any]) -> None:
+    def _require_own(self, state_dict: dict[str, Any], own_state: dict[str, Any]) -> None:
+        """Raise for the state of another rule, or of other modules of its own."""
+        self._require_same_rule(state_dict)
+        self._owned.require_own(type(self).__name__, own_state.get(OWNED, {}))
+
+    def _require_same_rule(self, state_dict: dict[str, Any]) -> None:
         own, theirs = type(self).__name__, state_dict.get(NAME)
         if theirs is not None and theirs != own:
             raise ValueError(f"{own}: the state is that of {theirs}; load it into {theirs}, or start {own} without it")

@@ -10,9 +10,8 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.batchnorm import _NormBase
 
-from ..core._torch_private import is_batched, is_transformed
+from ..core._torch_private import NormBase, is_batched, is_transformed
 from ..core.rows import on_rows
 
 __all__ = ["Attention", "Gate"]
@@ -75,7 +74,7 @@ class Gate(nn.Module):
         if self._all_run():
             return
         for name, module in self.pathways.named_modules():
-            if isinstance(module, _NormBase):
+            if isinstance(module, NormBase):
                 raise ValueError(
                     f"Gate(active={active}): pathways.{name} is a {type(module).__name__}, which cannot be run on the "
                     "few samples, or none, that take the pathway: put it before or after the gate, use nn.LayerNorm or "

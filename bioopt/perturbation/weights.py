@@ -301,7 +301,8 @@ class SerialPerturbation(Perturbation):
         """What each change did to the loss, and the sum of the losses to both sides."""
         found: dict[int, Tensor] = {}
         total: Tensor | None = None
-        with self._restored([p for p, _ in self._plastic()]):
+        # Layers that are watched, for changes at once, fire here as well.
+        with self._restored([p for p, _ in self._plastic()]), self._cutting(None):
             for i, (p, at, sigma) in places.items():
                 value = p[at].clone()
                 p[at] = value + sigma

@@ -152,8 +152,7 @@ class RewardSTDP(LearningRule):
         for p in self._trained():
             p.grad = None
         try:
-            with self._cutting(None):
-                losses = probe()
+            losses = self._base_point(probe)
             require_finite(self, "the loss", [losses])
             if missing := self._recorder.missing():
                 raise RuntimeError(f"{name}: {missing}")

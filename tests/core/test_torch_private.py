@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+import bioopt
 from bioopt.core import _torch_private as private
 
 
@@ -229,12 +232,14 @@ def test_the_gradient_at_a_convolution_s_input(dims: int) -> None:
     assert torch.equal(got, expected)
 
 
+def test_each_use_has_a_test() -> None:
+    source = Path(__file__).read_text()
+    for name, value in vars(private).items():
+        if getattr(value, "__module__", "") == private.__name__ or name in ("HOOK_TABLES", "NormBase"):
+            assert f"private.{name}" in source, name
+
+
 def test_no_private_name_of_torch_is_used_elsewhere() -> None:
-    import ast
-    from pathlib import Path
-
-    import bioopt
-
     found = []
     for path in Path(bioopt.__file__).parent.rglob("*.py"):
         if path.name == "_torch_private.py":

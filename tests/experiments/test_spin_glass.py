@@ -17,7 +17,7 @@ from experiments.run import run
 from experiments.tasks import spin_glass
 
 from ..commands import config
-from ..test_contrastive import log_z, machine, states
+from ..nn.machines import log_z, machine, states
 from .test_tasks import interrupted, resumed
 
 TINY = [

@@ -1,4 +1,4 @@
-"""Other people's tools (torch.amp, torch.compile, schedulers, Lightning): what cannot work says why, and what to do."""
+"""torch.amp, torch.compile, schedulers and Lightning: what cannot work is refused with the reason and a way out."""
 
 from __future__ import annotations
 
@@ -17,13 +17,21 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import bioopt
 
-from .rules import ONE_PASS, RULES, SEVERAL_PASSES, batch, cnn, make, mlp, options_of, per_sample, same, steps, weights
-
-NAMES = {"ids": lambda rule: rule.__name__}
-
-
-def mixed(model: nn.Sequential) -> bioopt.Mixed:
-    return bioopt.Mixed(bioopt.Hebbian(model[:5], 0.01, readout=None), torch.optim.SGD(model[5:].parameters(), 0.01))
+from ..rules import (
+    CASES,
+    MIXED,
+    ONE_PASS,
+    SEVERAL_PASSES,
+    Case,
+    batch,
+    cnn,
+    make,
+    mixed,
+    per_sample,
+    same,
+    steps,
+    weights,
+)
 
 
 def backward(model: nn.Module, scaler: torch.amp.GradScaler | None) -> None:
@@ -31,16 +39,12 @@ def backward(model: nn.Module, scaler: torch.amp.GradScaler | None) -> None:
     (loss if scaler is None else scaler.scale(loss)).backward()
 
 
-@pytest.mark.parametrize(
-    "build",
-    [*(partial(make, rule, **options_of(rule, readout="delta")) for rule in ONE_PASS), mixed],
-    ids=[*map(str, ONE_PASS), "Mixed"],
-)
-def test_a_scaled_loss_changes_nothing_for_rules_of_one_pass(build) -> None:
+@pytest.mark.parametrize("case", [*ONE_PASS, MIXED], ids=str)
+def test_a_scaled_loss_changes_nothing_for_rules_of_one_pass(case: Case) -> None:
     results = []
     for scaler in (None, torch.amp.GradScaler("cpu")):
-        model = cnn(dropout=0.0)
-        optimizer = build(model)
+        model = case.cnn(dropout=0.0)
+        optimizer = case.make(model, **case.taking(readout="delta"))
         for _ in range(2):
             optimizer.zero_grad()
             backward(model, scaler)
@@ -54,12 +58,12 @@ def test_a_scaled_loss_changes_nothing_for_rules_of_one_pass(build) -> None:
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("rule", SEVERAL_PASSES, **NAMES)
-def test_a_scaler_is_refused_where_a_closure_is_needed(rule: type) -> None:
-    model, scaler = cnn(), torch.amp.GradScaler("cpu")
-    optimizer = make(rule, model)
+@pytest.mark.parametrize("case", SEVERAL_PASSES, ids=str)
+def test_a_scaler_is_refused_where_a_closure_is_needed(case: Case) -> None:
+    model, scaler = case.cnn(), torch.amp.GradScaler("cpu")
+    optimizer = case.make(model)
     backward(model, scaler)
-    with pytest.raises(RuntimeError, match=rf"{rule.__name__}.*step\(closure\).*GradScaler.*bfloat16"):
+    with pytest.raises(RuntimeError, match=rf"{case.name}.*step\(closure\).*GradScaler.*bfloat16"):
         scaler.step(optimizer)
 
 
@@ -156,13 +160,13 @@ def test_a_compiled_training_step(build) -> None:
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("rule", RULES, **NAMES)
-def test_a_closure_may_run_micro_batches(rule: type) -> None:
-    """They are one batch; a rule that credits each sample with its own loss says that it cannot tell them apart."""
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_closure_may_run_micro_batches(case: Case) -> None:
+    """They are one batch; a rule that credits each sample with its own loss refuses them."""
     results = []
     for size in (8, 3):
-        model = mlp()
-        optimizer = make(rule, model, lr=0.1, **options_of(rule, persistent=True))  # or samples would differ
+        model = case.mlp()
+        optimizer = case.make(model, lr=0.1, **case.taking(persistent=True))  # or samples would differ
         x, y = batch(n=8)
         x = x.flatten(1)[:, :6].double()
 
@@ -243,7 +247,7 @@ class TestLightning:
             self.fit(build, own_step=False, **option)
 
     @pytest.mark.parametrize("own", [False, True])
-    @pytest.mark.parametrize("rule", [bioopt.Hebbian, bioopt.NodePerturbation], **NAMES)
+    @pytest.mark.parametrize("rule", [bioopt.Hebbian, bioopt.NodePerturbation])
     def test_manual_optimization_takes_the_step_of_the_rule_itself(self, rule: type, own: bool) -> None:
         def training_step(module: Any, index: Tensor) -> None:
             x, y = batch(int(index))

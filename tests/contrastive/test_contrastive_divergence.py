@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 
 import pytest
 import torch
@@ -13,61 +12,7 @@ from torch import Tensor, nn
 import bioopt
 from bioopt.core.noise import NoiseSource
 
-VISIBLE, HIDDEN = 4, 3
-
-
-def states(units: int) -> Tensor:
-    return torch.tensor(list(itertools.product([0.0, 1.0], repeat=units)), dtype=torch.float64)
-
-
-def machine(seed: int = 0, visible: int = VISIBLE, hidden: int = HIDDEN) -> bioopt.nn.RBM:
-    rbm = bioopt.nn.RBM(visible, hidden).double()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in rbm.parameters():
-            p.normal_(generator=generator)
-    return rbm
-
-
-def energies(rbm: bioopt.nn.RBM) -> Tensor:
-    """Of all states, visible × hidden, a loop over units."""
-    weight, visible_bias, hidden_bias = rbm.synapse.weight, rbm.visible_bias, rbm.synapse.bias
-    rows = []
-    for v in states(len(visible_bias)):
-        row = []
-        for h in states(len(hidden_bias)):
-            energy = torch.zeros((), dtype=torch.float64)
-            for i in range(len(v)):
-                energy = energy - visible_bias[i] * v[i]
-            for j in range(len(h)):
-                energy = energy - hidden_bias[j] * h[j]
-                for i in range(len(v)):
-                    energy = energy - weight[j, i] * h[j] * v[i]
-            row.append(energy)
-        rows.append(torch.stack(row))
-    return torch.stack(rows)
-
-
-def log_z(rbm: bioopt.nn.RBM) -> Tensor:
-    return (-energies(rbm)).logsumexp((0, 1))
-
-
-def log_likelihood(rbm: bioopt.nn.RBM, v: Tensor) -> Tensor:
-    """``log p(v)`` of binary rows, from the table of all states."""
-    table = (-energies(rbm)).logsumexp(1) - log_z(rbm)
-    which = (v @ (2.0 ** torch.arange(v.shape[1] - 1, -1, -1, dtype=v.dtype))).long()
-    return table[which]
-
-
-def exact_samples(rbm: bioopt.nn.RBM, count: int, seed: int = 0) -> Tensor:
-    with torch.no_grad():
-        p = (-energies(rbm)).logsumexp(1).softmax(0)
-    return states(VISIBLE)[torch.multinomial(p, count, True, generator=torch.Generator().manual_seed(seed))]
-
-
-def exact_gradient(rbm: bioopt.nn.RBM, v: Tensor) -> dict[str, Tensor]:
-    names, parameters = zip(*rbm.named_parameters(), strict=True)
-    return dict(zip(names, torch.autograd.grad(log_likelihood(rbm, v).mean(), parameters), strict=True))
+from ..nn.machines import HIDDEN, VISIBLE, data, exact_gradient, exact_samples, log_likelihood, machine
 
 
 def update(optimizer: torch.optim.Optimizer, rbm: bioopt.nn.RBM, v: Tensor) -> dict[str, Tensor]:
@@ -76,80 +21,8 @@ def update(optimizer: torch.optim.Optimizer, rbm: bioopt.nn.RBM, v: Tensor) -> d
     return {name: -p.grad for name, p in rbm.named_parameters()}
 
 
-def data(count: int = 40, seed: int = 1, units: int = VISIBLE) -> Tensor:
-    return (torch.rand(count, units, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) < 0.3).double()
-
-
 def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     return sum((one[name] - other[name]).square().sum().item() for name in one) ** 0.5
-
-
-# -- the machine ------------------------------------------------------------------------------------------------
-
-
-def test_probabilities_and_free_energies_are_those_of_the_table_of_all_states() -> None:
-    rbm = machine()
-    joint = (-energies(rbm)).flatten().softmax(0).view(2**VISIBLE, 2**HIDDEN)
-    given_v = joint / joint.sum(1, keepdim=True)
-    torch.testing.assert_close(rbm(states(VISIBLE)), given_v @ states(HIDDEN))
-    torch.testing.assert_close(rbm.hidden_given(states(VISIBLE)), given_v @ states(HIDDEN))
-    torch.testing.assert_close(
-        rbm.visible_given(states(HIDDEN)), (joint / joint.sum(0, keepdim=True)).T @ states(VISIBLE)
-    )
-    torch.testing.assert_close((-rbm.free_energy(states(VISIBLE)) - log_z(rbm)).exp(), joint.sum(1))
-
-
-def test_gibbs_samples_have_the_distribution_of_the_machine() -> None:
-    rbm = machine()
-    start = torch.zeros(20_000, VISIBLE, dtype=torch.float64)
-    found = rbm.gibbs(start, 100, torch.Generator().manual_seed(0))
-    counts = (found.unsqueeze(1) == states(VISIBLE)).all(2).double().mean(0)
-    expected = (-energies(rbm)).logsumexp(1).softmax(0)
-    error = (expected * (1 - expected) / len(found)).sqrt()
-    assert ((counts - expected).abs() < 4 * error).all()
-    again = rbm.gibbs(start, 100, torch.Generator().manual_seed(0))
-    assert torch.equal(found, again)
-
-
-def test_draws_come_from_the_generator_that_is_given() -> None:
-    rbm, state = machine(), torch.get_rng_state()
-    rbm.gibbs(data(), 3, torch.Generator().manual_seed(0))
-    assert torch.equal(state, torch.get_rng_state())
-    for sample, units in ((rbm.sample_hidden, VISIBLE), (rbm.sample_visible, HIDDEN)):
-        drawn = sample(data(units=units), torch.Generator().manual_seed(3))
-        assert torch.equal(drawn, sample(data(units=units), torch.Generator().manual_seed(3)))
-        assert set(drawn.unique().tolist()) <= {0.0, 1.0}
-
-
-@pytest.mark.parametrize("use", ["forward", "gibbs", "free_energy"])
-def test_input_that_does_not_fit_is_refused(use: str) -> None:
-    call = getattr(machine(), use)
-    with pytest.raises(ValueError, match=r"shape \(2, 5\) does not fit the 4 visible units.*Flatten"):
-        call(torch.zeros(2, 5, dtype=torch.float64))
-    with pytest.raises(ValueError, match=r"from -1 to 2 must lie in \[0, 1\]"):
-        call(torch.tensor([[-1.0, 0, 0, 2]], dtype=torch.float64))
-    with pytest.raises(ValueError, match=r"nan must lie in \[0, 1\]"):
-        call(torch.full((1, VISIBLE), torch.nan, dtype=torch.float64))
-    with pytest.raises(ValueError, match="RBM: hidden=0 must be an integer >= 1"):
-        bioopt.nn.RBM(4, 0)
-    with pytest.raises(ValueError, match=r"RBM: visible=2.5 must be"):
-        bioopt.nn.RBM(2.5, 3)  # type: ignore[arg-type]
-
-
-def test_other_rules_see_an_ordinary_synapse_in_it() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(bioopt.nn.RBM(6, 5), nn.Linear(5, 3))
-    optimizer = bioopt.Hebbian(model, lr=0.1)
-    assert optimizer.coverage() == {
-        "0.visible_bias": "frozen",
-        "0.synapse.weight": "Hebbian",
-        "0.synapse.bias": "frozen",
-        "1.weight": "Hebbian readout (delta)",
-        "1.bias": "Hebbian readout (delta)",
-    }
-    before = model[0].weight.clone()
-    optimizer.step(lambda: F.cross_entropy(model(torch.rand(8, 6)), torch.arange(8) % 3))
-    assert not torch.equal(before, model[0].weight)
 
 
 # -- the rule ---------------------------------------------------------------------------------------------------
@@ -286,7 +159,7 @@ def test_micro_batches_add_up_to_their_mean() -> None:
 
 
 def test_a_deep_belief_net_learns_machine_by_machine() -> None:
-    """The upper one from what the lower one says, as if it stood alone."""
+    """The upper one from the output of the lower one, as if it stood alone."""
     lower, upper, v = machine(0), machine(1, HIDDEN, 2), data()
     model = nn.Sequential(lower, upper)
     optimizer = bioopt.ContrastiveDivergence(model, lr=0.1, persistent=True)

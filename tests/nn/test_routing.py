@@ -20,7 +20,7 @@ from bioopt.core.noise import NoiseSource, fill_normal_
 from bioopt.core.rows import rows_now
 from bioopt.nn import Attention, Gate
 
-from .rules import ONE_PASS, ORDINARY, SPIKING, batch, make, per_sample, same, steps, weights
+from ..rules import ONE_PASS, ORDINARY, Case, batch, make, per_sample, same, steps, weights
 
 N, SIZE, HIDDEN, CLASSES, PATHWAYS = 8, 6, 5, 4, 3
 GENERATOR = torch.Generator().manual_seed(7)
@@ -120,9 +120,9 @@ def test_a_gate_equals_its_twin(active: int | None, context: bool) -> None:
     given = Z if context else None
     found, wanted = module(X, given), slow_gate(module, X, given)
     torch.testing.assert_close(found, wanted)
-    told = torch.randn(found.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    signal = torch.randn(found.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     params = list(module.parameters())
-    one, two = (torch.autograd.grad(y, params, told, allow_unused=True) for y in (found, wanted))
+    one, two = (torch.autograd.grad(y, params, signal, allow_unused=True) for y in (found, wanted))
     close(*[[torch.zeros_like(p) if g is None else g for p, g in zip(params, gs, strict=True)] for gs in (one, two)])
     assert module.gates is not None
     assert not module.gates.requires_grad
@@ -139,8 +139,10 @@ def test_attention_equals_its_twin(context: bool) -> None:
     given = z if context else None
     found, wanted = module(x, given), slow_attention(module, x, given)
     torch.testing.assert_close(found, wanted)
-    told, params = torch.randn_like(x), list(module.parameters())
-    for a, b in zip(torch.autograd.grad(found, params, told), torch.autograd.grad(wanted, params, told), strict=True):
+    signal, params = torch.randn_like(x), list(module.parameters())
+    for a, b in zip(
+        torch.autograd.grad(found, params, signal), torch.autograd.grad(wanted, params, signal), strict=True
+    ):
         torch.testing.assert_close(a, b)
 
 
@@ -201,10 +203,10 @@ def drawn(seed: int, member: int) -> list[Tensor]:
     return [fill_normal_(torch.empty(N, width, dtype=torch.float64), stream) for width in widths]
 
 
-def credit(wanted: list[Tensor], entered: dict[int, Tensor], told: list[Tensor]) -> None:
+def credit(wanted: list[Tensor], entered: dict[int, Tensor], signal: list[Tensor]) -> None:
     for layer, x in entered.items():
-        wanted[2 * layer] += torch.outer(told[layer], x.detach())
-        wanted[2 * layer + 1] += told[layer]
+        wanted[2 * layer] += torch.outer(signal[layer], x.detach())
+        wanted[2 * layer + 1] += signal[layer]
 
 
 NONE = [torch.zeros(())] * (PATHWAYS + 2)
@@ -322,16 +324,16 @@ class Unrolled(nn.Module):
         self.ways: list[Tensor] = []
 
     def forward(self, spikes: Tensor) -> Tensor:
-        said: Any = 0
+        total: Any = 0
         self.ways.clear()
         for x in spikes:
-            said = said + self.neurons(self.readout((self.gate(x) > 0).to(x.dtype)))  # a gate is no whole spike
+            total = total + self.neurons(self.readout((self.gate(x) > 0).to(x.dtype)))  # a gate is no whole spike
             assert self.gate.gates is not None
             self.ways.append(self.gate.gates.argmax(1))
-        return said
+        return total
 
 
-@pytest.mark.parametrize("rule", SPIKING)
+@pytest.mark.parametrize("rule", [bioopt.STDP, bioopt.RewardSTDP])
 def test_spikes_leave_traces_while_samples_take_other_ways(rule: type) -> None:
     model = Unrolled().double()
     spikes = (torch.rand(4, N, SIZE, generator=torch.Generator().manual_seed(1)) < 0.5).double()
@@ -345,13 +347,13 @@ def test_spikes_leave_traces_while_samples_take_other_ways(rule: type) -> None:
         wanted = torch.zeros_like(pathway[0].weight)
         for n in range(N):
             p, q = torch.zeros(SIZE).double(), torch.zeros(HIDDEN).double()
-            told = 1 if rule is bioopt.STDP else -(losses[n] - losses.mean())
+            signal = 1 if rule is bioopt.STDP else -(losses[n] - losses.mean())
             for x, way in zip(spikes[:, n], [way[n] for way in model.ways], strict=True):
                 here = float(way == i)
                 s = here * pathway(x)
                 p = math.exp(-1 / 20) * p + here * x
                 q = math.exp(-1 / 20) * q
-                wanted += told * (torch.outer(s, p) - torch.outer(q, here * x)) / N
+                wanted += signal * (torch.outer(s, p) - torch.outer(q, here * x)) / N
                 q = q + s
         torch.testing.assert_close(pathway[0].weight.grad, -wanted)
 
@@ -359,25 +361,25 @@ def test_spikes_leave_traces_while_samples_take_other_ways(rule: type) -> None:
 # -- every rule --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", ORDINARY)
+@pytest.mark.parametrize("case", ORDINARY)
 @pytest.mark.parametrize("build", [gated, attentive])
-def test_every_rule_trains_it(rule: type, build: Callable[[], nn.Sequential]) -> None:
+def test_every_rule_trains_it(case: Case, build: Callable[[], nn.Sequential]) -> None:
     model = build()
-    optimizer, before = make(rule, model), weights(model)
+    optimizer, before = case.make(model), weights(model)
     steps(optimizer, model, 2)
     assert not same(before, weights(model))
     assert all(p.isfinite().all() for p in model.parameters())
-    if rule in ONE_PASS:  # all learn at once
+    if case.shares_pass:  # all learn at once
         learned = [s.layer.weight for s in find_synapses(model)]
         names = {id(p): b for p, b in zip(model.parameters(), before, strict=True)}
         assert not any(torch.equal(p, names[id(p)]) for p in learned)
 
 
-@pytest.mark.parametrize("rule", [rule for rule in ONE_PASS if rule in ORDINARY])
-def test_a_pathway_learns_from_its_own_samples_alone(rule: type) -> None:
+@pytest.mark.parametrize("case", [case for case in ONE_PASS if case.ordinary])
+def test_a_pathway_learns_from_its_own_samples_alone(case: Case) -> None:
     x, y = batch(0, 16)
     model = gated()
-    optimizer = make(rule, model)
+    optimizer = case.make(model)
     optimizer.estimate(per_sample(optimizer, model, x, y))
     taken = model[1].gates.argmax(1)
     assert len(set(taken.tolist())) > 2
@@ -387,15 +389,15 @@ def test_a_pathway_learns_from_its_own_samples_alone(rule: type) -> None:
             assert found is None
             continue
         alone = nn.Sequential(nn.Flatten(), *pathway, nn.Linear(6, 5))
-        other = make(rule, alone)
+        other = case.make(alone)
         other.estimate(per_sample(other, alone, x[taken == i], y[taken == i]))
         torch.testing.assert_close(found, alone[1].weight.grad, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("rule", [rule for rule in ONE_PASS if rule in ORDINARY])
-def test_a_pathway_that_none_takes_is_left_alone(rule: type) -> None:
+@pytest.mark.parametrize("case", [case for case in ONE_PASS if case.ordinary])
+def test_a_pathway_that_none_takes_is_left_alone(case: Case) -> None:
     model = gated(forced=2)
-    optimizer, before = make(rule, model, momentum=0.9), weights(model[1].pathways)
+    optimizer, before = case.make(model, momentum=0.9), weights(model[1].pathways)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         steps(optimizer, model, 2)

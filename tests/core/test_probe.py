@@ -20,9 +20,9 @@ from torch import Tensor, nn
 import bioopt
 from bioopt.core.probe import settled
 
-from .rules import ONE_EVALUATION, ONE_PASS, ORDINARY, RULES, batch, cnn, make, mlp, per_sample, same, steps, weights
+from ..rules import CASES, ORDINARY, Case, batch, cnn, make, mlp, per_sample, same, steps, weights
 
-every_rule = pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+every_rule = pytest.mark.parametrize("case", CASES, ids=str)
 
 
 class OwnNorm(nn.Module):
@@ -43,19 +43,19 @@ class OwnNorm(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("rule", ORDINARY, ids=lambda rule: rule.__name__)
+@pytest.mark.parametrize("case", ORDINARY, ids=str)
 @pytest.mark.parametrize("bare", [False, True], ids=["model", "parameters"])
-def test_all_buffers_stand_as_after_one_evaluation(rule: type, bare: bool) -> None:
-    model = cnn()
+def test_all_buffers_stand_as_after_one_evaluation(case: Case, bare: bool) -> None:
+    model = case.cnn()
     model.insert(0, OwnNorm(3))
     model.append(nn.utils.parametrizations.spectral_norm(nn.Linear(5, 5)).requires_grad_(False))
     given: Any = model
     if bare:
-        if rule.__name__ not in ("WeightPerturbation", "SerialPerturbation", "HillClimbing", "ForwardGradient"):
+        if not case.takes_parameters:
             pytest.skip("needs the model")
         given = [p for p in model.parameters() if p.requires_grad]
     options = {"exclude": ["10"]} if not bare else {}
-    optimizer = make(rule, given, **(options | ({"readout": None} if rule in ONE_PASS else {})))
+    optimizer = case.make(given, **options, **case.taking(readout=None))
     for i in range(1, 4):
         steps(optimizer, model, 1, first=i)
         assert model[0].count == i
@@ -65,8 +65,7 @@ def test_all_buffers_stand_as_after_one_evaluation(rule: type, bare: bool) -> No
     optimizer.estimate(per_sample(optimizer, model, x, y))
     with torch.no_grad():
         twin(x)  # of the same weights: estimate changes none
-    perturbed = (bioopt.RankOnePerturbation, bioopt.RewardHebbian, bioopt.SerialPerturbation, bioopt.WeightPerturbation)
-    if rule not in perturbed:  # their first evaluation is
+    if not case.perturbs_first:
         for (name, buffer), other in zip(model.named_buffers(), twin.buffers(), strict=True):
             torch.testing.assert_close(buffer, other, msg=name)
     else:
@@ -297,9 +296,9 @@ def interrupted(at: int, work: Callable[[], object]) -> int:
 
 @every_rule
 @pytest.mark.filterwarnings("ignore")
-def test_an_interrupt_anywhere_leaves_everything_as_it_was(rule: type) -> None:
-    model = cnn(dropout=0.0)
-    optimizer = make(rule, model, **({"readout": "delta"} if rule in ONE_PASS else {}))
+def test_an_interrupt_anywhere_leaves_everything_as_it_was(case: Case) -> None:
+    model = case.cnn(dropout=0.0)
+    optimizer = case.make(model, **(case.taking(readout="delta") if case.shares_pass else {}))
     steps(optimizer, model, 1)
     before = weights(model)
     state = copy.deepcopy(optimizer.state_dict())
@@ -348,12 +347,12 @@ def test_what_is_undone_survives_interrupts_of_its_own() -> None:
 
 
 def test_rules_of_one_evaluation_make_one() -> None:
-    for rule in ONE_EVALUATION:
-        if rule in (bioopt.STDP, bioopt.RewardSTDP, bioopt.ContrastiveDivergence):
+    for case in CASES:
+        if not case.evaluates_once:
             continue
-        model = cnn()
-        optimizer = make(rule, model)
+        model = case.cnn()
+        optimizer = case.make(model)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             steps(optimizer, model, 1)
-        assert optimizer.forward_passes == 1, rule.__name__
+        assert optimizer.forward_passes == 1, case

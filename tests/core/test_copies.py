@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 import bioopt
 
-from .rules import NETWORKS, RULES, batch, cnn, hooks, make, steps
+from ..rules import CASES, Case, batch, cnn, hooks, steps
 
-WATCHING = [rule for rule in RULES if rule.__name__ not in ("WeightPerturbation", "SerialPerturbation", "HillClimbing")]
-every_watching_rule = pytest.mark.parametrize("rule", WATCHING, ids=lambda rule: rule.__name__)
+WATCHING = [case for case in CASES if not case.takes_parameters or case.takes("space")]
+every_watching_rule = pytest.mark.parametrize("case", WATCHING, ids=str)
 
 
 def traces(model: nn.Module) -> list[str]:
@@ -26,15 +26,15 @@ def traces(model: nn.Module) -> list[str]:
 
 
 @every_watching_rule
-def test_copies_are_as_if_nothing_had_watched(rule: type) -> None:
-    model = cnn()
-    optimizer = make(rule, model)
+def test_copies_are_as_if_nothing_had_watched(case: Case) -> None:
+    model = case.cnn()
+    optimizer = case.make(model)
     steps(optimizer, model, 1)
     watched = hooks(model)
     for _ in range(3):  # of copies, too
         other = copy.deepcopy(model)
         assert not traces(other)
-        generation = make(rule, other)
+        generation = case.make(other)
         steps(generation, other, 1)
         layer = next((m for m in other.modules() if m._forward_hooks), nn.ReLU())
         assert not traces(copy.copy(layer))
@@ -45,10 +45,10 @@ def test_copies_are_as_if_nothing_had_watched(rule: type) -> None:
     assert hooks(model) == watched
 
 
-@pytest.mark.parametrize("rule", [r for r in WATCHING if r not in NETWORKS], ids=lambda rule: rule.__name__)
-def test_a_saved_model_does_not_name_bioopt(rule: type) -> None:
+@pytest.mark.parametrize("case", [case for case in WATCHING if case.ordinary], ids=str)
+def test_a_saved_model_does_not_name_bioopt(case: Case) -> None:
     model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 4))
-    optimizer = make(rule, model)
+    optimizer = case.make(model)
     file = io.BytesIO()
     torch.save(model, file)
     assert b"bioopt" not in file.getvalue()

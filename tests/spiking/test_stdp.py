@@ -13,78 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bioopt
-from bioopt.nn import LatencyEncoding, PoissonEncoding, RateEncoding
 
-from .rules import SPIKING, Neurons, spiking_cnn
-
-
-class Scripted(nn.Module):
-    """Neurons that emit what they were told, time step by time step, over and over, whatever comes in."""
-
-    def __init__(self, spikes: Tensor) -> None:
-        super().__init__()
-        self.spikes, self.step = spikes, -1
-
-    def forward(self, u: Tensor) -> Tensor:
-        self.step = (self.step + 1) % len(self.spikes)
-        return self.spikes[self.step]
-
-
-def random_spikes(*shape: int, rate: float = 0.4, seed: int = 0) -> Tensor:
-    return (torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < rate).double()
-
-
-def scripted(layer: nn.Module, spikes: Tensor) -> nn.Sequential:
-    with torch.no_grad():
-        layer.weight.uniform_(0.2, 0.8)
-    return nn.Sequential(layer, Scripted(spikes)).double()
-
-
-def play(model: nn.Module, x: Tensor) -> None:
-    for spikes in x:
-        model(spikes)
-
-
-def pairs(x: Tensor, s: Tensor, o: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Strengthening and weakening by every pair of spikes: x steps × samples × inputs, s steps × samples × neurons."""
-    steps, samples, inputs = x.shape
-    up, down = torch.zeros(2, s.shape[2], inputs, dtype=torch.float64)
-    for n, j, post in product(range(samples), range(s.shape[2]), range(steps)):
-        if not s[post, n, j]:
-            continue
-        for i in range(inputs):
-            down[j, i] += o["a_plus"] * o["x_target"] / samples
-            for pre in range(steps):
-                if x[pre, n, i]:
-                    delay = (post - pre) * o["dt"]
-                    if delay >= 0:
-                        up[j, i] += o["a_plus"] * math.exp(-delay / o["tau_plus"]) / samples
-                    else:
-                        down[j, i] += o["a_minus"] * math.exp(delay / o["tau_minus"]) / samples
-    return up, down
-
-
-def bounded(up: Tensor, down: Tensor, w: Tensor, o: dict[str, Any], lr: float) -> Tensor:
-    change = torch.zeros_like(w)
-    for k in product(*map(range, w.shape)):
-        if o["bounds"] == "soft":
-            # Many small steps, each towards the bounds from where the weight has come to, in closed form.
-            rate = float(up[k] + down[k])
-            there = float(o["w_max"] * up[k] + o["w_min"] * down[k]) / rate if rate else float(w[k])
-            change[k] = (there - w[k]) * (1 - math.exp(-lr * rate)) / lr
-        else:
-            change[k] = up[k] - down[k]
-    if o.get("scaling"):
-        for j in range(len(w)):
-            grown = w[j] + lr * change[j]
-            change[j] = (grown * w[j].sum() / grown.sum() - w[j]) / lr
-    if o["bounds"] == "hard":
-        for k in product(*map(range, w.shape)):
-            change[k] = (min(max(w[k] + lr * change[k], o["w_min"]), o["w_max"]) - w[k]) / lr
-    return change
-
-
-WINDOW = {"tau_plus": 15.0, "tau_minus": 30.0, "dt": 2.0, "a_plus": 0.7, "a_minus": 0.5, "w_min": 0.1, "w_max": 0.9}
+from ..rules import Neurons, spiking_cnn
+from .common import WINDOW, bounded, pairs, play, random_spikes, scripted
 
 
 @pytest.mark.parametrize(  # each value of an option with each of another
@@ -273,7 +204,7 @@ def test_carried_traces_are_state() -> None:
 
 def test_spikes_whose_memory_is_used_again() -> None:
     x, s = random_spikes(5, 2, 4), random_spikes(5, 2, 3, seed=1)
-    for rule in SPIKING:
+    for rule in (bioopt.STDP, bioopt.RewardSTDP):
         results = []
         for again in (False, True):
             model = scripted(nn.Linear(4, 3), s)
@@ -331,7 +262,7 @@ def test_layers_may_share_their_neurons_and_neurons_may_be_named() -> None:
     assert next(iter(optimizer._recorder.synapses.values())).neurons is model.lif
 
 
-def test_neurons_of_snntorch_are_heard() -> None:
+def test_neurons_of_snntorch_are_found() -> None:
     """Both of their ways: state that is handed on, and state of their own."""
     snntorch = pytest.importorskip("snntorch")
     x = random_spikes(20, 3, 6).float()
@@ -361,79 +292,8 @@ def test_neurons_of_snntorch_are_heard() -> None:
     assert torch.equal(*results)
 
 
-@pytest.mark.parametrize("bounds", ["soft", "hard", None])
-@pytest.mark.parametrize("credit", ["sample", "global"])
-def test_reward_equals_eligibilities_kept_for_each_sample(bounds: str | None, credit: str) -> None:
-    o = {**WINDOW, "bounds": bounds}
-    x, s = random_spikes(6, 3, 5), random_spikes(6, 3, 4, seed=1)
-    model = scripted(nn.Linear(5, 4), s)
-    optimizer = bioopt.RewardSTDP(model, 0.3, tau_e=10.0, reward_rate=0.25, credit=credit, **o)
-    expected_reward = None
-    for step in range(3):
-        losses = torch.rand(3, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
-        reward = -losses if credit == "sample" else -losses.mean().expand(3)
-        expected_reward = reward.mean() if expected_reward is None else expected_reward
-        w = model[0].weight.detach().clone()
-        change = torch.zeros_like(w)
-        for n in range(3):
-            e = torch.zeros_like(w)
-            p, q = torch.zeros(5, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
-            for t in range(6):
-                p = math.exp(-o["dt"] / o["tau_plus"]) * p + x[t, n]
-                q = math.exp(-o["dt"] / o["tau_minus"]) * q
-                e = math.exp(-o["dt"] / 10.0) * e
-                e += o["a_plus"] * torch.outer(s[t, n], p) - o["a_minus"] * torch.outer(q, x[t, n])
-                q = q + s[t, n]
-            change += (reward[n] - expected_reward) * e / 3
-        expected = bounded(change.clamp(min=0), (-change).clamp(min=0), w, o, 0.3)
-
-        def closure(losses=losses) -> Tensor:
-            play(model, x)
-            return losses
-
-        optimizer.step(closure)
-        torch.testing.assert_close(model[0].weight.detach(), w + 0.3 * expected, rtol=0, atol=1e-12)
-        expected_reward = expected_reward + 0.25 * (reward.mean() - expected_reward)
-    assert optimizer.forward_passes == 1
-
-
-class Chance(nn.Module):
-    """Neurons that fire the more probably, the more they are driven."""
-
-    def forward(self, u: Tensor) -> Tensor:
-        return (torch.rand(u.shape) < torch.sigmoid(8 * (u - 1))).to(u.dtype)
-
-
-@pytest.mark.parametrize("swapped", [False, True])
-def test_reward_alone_teaches_which_neuron_answers_which_input(swapped: bool) -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 2, bias=False), Chance())
-    nn.init.constant_(model[0].weight, 0.5)
-    optimizer = bioopt.RewardSTDP(model, 0.02, dt=5.0)
-
-    def answers(n: int = 32) -> tuple[Tensor, Tensor]:
-        shown = torch.randint(2, (n,))
-        active = F.one_hot(shown, 2).float().repeat_interleave(4, 1)
-        total = sum(model((torch.rand(n, 8) < 0.5 * active).float()) for _ in range(8))
-        wanted = 1 - shown if swapped else shown
-        return total, wanted
-
-    def closure() -> Tensor:
-        total, wanted = answers()
-        right = total.gather(1, wanted[:, None]) - total.gather(1, 1 - wanted[:, None])
-        return -right.squeeze(1)
-
-    for _ in range(300):
-        optimizer.step(closure)
-    total, wanted = answers(1000)
-    chosen = total.argmax(1)
-    assert (chosen == wanted).float().mean() > 0.95
-    weight = model[0].weight.detach().view(2, 2, 4).mean(2)
-    assert (weight[0, 0] > weight[0, 1]) != swapped
-
-
 def test_activity_that_is_no_spike_is_refused_and_changes_nothing() -> None:
-    for rule in SPIKING:
+    for rule in (bioopt.STDP, bioopt.RewardSTDP):
         options = {"readout": None} if rule is bioopt.STDP else {}
         model = nn.Sequential(nn.Linear(4, 3), Neurons())
         optimizer = rule(model, 0.1, **options)
@@ -468,8 +328,8 @@ def test_activity_that_is_no_spike_is_refused_and_changes_nothing() -> None:
         optimizer.close()
 
 
-def test_neurons_that_are_missing_or_silent_are_told() -> None:
-    for rule in SPIKING:
+def test_neurons_that_are_missing_or_silent_are_explained() -> None:
+    for rule in (bioopt.STDP, bioopt.RewardSTDP):
         options = {"readout": None} if rule is bioopt.STDP else {}
         with pytest.raises(ValueError, match=rf"{rule.__name__}: layer '0' has no spiking neurons.*snntorch.Leaky"):
             rule(nn.Sequential(nn.Linear(4, 3), nn.ReLU()), 0.1, **options)
@@ -518,40 +378,3 @@ def test_memory_does_not_grow_with_the_sequence() -> None:
             model(x)
         assert alive() <= before
     optimizer.close()
-
-
-def test_encodings() -> None:
-    x = torch.tensor([[0.0, 0.25, 0.5, 1.0]])
-    rate = RateEncoding(20, 0.8)(x)
-    assert rate.shape == (20, 1, 4)
-    assert rate.sum(0).tolist() == [[0, 4, 8, 16]]
-    gaps = rate[:, 0, 1].nonzero().flatten().diff()
-    assert set(gaps.tolist()) == {5}  # evenly spaced
-    latency = LatencyEncoding(5)(x)
-    assert latency.sum(0).tolist() == [[0, 1, 1, 1]]
-    assert latency[:, 0].argmax(0).tolist()[1:] == [3, 2, 0]
-
-    poisson = PoissonEncoding(4000, 0.8, seed=3)
-    torch.manual_seed(0)
-    found = poisson(x)
-    assert not torch.equal(found, poisson(x))
-    torch.manual_seed(0)
-    assert torch.equal(found, poisson(x))
-    torch.testing.assert_close(found.mean(0), 0.8 * x, rtol=0, atol=0.03)
-    assert set(found.unique().tolist()) == {0, 1}
-    poisson.eval()
-    state = torch.get_rng_state()
-    assert torch.equal(poisson(x), poisson(x))
-    assert torch.equal(state, torch.get_rng_state())
-    assert not torch.equal(poisson(x), PoissonEncoding(4000, 0.8, seed=4).eval()(x))
-    assert poisson(x.bfloat16()).dtype == torch.bfloat16
-
-    for encoding in (RateEncoding, LatencyEncoding, PoissonEncoding):
-        with pytest.raises(ValueError, match=rf"{encoding.__name__}: steps=0 must be"):
-            encoding(0)
-        with pytest.raises(ValueError, match=rf"{encoding.__name__}: the input must lie in \[0, 1\], not in \[-1, 2\]"):
-            encoding(4)(torch.tensor([-1.0, 2.0]))
-        with pytest.raises(ValueError, match="floating-point"):
-            encoding(4)(torch.tensor([0, 1]))
-    with pytest.raises(ValueError, match=r"rate=1\.5 must be"):
-        RateEncoding(4, 1.5)

@@ -34,7 +34,7 @@ def machine() -> nn.Sequential:
 
 
 def modulated(model: nn.Module, group: dist.ProcessGroup | None) -> bioopt.Hebbian:
-    """One sample is told the opposite, on one of the ranks: all must take the same decay."""
+    """The modulator of one sample is negative, on one of the ranks: all must take the same decay."""
     rule = bioopt.Hebbian(model, 0.1, readout=None, process_group=group)
     modulator = torch.ones(len(X)).double()
     modulator[1] = -0.5
@@ -80,6 +80,29 @@ CASES = {
     "ForwardGradient, activities": (
         network, False, lambda m, g: bioopt.ForwardGradient(
             m, 0.1, samples=3, space="activities", process_group=g)),
+    # A readout beside rules that evaluate the loss several times: all ranks see the same batch, or each its share.
+    "NodePerturbation, readout": (
+        network, False, lambda m, g: bioopt.NodePerturbation(
+            m, 0.1, sigma=0.1, samples=3, readout="delta", readout_lr=0.5, process_group=g)),
+    "WeightPerturbation, readout": (
+        network, False, lambda m, g: bioopt.WeightPerturbation(
+            m, 0.1, sigma=0.1, population=3, readout="delta", process_group=g)),
+    "SerialPerturbation, teacher": (
+        network, False, lambda m, g: bioopt.SerialPerturbation(
+            m, 0.1, sigma=0.1, coordinates=5, readout="teacher", process_group=g)),
+    "HillClimbing, readout": (
+        network, False, lambda m, g: bioopt.HillClimbing(m, 0.1, tries=3, readout="delta", process_group=g)),
+    "RankOnePerturbation, readout": (
+        network, False, lambda m, g: bioopt.RankOnePerturbation(
+            m, 0.1, sigma=0.1, samples=3, readout="delta", process_group=g)),
+    "ForwardGradient, readout": (
+        network, False, lambda m, g: bioopt.ForwardGradient(m, 0.1, samples=3, readout="delta", process_group=g)),
+    "RewardHebbian, the readout alone": (  # each rank has noise of its own
+        plain, True, lambda m, g: bioopt.RewardHebbian(
+            m, 0.0, sigma=0.1, readout="delta", readout_lr=0.5, process_group=g)),
+    "RewardHebbian, the teacher alone": (
+        plain, True, lambda m, g: bioopt.RewardHebbian(
+            m, 0.0, sigma=0.1, readout="teacher", readout_lr=0.5, process_group=g)),
 }  # fmt: skip
 
 
@@ -88,7 +111,10 @@ def train(case: str, group: dist.ProcessGroup | None, rank: int = 0, ranks: int 
     model = build()
     optimizer = make(model, group)
     x, y = (X[rank::ranks], Y[rank::ranks]) if shares else (X, Y)
-    losses = [optimizer.step(lambda: F.cross_entropy(model(x), y, reduction="none")) for _ in range(3)]
+    losses = []
+    for _ in range(3):
+        optimizer.target = y
+        losses.append(optimizer.step(lambda: F.cross_entropy(model(x), y, reduction="none")))
     return {**model.state_dict(), **({} if shares else {"loss": losses[-1]})}
 
 

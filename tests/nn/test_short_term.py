@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bioopt.nn import FastWeights, ShortTermMemory
 
-from .rules import mlp
+from ..rules import mlp
 
 SIZE, VALUE, BATCH, STEPS = 6, 4, 3, 12
 BOTH = [
@@ -207,7 +207,7 @@ def test_it_stands_within_a_network() -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "told"),
+    ("make", "message"),
     [
         (lambda: ShortTermMemory(8, capacity=0), r"ShortTermMemory: capacity=0 must be an integer >= 1"),
         (lambda: ShortTermMemory(8, capacity=2.5), r"capacity=2.5"),
@@ -220,8 +220,8 @@ def test_it_stands_within_a_network() -> None:
         (lambda: FastWeights(8, decay="much"), r"decay='much' must be in \[0, 1\]"),
     ],
 )
-def test_bad_options_are_refused(make: Any, told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_bad_options_are_refused(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         make()
 
 
@@ -244,8 +244,8 @@ def test_patterns_that_do_not_fit_are_refused(memory: Any) -> None:
         (lambda: memory.write(keys[0], values[0], state, math.nan), r"strength from nan must be >= 0"),
         (lambda: memory.write(keys[0], values[0], state, strengths[:2, 0]), r"strength of shape \(2,\) must be one"),
     ]
-    for call, told in refused:
-        with pytest.raises(ValueError, match=told):
+    for call, message in refused:
+        with pytest.raises(ValueError, match=message):
             call()
     with pytest.raises(TypeError, match=r"the key is of torch.int64: make it floating point"):
         memory.write(torch.ones(3, SIZE, dtype=torch.long), values[0])

@@ -20,9 +20,8 @@ from torch.optim import Optimizer
 
 import bioopt
 
-from .commands import ROOT
-from .rules import batch, cnn, make, mlp, same, weights
-from .test_tools import mixed
+from ..commands import ROOT
+from ..rules import batch, cnn, make, mixed, mlp, same, weights
 
 PAGE = (ROOT / "docs" / "other_loops.md").read_text()
 NEEDS_CLOSURE = r"NodePerturbation.*step\(closure\), where.*"

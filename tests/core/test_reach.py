@@ -14,10 +14,10 @@ from torch.utils.checkpoint import checkpoint
 
 import bioopt
 
-from .rules import ONE_PASS, batch, cnn, make, mlp, same, spiking_mlp, weights
+from ..rules import ONE_PASS, Case, batch, mlp, same, spiking_mlp, weights
 
 X, Y = torch.randn(8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 4
-one_pass = pytest.mark.parametrize("rule", ONE_PASS, ids=lambda rule: rule.__name__)
+one_pass = pytest.mark.parametrize("case", ONE_PASS, ids=str)
 
 
 def after(
@@ -111,11 +111,11 @@ def test_what_is_thrown_away_teaches_nothing(play, first: bool) -> None:
 
 
 @one_pass
-def test_every_rule_skips_a_discarded_batch(rule: type) -> None:
+def test_every_rule_skips_a_discarded_batch(case: Case) -> None:
     results = []
     for discard in (False, True):
-        model = cnn(dropout=0.0)
-        optimizer = make(rule, model, readout="delta")
+        model = case.cnn(dropout=0.0)
+        optimizer = case.make(model, readout="delta")
         for i in range(3):
             if discard and i:  # STDP takes what comes before the first backward pass for one sequence
                 kept = copy.deepcopy(model[1].state_dict())
@@ -239,7 +239,7 @@ def test_where_nothing_learns_from_a_loss_all_counts_at_once(readout: str | None
         optimizer.step()
 
 
-def test_layers_that_no_gradient_reaches_count_at_once_which_is_said_once() -> None:
+def test_layers_that_no_gradient_reaches_count_at_once_with_one_warning() -> None:
     class Steps(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return (x > 0).to(x.dtype)
@@ -357,7 +357,7 @@ def test_a_second_head_is_named_and_learns_where_it_is_a_readout() -> None:
     assert losses[-1] < 0.9 * losses[0]
 
 
-def test_a_head_may_rest_and_mistakes_are_told() -> None:
+def test_a_head_may_be_frozen_and_mistakes_are_explained() -> None:
     model = ActorCritic()
     optimizer = bioopt.Hebbian(model, 0.1, readout_layer=["policy", "value"])
     for head in (0, 1):
@@ -396,7 +396,7 @@ def test_auxiliary_heads_of_a_torchvision_model() -> None:
     assert all(p.grad is not None for p in model.aux1.fc2.parameters())
 
 
-def test_a_penalty_on_activity_is_told_once() -> None:
+def test_a_penalty_on_activity_is_warned_of_once() -> None:
     model = mlp(sizes=(6, 5, 5, 4))
     optimizer = bioopt.Hebbian(model, 0.1)
 
@@ -506,7 +506,7 @@ def test_two_rules_with_losses_of_their_own(order: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("first", [False, True])
 def test_gradients_of_the_readout_made_by_other_means(first: bool) -> None:
-    """autograd.grad goes through no layer: what is still there counts, which is said once."""
+    """autograd.grad goes through no layer: what is still there counts, with one warning."""
 
     def play(model: nn.Module, optimizer: bioopt.LocalRule) -> None:
         if not first:
@@ -743,7 +743,7 @@ def test_functions_of_a_users_own_may_have_tokens() -> None:
     assert not optimizer._unreachable
 
 
-def test_inputs_of_backward_are_told_of_and_the_last_pass_counts() -> None:
+def test_backward_with_inputs_is_warned_of_and_the_last_pass_counts() -> None:
     results = []
     for chosen in (False, True):
         model = mlp(sizes=(6, 5, 5, 4))

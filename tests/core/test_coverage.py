@@ -14,18 +14,17 @@ from torch.nn.utils import parametrizations, prune
 
 import bioopt
 
-from .rules import ONE_PASS, ORDINARY, make, mlp
+from ..rules import ONE_PASS, ORDINARY, Case, mlp
 
-PARAMETERS = [bioopt.WeightPerturbation, bioopt.SerialPerturbation, bioopt.HillClimbing]
-FIRING = [rule for rule in ORDINARY if rule not in PARAMETERS]
+FIRING = [case for case in ORDINARY if not case.takes_parameters or case.takes("space")]
 X, Y = torch.randn(8, 6, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 4
-every_rule = pytest.mark.parametrize("rule", ORDINARY, ids=lambda rule: rule.__name__)
-firing_rule = pytest.mark.parametrize("rule", FIRING, ids=lambda rule: rule.__name__)
+every_rule = pytest.mark.parametrize("case", ORDINARY, ids=str)
+firing_rule = pytest.mark.parametrize("case", FIRING, ids=str)
 
 
-def build(rule: type, model: nn.Module, **options: Any) -> bioopt.LearningRule:
+def build(case: Case, model: nn.Module, **options: Any) -> bioopt.LearningRule:
     """A rule of activities, where it has a choice."""
-    return make(rule, model, **({"space": "activities"} if rule is bioopt.ForwardGradient else {}), **options)
+    return case.make(model, **case.taking(space="activities"), **options)
 
 
 def losses(model: nn.Module) -> Callable[[], Tensor]:
@@ -48,23 +47,23 @@ class ByWeight(nn.Module):
 
 
 @firing_rule
-def test_layers_that_do_not_fire_are_named_once_and_not_claimed(rule: type) -> None:
+def test_layers_that_do_not_fire_are_named_once_and_not_claimed(case: Case) -> None:
     model = ByWeight()
-    optimizer = build(rule, model)
-    with pytest.warns(UserWarning, match=rf"{rule.__name__}: .*learn nothing: 'mix' \(it did not run, or .*its weight"):
+    optimizer = build(case, model)
+    with pytest.warns(UserWarning, match=rf"{case.name}: .*learn nothing: 'mix' \(it did not run, or .*its weight"):
         optimizer.step(losses(model))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         optimizer.step(losses(model))
     covered = optimizer.coverage(model)
     assert covered["mix.weight"].startswith("silent: it did not run")
-    assert covered["hidden.weight"] == rule.__name__
+    assert covered["hidden.weight"] == case.name
 
 
 @firing_rule
-def test_a_layer_that_is_switched_is_told_of_again(rule: type) -> None:
+def test_a_layer_that_is_switched_is_warned_of_again(case: Case) -> None:
     model = network()
-    optimizer = build(rule, model)
+    optimizer = build(case, model)
     optimizer.step(losses(model))
     model[2].eval()
     with pytest.warns(UserWarning, match=r"learn nothing: '2' \(it is in evaluation mode: call train\(\)\)"):
@@ -72,17 +71,17 @@ def test_a_layer_that_is_switched_is_told_of_again(rule: type) -> None:
     assert "evaluation mode" in optimizer.coverage()["2.weight"]
     model[2].train()
     optimizer.step(losses(model))
-    assert optimizer.coverage()["2.weight"] == rule.__name__
+    assert optimizer.coverage()["2.weight"] == case.name
     model[2].weight.requires_grad_(False)  # on purpose
     optimizer.step(losses(model))
     assert optimizer.coverage()["2.weight"] == "frozen"
 
 
 @firing_rule
-def test_a_layer_unfrozen_later_is_told_of_and_can_be_added(rule: type) -> None:
+def test_a_layer_unfrozen_later_is_warned_of_and_can_be_added(case: Case) -> None:
     model = network()
     model[0].requires_grad_(False)
-    optimizer = build(rule, model)
+    optimizer = build(case, model)
     optimizer.step(losses(model))
     assert optimizer.coverage(model)["0.weight"] == "frozen"
     model[0].requires_grad_(True)
@@ -92,14 +91,14 @@ def test_a_layer_unfrozen_later_is_told_of_and_can_be_added(rule: type) -> None:
     optimizer.add_param_group({"params": model[0]})
     before = model[0].weight.clone()
     optimizer.step(losses(model))
-    assert optimizer.coverage(model)["0.weight"] == rule.__name__
+    assert optimizer.coverage(model)["0.weight"] == case.name
     assert not torch.equal(before, model[0].weight)
 
 
 @firing_rule
-def test_a_module_that_was_replaced_is_told_of(rule: type) -> None:
+def test_a_module_that_was_replaced_is_warned_of(case: Case) -> None:
     model = network()
-    optimizer = build(rule, model)
+    optimizer = build(case, model)
     model[0] = nn.Linear(6, 5)
     with pytest.warns(UserWarning, match=r"'0' \(it was replaced in the model"):
         optimizer.step(losses(model))
@@ -107,11 +106,11 @@ def test_a_module_that_was_replaced_is_told_of(rule: type) -> None:
 
 @every_rule
 @pytest.mark.parametrize("change", ["replace", "prune", "parametrize", "to_empty"])
-def test_parameters_that_were_exchanged_are_an_error(rule: type, change: str) -> None:
+def test_parameters_that_were_exchanged_are_an_error(case: Case, change: str) -> None:
     model = network()
     if change == "to_empty":
         model = model.to("meta")
-    optimizer = build(rule, model)
+    optimizer = build(case, model)
     if change == "replace":
         model[2].weight = nn.Parameter(torch.randn(5, 5))
     elif change == "prune":
@@ -122,7 +121,7 @@ def test_parameters_that_were_exchanged_are_an_error(rule: type, change: str) ->
         model.to_empty(device="cpu")
         for p in model.parameters():
             nn.init.normal_(p)
-    if change in ("prune", "parametrize") and rule in PARAMETERS:
+    if change in ("prune", "parametrize") and case not in FIRING:
         before = [p.detach().clone() for p in model.parameters()]
         for _ in range(20):
             optimizer.step(losses(model))  # the parameter beneath is still the one that is trained
@@ -130,7 +129,7 @@ def test_parameters_that_were_exchanged_are_an_error(rule: type, change: str) ->
         return
     name = "'0.weight'" if change == "to_empty" else "'2.weight'"
     way_out = "Build the optimizer after" if change in ("replace", "to_empty") else r"Undo that, .*exclude=\['2'\]"
-    with pytest.raises(RuntimeError, match=rf"{rule.__name__}: parameter {name} was .*{way_out}"):
+    with pytest.raises(RuntimeError, match=rf"{case.name}: parameter {name} was .*{way_out}"):
         optimizer.step(losses(model))
 
 
@@ -151,16 +150,16 @@ class Positions(nn.Module):
 
 
 @firing_rule
-def test_one_error_names_all_layers_with_the_line_that_excludes_them(rule: type) -> None:
+def test_one_error_names_all_layers_with_the_line_that_excludes_them(case: Case) -> None:
     model = Positions()
-    with pytest.raises(ValueError, match=rf"{rule.__name__} cannot train") as refused:
-        build(rule, model)
-    told = str(refused.value)
-    assert "'attention' of type MultiheadAttention" in told
-    assert "type Positions with places" in told
-    line = told[told.index("exclude=") : told.index("], or freeze") + 1]
+    with pytest.raises(ValueError, match=rf"{case.name} cannot train") as refused:
+        build(case, model)
+    message = str(refused.value)
+    assert "'attention' of type MultiheadAttention" in message
+    assert "type Positions with places" in message
+    line = message[message.index("exclude=") : message.index("], or freeze") + 1]
     assert line == "exclude=[torch.nn.MultiheadAttention, 'places']"
-    optimizer = eval(f"build(rule, model, {line})")
+    optimizer = eval(f"build(case, model, {line})")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer.step(losses(model))
     covered = optimizer.coverage(model)
@@ -168,7 +167,7 @@ def test_one_error_names_all_layers_with_the_line_that_excludes_them(rule: type)
         excluded = name.startswith(("attention", "places"))
         assert (covered[name] == "excluded") == excluded
         assert torch.equal(p, before[name]) or not excluded
-    assert covered["one.weight"] == rule.__name__
+    assert covered["one.weight"] == case.name
 
 
 def test_depthwise_layers_are_named_together() -> None:
@@ -182,28 +181,28 @@ def test_depthwise_layers_are_named_together() -> None:
 
 
 @every_rule
-def test_excluded_parameters_do_not_move(rule: type) -> None:
+def test_excluded_parameters_do_not_move(case: Case) -> None:
     model = network()
-    optimizer = make(rule, model, exclude=[0, "2.bias"])
+    optimizer = case.make(model, exclude=[0, "2.bias"])
     before = [p.detach().clone() for p in (*model[0].parameters(), model[2].weight)]
-    for _ in range(20 if rule in PARAMETERS else 1):
+    for _ in range(20 if case not in FIRING else 1):
         optimizer.step(losses(model))
     assert all(torch.equal(p, q) for p, q in zip(model[0].parameters(), before, strict=False))
     assert optimizer.coverage() == {**optimizer.coverage(), "0.weight": "excluded", "2.bias": "excluded"}
-    if rule is not bioopt.SerialPerturbation:
+    if case.rule is not bioopt.SerialPerturbation:
         assert not torch.equal(model[2].weight, before[-1])
 
 
-@pytest.mark.parametrize("rule", [r for r in ONE_PASS if r in ORDINARY], ids=lambda rule: rule.__name__)
-def test_excluding_the_readout_asks_for_another(rule: type) -> None:
+@pytest.mark.parametrize("case", [case for case in ONE_PASS if case.ordinary], ids=str)
+def test_excluding_the_readout_asks_for_another(case: Case) -> None:
     model = network()
     with pytest.raises(ValueError, match=r"exclude leaves out '4', the last layer.*readout_layer='2'.*readout=None"):
-        make(rule, model, exclude=["4"])
-    assert make(rule, model, exclude=["4"], readout_layer="2").coverage()["2.weight"].endswith("readout (delta)")
-    make(rule, model, exclude=["4"], readout=None)
+        case.make(model, exclude=["4"])
+    assert case.make(model, exclude=["4"], readout_layer="2").coverage()["2.weight"].endswith("readout (delta)")
+    case.make(model, exclude=["4"], readout=None)
 
 
-def test_what_cannot_be_excluded_is_told() -> None:
+def test_what_cannot_be_excluded_is_explained() -> None:
     model = network()
     with pytest.raises(ValueError, match="Hebbian: exclude has 'fc', which is no module or parameter"):
         bioopt.Hebbian(model, 0.1, exclude=["fc"])
@@ -226,10 +225,10 @@ def test_excluded_types_hold_for_later_groups() -> None:
 
 @every_rule
 @pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
-def test_complex_parameters_are_refused(rule: type) -> None:
+def test_complex_parameters_are_refused(case: Case) -> None:
     model = network().to(torch.complex64)
-    with pytest.raises(ValueError, match=rf"{rule.__name__}: parameter '0.weight' is complex .*view_as_real"):
-        make(rule, model)
+    with pytest.raises(ValueError, match=rf"{case.name}: parameter '0.weight' is complex .*view_as_real"):
+        case.make(model)
 
 
 class Adapter(nn.Module):
@@ -246,9 +245,9 @@ class Adapter(nn.Module):
 
 @firing_rule
 @pytest.mark.parametrize("change", ["adapters", "quantization"])
-def test_models_that_are_rebuilt_after_the_optimizer_say_so(rule: type, change: str) -> None:
+def test_models_that_are_rebuilt_after_the_optimizer_say_so(case: Case, change: str) -> None:
     model = network()
-    optimizer = build(rule, model)
+    optimizer = build(case, model)
     if change == "adapters":
         for i in (0, 2, 4):
             model[i] = Adapter(model[i])
@@ -258,7 +257,7 @@ def test_models_that_are_rebuilt_after_the_optimizer_say_so(rule: type, change: 
             model.qconfig = torch.ao.quantization.get_default_qat_qconfig("fbgemm")
             torch.ao.quantization.prepare_qat(model, inplace=True)
     why = "frozen after .*adapters" if change == "adapters" else "replaced in the model after"
-    with pytest.raises(RuntimeError, match=rf"{rule.__name__}: no synapse has fired .*{why}.*build a new optimizer"):
+    with pytest.raises(RuntimeError, match=rf"{case.name}: no synapse has fired .*{why}.*build a new optimizer"):
         optimizer.step(losses(model))
 
 
@@ -266,9 +265,9 @@ def test_models_that_are_rebuilt_after_the_optimizer_say_so(rule: type, change: 
 
 
 @firing_rule
-def test_parameters_excluded_by_name_do_not_learn(rule: type) -> None:
+def test_parameters_excluded_by_name_do_not_learn(case: Case) -> None:
     model = network()
-    optimizer = build(rule, model, exclude=["0.weight", "2.bias"])
+    optimizer = build(case, model, exclude=["0.weight", "2.bias"])
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer.step(losses(model))
     now = dict(model.named_parameters())
@@ -299,19 +298,19 @@ def test_types_cover_their_subclasses_and_modules_all_their_names() -> None:
     assert bioopt.Hebbian(network(), 0.1, exclude=0, readout_layer=4).coverage()["0.weight"] == "excluded"
 
 
-def test_a_layer_replaced_later_is_told_of_and_experts_in_turn_are_not() -> None:
+def test_a_layer_replaced_later_is_warned_of_and_experts_in_turn_are_not() -> None:
     model = nn.ModuleList([nn.Linear(6, 5), nn.Linear(6, 5), nn.Linear(5, 4)])
     optimizer = bioopt.NodePerturbation(model, 0.01, sigma=0.01)
 
     def step(expert: int) -> None:
         optimizer.step(lambda: F.cross_entropy(model[2](torch.tanh(model[expert](X))), Y, reduction="none"))
 
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for i in range(8):
             model[0].requires_grad_(i % 3 > 0)
             step(i % 2)
-    assert len(told) <= 2  # of each expert once
+    assert len(caught) <= 2  # of each expert once
     model[2] = nn.Linear(5, 4)
     with pytest.warns(UserWarning, match=r"'2' \(it was replaced in the model"):
         step(0)

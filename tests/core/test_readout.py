@@ -1,0 +1,140 @@
+"""The readout: which layer it is, and that it learns by its own local rule beside any other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import bioopt
+
+from ..rules import ONE_PASS, Case, mlp
+
+
+@pytest.mark.parametrize("form", ["labels", "activity"])
+def test_a_readout_with_a_teacher_learns_the_target_for_its_own_activity(form: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+    x, labels = torch.randn(5, 6, dtype=torch.float64), torch.tensor([0, 2, 1, 1, 2])
+    targets = [[1.0 if k == label else -0.5 for k in range(3)] for label in labels]
+    if form == "activity":
+        targets = torch.randn(5, 3, dtype=torch.float64).tolist()
+    seen, before = model[:2](x).detach(), [p.detach().clone() for p in model[2].parameters()]
+    change = torch.zeros(3, 8, dtype=torch.float64)
+    for t, h in zip(targets, seen, strict=True):
+        for k in range(3):
+            change[k] += t[k] * (h - t[k] * before[0][k]) / 5
+    optimizer = bioopt.Hebbian(model, 0.0, readout="teacher", readout_lr=0.3)
+    optimizer.target = labels if form == "labels" else torch.tensor(targets, dtype=torch.float64)
+    with torch.no_grad():
+        model(x)
+    optimizer.step()
+    torch.testing.assert_close(model[2].weight.detach(), before[0] + 0.3 * change, rtol=0, atol=1e-12)
+    assert torch.equal(model[2].bias, before[1])
+    with pytest.raises(RuntimeError, match="given no target for this forward pass"):
+        model(x)  # the target is used up
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (torch.zeros(4, dtype=torch.long), r"target of shape \(4,\).*or have the shape \(5, 3\) of the readout '1'"),
+        (torch.zeros(5), "target of shape .* type torch.float32 must be class labels"),
+        (torch.tensor([0, 1, 2, 3, 0]), "labels outside 0 to 2, the neurons of '1'"),
+    ],
+    ids=["another batch", "no labels", "a class too many"],
+)
+def test_targets_that_do_not_fit_the_readout_are_refused(target: Tensor, message: str) -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3))
+    optimizer = bioopt.Hebbian(model, 0.1, readout="teacher")
+    optimizer.target = target
+    with pytest.raises(ValueError, match=message):
+        model(torch.randn(5, 6))
+
+
+def test_a_taught_readout_tells_classes_apart() -> None:
+    torch.manual_seed(0)
+    means = 2 * torch.randn(4, 20)
+    labels = torch.arange(200) % 4
+    x = means[labels] + torch.randn(200, 20)
+    model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 4))
+    optimizer = bioopt.Hebbian(model, 0.01, readout="teacher", readout_lr=1.0)
+    for _ in range(60):
+        optimizer.target = labels
+        with torch.no_grad():
+            model(x)
+        optimizer.step()
+    assert (model.eval()(x).argmax(1) == labels).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("case", [case for case in ONE_PASS if case.ordinary])
+def test_the_delta_readout_learns_as_by_backpropagation(case: Case) -> None:
+    model, twin = case.mlp(), case.mlp()
+    x, y = torch.randn(8, 6, dtype=torch.float64), torch.randint(4, (8,))
+    optimizer = case.make(model, lr=0.0, readout_lr=0.1)
+    plain = torch.optim.SGD(twin[2:].parameters(), 0.1)
+    for _ in range(3):
+        optimizer.step(lambda: F.cross_entropy(model(x), y))
+        plain.zero_grad()
+        F.cross_entropy(twin(x), y).backward()
+        plain.step()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_teacher_of_an_empty_batch_teaches_nothing() -> None:
+    model = mlp()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = bioopt.Hebbian(model, 0.1, readout="teacher")
+    optimizer.target = torch.zeros(0, dtype=torch.long)
+    model(torch.zeros(0, 6, dtype=torch.float64))
+    optimizer.step()
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+def test_a_readout_frozen_later_rests_while_the_others_learn() -> None:
+    model, x = mlp(), torch.randn(5, 6, dtype=torch.float64)
+    optimizer = bioopt.Hebbian(model, 0.1)
+    model[-1].requires_grad_(False)
+    before = [p.detach().clone() for p in (model[0].weight, model[-1].weight)]
+    optimizer.step(lambda: model(x).square().mean())
+    assert not torch.equal(model[0].weight, before[0])
+    assert torch.equal(model[-1].weight, before[1])
+
+
+def test_readout_by_name_module_and_group() -> None:
+    model = mlp(sizes=(6, 5, 5, 4))
+    for wanted in ("4", model[4], None):
+        optimizer = bioopt.Hebbian(model, 0.1, readout_layer=wanted, readout_lr=0.3)
+        assert optimizer.coverage() == {
+            "0.weight": "Hebbian", "0.bias": "frozen", "2.weight": "Hebbian", "2.bias": "frozen",
+            "4.weight": "Hebbian readout (delta)", "4.bias": "Hebbian readout (delta)",
+        }  # fmt: skip
+        assert [g["lr"] for g in optimizer.param_groups] == [0.1, 0.3]
+        optimizer.close()
+    optimizer = bioopt.Hebbian([{"params": model[:4]}, {"params": model[4], "lr": 0.7}], 0.1)
+    assert [g["lr"] for g in optimizer.param_groups] == [0.1, 0.7]  # the group that holds it gives its rate
+    optimizer = bioopt.Hebbian(model, 0.1, readout_options={"momentum": 0.9})
+    assert [g["momentum"] for g in optimizer.param_groups] == [0, 0.9]
+
+
+def test_readout_mistakes_are_explained() -> None:
+    model = mlp(sizes=(6, 5, 5, 4))
+    x = torch.randn(3, 6, dtype=torch.float64)
+    with pytest.raises(ValueError, match="readout='oops' must be 'delta', 'teacher' or None"):
+        bioopt.Hebbian(model, 0.1, readout="oops")
+    with pytest.raises(ValueError, match="readout_lr=-1"):
+        bioopt.Hebbian(model, 0.1, readout_lr=-1)
+    with pytest.raises(ValueError, match=r"readout_layer='head' is not one of the synapses: 0, 2, 4"):
+        bioopt.Hebbian(model, 0.1, readout_layer="head")
+    with pytest.raises(ValueError, match="need a readout, not readout=None"):
+        bioopt.Hebbian(model, 0.1, readout=None, readout_lr=0.1)
+    optimizer = bioopt.Hebbian(model, 0.1, readout_layer="2")
+    with pytest.raises(RuntimeError, match=r"'4' fires after the readout '2'.*readout_layer='4'"):
+        optimizer.step(lambda: model(x).sum())
+    optimizer.close()
+    optimizer = bioopt.Hebbian(model, 0.1)
+    model(x)
+    with pytest.raises(RuntimeError, match=r"no gradient has reached it: call loss\.backward\(\)"):
+        optimizer.step()
