@@ -47,17 +47,28 @@ FRACTION: Constraint = (lambda v: 0 <= v <= 1, "a number in [0, 1]")
 RENAMED = {"told": "target_kind", "wants": "output_size", "seen": "corrupt", "of_each": "per_sample"}
 
 
-def _renamed(old: str) -> Any:
-    """A property that warns and redirects to the attribute's new name."""
-    new = RENAMED[old]
+def _alias_old_names(cls: type[nn.Module]) -> None:
+    """Accept old names that a class defines, and let reading and setting them lead to the new ones, with warnings."""
+    for old, new in RENAMED.items():
+        if old in vars(cls) and new not in vars(cls):
+            message = f"{cls.__name__}.{old} is now called {new}: rename it in the class"
+            warnings.warn(message, FutureWarning, stacklevel=4)  # past ABCMeta, to the class statement
+            setattr(cls, new, vars(cls)[old])
+        if new in vars(cls):
+            setattr(cls, old, _alias(old, new, vars(cls)[new]))
+
+
+def _alias(old: str, new: str, value: Any) -> property:
+    def warn_of(cost: Cost) -> None:
+        warn(f"{type(cost).__name__}.{old} is now called {new}", FutureWarning)
 
     def get(cost: Cost) -> Any:
-        warn(f"{type(cost).__name__}.{old} is now called {new}", FutureWarning)
-        return getattr(cost, new)
+        warn_of(cost)
+        return value.__get__(cost) if callable(value) else getattr(cost, new)  # the class's own, for super()
 
-    def set_(cost: Cost, value: Any) -> None:
-        warn(f"{type(cost).__name__}.{old} is now called {new}", FutureWarning)
-        setattr(cost, new, value)
+    def set_(cost: Cost, changed: Any) -> None:
+        warn_of(cost)
+        setattr(cost, new, changed)
 
     return property(get, set_)
 
@@ -79,16 +90,9 @@ class Cost(nn.Module, ABC):
     #: whether the cost compares successive steps of sequences
     sequences = False
 
-    told, wants, seen, of_each = map(_renamed, RENAMED)
-
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        for old, new in RENAMED.items():
-            if old in vars(cls) and new not in vars(cls):
-                message = f"{cls.__name__}.{old} is now called {new}: rename it in the class"
-                warnings.warn(message, FutureWarning, stacklevel=3)  # past ABCMeta, to the class statement
-                setattr(cls, new, vars(cls)[old])
-                delattr(cls, old)
+        _alias_old_names(cls)
 
     def __init__(self, readout: nn.Module | None = None) -> None:
         super().__init__()
@@ -126,7 +130,10 @@ class Cost(nn.Module, ABC):
             ValueError: targets are missing or do not fit the outputs, or a cost of sequences got single steps.
         """
         name = type(self).__name__
-        targets = {"labels": labels, "inputs": inputs, "nothing": None}[self.target_kind]
+        kinds = {"labels": labels, "inputs": inputs, "nothing": None}
+        if self.target_kind not in kinds:
+            raise ValueError(f"{name}.target_kind={self.target_kind!r} must be one of {', '.join(kinds)}")
+        targets = kinds[self.target_kind]
         if targets is None and self.target_kind != "nothing":
             call = "cost(outputs, labels)" if self.target_kind == "labels" else "cost(outputs, inputs=x)"
             raise ValueError(f"{name} needs {self.target_kind}, but got none: call {call}")
@@ -140,6 +147,9 @@ class Cost(nn.Module, ABC):
         if targets is not None and len(targets) != len(outputs):
             raise ValueError(f"{name}: {len(outputs)} outputs, but {len(targets)} {self.target_kind}; give one each")
         return self.per_sample(outputs, targets, steps)
+
+
+_alias_old_names(Cost)
 
 
 class _ScoreCost(Cost):

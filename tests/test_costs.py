@@ -231,6 +231,26 @@ def test_the_old_names_of_an_instance_warn_and_work() -> None:
     with pytest.warns(FutureWarning, match=r"Denoising\.told is now called target_kind"):
         cost.told = "nothing"
     assert cost.target_kind == "nothing"
+    cost.target_kind = "labls"
+    with pytest.raises(ValueError, match=r"Denoising.target_kind='labls' must be one of labels, inputs, nothing"):
+        cost(x, inputs=x)
+
+
+@pytest.mark.filterwarnings("ignore:.* is now called:FutureWarning")
+def test_an_old_method_may_call_that_of_its_base_class() -> None:
+    class Doubled(costs.Denoising):
+        def of_each(self, outputs: Tensor, targets: Tensor | None, steps: int) -> Tensor:
+            return 2 * super().of_each(outputs, targets, steps)
+
+        def wants(self, classes: int, inputs: int) -> int | None:
+            return 2 * super().wants(classes, inputs)
+
+    class Again(Doubled):
+        pass
+
+    cost, x = Again(), outputs(1)
+    assert cost.output_size(10, 4) == cost.wants(10, 4) == 8
+    assert torch.equal(cost(outputs(), inputs=x), 2 * costs.Denoising()(outputs(), inputs=x))
 
 
 def test_a_subclass_with_old_and_new_names_keeps_the_new_ones() -> None:
