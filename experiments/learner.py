@@ -41,7 +41,7 @@ class Block:
         def closure() -> Tensor:
             self.optimizer.zero_grad()
             with torch.autocast(labels.device.type, torch.bfloat16, enabled=amp):
-                outputs = self.network(self.cost.seen(inputs))
+                outputs = self.network(self.cost.corrupt(inputs))
                 losses: Tensor = self.cost(outputs, labels, inputs=inputs, steps=frames)
             if losses.requires_grad:
                 torch.autograd.backward(losses.mean())

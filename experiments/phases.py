@@ -155,7 +155,7 @@ def fit_cost(
     parts: list[Any] = list(cost.costs.values()) if isinstance(cost, bioopt.costs.Mixture) else [cost]
     if last:
         for part in parts:
-            if not part.scores and part.told != "nothing":
+            if not part.scores and part.target_kind != "nothing":
                 raise ValueError(
                     f"{option}: {_name(part)} cannot be of the network's outputs, which are class scores: give it to "
                     f"an area below them, cost.areas={{trunk: {_name(part)}, head: cross_entropy}}"
@@ -167,7 +167,7 @@ def fit_cost(
     network.train()
     features, size = outputs[0].numel(), inputs[0].numel()
     for part in parts:
-        wanted = part.wants(classes, size)
+        wanted = part.output_size(classes, size)
         if wanted is not None and wanted != features and part.readout is None:
             part.readout = nn.Linear(features, wanted)
     return outputs

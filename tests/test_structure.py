@@ -26,7 +26,7 @@ MODULES = {
 #: what the base class of a family may extend: how a user and `Mixed` go through one pass
 PROTOCOL = {"begin", "collect", "discard", "gradient_parameters"}
 #: options of a param group, which are those of each rule
-FREE_OPTIONS = {"LearningRule.own"}
+FREE_OPTIONS = {"LearningRule.own", "create_optimizer"}
 #: what a package or a module at the top may import besides itself; a family that is not listed: the core alone
 IMPORTS = {
     "core": set(),

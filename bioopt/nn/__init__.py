@@ -1,4 +1,4 @@
-"""Parts of networks that `torch.nn` has not: memories, routing, a Boltzmann machine, and images as spikes."""
+"""Modules that `torch.nn` does not have: memories, routing, a Boltzmann machine and spike encodings of images."""
 
 from .encoding import LatencyEncoding, PoissonEncoding, RateEncoding
 from .hopfield import Hopfield, ModernHopfield, Recall, SpikingHopfield

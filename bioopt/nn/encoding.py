@@ -1,4 +1,4 @@
-"""Images as spikes: how strongly a pixel shines becomes how often, how early or how likely it fires."""
+"""Spike encodings of images: the intensity of a pixel sets its firing rate, latency or firing probability."""
 
 from __future__ import annotations
 
@@ -17,51 +17,51 @@ class _Encoding(nn.Module, ABC):
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ValueError(f"{name}: steps={steps!r} must be an integer >= 1")
         if not 0 < rate <= 1:
-            raise ValueError(f"{name}: rate={rate!r} must be a number in (0, 1], spikes a step")
+            raise ValueError(f"{name}: rate={rate!r} must be a number in (0, 1], in spikes per step")
         self.steps, self.rate = steps, rate
 
     def forward(self, x: Tensor) -> Tensor:
-        """Values in [0, 1] of any shape to spikes, 0 or 1, with time as a further first dimension: steps × shape."""
+        """Encode values in [0, 1] of any shape as spikes, 0 or 1, of shape steps × shape."""
         if not x.is_floating_point():
-            raise ValueError(f"{type(self).__name__}: the input must be of a floating-point type, not {x.dtype}")
+            raise ValueError(f"{type(self).__name__}: the input must have a floating-point type, not {x.dtype}")
         if x.numel() and not (x.min() >= 0 and x.max() <= 1):
             raise ValueError(
                 f"{type(self).__name__}: the input must lie in [0, 1], not in [{x.min().item():.3g}, "
-                f"{x.max().item():.3g}]; scale it, (x - x.min()) / (x.max() - x.min()), say"
+                f"{x.max().item():.3g}]; rescale it, for example by (x - x.min()) / (x.max() - x.min())"
             )
         return self._spikes(x.detach())
 
     @abstractmethod
     def _spikes(self, x: Tensor) -> Tensor:
-        """The spikes of valid values."""
+        """The spikes that encode ``x``, after it has been checked."""
 
-    def _moments(self, x: Tensor) -> Tensor:
-        """The numbers of the steps, to be broadcast over values, in single precision at least."""
+    def _step_index(self, x: Tensor) -> Tensor:
+        """The indices of the steps, in a shape that broadcasts over ``x``, at least in single precision."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         return torch.arange(self.steps, dtype=dtype, device=x.device).view(-1, *[1] * x.ndim)
 
     def extra_repr(self) -> str:
-        """Its options."""
+        """The options, for ``repr``."""
         return f"steps={self.steps}, rate={self.rate:g}"
 
 
 class RateEncoding(_Encoding):
-    """How strong is how often: evenly spaced spikes, ``round(rate * x * steps)`` of them, the same each time.
+    """Rate coding: ``round(rate * x * steps)`` evenly spaced spikes, without randomness.
 
     Args:
         steps: time steps.
-        rate: spikes a step where ``x`` is 1, in (0, 1].
+        rate: spikes per step where ``x`` is 1, in (0, 1].
     """
 
     def _spikes(self, x: Tensor) -> Tensor:
-        often, step = self.rate * x, self._moments(x)
-        count = torch.floor((step + 1) * often + 0.5)  # so many until this step
-        before = torch.floor(step * often + 0.5)
+        rate, step = self.rate * x, self._step_index(x)
+        count = torch.floor((step + 1) * rate + 0.5)  # spikes up to and including this step
+        before = torch.floor(step * rate + 0.5)
         return (count - before).to(x.dtype)
 
 
 class LatencyEncoding(_Encoding):
-    """How strong is how early: one spike each, at step ``round((1 - x) * (steps - 1))``; none where ``x`` is 0.
+    """Latency coding: one spike per value, at step ``round((1 - x) * (steps - 1))``; none where ``x`` is 0.
 
     Args:
         steps: time steps.
@@ -73,26 +73,26 @@ class LatencyEncoding(_Encoding):
         super().__init__(steps)
 
     def _spikes(self, x: Tensor) -> Tensor:
-        step = self._moments(x)
+        step = self._step_index(x)
         at = torch.round((1 - x.to(step.dtype)) * (self.steps - 1))
         return ((step == at) & (x > 0)).to(x.dtype)
 
     def extra_repr(self) -> str:
-        """Its options."""
+        """The options, for ``repr``."""
         return f"steps={self.steps}"
 
 
 class PoissonEncoding(_Encoding):
-    """How strong is how likely: independent spikes, each step with probability ``rate * x``.
+    """Poisson coding: independent spikes, in each step with probability ``rate * x``.
 
-    In training mode the draws come from torch's global generators, as those of dropout do, so that all evaluations of
-    a step see the same spikes and an interrupted run goes on with those that were to come. In evaluation they come from
-    a generator of its own, the same draws for each batch: a test is repeatable, and leaves the global ones alone.
+    In training mode spikes are drawn from torch's global generators, as dropout is, so all evaluations within a step
+    see the same spikes and a resumed run continues with the same random numbers. In evaluation mode they are drawn from
+    a generator that is seeded anew for each batch, so tests are repeatable and leave the global generators unchanged.
 
     Args:
         steps: time steps.
         rate: probability of a spike in a step where ``x`` is 1, in (0, 1].
-        seed: of the draws in evaluation.
+        seed: of the generator in evaluation mode.
     """
 
     def __init__(self, steps: int, rate: float = 1.0, seed: int = 0) -> None:

@@ -1,4 +1,4 @@
-"""Content-addressable memory: a part of a pattern, or one with errors in it, brings back the whole."""
+"""Content-addressable memories, which recall a stored pattern from a part or a corrupted copy of it."""
 
 from __future__ import annotations
 
@@ -22,14 +22,13 @@ STORAGE = ("hebbian", "storkey", "pseudo_inverse")
 
 
 class Recall(NamedTuple):
-    """The way from a cue to what it brought back.
+    """The trajectory from a cue to the recalled pattern.
 
     Args:
-        states: times × cues × units, the first of them the cue, the last what was recalled (in a recall that settles
-            for all cues, the same as the one before).
+        states: times × cues × units, from the cue to the recalled pattern. If all cues settle, the last two are equal.
         energies: times × cues.
-        settled: for each cue, whether its last state would stay.
-        spikes: of spiking units alone: steps × cues × units, true where a unit fired.
+        settled: for each cue, whether its last state is a fixed point.
+        spikes: steps × cues × units, true where a unit fired; ``None`` unless units spike.
     """
 
     states: Tensor
@@ -44,7 +43,7 @@ def _check(owner: str, **options: tuple[Any, Constraint]) -> None:
 
 
 class _Binary(nn.Module, ABC):
-    """Units joined each to each other by symmetric weights: what binary and spiking memories share."""
+    """Base class of memories of binary patterns: units connected all to all by symmetric weights."""
 
     def __init__(self, units: int, seed: int, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         super().__init__()
@@ -52,20 +51,20 @@ class _Binary(nn.Module, ABC):
         self.units = units
         self.seed = seed
         self.weight = nn.Parameter(torch.zeros(units, units, device=device, dtype=dtype))
-        self.eval()  # to recall; a rule that shall store asks for train()
+        self.eval()  # recall is the default; to store by a learning rule, call train()
 
     def reset_parameters(self) -> None:
-        """Forget everything."""
+        """Delete all patterns."""
         nn.init.zeros_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """What the cue brings back; in training mode the pattern itself, which a learning rule then stores.
+        """The pattern recalled from a cue; in training mode the input itself, so that a learning rule can store it.
 
         Args:
-            x: a cue, … × units, of -1 and 1, and 0 where nothing is known; in training mode a pattern of -1 and 1.
+            x: a cue, … × units, of -1, 1 and 0 (unknown); in training mode a pattern of -1 and 1.
         """
         if self.training:
-            # The pattern holds the units where they are, whatever their field: its value is x, its graph that of W x.
+            # The pattern clamps the units: the output has the value of x and the graph of W x.
             x = self._checked(x, "pattern")
             diagonal = torch.eye(self.units, dtype=torch.bool, device=x.device)
             field = F.linear(x, self.weight.masked_fill(diagonal, 0))
@@ -74,23 +73,22 @@ class _Binary(nn.Module, ABC):
             return _last(self._path(self._checked(x, "cue"), None, None))
 
     def store(self, patterns: Tensor, rule: str = "hebbian") -> None:
-        """Store patterns in addition to those that are there.
+        """Store patterns in addition to those stored before.
 
         Args:
             patterns: patterns × units (or one pattern), of -1 and 1.
-            rule: ``"hebbian"``, by a step of `bioopt.Hebbian`; ``"storkey"``, pattern after pattern;
-                ``"pseudo_inverse"``, of these patterns alone, in the place of what was stored: it needs them all at
-                once, and is no local rule.
+            rule: ``"hebbian"``, one step of `bioopt.Hebbian`; ``"storkey"``, one pattern after another; or
+                ``"pseudo_inverse"``, which needs all patterns at once, replaces those stored before, and is not local.
 
         Raises:
-            ValueError: a pattern of the wrong size or values, no patterns, or no such rule.
+            ValueError: a pattern has the wrong size or values, there are no patterns, or the rule is unknown.
         """
         name = type(self).__name__
         if rule not in STORAGE:
             raise ValueError(f"{name}: rule={rule!r} must be one of {', '.join(STORAGE)}")
         xi = self._checked(patterns, "pattern").detach().reshape(-1, self.units)
         if not len(xi):
-            raise ValueError(f"{name}: no patterns were given to store")
+            raise ValueError(f"{name}: no patterns to store")
         if rule == "hebbian":
             self._hebbian(xi)
             return
@@ -102,7 +100,7 @@ class _Binary(nn.Module, ABC):
                 self.weight.copy_(torch.linalg.pinv(xi) @ xi).fill_diagonal_(0)
 
     def _hebbian(self, xi: Tensor) -> None:
-        synapse = Hopfield(self.units, device="meta")  # of the same weights, but watched by no other rule
+        synapse = Hopfield(self.units, device="meta")  # shares the weights, but no other rule has hooks on it
         synapse.weight = nn.Parameter(self.weight.detach())
         synapse.train()
         optimizer = Hebbian(synapse, len(xi) / self.units, competition="none", decay="none", readout=None)
@@ -112,9 +110,9 @@ class _Binary(nn.Module, ABC):
 
     def _storkey(self, xi: Tensor) -> None:
         # h_ij = h_i - w_ij ξ_j, with the zero diagonal, and ξ_j² = 1
-        felt = torch.outer(self.weight @ xi, xi) - self.weight
-        change = (torch.outer(xi, xi) - felt - felt.T) / self.units
-        self.weight.add_(change.fill_diagonal_(0))
+        h = torch.outer(self.weight @ xi, xi) - self.weight
+        update = (torch.outer(xi, xi) - h - h.T) / self.units
+        self.weight.add_(update.fill_diagonal_(0))
 
     def energy(self, states: Tensor) -> Tensor:
         r""":math:`-\frac{1}{2} s^\top W s` of each state, … × units."""
@@ -122,17 +120,17 @@ class _Binary(nn.Module, ABC):
 
     @abstractmethod
     def _path(self, cue: Tensor, every: int | None, spikes: list[Tensor] | None) -> Iterator[Tensor]:
-        """The states from the cue on, each in memory of its own."""
+        """The states from the cue on, as tensors that do not share memory."""
 
     def _checked(self, x: Tensor, what: str) -> Tensor:
-        x = _of_size(self, x, self.units, what).to(self.weight.dtype)
+        x = _require_size(self, x, self.units, what).to(self.weight.dtype)
         fits = x.abs() == 1 if what == "pattern" else x == x.sign()
         if not bool(fits.all()):
             found = ", ".join(f"{v:g}" for v in x[~fits][:3].tolist())
-            allowed = "-1 and 1" if what == "pattern" else "-1 and 1, and 0 where nothing is known"
+            allowed = "-1 and 1" if what == "pattern" else "-1, 1 and 0 (unknown)"
             raise ValueError(
-                f"{type(self).__name__}: a {what} has values {allowed}, but this one has {found}: write "
-                "torch.where(x > threshold, 1.0, -1.0)"
+                f"{type(self).__name__}: a {what} must have the values {allowed}, but this one has {found}: binarize "
+                "it by torch.where(x > threshold, 1.0, -1.0)"
             )
         return x
 
@@ -141,13 +139,13 @@ def _last(path: Iterator[Tensor]) -> Tensor:
     return deque(path, maxlen=1).pop()
 
 
-def _of_size(owner: nn.Module, x: Tensor, units: int, what: str) -> Tensor:
+def _require_size(owner: nn.Module, x: Tensor, units: int, what: str) -> Tensor:
     name = type(owner).__name__
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: a {what} must be a tensor, not {type(x).__name__}")
     if x.ndim < 1 or x.shape[-1] != units:
         raise ValueError(
-            f"{name}: a {what} of shape {tuple(x.shape)} does not fit {units} units, which are its last dimension"
+            f"{name}: a {what} of shape {tuple(x.shape)} does not fit {units} units, its last dimension"
             + (f": write x.flatten(1), or {name}({x[0].numel()}, ...)" if x.ndim > 1 else "")
         )
     return x
@@ -162,21 +160,22 @@ class Hopfield(_Binary):
         E = -\frac{1}{2}\, s^\top W s
 
     with :math:`N` units :math:`s_i = \pm 1` and patterns :math:`\xi^\mu`. Each asynchronous update (one unit after
-    another, in random order) lowers the energy :math:`E` or leaves the state, so that every cue settles, in the
-    pattern that it resembles if there are not too many: up to :math:`0.138 N` random ones. A unit whose field is zero
-    (to rounding) stays. Synchronous updates (all units at once) may end in a cycle of two states.
+    another, in random order) lowers the energy :math:`E` or leaves the state unchanged, so every cue settles: in the
+    pattern most similar to it, as long as there are fewer than about :math:`0.138 N` random patterns. A unit whose
+    field is zero, within rounding error, keeps its state. Synchronous updates (all units at once) may end in a cycle
+    of two states.
 
-    `store` takes the Hebbian rule above, which is one step of `bioopt.Hebbian` over the patterns (in training mode
-    the pattern clamps the units, so that the postsynaptic activity is :math:`\xi` itself), Storkey's, which is local
-    too and holds more,
+    `store` has three rules: the Hebbian rule above, which is one step of `bioopt.Hebbian` over the patterns (in
+    training mode the pattern clamps the units, so the postsynaptic activity is :math:`\xi`); Storkey's rule, which is
+    local too and has a higher capacity,
 
     .. math::
         \Delta w_{ij} = \frac{1}{N} (\xi_i \xi_j - \xi_i h_{ji} - h_{ij} \xi_j), \qquad
         h_{ij} = \sum_{k \ne i, j} w_{ik} \xi_k
 
-    or the pseudo-inverse, :math:`W = \Xi^+ \Xi` with the patterns as rows of :math:`\Xi` and the diagonal then set to
-    0, which holds any set of fewer than :math:`N` patterns, correlated ones as well, but is not local. A rule of your
-    own stores like this::
+    and the pseudo-inverse, :math:`W = \Xi^+ \Xi` with the patterns as rows of :math:`\Xi` and the diagonal set to 0,
+    which stores fewer than :math:`N` patterns even if they are correlated, but is not local. Any learning rule can
+    store patterns::
 
         memory.train()
         optimizer = bioopt.Hebbian(memory, lr=1 / memory.units, competition="none", decay="none", readout=None)
@@ -185,19 +184,19 @@ class Hopfield(_Binary):
             optimizer.step()
         memory.eval()
 
-    To learning rules the memory is a synapse (`bioopt.register_synapse`); its ``weight`` is units × units. Unlike
-    other modules it begins in evaluation mode.
+    For learning rules the memory is a synapse (`bioopt.register_synapse`); its ``weight`` is units × units. Unlike
+    other modules it starts in evaluation mode.
 
     Args:
         units: :math:`N`.
-        asynchronous: update unit after unit; or all at once.
-        sweeps: the most updates of each unit; settled cues end sooner.
-        seed: of the order of asynchronous updates, which is the same for all cues, and in every recall.
+        asynchronous: whether units are updated one after another, or all at once.
+        sweeps: the maximum number of updates of each unit; recall stops earlier once all cues have settled.
+        seed: of the order of asynchronous updates, which is the same for all cues and in every recall.
         device: of the weights.
         dtype: of the weights.
 
     Raises:
-        ValueError: an option out of range (no units, say); a pattern or a cue of the wrong size or values.
+        ValueError: an option is out of range, or a pattern or cue has the wrong size or values.
 
     Sources: J. J. Hopfield (1982), *Neural networks and physical systems with emergent collective computational
     abilities*; capacity: D. J. Amit, H. Gutfreund & H. Sompolinsky (1985), *Storing infinite numbers of patterns in a
@@ -229,52 +228,55 @@ class Hopfield(_Binary):
 
     @torch.no_grad()
     def recall(self, cue: Tensor, every: int | None = None) -> Recall:
-        """As `forward`, with the way there.
+        """Like `forward`, but returns the whole trajectory.
 
         Args:
-            cue: … × units, of -1 and 1, and 0 where nothing is known.
-            every: keep the state after so many single updates, and after each sweep (``None``: after each sweep only).
+            cue: … × units, of -1, 1 and 0 (unknown).
+            every: record the state after every ``every`` single updates and after each sweep; ``None``: only after each
+                sweep.
         """
         if every is not None:
             _check("Hopfield", every=(every, POSITIVE_INT))
         states = torch.stack(list(self._path(self._checked(cue, "cue"), every, None)))
-        settled = (self._turned(states[-1]) == states[-1]).all(-1)
+        settled = (self._synchronous_update(states[-1]) == states[-1]).all(-1)
         return Recall(states, self.energy(states), settled)
 
-    def _turned(self, state: Tensor) -> Tensor:
-        """All units at once."""
-        return torch.sign(F.linear(state, self.weight) + self._hold() * state)
+    def _synchronous_update(self, state: Tensor) -> Tensor:
+        """The state after one update of all units at once."""
+        return torch.sign(F.linear(state, self.weight) + self._self_coupling() * state)
 
-    def _hold(self) -> Tensor:
-        """So much as may be rounding error of each unit's field speaks for the unit's own state."""
+    def _self_coupling(self) -> Tensor:
+        """A bound on the rounding error of each field; as self-coupling it keeps the state of units without a field."""
         info = torch.finfo(self.weight.dtype)
         return info.eps * self.weight.abs().sum(1) + info.tiny
 
     def _path(self, cue: Tensor, every: int | None, spikes: list[Tensor] | None) -> Iterator[Tensor]:
         if self.asynchronous:
-            yield from self._one_by_one(cue, every)
+            yield from self._asynchronous_path(cue, every)
             return
         before, state = None, cue
         yield state
         for _ in range(self.sweeps):
-            new = self._turned(state)
+            new = self._synchronous_update(state)
             yield new
-            if torch.equal(new, state) or (before is not None and torch.equal(new, before)):  # and so for ever
+            if torch.equal(new, state) or (
+                before is not None and torch.equal(new, before)
+            ):  # settled, or in a cycle of two
                 return
             before, state = state, new
 
-    def _one_by_one(self, cue: Tensor, every: int | None) -> Iterator[Tensor]:
+    def _asynchronous_path(self, cue: Tensor, every: int | None) -> Iterator[Tensor]:
         def state() -> Tensor:
             return s.T.reshape(cue.shape).clone()
 
         generator = torch.Generator().manual_seed(self.seed)
         s = cue.reshape(-1, self.units).T.clone(memory_format=torch.contiguous_format)  # units × cues
-        units, synapses, hold = s.unbind(), self.weight.unbind(), self._hold().tolist()
+        units, weights, coupling = s.unbind(), self.weight.unbind(), self._self_coupling().tolist()
         yield state()
         for _ in range(self.sweeps):
             before = s.clone()
             for count, i in enumerate(torch.randperm(self.units, generator=generator).tolist(), 1):
-                torch.sign(torch.addmv(units[i], s.T, synapses[i], beta=hold[i]), out=units[i])
+                torch.sign(torch.addmv(units[i], s.T, weights[i], beta=coupling[i]), out=units[i])
                 if every is not None and count % every == 0 and count < self.units:
                     yield state()
             yield state()
@@ -283,24 +285,24 @@ class Hopfield(_Binary):
 
 
 class SpikingHopfield(_Binary):
-    r"""Hopfield's memory in leaky integrate-and-fire units, which settle into firing as a stored pattern says.
+    r"""Hopfield's memory with leaky integrate-and-fire units: those that are 1 in the recalled pattern fire.
 
     .. math::
         \tau_m \dot v_i = -v_i + 1 + g \sum_j w_{ij} (2 r_j - 1) + c_i, \qquad
         v_i \ge 1: \text{ a spike, and } v_i \leftarrow 0, \qquad
         \tau_s \dot r_j = -r_j + \frac{1}{\nu} \sum_f \delta(t - t_j^f)
 
-    with membrane potentials :math:`v_i` in units of the threshold, the same weights as `Hopfield`, stored by the same
-    rules, and synaptic traces :math:`r_j` in which a unit's spikes fade. The leak balances the constant current 1, so
-    that a unit is silent where Hopfield's field is negative and fires where it is positive;
-    :math:`\nu = 1 / (t_r + \tau_m \ln \frac{1 + g}{g})` is the rate of a unit whose field is 1, as in a stored pattern,
-    where :math:`2 r_j - 1` is then :math:`\pm 1`. A large gain :math:`g` lets the refractory time bound the rate, so
-    that it says little of how large the field is. The cue is a current :math:`c_i = \pm g`, for its duration alone:
-    what the units fire afterwards they hold up by themselves. The state, seen through a window of time, is 1 for those
-    that fire at half the rate :math:`\nu` or more, and -1 for the others.
+    with membrane potentials :math:`v_i` in units of the threshold, the weights and storage rules of `Hopfield`, and
+    synaptic traces :math:`r_j` of a unit's spikes. The constant current 1 drives a unit to its threshold, so it is
+    silent if its Hopfield field is negative and fires if it is positive;
+    :math:`\nu = 1 / (t_r + \tau_m \ln \frac{1 + g}{g})` is the firing rate for a field of 1, as in a stored pattern,
+    where :math:`2 r_j - 1` is then :math:`\pm 1`. With a large gain :math:`g` the refractory time limits the rate,
+    which then hardly depends on the size of the field. The cue is a current :math:`c_i = \pm g` during the cue's
+    duration; afterwards the recurrent synapses sustain the activity. The state is measured over a window of time: 1 for
+    units that fire at half the rate :math:`\nu` or more, -1 for the others.
 
-    Units start somewhere within their refractory time, at random, so that not all fire at once. Time goes in steps of
-    1 ms (the second part of :math:`1 / \nu` is rounded up to whole ones); between them potentials and traces decay
+    Units start at random points of their refractory time, so that they do not all fire at once. Time advances in steps
+    of 1 ms (the second term of :math:`1 / \nu` is rounded up to whole steps), in which potentials and traces decay
     exactly.
 
     Args:
@@ -308,16 +310,16 @@ class SpikingHopfield(_Binary):
         gain: :math:`g`, in units of the threshold.
         tau_membrane: :math:`\tau_m`, in ms.
         tau_synapse: :math:`\tau_s`, in ms.
-        refractory: :math:`t_r`, in ms, in which a unit that has fired stays at rest.
-        cue_duration: in ms.
-        duration: of a recall, in ms: at least that of the cue, and two windows after it.
-        window: in ms; a recall is settled if two of them, one after the other, see the same.
-        seed: of where in their refractory time units start.
+        refractory: :math:`t_r`, in ms, the time for which a unit stays at rest after a spike.
+        cue_duration: the duration of the cue, in ms.
+        duration: the duration of a recall, in ms: at least that of the cue and two windows.
+        window: in ms; a recall has settled if the states of the last two windows are equal.
+        seed: of the initial refractory times.
         device: of the weights.
         dtype: of the weights.
 
     Raises:
-        ValueError: an option out of range (no units, say); a pattern or a cue of the wrong size or values.
+        ValueError: an option is out of range, or a pattern or cue has the wrong size or values.
 
     Sources: J. J. Hopfield (1984), *Neurons with graded response have collective computational properties like those
     of two-state neurons*; spiking: W. Gerstner & J. L. van Hemmen (1992), *Associative memory in a network of
@@ -358,7 +360,7 @@ class SpikingHopfield(_Binary):
                 duration,
                 (
                     lambda v: isinstance(v, int) and v >= cue_duration + 2 * window,
-                    f"an integer >= {cue_duration + 2 * window}, in ms: the cue's duration and two windows after it",
+                    f"an integer >= {cue_duration + 2 * window}, in ms: cue_duration + 2 * window",
                 ),
             ),
         )
@@ -372,15 +374,15 @@ class SpikingHopfield(_Binary):
 
     @property
     def rate(self) -> float:
-        r""":math:`\nu`, in spikes a ms (a step)."""
+        r""":math:`\nu`, in spikes per ms (one step)."""
         return 1 / (self.refractory + math.ceil(self.tau_membrane * math.log((1 + self.gain) / self.gain)))
 
     @torch.no_grad()
     def recall(self, cue: Tensor) -> Recall:
-        """As `forward`, with the way there: the state in each window after the cue, and every spike.
+        """Like `forward`, but returns the state in each window after the cue and all spikes.
 
         Args:
-            cue: … × units, of -1 and 1, and 0 where nothing is known.
+            cue: … × units, of -1, 1 and 0 (unknown).
         """
         spikes: list[Tensor] = []
         states = torch.stack(list(self._path(self._checked(cue, "cue"), None, spikes)))
@@ -390,8 +392,8 @@ class SpikingHopfield(_Binary):
         generator = torch.Generator().manual_seed(self.seed)
         v = torch.zeros_like(cue)
         r = torch.full_like(cue, 0.5)
-        # ms that are left of the refractory time
-        rest = torch.randint(self.refractory + 1, cue.shape, generator=generator).to(cue)
+        # remaining refractory time, in ms
+        refractory = torch.randint(self.refractory + 1, cue.shape, generator=generator).to(cue)
         count = torch.zeros_like(cue)
         leak, fade = math.exp(-1 / self.tau_membrane), math.exp(-1 / self.tau_synapse)
         yield cue
@@ -399,9 +401,9 @@ class SpikingHopfield(_Binary):
             current = 1 + self.gain * F.linear(2 * r - 1, self.weight)
             if time <= self.cue_duration:
                 current += self.gain * cue
-            v = torch.where(rest > 0, 0, current + (v - current) * leak)
+            v = torch.where(refractory > 0, 0, current + (v - current) * leak)
             fired = v >= 1
-            rest = torch.where(fired, self.refractory, (rest - 1).clamp(min=0))
+            refractory = torch.where(fired, self.refractory, (refractory - 1).clamp(min=0))
             v.masked_fill_(fired, 0)
             r = fade * r + (1 - fade) / self.rate * fired
             count += fired
@@ -414,38 +416,39 @@ class SpikingHopfield(_Binary):
 
 
 class ModernHopfield(nn.Module):
-    r"""The modern Hopfield network of continuous patterns: the update is attention.
+    r"""The modern Hopfield network of continuous patterns, whose update is attention.
 
     .. math::
         \xi \leftarrow X \operatorname{softmax}(\beta X^\top \xi), \qquad
         E = -\frac{1}{\beta} \ln \sum_{\mu=1}^{M} e^{\beta\, x_\mu^\top \xi} + \frac{1}{2} \xi^\top \xi
         + \frac{1}{\beta} \ln M + \frac{1}{2} \max_\mu \lVert x_\mu \rVert^2
 
-    with :math:`M` stored patterns :math:`x_\mu`, the columns of :math:`X`, and a state :math:`\xi` of as many numbers.
-    The energy never rises, one update mostly suffices, and the number of random patterns that it holds grows
-    exponentially with their size. Where :math:`\beta` is small for how far patterns lie apart, several of them are
-    recalled as their mean. One update is `torch.nn.functional.scaled_dot_product_attention` of the state to the
-    patterns as keys and values, with scale :math:`\beta`.
+    with :math:`M` stored patterns :math:`x_\mu`, the columns of :math:`X`, and a state :math:`\xi` of the same size.
+    The energy never rises, one update is usually enough, and the capacity for random patterns grows exponentially with
+    their size. If :math:`\beta` is small compared with the distances between patterns, the mean of several patterns is
+    recalled. One update is `torch.nn.functional.scaled_dot_product_attention` with the state as query, the patterns as
+    keys and values, and scale :math:`\beta`.
 
-    The patterns are kept as they are, in the buffer ``patterns`` (capacity × units): no learning rule is at work.
+    The patterns are stored unchanged in the buffer ``patterns`` (capacity × units), without a learning rule.
 
     Args:
         units: the size of a pattern.
-        capacity: the most patterns that it shall hold.
+        capacity: the maximum number of patterns.
         beta: :math:`\beta`, the inverse temperature (1 in the paper's theorem of exponential capacity,
             :math:`1 / \sqrt{\text{units}}` in attention).
-        steps: the most updates of a recall, which ends sooner where no number moves by more than the tolerance.
+        steps: the maximum number of updates of a recall, which stops earlier once no element of the state changes by
+            more than the tolerance.
         tolerance: in units of the state.
         device: of the patterns.
         dtype: of the patterns.
 
     Attributes:
-        stored: the number of patterns in it.
+        stored: the number of stored patterns.
 
     Raises:
-        ValueError: an option out of range (capacity 0, say); more patterns than the capacity; a pattern or a cue of
-            the wrong size, or not finite.
-        RuntimeError: a recall before anything was stored.
+        ValueError: an option is out of range, there are more patterns than the capacity, or a pattern or cue has the
+            wrong size or is not finite.
+        RuntimeError: recall before a pattern has been stored.
 
     Source: H. Ramsauer et al. (2021), *Hopfield networks is all you need*.
 
@@ -488,41 +491,41 @@ class ModernHopfield(nn.Module):
 
     @property
     def stored(self) -> int:
-        """The number of patterns in it."""
+        """The number of stored patterns."""
         return int(self._stored)
 
     def reset_parameters(self) -> None:
-        """Forget everything."""
+        """Delete all patterns."""
         self.patterns.zero_()
         self._stored.zero_()
 
     @torch.no_grad()
     def store(self, patterns: Tensor) -> None:
-        """Store patterns (patterns × units, or one) in addition to those that are there."""
+        """Store patterns (patterns × units, or one pattern) in addition to those stored before."""
         x = self._checked(patterns, "pattern").reshape(-1, self.units)
         first = self.stored
         if first + len(x) > self.capacity:
             raise ValueError(
                 f"ModernHopfield: {len(x)} patterns do not fit into capacity={self.capacity}, of which {first} "
-                f"are taken: give capacity={first + len(x)}, or forget by reset_parameters()"
+                f"are used: set capacity={first + len(x)}, or delete the stored ones by reset_parameters()"
             )
         self.patterns[first : first + len(x)] = x
         self._stored += len(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """What the cue, … × units, brings back."""
+        """The pattern recalled from a cue, … × units."""
         return _last(self._path(self._checked(x, "cue")))
 
     @torch.no_grad()
     def recall(self, cue: Tensor) -> Recall:
-        """As `forward`, with the way there: the state after each update."""
+        """Like `forward`, but returns the state after each update."""
         states = torch.stack(list(self._path(self._checked(cue, "cue"))))
-        settled = ((self._updated(states[-1]) - states[-1]).abs() <= self.tolerance).all(-1)
+        settled = ((self._update(states[-1]) - states[-1]).abs() <= self.tolerance).all(-1)
         return Recall(states, self.energy(states), settled)
 
     def energy(self, states: Tensor) -> Tensor:
         """:math:`E` of each state, … × units; never below 0."""
-        x = self._kept()
+        x = self._stored_patterns()
         lse = torch.logsumexp(self.beta * F.linear(states, x), -1) / self.beta
         largest = x.square().sum(1).max()
         return -lse + 0.5 * states.square().sum(-1) + math.log(len(x)) / self.beta + 0.5 * largest
@@ -530,25 +533,25 @@ class ModernHopfield(nn.Module):
     def _path(self, state: Tensor) -> Iterator[Tensor]:
         yield state
         for _ in range(self.steps):
-            new = self._updated(state)
+            new = self._update(state)
             yield new
             if bool(((new - state).abs() <= self.tolerance).all()):
                 return
             state = new
 
-    def _updated(self, state: Tensor) -> Tensor:
-        x = self._kept()
+    def _update(self, state: Tensor) -> Tensor:
+        x = self._stored_patterns()
         return torch.softmax(self.beta * F.linear(state, x), -1) @ x
 
-    def _kept(self) -> Tensor:
+    def _stored_patterns(self) -> Tensor:
         if not self.stored:
-            raise RuntimeError("ModernHopfield: nothing is stored yet: call store(patterns) before a recall")
+            raise RuntimeError("ModernHopfield: no pattern is stored: call store(patterns) before recall")
         return self.patterns[: self.stored]
 
     def _checked(self, x: Tensor, what: str) -> Tensor:
-        x = _of_size(self, x, self.units, what).to(self.patterns.dtype)
+        x = _require_size(self, x, self.units, what).to(self.patterns.dtype)
         if not bool(x.isfinite().all()):
-            raise ValueError(f"ModernHopfield: a {what} must be finite, but this one has inf or nan in it")
+            raise ValueError(f"ModernHopfield: a {what} must be finite, but this one has infinite or NaN values")
         return x
 
 

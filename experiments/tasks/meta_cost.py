@@ -276,7 +276,7 @@ class MetaCost(Task):
         for name in dict.fromkeys([*self.costs, "cross_entropy"]):
             cost = building.build_cost(name)
             fit_cost(cost, "trunk", trunk, inputs[:2], images.classes, 1, last=False)
-            activity = trunk(cost.to(self.device).seen(inputs)).detach().requires_grad_()
+            activity = trunk(cost.to(self.device).corrupt(inputs)).detach().requires_grad_()
             (gradient,) = torch.autograd.grad(cost(activity, labels, inputs=inputs).sum(), activity)
             found[name] = float(gradient.flatten(1).square().sum(1).mean().sqrt().clamp(min=1e-12))
         return found

@@ -138,7 +138,7 @@ def test_each_cost_tells_the_untrained_trunk_as_much() -> None:
         model = building.build_model(made.config, images)
         shares = tuple(float(i == j) for j in range(4))
         (trunk, *_) = made.learner("sgd", Choice(shares, 1.0), model, images, 3, lengths).blocks
-        said = trunk.network(trunk.cost.seen(inputs)).detach().requires_grad_()
+        said = trunk.network(trunk.cost.corrupt(inputs)).detach().requires_grad_()
         (slope,) = torch.autograd.grad(trunk.cost(said, labels, inputs=inputs).sum(), said)
         assert float(slope.square().sum(1).mean().sqrt()) == pytest.approx(1, rel=0.35), name
 

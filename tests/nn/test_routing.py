@@ -1,4 +1,4 @@
-"""Gates and attention against slow twins, every rule through them, and what they refuse."""
+"""Gates and attention: slow reference implementations, training by every rule, and errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from bioopt.core.noise import NoiseSource, fill_normal_
 from bioopt.core.rows import rows_now
 from bioopt.nn import Attention, Gate
 
-from ..rules import ONE_PASS, ORDINARY, Case, batch, make, per_sample, same, steps, weights
+from ..rules import ONE_PASS, ORDINARY, batch, make, per_sample, same, steps, weights
 
 N, SIZE, HIDDEN, CLASSES, PATHWAYS = 8, 6, 5, 4, 3
 GENERATOR = torch.Generator().manual_seed(7)
@@ -43,7 +43,7 @@ def network(active: int | None) -> nn.Sequential:
 
 
 def gated(active: int | None = 1, forced: int | None = None) -> nn.Sequential:
-    """For the `batch` of all rules; ``forced``: the pathway that all samples take."""
+    """A model for the `batch` of all rules; ``forced``: the pathway that all samples take."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         pathways = [nn.Sequential(nn.Linear(128, 6), nn.ReLU()) for _ in range(4)]
@@ -55,7 +55,7 @@ def gated(active: int | None = 1, forced: int | None = None) -> nn.Sequential:
 
 
 def attentive() -> nn.Sequential:
-    """Two positions, each a channel of the `batch` of all rules."""
+    """A model for the `batch` of all rules, with its two channels as positions."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return nn.Sequential(nn.Flatten(2), nn.Linear(64, 8), Attention(8, 2), nn.Flatten(), nn.Linear(16, 5))
@@ -70,17 +70,16 @@ def estimate(optimizer: bioopt.LearningRule, model: nn.Module) -> list[Tensor]:
     return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
 
 
-def close(wanted: list[Tensor], found: list[Tensor]) -> None:
-    assert len(wanted) == len(found)
-    for a, b in zip(wanted, found, strict=True):
+def assert_all_close(expected: list[Tensor], actual: list[Tensor]) -> None:
+    for a, b in zip(expected, actual, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
-# -- the twins ---------------------------------------------------------------------------------------------------------
+# -- reference implementations -----------------------------------------------------------------------------------------
 
 
-def shares(scores: Tensor, active: int | None) -> dict[int, Tensor]:
-    """Of one sample: what each pathway that it takes counts."""
+def open_gates(scores: Tensor, active: int | None) -> dict[int, Tensor]:
+    """The gates of the pathways that one sample takes."""
     order = sorted(range(len(scores)), key=lambda i: -scores[i].item())
     taken = sorted(order[: active or len(order)])
     total = sum(score.exp() for score in scores)
@@ -91,23 +90,23 @@ def slow_gate(module: Gate, x: Tensor, context: Tensor | None = None) -> Tensor:
     rows = []
     for n in range(len(x)):
         scores = module.controller((x if context is None else context)[n])
-        opened = shares(scores, module.active)
-        rows.append(sum(g * module.pathways[i](x[n : n + 1])[0] for i, g in opened.items()))
+        gates = open_gates(scores, module.active)
+        rows.append(sum(g * module.pathways[i](x[n : n + 1])[0] for i, g in gates.items()))
     return torch.stack(rows)
 
 
 def slow_attention(module: Attention, x: Tensor, context: Tensor | None = None) -> Tensor:
-    asked, d = x if context is None else context, module.size // module.heads
+    z, d = x if context is None else context, module.size // module.heads
     samples = []
     for n in range(len(x)):
         positions = []
         for position in x[n]:
             parts = []
             for h in range(module.heads):
-                own = slice(h * d, (h + 1) * d)
-                q = module.query(position)[own]
-                match = [(q @ module.key(other)[own] / math.sqrt(d)).exp() for other in asked[n]]
-                parts.append(sum(m / sum(match) * module.value(o)[own] for m, o in zip(match, asked[n], strict=True)))
+                part = slice(h * d, (h + 1) * d)
+                q = module.query(position)[part]
+                match = [(q @ module.key(other)[part] / math.sqrt(d)).exp() for other in z[n]]
+                parts.append(sum(m / sum(match) * module.value(o)[part] for m, o in zip(match, z[n], strict=True)))
             positions.append(module.out(torch.cat(parts)))
         samples.append(torch.stack(positions))
     return torch.stack(samples)
@@ -115,38 +114,42 @@ def slow_attention(module: Attention, x: Tensor, context: Tensor | None = None) 
 
 @pytest.mark.parametrize("active", [None, 1, 2, 3])
 @pytest.mark.parametrize("context", [False, True])
-def test_a_gate_equals_its_twin(active: int | None, context: bool) -> None:
+def test_a_gate_equals_its_reference(active: int | None, context: bool) -> None:
     module = gate(active, context)
     given = Z if context else None
-    found, wanted = module(X, given), slow_gate(module, X, given)
-    torch.testing.assert_close(found, wanted)
-    signal = torch.randn(found.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    actual, expected = module(X, given), slow_gate(module, X, given)
+    torch.testing.assert_close(actual, expected)
+    grad_output = torch.randn(actual.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     params = list(module.parameters())
-    one, two = (torch.autograd.grad(y, params, signal, allow_unused=True) for y in (found, wanted))
-    close(*[[torch.zeros_like(p) if g is None else g for p, g in zip(params, gs, strict=True)] for gs in (one, two)])
+    one, two = (torch.autograd.grad(y, params, grad_output, allow_unused=True) for y in (actual, expected))
+    assert_all_close(
+        *[[torch.zeros_like(p) if g is None else g for p, g in zip(params, gs, strict=True)] for gs in (one, two)]
+    )
     assert module.gates is not None
     assert not module.gates.requires_grad
     for n, row in enumerate(module.gates):
-        opened = shares(module.controller((Z if context else X)[n]), active)
-        torch.testing.assert_close(row, torch.stack([opened.get(i, row.new_zeros(())) for i in range(PATHWAYS)]))
+        gates = open_gates(module.controller((Z if context else X)[n]), active)
+        torch.testing.assert_close(row, torch.stack([gates.get(i, row.new_zeros(())) for i in range(PATHWAYS)]))
 
 
 @pytest.mark.parametrize("context", [False, True])
-def test_attention_equals_its_twin(context: bool) -> None:
+def test_attention_equals_its_reference(context: bool) -> None:
     torch.manual_seed(0)
     module = Attention(6, 3).double()
     x, z = torch.randn(2, 4, 6, dtype=torch.float64), torch.randn(2, 5, 6, dtype=torch.float64)
     given = z if context else None
-    found, wanted = module(x, given), slow_attention(module, x, given)
-    torch.testing.assert_close(found, wanted)
-    signal, params = torch.randn_like(x), list(module.parameters())
+    actual, expected = module(x, given), slow_attention(module, x, given)
+    torch.testing.assert_close(actual, expected)
+    grad_output, params = torch.randn_like(x), list(module.parameters())
     for a, b in zip(
-        torch.autograd.grad(found, params, signal), torch.autograd.grad(wanted, params, signal), strict=True
+        torch.autograd.grad(actual, params, grad_output),
+        torch.autograd.grad(expected, params, grad_output),
+        strict=True,
     ):
         torch.testing.assert_close(a, b)
 
 
-def test_skipped_is_skipped() -> None:
+def test_pathways_run_only_on_their_samples() -> None:
     module = gate(active=2)
     rows: dict[int, int] = {}
     for i, pathway in enumerate(module.pathways):
@@ -161,94 +164,94 @@ def test_skipped_is_skipped() -> None:
     assert rows == {0: N, 1: 0, 2: N}
 
 
-def test_a_gate_within_a_gate_knows_its_samples() -> None:
+def test_a_gate_within_a_gate_keeps_track_of_the_samples() -> None:
     inner = gate(active=1, seed=3)
     outer = Gate(nn.Linear(SIZE, 2), [inner, nn.Linear(SIZE, HIDDEN)], active=1).double()
-    seen = []
+    calls = []
     for synapse in find_synapses(outer):
-        synapse.layer.register_forward_hook(lambda layer, args, u: seen.append((args[0], rows_now())))
+        synapse.layer.register_forward_hook(lambda layer, args, u: calls.append((args[0], rows_now())))
     outer(X)
-    assert len(seen) == 2 + 1 + PATHWAYS
-    for x, rows in seen[1:]:
+    assert len(calls) == 2 + 1 + PATHWAYS
+    for x, rows in calls[1:]:
         assert rows.count == N
         assert torch.equal(x, X[rows.index])
-        everything = rows.among_all(x)
-        assert torch.equal(everything[rows.index], x)
-        assert everything.count_nonzero() == x.count_nonzero()
-    assert seen[0][1] is None  # the controller of the outer gate sees all
+        all_rows = rows.among_all(x)
+        assert torch.equal(all_rows[rows.index], x)
+        assert all_rows.count_nonzero() == x.count_nonzero()
+    assert calls[0][1] is None  # the controller of the outer gate sees all samples
     torch.testing.assert_close(outer(X), slow_gate(outer, X))
 
 
-# -- each sample's own credit, whichever way it takes ------------------------------------------------------------------
+# -- credit of each sample along its route -----------------------------------------------------------------------------
 
 
 def one_sample(
     model: nn.Sequential, n: int, noise: list[Tensor]
 ) -> tuple[Tensor, dict[int, tuple[Tensor, Tensor | None]]]:
-    """The loss of a sample with this noise on the controller, the pathways and the readout, and what entered those."""
+    """The loss of a sample with this noise on controller, pathways and readout, and the inputs of those layers."""
     module, readout = model
-    entered: dict[int, Tensor] = {0: X[n]}
-    opened = shares(module.controller(X[n]) + noise[0], module.active)
+    layer_inputs: dict[int, Tensor] = {0: X[n]}
+    gates = open_gates(module.controller(X[n]) + noise[0], module.active)
     y: Any = 0
-    for i, g in opened.items():
-        entered[1 + i] = X[n]
+    for i, g in gates.items():
+        layer_inputs[1 + i] = X[n]
         y = y + g * torch.tanh(module.pathways[i][0](X[n]) + noise[1 + i])
-    entered[1 + PATHWAYS] = y
-    return F.cross_entropy(readout(y) + noise[-1], Y[n]), entered
+    layer_inputs[1 + PATHWAYS] = y
+    return F.cross_entropy(readout(y) + noise[-1], Y[n]), layer_inputs
 
 
-def drawn(seed: int, member: int) -> list[Tensor]:
+def draw_noise(seed: int, member: int) -> list[Tensor]:
     stream = NoiseSource().stream(torch.device("cpu"), seed, 0, member)
     widths = [PATHWAYS, *[HIDDEN] * PATHWAYS, CLASSES]
     return [fill_normal_(torch.empty(N, width, dtype=torch.float64), stream) for width in widths]
 
 
-def credit(wanted: list[Tensor], entered: dict[int, Tensor], signal: list[Tensor]) -> None:
-    for layer, x in entered.items():
-        wanted[2 * layer] += torch.outer(signal[layer], x.detach())
-        wanted[2 * layer + 1] += signal[layer]
+def credit(expected: list[Tensor], layer_inputs: dict[int, Tensor], signals: list[Tensor]) -> None:
+    for layer, x in layer_inputs.items():
+        expected[2 * layer] += torch.outer(signals[layer], x.detach())
+        expected[2 * layer + 1] += signals[layer]
 
 
-NONE = [torch.zeros(())] * (PATHWAYS + 2)
+NO_NOISE = [torch.zeros(())] * (PATHWAYS + 2)
 
 
 @pytest.mark.parametrize("active", [1, 2])
-def test_node_perturbation_equals_its_twin_where_ways_change(active: int) -> None:
+def test_node_perturbation_equals_its_reference_where_routes_change(active: int) -> None:
     model, sigma, samples = network(active), 0.5, 3
-    wanted = [torch.zeros_like(p) for p in model.parameters()]
+    expected = [torch.zeros_like(p) for p in model.parameters()]
     changed = 0
     with torch.no_grad():
         for sample in range(samples):
-            xi = drawn(2, sample)
+            xi = draw_noise(2, sample)
             for n in range(N):
-                clean, entered = one_sample(model, n, NONE)
-                noisy, others = one_sample(model, n, [sigma * each[n] for each in xi])
-                changed += entered.keys() != others.keys()
+                clean, layer_inputs = one_sample(model, n, NO_NOISE)
+                noisy, other_inputs = one_sample(model, n, [sigma * each[n] for each in xi])
+                changed += layer_inputs.keys() != other_inputs.keys()
                 slope = (noisy - clean) / (sigma * N * samples)
-                credit(wanted, entered, [slope * each[n] for each in xi])
-    assert changed  # the noise on the controller has sent samples elsewhere
+                credit(expected, layer_inputs, [slope * each[n] for each in xi])
+    assert changed  # noise on the controller has changed routes
     optimizer = bioopt.NodePerturbation(model, 0.1, sigma=sigma, samples=samples, seed=2)
-    close(wanted, estimate(optimizer, model))
+    assert_all_close(expected, estimate(optimizer, model))
 
 
 @pytest.mark.parametrize("active", [1, 2])
 @pytest.mark.parametrize("exact", [True, False])
-def test_forward_gradient_equals_its_twin(active: int, exact: bool) -> None:
+def test_forward_gradient_equals_its_reference(active: int, exact: bool) -> None:
     model, samples = network(active), 2
     optimizer = bioopt.ForwardGradient(model, 0.1, space="activities", samples=samples, difference=1e-5, seed=4)
     optimizer._by_differences = not exact
-    wanted = [torch.zeros_like(p) for p in model.parameters()]
+    expected = [torch.zeros_like(p) for p in model.parameters()]
     for sample in range(samples):
-        xi = drawn(4, sample)
+        xi = draw_noise(4, sample)
         for n in range(N):
             noise = [torch.zeros_like(each[n], requires_grad=True) for each in xi]
-            loss, entered = one_sample(model, n, noise)
+            loss, layer_inputs = one_sample(model, n, noise)
             slopes = torch.autograd.grad(loss, noise, allow_unused=True)
             slope = sum((g * each[n]).sum() for g, each in zip(slopes, xi, strict=True) if g is not None)
-            credit(wanted, entered, [slope * each[n] / (N * samples) for each in xi])
-    found = estimate(optimizer, model)
+            credit(expected, layer_inputs, [slope * each[n] / (N * samples) for each in xi])
+    actual = estimate(optimizer, model)
     assert optimizer._by_differences != exact
-    for a, b in zip(wanted, found, strict=True):
+    for a, b in zip(expected, actual, strict=True):
         torch.testing.assert_close(a.detach(), b, rtol=1e-9 if exact else 1e-5, atol=1e-12 if exact else 1e-7)
 
 
@@ -261,21 +264,21 @@ def test_the_mean_forward_gradient_is_the_gradient() -> None:
     assert 0.8 < two.norm() / one.norm() < 1.25
 
 
-def test_reward_hebbian_equals_its_twin() -> None:
+def test_reward_hebbian_equals_its_reference() -> None:
     model, sigma = network(active=1), 0.5
-    wanted = [torch.zeros_like(p) for p in model.parameters()]
-    xi = drawn(5, 0)
+    expected = [torch.zeros_like(p) for p in model.parameters()]
+    xi = draw_noise(5, 0)
     with torch.no_grad():
         passes = [one_sample(model, n, [sigma * each[n] for each in xi]) for n in range(N)]
         mean = sum(loss for loss, _ in passes) / N
-        for n, (loss, entered) in enumerate(passes):
-            credit(wanted, entered, [(loss - mean) / (sigma * N) * each[n] for each in xi])
-    close(wanted, estimate(bioopt.RewardHebbian(model, 0.1, sigma=sigma, seed=5), model))
+        for n, (loss, layer_inputs) in enumerate(passes):
+            credit(expected, layer_inputs, [(loss - mean) / (sigma * N) * each[n] for each in xi])
+    assert_all_close(expected, estimate(bioopt.RewardHebbian(model, 0.1, sigma=sigma, seed=5), model))
 
 
-def test_rank_one_perturbation_equals_its_twin() -> None:
+def test_rank_one_perturbation_equals_its_reference() -> None:
     model, sigma, samples = network(active=1), 0.3, 2
-    wanted = [torch.zeros_like(p) for p in model.parameters()]
+    expected = [torch.zeros_like(p) for p in model.parameters()]
     layers = [s.layer for s in find_synapses(model)]
     changed = 0
     for sample in range(samples):
@@ -285,25 +288,25 @@ def test_rank_one_perturbation_equals_its_twin() -> None:
             shapes = [(N, len(layer.weight)), (N, layer.weight.shape[1]), (N, len(layer.weight))]
             members.append([fill_normal_(torch.empty(shape, dtype=torch.float64), stream) for shape in shapes])
         for n in range(N):
-            sides, taken = [], []
+            losses, routes = [], []
             for sign in (1, -1):
                 other = copy.deepcopy(model)
                 for synapse, (a, b, c) in zip(find_synapses(other), members, strict=True):
                     with torch.no_grad():
                         synapse.layer.weight.add_(sign * sigma * torch.outer(a[n], b[n]))
                         synapse.layer.bias.add_(sign * sigma * c[n])
-                loss, entered = one_sample(other, n, NONE)
-                sides.append(loss.item())
-                taken.append(set(entered))
-            changed += taken[0] != taken[1]
-            slope = (sides[0] - sides[1]) / (2 * sigma * N * samples)
-            for layer in taken[0] | taken[1]:
+                loss, layer_inputs = one_sample(other, n, NO_NOISE)
+                losses.append(loss.item())
+                routes.append(set(layer_inputs))
+            changed += routes[0] != routes[1]
+            slope = (losses[0] - losses[1]) / (2 * sigma * N * samples)
+            for layer in routes[0] | routes[1]:
                 a, b, c = members[layer]
-                wanted[2 * layer] += slope * torch.outer(a[n], b[n])
-                wanted[2 * layer + 1] += slope * c[n]
+                expected[2 * layer] += slope * torch.outer(a[n], b[n])
+                expected[2 * layer + 1] += slope * c[n]
     assert changed
     optimizer = bioopt.RankOnePerturbation(model, 0.1, sigma=sigma, samples=samples, seed=6)
-    close(wanted, estimate(optimizer, model))
+    assert_all_close(expected, estimate(optimizer, model))
 
 
 class Threshold(nn.Module):
@@ -312,7 +315,7 @@ class Threshold(nn.Module):
 
 
 class Unrolled(nn.Module):
-    """A gate that chooses anew each time step."""
+    """A gate that selects pathways at each time step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -321,41 +324,42 @@ class Unrolled(nn.Module):
         pathways = [nn.Sequential(nn.Linear(SIZE, HIDDEN), Threshold()) for _ in range(2)]
         self.gate = Gate(controller, pathways, active=1)
         self.readout, self.neurons = nn.Linear(HIDDEN, CLASSES), Threshold()
-        self.ways: list[Tensor] = []
+        self.routes: list[Tensor] = []
 
     def forward(self, spikes: Tensor) -> Tensor:
-        total: Any = 0
-        self.ways.clear()
+        spike_count: Any = 0
+        self.routes.clear()
         for x in spikes:
-            total = total + self.neurons(self.readout((self.gate(x) > 0).to(x.dtype)))  # a gate is no whole spike
+            spikes_in = (self.gate(x) > 0).to(x.dtype)  # without the factor of the gate
+            spike_count = spike_count + self.neurons(self.readout(spikes_in))
             assert self.gate.gates is not None
-            self.ways.append(self.gate.gates.argmax(1))
-        return total
+            self.routes.append(self.gate.gates.argmax(1))
+        return spike_count
 
 
-@pytest.mark.parametrize("rule", [bioopt.STDP, bioopt.RewardSTDP])
-def test_spikes_leave_traces_while_samples_take_other_ways(rule: type) -> None:
+@pytest.mark.parametrize("rule", SPIKING)
+def test_traces_decay_while_samples_take_other_routes(rule: type) -> None:
     model = Unrolled().double()
     spikes = (torch.rand(4, N, SIZE, generator=torch.Generator().manual_seed(1)) < 0.5).double()
     options = {"readout": None} if rule is bioopt.STDP else {"tau_e": math.inf}
     optimizer = rule(model, 1.0, bounds=None, **options)
     optimizer.estimate(lambda: (model(spikes) - 1).square().mean(1))
     optimizer.close()
-    assert any((way != model.ways[0]).any() for way in model.ways)
+    assert any((route != model.routes[0]).any() for route in model.routes)
     losses = (model(spikes) - 1).square().mean(1)
     for i, pathway in enumerate(model.gate.pathways):
-        wanted = torch.zeros_like(pathway[0].weight)
+        expected = torch.zeros_like(pathway[0].weight)
         for n in range(N):
             p, q = torch.zeros(SIZE).double(), torch.zeros(HIDDEN).double()
             signal = 1 if rule is bioopt.STDP else -(losses[n] - losses.mean())
-            for x, way in zip(spikes[:, n], [way[n] for way in model.ways], strict=True):
-                here = float(way == i)
+            for x, route in zip(spikes[:, n], [route[n] for route in model.routes], strict=True):
+                here = float(route == i)
                 s = here * pathway(x)
                 p = math.exp(-1 / 20) * p + here * x
                 q = math.exp(-1 / 20) * q
-                wanted += signal * (torch.outer(s, p) - torch.outer(q, here * x)) / N
+                expected += signal * (torch.outer(s, p) - torch.outer(q, here * x)) / N
                 q = q + s
-        torch.testing.assert_close(pathway[0].weight.grad, -wanted)
+        torch.testing.assert_close(pathway[0].weight.grad, -expected)
 
 
 # -- every rule --------------------------------------------------------------------------------------------------------
@@ -363,20 +367,20 @@ def test_spikes_leave_traces_while_samples_take_other_ways(rule: type) -> None:
 
 @pytest.mark.parametrize("case", ORDINARY)
 @pytest.mark.parametrize("build", [gated, attentive])
-def test_every_rule_trains_it(case: Case, build: Callable[[], nn.Sequential]) -> None:
+def test_every_rule_trains_routing(rule: type, build: Callable[[], nn.Sequential]) -> None:
     model = build()
     optimizer, before = case.make(model), weights(model)
     steps(optimizer, model, 2)
     assert not same(before, weights(model))
     assert all(p.isfinite().all() for p in model.parameters())
-    if case.shares_pass:  # all learn at once
+    if rule in ONE_PASS:  # all synapses learn in each step
         learned = [s.layer.weight for s in find_synapses(model)]
         names = {id(p): b for p, b in zip(model.parameters(), before, strict=True)}
         assert not any(torch.equal(p, names[id(p)]) for p in learned)
 
 
-@pytest.mark.parametrize("case", [case for case in ONE_PASS if case.ordinary])
-def test_a_pathway_learns_from_its_own_samples_alone(case: Case) -> None:
+@pytest.mark.parametrize("rule", [rule for rule in ONE_PASS if rule in ORDINARY])
+def test_a_pathway_learns_only_from_its_own_samples(rule: type) -> None:
     x, y = batch(0, 16)
     model = gated()
     optimizer = case.make(model)
@@ -384,18 +388,18 @@ def test_a_pathway_learns_from_its_own_samples_alone(case: Case) -> None:
     taken = model[1].gates.argmax(1)
     assert len(set(taken.tolist())) > 2
     for i, pathway in enumerate(gated()[1].pathways):
-        found = model[1].pathways[i][0].weight.grad
+        actual = model[1].pathways[i][0].weight.grad
         if not (taken == i).any():
-            assert found is None
+            assert actual is None
             continue
         alone = nn.Sequential(nn.Flatten(), *pathway, nn.Linear(6, 5))
         other = case.make(alone)
         other.estimate(per_sample(other, alone, x[taken == i], y[taken == i]))
-        torch.testing.assert_close(found, alone[1].weight.grad, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(actual, alone[1].weight.grad, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("case", [case for case in ONE_PASS if case.ordinary])
-def test_a_pathway_that_none_takes_is_left_alone(case: Case) -> None:
+@pytest.mark.parametrize("rule", [rule for rule in ONE_PASS if rule in ORDINARY])
+def test_a_pathway_without_samples_does_not_change(rule: type) -> None:
     model = gated(forced=2)
     optimizer, before = case.make(model, momentum=0.9), weights(model[1].pathways)
     with warnings.catch_warnings():
@@ -407,7 +411,7 @@ def test_a_pathway_that_none_takes_is_left_alone(case: Case) -> None:
 
 
 @pytest.mark.parametrize("rule", [bioopt.NodePerturbation, bioopt.RankOnePerturbation, bioopt.ForwardGradient])
-def test_noise_on_a_pathway_that_none_takes(rule: type) -> None:
+def test_noise_on_a_pathway_without_samples(rule: type) -> None:
     model = gated(forced=2)
     options = {"decorrelation": 1e-4} if rule is bioopt.NodePerturbation else {}
     options |= {"space": "activities"} if rule is bioopt.ForwardGradient else {}
@@ -417,7 +421,7 @@ def test_noise_on_a_pathway_that_none_takes(rule: type) -> None:
     assert [torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [True] * 4 + [False] * 2 + [True] * 2
 
 
-def test_a_modulator_of_each_sample_goes_with_it() -> None:
+def test_a_per_sample_modulator_follows_the_routes() -> None:
     x, y = batch(0, 16)
     model, other = gated(), gated()
     optimizer, plain = make(bioopt.Hebbian, model, decay="none"), make(bioopt.Hebbian, other, decay="none")
@@ -455,24 +459,26 @@ def test_credit_needs_samples_first() -> None:
         steps(make(bioopt.NodePerturbation, model), model, 1)
 
 
-def test_at_once_what_can_be_mapped() -> None:
-    """All noisy passes in one: through attention and an open gate; a gate that chooses is run pass by pass."""
+def test_batched_passes_run_where_vmap_can() -> None:
+    """Noisy passes are batched through attention and a dense gate, and run one by one through a sparse gate."""
     for build in (attentive, lambda: gated(active=None), lambda: gated(active=1)):
-        found = []
+        actual = []
         for batched in (False, True):
             model = build()
             optimizer = bioopt.NodePerturbation(model, 0.1, sigma=0.01, samples=3, batched=batched)
             if batched and getattr(model[1], "active", None):
-                with pytest.warns(UserWarning, match=r"vmap cannot run this closure \(Gate\(active=1\): under"):
+                with pytest.warns(
+                    UserWarning, match=r"vmap cannot run this closure \(Gate\(active=1\): torch.func.vmap"
+                ):
                     steps(optimizer, model, 1)
             else:
                 steps(optimizer, model, 1)
                 assert optimizer.batched == batched
-            found.append(weights(model))
-            copy.deepcopy(model)  # nothing of the mapping is left in it
-        for a, b in zip(*found, strict=True):
+            actual.append(weights(model))
+            copy.deepcopy(model)  # fails if the model still refers to tensors of vmap
+        for a, b in zip(*actual, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
-    model = gated(active=1)  # the ways do not depend on the noise
+    model = gated(active=1)  # routes do not depend on the noise
     model[1].controller.requires_grad_(False)
     optimizer = bioopt.NodePerturbation(model, 0.1, sigma=0.01, samples=3, batched=True)
     steps(optimizer, model, 1)
@@ -486,13 +492,13 @@ def test_forward_gradients_are_exact_through_attention(space: str) -> None:
     optimizer = bioopt.ForwardGradient(model, 0.1, space=space, samples=1, credit="global", seed=3)
     optimizer.estimate(lambda: F.cross_entropy(model(x.double()), y))
     assert not optimizer._by_differences
-    found = [p.grad.clone() for p in model.parameters()]
+    actual = [p.grad.clone() for p in model.parameters()]
     stream = NoiseSource().stream(torch.device("cpu"), 3, 0, 0)
     if space == "weights":
         gradient = torch.autograd.grad(F.cross_entropy(model(x.double()), y), list(model.parameters()))
         z = [fill_normal_(torch.empty_like(p.detach()), stream) for p in model.parameters()]
         slope = sum((g * d).sum() for g, d in zip(gradient, z, strict=True))
-        close([slope * d for d in z], found)
+        assert_all_close([slope * d for d in z], actual)
         return
     u, xs = [], []
     hooks = [
@@ -504,16 +510,16 @@ def test_forward_gradients_are_exact_through_attention(space: str) -> None:
     slopes = torch.autograd.grad(loss, u)
     xi = [fill_normal_(torch.empty_like(each), stream) for each in u]
     slope = sum((g * d).sum() for g, d in zip(slopes, xi, strict=True))
-    wanted = []
-    for d, entered in zip(xi, xs, strict=True):
-        d, entered = (t.detach().flatten(0, -2) for t in (d, entered))
-        wanted += [slope * d.T @ entered, slope * d.sum(0)]
-    close([w.detach() for w in wanted], found)
+    expected = []
+    for d, layer_inputs in zip(xi, xs, strict=True):
+        d, layer_inputs = (t.detach().flatten(0, -2) for t in (d, layer_inputs))
+        expected += [slope * d.T @ layer_inputs, slope * d.sum(0)]
+    assert_all_close([w.detach() for w in expected], actual)
     for hook in hooks:
         hook.remove()
 
 
-# -- as any module -----------------------------------------------------------------------------------------------------
+# -- module behaviour --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("build", [gated, attentive, lambda: gated(active=None)])
@@ -529,35 +535,39 @@ def test_copies_states_and_compilation(build: Callable[[], nn.Sequential]) -> No
     other.load_state_dict(model.state_dict())
     compiled = torch.compile(copy.deepcopy(model), backend="aot_eager")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch's compiler itself
+        warnings.simplefilter("ignore")  # from torch's compiler
         torch.testing.assert_close(compiled(x), y)
-    for same_one in (copied, pickled, other):
-        assert torch.equal(same_one(x), y)
+    for equal_model in (copied, pickled, other):
+        assert torch.equal(equal_model(x), y)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(model(x).float(), y, rtol=0.1, atol=0.1)
 
 
-def test_what_a_gate_refuses() -> None:
+def test_invalid_arguments_of_a_gate_are_refused() -> None:
     two = [nn.Linear(SIZE, HIDDEN) for _ in range(2)]
-    with pytest.raises(ValueError, match=r"Gate: pathways=.*: give at least two modules"):
+    with pytest.raises(ValueError, match=r"Gate: pathways=.* must be at least two modules"):
         Gate(nn.Linear(SIZE, 1), two[:1])
     for active in (0, 3, True, 1.0):
-        with pytest.raises(ValueError, match=f"Gate: active={active} must be an integer from 1 to the 2 pathways"):
+        with pytest.raises(
+            ValueError, match=f"Gate: active={active} must be an integer from 1 to 2, the number of pathways"
+        ):
             Gate(nn.Linear(SIZE, 2), two, active=active)  # type: ignore[arg-type]
     normed = [two[0], nn.Sequential(nn.Linear(SIZE, HIDDEN), nn.BatchNorm1d(HIDDEN))]
-    with pytest.raises(ValueError, match=r"Gate\(active=1\): pathways.1.1 is a BatchNorm1d, which cannot be run on"):
+    with pytest.raises(ValueError, match=r"Gate\(active=1\): pathways.1.1 is a BatchNorm1d, which cannot run on"):
         Gate(nn.Linear(SIZE, 2), normed, active=1)
-    Gate(nn.Linear(SIZE, 2), normed).double()(X)  # all see all
-    with pytest.raises(ValueError, match=r"scores of shape \(8, 3\) where there are 8 samples and 2 pathways"):
+    Gate(nn.Linear(SIZE, 2), normed).double()(X)  # all samples take all pathways
+    with pytest.raises(ValueError, match=r"scores of shape \(8, 3\), but there are 8 samples and 2 pathways"):
         Gate(nn.Linear(SIZE, 3), two).double()(X)
-    unlike = [nn.Linear(SIZE, HIDDEN), nn.Linear(SIZE, HIDDEN + 1)]
+    unequal = [nn.Linear(SIZE, HIDDEN), nn.Linear(SIZE, HIDDEN + 1)]
     for active in (None, 1):
-        with pytest.raises(ValueError, match=r"pathway 0 \(Linear\) gave .*, 5\) .*, pathway 1 \(Linear\) of .*, 6\)"):
-            Gate(nn.Linear(SIZE, 2), unlike, active=active).double()(X)
+        with pytest.raises(
+            ValueError, match=r"pathway 0 \(Linear\) returned .*, 5\) .*, pathway 1 \(Linear\) of .*, 6\)"
+        ):
+            Gate(nn.Linear(SIZE, 2), unequal, active=active).double()(X)
 
 
-def test_what_attention_refuses() -> None:
-    with pytest.raises(ValueError, match=r"size=6 does not divide into heads=4: choose heads among \[1, 2, 3, 6\]"):
+def test_invalid_arguments_of_attention_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"heads=4 must divide size=6: choose one of \[1, 2, 3, 6\]"):
         Attention(6, 4)
     with pytest.raises(ValueError, match="heads=0 must be an integer >= 1"):
         Attention(6, 0)

@@ -1,4 +1,4 @@
-"""Short-term memory: both forms against slow twins, what holds between them, and what they refuse."""
+"""Short-term memory: both forms against slow reference implementations, their relation, and errors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BOTH = [
 
 
 def pairs(steps: int = STEPS, batch: int = BATCH, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys, values and strengths, steps × batch × their size; of every third step some samples store nothing."""
+    """Keys, values and strengths, steps × batch × size; in every third step some samples store nothing."""
     generator = torch.Generator().manual_seed(seed)
     draw = [torch.randn(steps, batch, n, generator=generator, dtype=torch.float64) for n in (SIZE, VALUE)]
     strengths = torch.rand(steps, batch, generator=generator, dtype=torch.float64)
@@ -49,22 +49,22 @@ def slow_buffer(
         items.insert(0, {"key": key, "value": value, "strength": strength})
         if len(items) > capacity:
             weakest = min(item["strength"] for item in items)
-            items.remove([item for item in items if item["strength"] == weakest][-1])  # of several, the oldest
-    likeness = [sum(a * b for a, b in zip(item["key"], cue.tolist(), strict=True)) for item in items]
+            items.remove([item for item in items if item["strength"] == weakest][-1])  # of equal ones, the oldest
+    similarities = [sum(a * b for a, b in zip(item["key"], cue.tolist(), strict=True)) for item in items]
     if beta is None:
-        shares = [item["strength"] * alike for item, alike in zip(items, likeness, strict=True)]
+        weights = [item["strength"] * s for item, s in zip(items, similarities, strict=True)]
     else:
-        shares = [item["strength"] * math.exp(beta * alike) for item, alike in zip(items, likeness, strict=True)]
-        shares = [share / sum(shares) for share in shares]
-    return [sum(a * item["value"][j] for a, item in zip(shares, items, strict=True)) for j in range(VALUE)]
+        weights = [item["strength"] * math.exp(beta * s) for item, s in zip(items, similarities, strict=True)]
+        weights = [weight / sum(weights) for weight in weights]
+    return [sum(a * item["value"][j] for a, item in zip(weights, items, strict=True)) for j in range(VALUE)]
 
 
 @pytest.mark.parametrize("beta", [None, 0.0, 2.0])
 @pytest.mark.parametrize("capacity", [1, 4, STEPS, 100])
 @pytest.mark.parametrize("decay", [0.0, 0.7, 1.0])
-def test_the_buffer_is_its_slow_twin(beta: float | None, capacity: int, decay: float) -> None:
+def test_the_buffer_equals_its_reference(beta: float | None, capacity: int, decay: float) -> None:
     keys, values, strengths = pairs()
-    strengths[-1] = 0.5  # or decay=0 leaves nothing, whose shares the twin cannot make
+    strengths[-1] = 0.5  # with decay=0 all other items vanish, and the reference cannot normalise
     cue = pairs(seed=1)[0][0]
     memory = ShortTermMemory(SIZE, VALUE, capacity=capacity, decay=decay, inverse_temperature=beta)
     state = stored(memory, keys, values, strengths)
@@ -74,7 +74,7 @@ def test_the_buffer_is_its_slow_twin(beta: float | None, capacity: int, decay: f
         torch.testing.assert_close(read, torch.tensor(slow, dtype=torch.float64))
 
 
-def test_fast_weights_are_their_slow_twin() -> None:
+def test_fast_weights_equal_their_reference() -> None:
     keys, values, strengths = pairs()
     state = stored(FastWeights(SIZE, VALUE, rate=0.3, decay=0.8), keys, values, strengths)
     for n in range(BATCH):
@@ -86,8 +86,8 @@ def test_fast_weights_are_their_slow_twin() -> None:
                 assert math.isclose(state[n, i, j], synapse, rel_tol=1e-9, abs_tol=1e-12)
 
 
-def test_reading_fast_weights_is_attending_to_the_recent_past() -> None:
-    """Ba et al.'s equation 2: ``A(t) h = η Σ λ^(t-τ) h(τ) (h(τ)·h)``; and so a boundless buffer, read linearly."""
+def test_reading_fast_weights_attends_to_the_recent_past() -> None:
+    """Ba et al.'s equation 2: ``A(t) h = η Σ λ^(t-τ) h(τ) (h(τ)·h)``; this equals a linear buffer without a limit."""
     keys, values, strengths = pairs()
     cue = pairs(seed=1)[0][0]
     fast = FastWeights(SIZE, rate=0.5, decay=0.95)
@@ -104,7 +104,7 @@ def test_reading_fast_weights_is_attending_to_the_recent_past() -> None:
     torch.testing.assert_close(by_synapses, by_items)
 
 
-def test_the_oldest_is_displaced_unless_it_is_stronger() -> None:
+def test_the_oldest_item_is_displaced_unless_it_is_stronger() -> None:
     memory = ShortTermMemory(SIZE, capacity=2, decay=1.0)
     one, two, three = torch.eye(SIZE)[:3]
     state = None
@@ -117,7 +117,7 @@ def test_the_oldest_is_displaced_unless_it_is_stronger() -> None:
     assert torch.equal(state.keys, torch.stack([one, three]))
 
 
-def test_time_alone_displaces_nothing() -> None:
+def test_writing_with_strength_0_displaces_nothing() -> None:
     memory = ShortTermMemory(SIZE, capacity=2, decay=0.9)
     one, two, other = torch.eye(SIZE)[:3]
     state = memory.write(two, state=memory.write(one))
@@ -127,7 +127,7 @@ def test_time_alone_displaces_nothing() -> None:
     torch.testing.assert_close(state.strengths, torch.tensor([0.9**5, 0.9**6]))
 
 
-def test_a_strong_item_is_completed_from_a_part_of_it() -> None:
+def test_an_item_is_completed_from_a_part_of_it() -> None:
     patterns = torch.randn(5, 200, generator=torch.Generator().manual_seed(0)).sign() / 200**0.5
     memory = ShortTermMemory(200, inverse_temperature=50.0)
     state = None
@@ -139,7 +139,7 @@ def test_a_strong_item_is_completed_from_a_part_of_it() -> None:
 
 
 @pytest.mark.parametrize("memory", BOTH)
-def test_an_empty_memory_brings_nothing_back(memory: Any) -> None:
+def test_an_empty_memory_returns_zeros(memory: Any) -> None:
     keys, values, _ = pairs()
     assert torch.equal(memory.read(keys[0], None), torch.zeros(BATCH, VALUE, dtype=torch.float64))
     state = memory.write(keys[0], values[0], strength=0.0)
@@ -147,7 +147,7 @@ def test_an_empty_memory_brings_nothing_back(memory: Any) -> None:
 
 
 @pytest.mark.parametrize("memory", BOTH)
-def test_a_step_reads_before_it_writes_and_leaves_the_old_state(memory: Any) -> None:
+def test_a_step_reads_before_it_writes_and_does_not_modify_the_old_state(memory: Any) -> None:
     keys, values, strengths = pairs()
     state = stored(memory, keys[:5], values[:5], strengths[:5])
     before = copy.deepcopy(state)
@@ -158,7 +158,7 @@ def test_a_step_reads_before_it_writes_and_leaves_the_old_state(memory: Any) -> 
 
 
 @pytest.mark.parametrize("memory", BOTH)
-def test_samples_and_batches_of_any_shape_are_alike(memory: Any) -> None:
+def test_batches_of_any_shape_give_the_same_results(memory: Any) -> None:
     keys, values, strengths = pairs(batch=6)
     whole = memory.read(keys[0], stored(memory, keys, values, strengths))
     shaped = [t.unflatten(1, (2, 3)) for t in (keys, values, strengths)]
@@ -171,7 +171,7 @@ def test_samples_and_batches_of_any_shape_are_alike(memory: Any) -> None:
 
 @pytest.mark.parametrize("memory", BOTH)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_state_and_reading_take_the_patterns_dtype(memory: Any, dtype: torch.dtype) -> None:
+def test_state_and_reading_have_the_dtype_of_the_patterns(memory: Any, dtype: torch.dtype) -> None:
     keys, values, strengths = (t.to(dtype) for t in pairs())
     state = stored(copy.deepcopy(memory), keys, values, strengths)
     assert {t.dtype for t in (state if isinstance(state, tuple) else [state])} == {dtype}
@@ -179,7 +179,7 @@ def test_state_and_reading_take_the_patterns_dtype(memory: Any, dtype: torch.dty
 
 
 @pytest.mark.parametrize("memory", BOTH)
-def test_gradients_flow_through_what_was_stored(memory: Any) -> None:
+def test_gradients_flow_through_stored_pairs(memory: Any) -> None:
     keys, values, strengths = (t[:4].clone().requires_grad_() for t in pairs(seed=3))
     cue = pairs(seed=1)[0][0].requires_grad_()
 
@@ -189,8 +189,7 @@ def test_gradients_flow_through_what_was_stored(memory: Any) -> None:
     assert torch.autograd.gradcheck(read, (cue, keys, values, strengths))
 
 
-def test_it_stands_within_a_network() -> None:
-    """A network that learns its keys: only by a gradient through the memory can it do so."""
+def test_a_network_learns_its_keys_through_the_memory() -> None:
     model, memory = mlp(sizes=(5, 8, SIZE)), FastWeights(SIZE, VALUE)
     _, values, _ = pairs()
     inputs = torch.randn(BATCH, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -232,25 +231,31 @@ def test_patterns_that_do_not_fit_are_refused(memory: Any) -> None:
     name = type(memory).__name__
     refused: list[tuple[Any, str]] = [
         (lambda: memory.write(values[0], values[0]), rf"{name}: a key of shape \(3, 4\) does not fit size=6"),
-        (lambda: memory.write(keys[0], keys[0]), r"a value of shape \(3, 6\) does not fit value_size=4"),
+        (lambda: memory.write(keys[0], keys[0]), r"a value of shape \(3, 6\) does not fit value_size=4, its last"),
         (lambda: memory.read(values[0], state), r"a cue of shape \(3, 4\) does not fit size=6"),
         (lambda: memory.read(torch.tensor(1.0), None), r"a cue of shape \(\) does not fit size=6"),
         (lambda: memory.write(keys[0]), r"value=None .* size=6 and value_size=4 differ"),
-        (lambda: memory.write(keys[0], values[0, :2]), r"a value of shape \(2, 4\) comes with a key of shape \(3, 6\)"),
-        (lambda: memory.write(keys[0, :2], values[0, :2], state), r"the state is of a batch \(3,\) .* begins with"),
-        (lambda: memory.read(keys[0, :2], state), r"the state is of a batch \(3,\)"),
-        (lambda: type(memory)(9, VALUE).read(torch.zeros(3, 9), state), r"and size 6, the pattern of \(3,\) and 9"),
-        (lambda: memory.write(keys[0], values[0], state, -1.0), r"strength from -1 must be >= 0"),
-        (lambda: memory.write(keys[0], values[0], state, math.nan), r"strength from nan must be >= 0"),
+        (
+            lambda: memory.write(keys[0], values[0, :2]),
+            r"a value of shape .2, 4. does not fit a key of shape .3, 6.",
+        ),
+        (
+            lambda: memory.write(keys[0, :2], values[0, :2], state),
+            r"the state has batch shape .3,. .* state=None",
+        ),
+        (lambda: memory.read(keys[0, :2], state), r"the state has batch shape \(3,\)"),
+        (lambda: type(memory)(9, VALUE).read(torch.zeros(3, 9), state), r"and size 6, but the pattern \(3,\) and 9"),
+        (lambda: memory.write(keys[0], values[0], state, -1.0), r"strength must be >= 0, but its minimum is -1"),
+        (lambda: memory.write(keys[0], values[0], state, math.nan), r"strength must be >= 0, but its minimum is nan"),
         (lambda: memory.write(keys[0], values[0], state, strengths[:2, 0]), r"strength of shape \(2,\) must be one"),
     ]
     for call, message in refused:
         with pytest.raises(ValueError, match=message):
             call()
-    with pytest.raises(TypeError, match=r"the key is of torch.int64: make it floating point"):
+    with pytest.raises(TypeError, match=r"the key has type torch.int64: convert it"):
         memory.write(torch.ones(3, SIZE, dtype=torch.long), values[0])
 
 
-def test_what_is_shown_of_them() -> None:
+def test_repr() -> None:
     assert repr(BOTH[0]) == ("ShortTermMemory(size=6, value_size=4, capacity=7, decay=0.9, inverse_temperature=8.0)")
     assert repr(BOTH[2]) == "FastWeights(size=6, value_size=4, rate=0.5, decay=0.95)"
