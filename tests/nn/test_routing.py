@@ -20,7 +20,7 @@ from bioopt.core.noise import NoiseSource, fill_normal_
 from bioopt.core.rows import rows_now
 from bioopt.nn import Attention, Gate
 
-from ..rules import ONE_PASS, ORDINARY, batch, make, per_sample, same, steps, weights
+from ..rules import ONE_PASS, ORDINARY, Case, batch, make, per_sample, same, steps, weights
 
 N, SIZE, HIDDEN, CLASSES, PATHWAYS = 8, 6, 5, 4, 3
 GENERATOR = torch.Generator().manual_seed(7)
@@ -337,7 +337,7 @@ class Unrolled(nn.Module):
         return spike_count
 
 
-@pytest.mark.parametrize("rule", SPIKING)
+@pytest.mark.parametrize("rule", [bioopt.STDP, bioopt.RewardSTDP])
 def test_traces_decay_while_samples_take_other_routes(rule: type) -> None:
     model = Unrolled().double()
     spikes = (torch.rand(4, N, SIZE, generator=torch.Generator().manual_seed(1)) < 0.5).double()
@@ -367,20 +367,20 @@ def test_traces_decay_while_samples_take_other_routes(rule: type) -> None:
 
 @pytest.mark.parametrize("case", ORDINARY)
 @pytest.mark.parametrize("build", [gated, attentive])
-def test_every_rule_trains_routing(rule: type, build: Callable[[], nn.Sequential]) -> None:
+def test_every_rule_trains_routing(case: Case, build: Callable[[], nn.Sequential]) -> None:
     model = build()
     optimizer, before = case.make(model), weights(model)
     steps(optimizer, model, 2)
     assert not same(before, weights(model))
     assert all(p.isfinite().all() for p in model.parameters())
-    if rule in ONE_PASS:  # all synapses learn in each step
+    if case in ONE_PASS:  # all synapses learn in each step
         learned = [s.layer.weight for s in find_synapses(model)]
         names = {id(p): b for p, b in zip(model.parameters(), before, strict=True)}
         assert not any(torch.equal(p, names[id(p)]) for p in learned)
 
 
-@pytest.mark.parametrize("rule", [rule for rule in ONE_PASS if rule in ORDINARY])
-def test_a_pathway_learns_only_from_its_own_samples(rule: type) -> None:
+@pytest.mark.parametrize("case", [case for case in ONE_PASS if case.ordinary])
+def test_a_pathway_learns_only_from_its_own_samples(case: Case) -> None:
     x, y = batch(0, 16)
     model = gated()
     optimizer = case.make(model)
@@ -398,8 +398,8 @@ def test_a_pathway_learns_only_from_its_own_samples(rule: type) -> None:
         torch.testing.assert_close(actual, alone[1].weight.grad, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("rule", [rule for rule in ONE_PASS if rule in ORDINARY])
-def test_a_pathway_without_samples_does_not_change(rule: type) -> None:
+@pytest.mark.parametrize("case", [case for case in ONE_PASS if case.ordinary])
+def test_a_pathway_without_samples_does_not_change(case: Case) -> None:
     model = gated(forced=2)
     optimizer, before = case.make(model, momentum=0.9), weights(model[1].pathways)
     with warnings.catch_warnings():
