@@ -84,7 +84,7 @@ class RunLog:
         """Write the summary, print these lines, and close W&B."""
         write_json(self.folder / "summary.json", summary)
         print("\n".join(lines))
-        print(f"everything is in {self.folder}")
+        print(f"results are in {self.folder}")
         if self._wandb is not None:
             import wandb
 
@@ -97,7 +97,7 @@ class RunLog:
             self._wandb.finish()
             if offline:
                 folder = os.path.relpath(run_dir)
-                print(f"W&B is offline: see this run with `wandb leet {folder}`, upload it with `wandb sync {folder}`")
+                print(f"W&B is offline: show this run with `wandb leet {folder}`, upload it with `wandb sync {folder}`")
         self._wandb = None
 
     def close(self) -> None:

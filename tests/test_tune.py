@@ -42,7 +42,7 @@ def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     [
         (["optimizer.lr=interval(2.0, 1.0)"], "optimizer.lr=interval(2.0, 1.0) cannot be searched (`low <= high` must"),
         (["optimizer.lr=tag(log, interval(0.0, 1.0))"], "cannot be searched (`low > 0` must hold"),
-        (["optimizer.lr=1,2", "experiment=savings"], "error: experiment=savings measures no test accuracy"),
+        (["optimizer.lr=1,2", "experiment=savings"], "error: experiment=savings has no test accuracy"),
         (["optimizer.lr=1,2", "--name", "../x"], "error: --name=../x"),
         (["optimizer.lr=1,2", "--name", "bad"], "study.db cannot be used ((sqlite3.DatabaseError) file is not a"),
         (["optimizer.lr=1,2", "--trials", "0"], "error: --trials 0 must be at least 1"),
@@ -62,14 +62,14 @@ def test_other_values_need_another_study(search: Any) -> None:
     code, told = search("optimizer.lr=1,3", "--name", "one", "--trials", "2")
     assert code == 1
     assert "optimizer.lr=1,3 cannot be searched" in told
-    assert "begin a new study by --name" in told
+    assert "start a new study with --name" in told
 
 
 def test_an_interrupted_search_goes_on_with_the_same_trial(search: Any, tmp_path: Path) -> None:
     command = ("optimizer.lr=interval(0.1, 1.0)", "--name", "one", "--trials", "1")
     code, told = search(*command, result=KeyboardInterrupt())
     assert code == 130
-    assert told.startswith("interrupted by SIGINT; go on with: python scripts/tune.py optimizer=sgd 'optimizer.lr=int")
+    assert told.startswith("interrupted by SIGINT; resume with: python scripts/tune.py optimizer=sgd 'optimizer.lr=int")
     assert search(*command) == (0, "")
     study = optuna.load_study(study_name="one", storage=f"sqlite:///{tmp_path}/runs/one/study.db")
     first, second = study.trials

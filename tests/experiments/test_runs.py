@@ -179,7 +179,7 @@ def test_a_run_that_goes_on_elsewhere_says_so_and_keeps_its_commits(
     monkeypatch.setattr(torch, "__version__", "9.9")
     summary = run(config(f"resume={tmp_path / 'run'}"))
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
-    assert "goes on with commit bbb+ (was aaa), torch 9.9 (was 2." in line
+    assert "is resumed with commit bbb+ (was aaa), torch 9.9 (was 2." in line
     assert "its results may differ, in the last bits" in line
     assert summary["commit"] == "aaa, bbb+"
 
@@ -187,11 +187,11 @@ def test_a_run_that_goes_on_elsewhere_says_so_and_keeps_its_commits(
 def test_other_threads_and_devices_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     now = runs.environment(CPU, "aaa", 1)
     before = {**now, "threads": now["threads"] + 1, "ranks": 2}
-    Progress(environments=[before]).go_on({"task": None, "epochs": 1}, now, tmp_path)
+    Progress(environments=[before]).resume({"task": None, "epochs": 1}, now, tmp_path)
     assert f"threads {now['threads']} (was {now['threads'] + 1}), ranks 1 (was 2)" in capsys.readouterr().out
     on_gpu = {"commit": "aaa", "torch": now["torch"], "device": "NVIDIA H200", "ranks": 1}
-    Progress(environments=[on_gpu]).go_on({"task": None, "epochs": 1}, now, tmp_path)
-    assert "goes on with device cpu (was NVIDIA H200): its results" in capsys.readouterr().out
+    Progress(environments=[on_gpu]).resume({"task": None, "epochs": 1}, now, tmp_path)
+    assert "is resumed with device cpu (was NVIDIA H200): its results" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
@@ -200,7 +200,7 @@ def test_a_full_disk_loses_nothing(half: Path) -> None:
         (half / f"{name}.part").symlink_to("/dev/full")  # writing to it fails as on a full disk
         with pytest.raises(OSError, match=r"the disk is full: \d+ MB are free at") as error:
             run(config(f"resume={half}"))
-        assert str(error.value).endswith(f"then go on with: python train.py resume={half}")
+        assert str(error.value).endswith(f"then resume with: python train.py resume={half}")
         assert not list(half.glob("*.part"))
         assert Progress.load(half, CPU).epoch == 1
     assert run(config(f"resume={half}"))["epochs"] == 2
@@ -320,7 +320,7 @@ def test_an_interrupted_run_says_in_a_line_how_to_go_on(
     command = started(*TINY, "epochs=300", "run_dir=run", cwd=tmp_path, until=f"run/{until}")
     os.kill(command.process.pid, number)
     done = ended(command)
-    assert done.stderr == f"interrupted by {number.name}; go on with: python train.py resume=run\n"
+    assert done.stderr == f"interrupted by {number.name}; resume with: python train.py resume=run\n"
     assert done.returncode == code
     if until == "config.yaml":
         again = started("resume=run", cwd=tmp_path, until="run/checkpoint.pt")
@@ -354,7 +354,7 @@ def test_an_interrupted_sweep_names_its_own_command(tmp_path: Path) -> None:
     os.kill(sweep.process.pid, signal.SIGTERM)
     done = ended(sweep)
     assert done.returncode == 143
-    assert done.stderr == f"interrupted by SIGTERM; go on with: {shlex.join(['python', 'train.py', *command])}\n"
+    assert done.stderr == f"interrupted by SIGTERM; resume with: {shlex.join(['python', 'train.py', *command])}\n"
     assert not list(tmp_path.glob("runs/s/*/error.txt"))
 
 
@@ -438,7 +438,7 @@ def test_of_interrupted_ranks_the_first_says_so(tmp_path: Path) -> None:
         os.kill(rank.process.pid, signal.SIGTERM)
     first, second = map(ended, ranks)
     assert (first.returncode, second.returncode) == (143, 143)
-    assert first.stderr == "interrupted by SIGTERM; go on with: python train.py resume=two\n"
+    assert first.stderr == "interrupted by SIGTERM; resume with: python train.py resume=two\n"
     assert second.stderr == ""
 
 

@@ -234,7 +234,7 @@ def test_a_killed_run_goes_on_to_the_same_end(optimizer: str, tmp_path: Path) ->
 
     resumed = train("resume=killed", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
-    assert f"going on after epoch {before}" in resumed.stdout
+    assert f"resumed after epoch {before}" in resumed.stdout
     whole, killed = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "killed"))
     assert all(torch.equal(whole["model"][key], killed["model"][key]) for key in whole["model"])
     assert whole["forward_passes"] == killed["forward_passes"]
@@ -331,9 +331,16 @@ def test_a_rule_without_its_network_names_what_is_missing(tmp_path: Path) -> Non
     ("overrides", "says"),
     [
         (["optimizer.lr=-1"], "error: optimizer=hebbian: Hebbian: lr=-1 must be a finite number >= 0"),
-        (["optimizer.nonsense=1"], "Could not override 'optimizer.nonsense'"),
-        (["optimizer=hebian"], "Could not find 'optimizer/hebian'"),
-        (["resume=nothing"], "error: resume=nothing goes on with the options of that run; leave out "),
+        (
+            ["optimizer.nonsense=1"],
+            "error: optimizer.nonsense is not in conf/optimizer/hebbian.yaml; to set another",
+        ),
+        (
+            ["model=mlp", "model.hiden=[3]"],
+            "model.hiden is not in conf/model/mlp.yaml (did you mean model.hidden?)",
+        ),
+        (["optimizer=hebian"], "error: optimizer=hebian does not exist; did you mean hebbian? "),
+        (["resume=nothing"], "error: resume=nothing continues with the options of that run; leave out "),
         (["optimizer._target_=bioopt.Hebian"], "Are you sure that 'Hebian' is importable from module 'bioopt'"),
     ],
 )
@@ -415,7 +422,7 @@ def test_torchrun_spreads_a_run_over_processes(tmp_path: Path) -> None:
     common = ["optimizer=hebbian", "optimizer.lr=0.01", "epochs=2", *SMALL]
     done = torchrun("train.py", *common, "run_dir=two", ranks=2, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "going on after epoch" not in done.stdout
+    assert "resumed after epoch" not in done.stdout
     assert done.stdout.count("test accuracy") == 3  # each epoch and the end: the first rank alone speaks
     assert sorted(p.name for p in tmp_path.iterdir()) == ["two"]
     run(config(*common, f"run_dir={tmp_path / 'one'}"))
@@ -436,7 +443,7 @@ def test_an_interrupted_run_of_several_ranks_goes_on_to_the_same_end(tmp_path: P
     assert not (tmp_path / "two" / "summary.json").exists(), "the run was too fast to be interrupted"
     first, second = [ended(rank) for rank in spread("resume=two", cwd=tmp_path)]
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr
-    made = 16 - int(first.stdout.split("going on after epoch ")[1].split()[0])
+    made = 16 - int(first.stdout.split("resumed after epoch ")[1].split()[0])
     assert first.stdout.count("test accuracy") == made + 1
     assert second.stdout == ""
     assert sorted(p.name for p in tmp_path.iterdir()) == ["two"]
