@@ -224,7 +224,7 @@ def main() -> None:
         f"\nExtrapolated: MLP of 101,770 weights, population {POPULATION}; a message of "
         f"{3 * POPULATION + options.batch:,} numbers takes {message:.2f} ms between two processes\n"
     )
-    print("| distribution | ranks | ms a step | efficiency | of which drawing again | messages | ms if sums were exchanged |")
+    print("| distribution | ranks | ms a step | efficiency | drawing again | messages | ms if sums were exchanged |")
     print("|---|---:|---:|---:|---:|---:|---:|")
     extrapolated: dict[str, dict[int, float]] = {}
     sums: dict[str, dict[int, float]] = {}  # each rank adds its own directions, and their sum travels
