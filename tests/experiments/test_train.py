@@ -341,8 +341,8 @@ def test_a_rule_without_its_network_names_what_is_missing(tmp_path: Path) -> Non
             "error: optimizer.nonsense is not in conf/optimizer/hebbian.yaml; to set another",
         ),
         (
-            ["model=mlp", "model.hiden=[3]"],
-            "model.hiden is not in conf/model/mlp.yaml (did you mean model.hidden?)",
+            ["model.hiden=[3]"],
+            "model.hiden is not in conf/model/cnn.yaml (did you mean model.hidden?)",
         ),
         (["optimizer=hebian"], "error: optimizer=hebian does not exist; did you mean hebbian? "),
         (["resume=nothing"], "error: resume=nothing continues with the options of that run; leave out "),
