@@ -249,7 +249,8 @@ class Classification(Task):
             "\nparameters by rule",
             *[f"  {rule:<{widest}} {', '.join(parameters)}" for rule, parameters in by_rule.items()],
             f"\ntest accuracy {summary['test_accuracy']:.2%} (best {summary['best_test_accuracy']:.2%}) after "
-            f"{config.epochs} epoch{'s' * (config.epochs > 1)}, {seconds:.0f} s, {self.forward_passes:,} forward passes",
+            f"{config.epochs} epoch{'s' * (config.epochs > 1)}, {seconds:.0f} s, "
+            f"{self.forward_passes:,} forward passes",
         ]
         return summary | found, shown, lines
 
