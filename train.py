@@ -27,7 +27,7 @@ def main(config: DictConfig) -> None:
     """One run, or one of a sweep; an expected error ends it with a sentence."""
     others = [option for option in HydraConfig.get().overrides.task if not option.startswith("resume=")]
     if config.resume is not None and others and HydraConfig.get().mode == RunMode.RUN:
-        sys.exit(f"error: resume={config.resume} goes on with the options of that run; leave out {' '.join(others)}")
+        sys.exit(f"error: resume={config.resume} continues with the options of that run; leave out {' '.join(others)}")
     config = with_new_names(config)
     # Imported where they are needed, so that --help is quick.
     if HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -48,7 +48,7 @@ def main(config: DictConfig) -> None:
         interrupts.check()  # a rank whose peers were interrupted before it
         if os.environ.get("HYDRA_FULL_ERROR"):
             raise
-        # Hydra's message has what it could not build; the cause has why.
+        # Hydra's message names what it could not build; the cause has the reason.
         cause = error.__cause__ if isinstance(error, InstantiationException) else None
         why = f"{str(error).split(', set env var')[0]}: {cause}" if cause is not None else error
         sys.exit(f"error: {why}\n(HYDRA_FULL_ERROR=1 shows where)")

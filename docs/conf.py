@@ -41,13 +41,13 @@ html_math_renderer = "mathml"
 
 
 def visit_math(self: Any, node: nodes.math) -> None:
-    """An equation within a line, in MathML, which browsers set by themselves."""
+    """An equation within a line, in MathML, which browsers render."""
     self.body.append(mathml(node, node.astext()))
     raise nodes.SkipNode
 
 
 def visit_displaymath(self: Any, node: nodes.math_block) -> None:
-    r"""Equations on their own; those that \qquad parts may stand one above the other where the page is narrow."""
+    r"""Displayed equations; parts separated by \qquad are stacked on narrow pages."""
     self.body.append('<div class="equations">')
     self.body += [mathml(node, part, as_block=True) for part in node.astext().split(r"\qquad")]
     self.body.append("</div>")
@@ -55,16 +55,16 @@ def visit_displaymath(self: Any, node: nodes.math_block) -> None:
 
 
 def mathml(node: nodes.Element, tex: str, **options: bool) -> str:
-    """LaTeX as MathML; what cannot be converted is a warning and stays LaTeX."""
-    # What the converter would set as LaTeX does not: primes, and indices of letters with an accent.
+    """LaTeX as MathML; where the conversion fails, it warns and keeps the LaTeX."""
+    # Primes, and indices of accented letters, which the converter renders differently from LaTeX.
     plain = re.sub(r"(\\(?:hat|tilde|bar) ?\w)_", r"\1{}_", tex.strip().replace("'", r"^\prime "))
     try:
-        made = tex2mathml(plain, **options)
+        converted = tex2mathml(plain, **options)
     except MathError as error:
         logging.getLogger(__name__).warning("equation %r: %s", tex, error, location=node)
         return f"<code>{escape(tex)}</code>"
     # As in LaTeX, these grow after \left and \right alone.
-    return re.sub(r"<mo( class=\"\w+\")?>([‖⟨⟩])</mo>", r'<mo stretchy="false">\2</mo>', made)
+    return re.sub(r"<mo( class=\"\w+\")?>([‖⟨⟩])</mo>", r'<mo stretchy="false">\2</mo>', converted)
 
 
 def setup(app: Sphinx) -> None:

@@ -1,11 +1,11 @@
-"""Hugging Face accelerate: `prepare` takes a rule as any optimizer.
+"""Hugging Face accelerate: `prepare` accepts a rule like any optimizer.
 
-Rules of one forward pass take accelerate's usual loop, its accumulation included. For the others, call
+Rules of one forward pass work in accelerate's usual loop, including accumulation. For the others, call
 `optimizer.optimizer.estimate(closure)` in place of `accelerator.backward(loss)`: it returns the loss of each sample,
-and what follows, clipping and `optimizer.step()`, works on the rule's own update. (`optimizer.step(closure)` works too,
-but accelerate's wrapper returns None in place of the loss.) With several processes, give the rule `process_group=` and
-leave the model out of `prepare`, which would wrap it in DistributedDataParallel. Mixed precision: "bf16"; "fp16" brings
-a GradScaler along, which is of use to rules of one forward pass alone.
+and clipping and `optimizer.step()` then use the rule's own update. (`optimizer.step(closure)` works too, but
+accelerate's wrapper returns None in place of the loss.) With several processes, give the rule `process_group=` and
+leave the model out of `prepare`, which would wrap it in DistributedDataParallel. Mixed precision: "bf16"; "fp16" adds a
+GradScaler, which works only with rules of one forward pass.
 """
 
 import torch.nn.functional as F

@@ -1,10 +1,9 @@
 """Gradient accumulation, clipping and a learning-rate schedule.
 
-Rules of one forward pass add up what they see from one step to the next, so micro-batches accumulate as they do with
-gradients. Rules that compare losses estimate each micro-batch by itself, and you add up `.grad`. (Those that give no
-credit to single samples, such as `WeightPerturbation`, may as well be given one closure that runs all of them.) Either
-way `.grad` is made by `estimate` and used by `descend`: what lies between may clip it. Clipping after
-`loss.backward()` would reach the readout alone.
+Rules of one forward pass sum over all forward passes since the last step, so micro-batches accumulate as they do with
+gradients. Rules that compare losses estimate each micro-batch separately, and you add up `.grad`. (For rules that
+credit no single samples, such as `WeightPerturbation`, one closure can run all micro-batches.) Either way `estimate`
+writes `.grad` and `descend` uses it: clip in between. Clipping after `loss.backward()` would reach the readout only.
 """
 
 import torch
@@ -26,12 +25,12 @@ for _ in range(EPOCHS):
         optimizer.zero_grad()
         for micro in batch.split(MICRO):
             loss = F.cross_entropy(model(images[micro]), labels[micro], reduction="sum") / len(batch)
-            loss.backward()  # the readout's share; the trunk has taken down its own in the forward pass
+            loss.backward()  # for the readout; the trunk was recorded in the forward pass
         optimizer.estimate()  # of all forward passes since the last step
         clip_grad_norm_(model.parameters(), 1.0)
         optimizer.descend()
     scheduler.step()
-print(f"Hebbian: {accuracy(model):.1f} % of the unseen digits, the rate now {optimizer.param_groups[0]['lr']:g}")
+print(f"Hebbian: {accuracy(model):.1f} % of the unseen digits, learning rate now {optimizer.param_groups[0]['lr']:g}")
 
 # All other rules
 model = network()
@@ -51,4 +50,4 @@ for _ in range(EPOCHS):
         longest = max(longest, clip_grad_norm_(params, 2.0).item())
         rule.descend()
     scheduler.step()
-print(f"node perturbation: {accuracy(model):.1f} %, the longest estimate, {longest:.1f}, cut to 2")
+print(f"node perturbation: {accuracy(model):.1f} %, the largest norm of an estimate, {longest:.1f}, clipped to 2")

@@ -1,7 +1,7 @@
-"""A cost for each area: the trunk brings digits of a class together, the head names them; no error passes between.
+"""A cost for each part of a network: the trunk brings digits of a class together, the head classifies them.
 
-Each area has an optimizer of its own, and its closure runs that area alone: any rule will do, here a backward pass
-inside the trunk, and then none at all.
+No error passes from the head to the trunk. Each part has an optimizer of its own, whose closure runs that part only, so
+any rule can train it: here the trunk learns by a backward pass inside it, and then without any.
 """
 
 import torch
@@ -12,7 +12,7 @@ from bioopt.costs import CrossEntropy, SupervisedContrastive
 
 
 def train(model: torch.nn.Sequential, trunk_rule: torch.optim.Optimizer, epochs: int = 10) -> float:
-    """The trunk learns from its own cost; the head, by SGD, from what the trunk then says."""
+    """The trunk learns from its own cost, and the head by SGD from the trunk's output."""
     trunk, head = model[:-1], model[-1:]
     areas = [
         (trunk, SupervisedContrastive(), trunk_rule),
@@ -32,7 +32,7 @@ def train(model: torch.nn.Sequential, trunk_rule: torch.optim.Optimizer, epochs:
 
                 optimizer.step(closure)
                 with torch.no_grad():
-                    x = area.eval()(x)  # the next area is given numbers, not a graph
+                    x = area.eval()(x)  # the next part gets values without a graph
                 area.train()
     return accuracy(model)
 

@@ -1,8 +1,8 @@
-"""`torch.compile` and bfloat16 autocast: both as with any optimizer, if the optimizer is built first.
+"""`torch.compile` and bfloat16 autocast: both work as with any optimizer, if it is built first.
 
-A compiled model keeps the hooks that it had when it first ran; leave `fullgraph=True` out, as they run in Python. What
-lies between the watched layers is compiled, so it pays where that is much. No GradScaler: bfloat16 needs none, and with
-float16 it serves only rules of one forward pass that send a loss backward.
+A compiled model keeps the hooks that it had when it first ran; leave `fullgraph=True` out, as they run in Python. Only
+what lies between the watched layers is compiled, so models with much in between gain most. Use no GradScaler: bfloat16
+needs none, and with float16 it works only with rules of one forward pass that send a loss backward.
 
     python examples/compile_autocast.py [backend]    # inductor by default, which needs a C++ compiler
 """
@@ -17,7 +17,7 @@ import bioopt
 
 
 def train(backend: str | None, autocast: bool) -> float:
-    """Hebbian learning, as it is or faster."""
+    """Hebbian learning, compiled by this backend if any; returns the accuracy."""
     model = network()
     optimizer = bioopt.Hebbian(model, lr=1.0, readout_lr=0.05, readout_options={"momentum": 0.9})
     if backend is not None:
@@ -33,6 +33,6 @@ def train(backend: str | None, autocast: bool) -> float:
 
 
 backend = sys.argv[1] if len(sys.argv) > 1 else "inductor"
-print(f"as it is: {train(None, False):.1f} % of the unseen digits")
+print(f"eager: {train(None, False):.1f} % of the unseen digits")
 print(f"compiled: {train(backend, False):.1f} %")
 print(f"compiled, in bfloat16: {train(backend, True):.1f} %")

@@ -1,4 +1,4 @@
-"""What the examples share: scikit-learn's 1,797 handwritten digits, a small network, and its accuracy."""
+"""Shared by the examples: scikit-learn's 1,797 handwritten digits, a small network, and its accuracy."""
 
 import torch
 from sklearn.datasets import load_digits
@@ -11,19 +11,19 @@ train, test = order[:1437], order[1437:]
 
 
 def network(seed: int = 0, hidden: int = 16) -> nn.Sequential:
-    """An MLP; the same at each call."""
+    """An MLP with the same initial weights at each call."""
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(64, hidden), nn.ReLU(), nn.Linear(hidden, 10))
 
 
 def batches(size: int = 32) -> tuple[Tensor, ...]:
-    """The numbers of the training images, in a new order, in batches."""
+    """The indices of the training images in batches, in a new random order."""
     return train[torch.randperm(len(train))].split(size)
 
 
 @torch.no_grad()
 def accuracy(model: nn.Module, x: Tensor = images) -> float:
-    """On the digits that were not trained on, in per cent."""
+    """Accuracy in per cent on the digits that were not trained on."""
     model.eval()
     right = (model(x[test]).argmax(1) == labels[test]).float().mean().item()
     model.train()

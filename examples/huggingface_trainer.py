@@ -1,11 +1,11 @@
-"""Hugging Face's Trainer: the rule goes in by `optimizers=`, and `RuleTrainer` lets it write `.grad`.
+"""Hugging Face's Trainer: pass the rule as `optimizers=`; `RuleTrainer` lets it write `.grad`.
 
 The Trainer runs a backward pass, clips `.grad` (by default) and calls `optimizer.step()` without a closure. Rules of
-one forward pass work in it as it is, with `max_grad_norm=0`. `RuleTrainer` is for clipping, and for all other rules: it
-calls `rule.estimate(closure)` in place of the backward pass, so that what is accumulated, clipped and followed is
-the rule's own update. `bf16=True`, schedulers and `resume_from_checkpoint` work as well; `fp16=True` only for rules of
-one forward pass in the plain Trainer. To set an attribute of a rule, such as `modulator`, keep the rule at hand, as
-here: `trainer.optimizer` is a wrapper, which would keep it to itself.
+one forward pass work in the plain Trainer with `max_grad_norm=0`. `RuleTrainer` is for clipping, and for all other
+rules: it calls `rule.estimate(closure)` in place of the backward pass, so that the rule's own update is accumulated,
+clipped and applied. `bf16=True`, schedulers and `resume_from_checkpoint` work as well; `fp16=True` only for rules of
+one forward pass in the plain Trainer. To set an attribute of a rule, such as `modulator`, keep a reference to the rule,
+as here: `trainer.optimizer` is a wrapper, which does not pass attributes on.
 """
 
 import tempfile
@@ -36,7 +36,7 @@ class Digits(nn.Module):
 
 
 class RuleTrainer(Trainer):
-    """For every rule: an estimate in place of each backward pass."""
+    """A Trainer for every rule, with an estimate in place of each backward pass."""
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Add the rule's estimate to `.grad`; the Trainer's `optimizer.step()` descends along the sum."""
@@ -58,7 +58,7 @@ class RuleTrainer(Trainer):
 
 
 def fit(trainer: type[Trainer], model: Digits, rule: bioopt.LearningRule, **options: Any) -> float:
-    """Ten epochs."""
+    """Train for ten epochs; returns the accuracy."""
     data = [{"pixel_values": images[i], "labels": labels[i]} for i in train]
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
@@ -76,13 +76,13 @@ if __name__ == "__main__":
     print(f"before training: {accuracy(model.network):.1f} % of the unseen digits")
 
     rule = bioopt.Hebbian(model, lr=1.0, readout_lr=0.05, readout_options={"momentum": 0.9})
-    print(f"Hebbian, Trainer as it is: {fit(Trainer, model, rule, max_grad_norm=0):.1f} %")
+    print(f"Hebbian, plain Trainer: {fit(Trainer, model, rule, max_grad_norm=0):.1f} %")
 
     model = Digits()
     rule = bioopt.Hebbian(model, lr=1.0, readout_lr=0.05, readout_options={"momentum": 0.9})
     print(f"Hebbian, in bfloat16 and clipped: {fit(RuleTrainer, model, rule, bf16=True, max_grad_norm=0.5):.1f} %")
 
-    model = Digits(reduction="none")  # each sample's own loss: as many experiments as there are samples
+    model = Digits(reduction="none")  # the loss of each sample, so that each gets its own credit
     rule = bioopt.NodePerturbation(model, lr=0.02, sigma=0.01, samples=4, momentum=0.9)
     accumulated = fit(RuleTrainer, model, rule, max_grad_norm=2.0, gradient_accumulation_steps=2)
     print(f"node perturbation, clipped and accumulated: {accumulated:.1f} %")

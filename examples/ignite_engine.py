@@ -1,8 +1,8 @@
-"""PyTorch-Ignite: an engine runs whatever function makes a step.
+"""PyTorch-Ignite: an engine runs any function that takes a step.
 
-`create_supervised_trainer` calls `optimizer.step()` without a closure, after a backward pass: that is for rules of one
-forward pass, its `gradient_accumulation_steps` included. For all rules, give `Engine` a function of your own. Clipping
-comes between `rule.estimate(closure)` and `rule.descend()`, which together are `rule.step(closure)`.
+`create_supervised_trainer` calls `optimizer.step()` without a closure, after a backward pass: use it for rules of one
+forward pass, also with `gradient_accumulation_steps`. For all rules, give `Engine` a function of your own. Clip between
+`rule.estimate(closure)` and `rule.descend()`, which together are `rule.step(closure)`.
 """
 
 import torch.nn.functional as F
@@ -36,7 +36,7 @@ def update(engine: Engine, batch: list[Tensor]) -> float:
     """One step; the engine keeps the loss as its output."""
     x, y = batch
     model.train()
-    losses = rule.estimate(lambda: F.cross_entropy(model(x), y, reduction="none"))  # each sample's own
+    losses = rule.estimate(lambda: F.cross_entropy(model(x), y, reduction="none"))  # the loss of each sample
     clip_grad_norm_(model.parameters(), 2.0)
     rule.descend()
     return losses.mean().item()

@@ -1,10 +1,10 @@
-"""Lightning, with its automatic optimisation: the optimizer goes into `configure_optimizers`, and that is all.
+"""Lightning, with its automatic optimisation: return the rule from `configure_optimizers`.
 
-Schedulers, checkpoints and precision "bf16-mixed" work as well (not "16-mixed", whose scaler takes the step into its
-own hands). `Trainer(gradient_clip_val=...)` and `Trainer(accumulate_grad_batches=...)` act on what backward leaves in
-`.grad`, before a rule has made its own: they are refused with an error, unless you make the step yourself, as `OwnStep`
-does. Lightning's wrapper calls `step` with a closure of its own and keeps attributes to itself: in manual optimization,
-and to set an attribute such as `modulator`, take the rule itself, `self.optimizers(use_pl_optimizer=False)`.
+Schedulers, checkpoints and precision "bf16-mixed" work as well (not "16-mixed", whose scaler makes the step itself).
+`Trainer(gradient_clip_val=...)` and `Trainer(accumulate_grad_batches=...)` act on the `.grad` of the backward pass,
+before the rule writes its own: they are refused with an error, unless you make the step yourself, as `OwnStep` does.
+Lightning's wrapper calls `step` with a closure of its own and does not pass attributes on: in manual optimization, and
+to set an attribute such as `modulator`, use the rule itself, `self.optimizers(use_pl_optimizer=False)`.
 """
 
 import logging
@@ -28,12 +28,12 @@ class Digits(lightning.LightningModule):
         self.model = network()
 
     def training_step(self, batch: list[Tensor], index: int) -> Tensor:
-        """The loss, whose backward pass reaches the readout alone."""
+        """The loss, whose backward pass reaches the readout only."""
         x, y = batch
         return F.cross_entropy(self.model(x), y)
 
     def configure_optimizers(self) -> Any:
-        """A rule in the place of torch's optimizer."""
+        """A rule in place of torch's optimizer."""
         rule = bioopt.Hebbian(self.model, lr=1.0, readout_lr=0.05, readout_options={"momentum": 0.9})
         return {"optimizer": rule, "lr_scheduler": CosineAnnealingLR(rule, self.trainer.max_epochs)}
 
@@ -51,15 +51,15 @@ class OwnStep(Digits):
 
 
 class Perturbed(Digits):
-    """Node perturbation: each sample's own loss, and no backward pass."""
+    """Node perturbation, without a backward pass."""
 
     def training_step(self, batch: list[Tensor], index: int) -> Tensor:
-        """Each sample's own loss: as many experiments as there are samples."""
+        """The loss of each sample, so that each gets its own credit."""
         x, y = batch
         return F.cross_entropy(self.model(x), y, reduction="none")
 
     def backward(self, loss: Tensor) -> None:
-        """Nothing to be done."""
+        """No backward pass."""
 
     def configure_optimizers(self) -> Any:
         """A rule that evaluates `training_step` several times a step."""
@@ -67,7 +67,7 @@ class Perturbed(Digits):
 
 
 def fit(module: Digits, **options: Any) -> float:
-    """Ten epochs."""
+    """Train for ten epochs; returns the accuracy."""
     quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
     trainer = lightning.Trainer(max_epochs=10, accelerator="cpu", **quiet, **options)
     trainer.fit(module, DataLoader(TensorDataset(images[train], labels[train]), batch_size=32, shuffle=True))

@@ -1,7 +1,7 @@
-"""A loop of your own: two rules, and the controls that say whether they have learned anything.
+"""A loop of your own: two rules, and the controls to compare them with.
 
-The optimizer is the only line that differs from gradient descent. Rules of one forward pass take the loop as you know
-it, `loss.backward(); optimizer.step()`; rules that compare losses take a closure, as do all others if you like.
+The optimizer is the only line that differs from gradient descent. Rules of one forward pass use the usual loop,
+`loss.backward(); optimizer.step()`. Rules that compare losses need a closure, which all others accept too.
 """
 
 import torch
@@ -13,18 +13,18 @@ import bioopt
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, epochs: int = 10) -> float:
-    """The loop as you know it."""
+    """The usual loop."""
     for _ in range(epochs):
         for batch in batches():
             optimizer.zero_grad()
             loss = F.cross_entropy(model(images[batch]), labels[batch])
-            loss.backward()  # of a Hebbian rule: reaches the readout alone
+            loss.backward()  # with a Hebbian rule it reaches the readout only
             optimizer.step()
     return accuracy(model)
 
 
 def train_by_closure(model: nn.Module, optimizer: torch.optim.Optimizer, epochs: int = 10) -> float:
-    """For every rule: the closure returns each sample's own loss, and goes backward only where that is of use."""
+    """For every rule: the closure returns each sample's loss, with a backward pass only where gradients are enabled."""
     for _ in range(epochs):
         for batch in batches():
 

@@ -1,7 +1,7 @@
-"""One rule per part: torchvision's ResNet-18, its first convolution by Hebbian plasticity, the rest by gradients.
+"""One rule per part: torchvision's ResNet-18, with a Hebbian first convolution and the rest trained by gradients.
 
-Hebbian layers let no gradient pass, so what learns by gradients must lie above them (or beside them, on a residual
-path): `Mixed` says so at the first step if it does not. Here that costs nothing, since only the image lies below.
+Hebbian layers let no gradient pass, so layers that learn by gradients must come after them (or be on a parallel
+residual path); otherwise `Mixed` raises an error at the first step. Here only the image comes before.
 """
 
 import torch
@@ -17,7 +17,7 @@ torch.manual_seed(0)
 model = resnet18(num_classes=10)
 rest = [p for name, p in model.named_parameters() if name != "conv1.weight"]
 optimizer = bioopt.Mixed(
-    bioopt.Hebbian(model.conv1, lr=1.0, readout=None),  # no readout: the last layer is not its own
+    bioopt.Hebbian(model.conv1, lr=1.0, readout=None),  # no readout: its only layer is a hidden one
     torch.optim.Adam(rest, lr=1e-3, fused=True),
 )
 trained_by = optimizer.coverage(model)
@@ -31,4 +31,4 @@ for batch in batches():
 moved = (model.conv1.weight - filters).norm() / filters.norm()
 print(f"conv1 by {trained_by['conv1.weight']}, the rest by {trained_by['fc.weight']}")
 print(f"before: {before:.1f} % of the unseen digits, after one epoch: {accuracy(model, x):.1f} %")
-print(f"without a gradient, conv1 has moved by {moved:.2f} of its length")
+print(f"conv1 changed without a gradient by {moved:.2f} of its norm")

@@ -1,10 +1,10 @@
-"""skorch, and by it scikit-learn: a rule is the `optimizer` of a net, its options are `optimizer__...`.
+"""skorch and scikit-learn: a rule is the `optimizer` of a net, and its options are `optimizer__...`.
 
-skorch gives an optimizer parameters, but rules watch a model: `RuleNet` gives them the module. skorch's closures run a
-backward pass in any case, which rules that compare losses do not need: `RuleNet` leaves it out, and returns each
-sample's own loss. The callback `GradientNormClipping` works inside the closure, before the rule has made `.grad`, and
-is refused; `ClippedNet` clips what the rule has made. Clones, grid searches, `LRScheduler` and `save_params` work as
-ever; a net that has been fitted cannot be pickled.
+skorch gives an optimizer parameters, but rules watch a model: `RuleNet` gives them the module. skorch's closures always
+run a backward pass, which rules that compare losses do not need: `RuleNet` leaves it out, and returns the loss of each
+sample. The callback `GradientNormClipping` works inside the closure, before the rule writes `.grad`, and is refused;
+`ClippedNet` clips the rule's own update. Clones, grid searches, `LRScheduler` and `save_params` work as usual; a fitted
+net cannot be pickled.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ import bioopt
 
 
 class RuleNet(NeuralNetClassifier):
-    """For every rule."""
+    """A net for every rule."""
 
     def get_params_for_optimizer(self, prefix: str, named_parameters: Any) -> tuple[tuple[nn.Module], dict[str, Any]]:
         """The module in place of its parameters."""
@@ -29,12 +29,12 @@ class RuleNet(NeuralNetClassifier):
         return (self.module_,), options
 
     def get_loss(self, y_pred: Tensor, y_true: Tensor, X: Any = None, training: bool = False) -> Tensor:
-        """Each sample's own loss in training, else their mean."""
+        """The loss of each sample in training, otherwise their mean."""
         losses = super().get_loss(y_pred, y_true, X, training)
         return losses if training else losses.mean()
 
     def train_step_single(self, batch: Any, **fit_params: Any) -> dict[str, Tensor]:
-        """The closure: no backward pass where none is needed."""
+        """The closure, with a backward pass only where gradients are enabled."""
         self._set_training(True)
         x, y = unpack_data(batch)
         prediction = self.infer(x, **fit_params)
@@ -44,23 +44,23 @@ class RuleNet(NeuralNetClassifier):
         return {"loss": losses, "y_pred": prediction}
 
     def train_step(self, batch: Any, **fit_params: Any) -> dict[str, Tensor]:
-        """For skorch's history, the mean loss."""
+        """A step whose loss in skorch's history is the mean."""
         step = super().train_step(batch, **fit_params)
         return step | {"loss": step["loss"].mean()}
 
 
 class ClippedNet(RuleNet):
-    """The same, each update clipped."""
+    """The same, with each update clipped."""
 
     def _step_optimizer(self, step_fn: Callable[[], Tensor]) -> None:
-        """Between the two halves of a step."""
+        """Clip between the two halves of a step."""
         self.optimizer_.estimate(step_fn)
         clip_grad_norm_(self.module_.parameters(), 2.0)
         self.optimizer_.descend()
 
 
 def net(kind: type[RuleNet], rule: type[bioopt.LearningRule], **options: Any) -> RuleNet:
-    """On digits."""
+    """A net for the digits."""
     return kind(
         network, optimizer=rule, criterion=nn.CrossEntropyLoss, criterion__reduction="none",
         iterator_train__shuffle=True, batch_size=32, train_split=None, verbose=0, **options,
@@ -68,7 +68,7 @@ def net(kind: type[RuleNet], rule: type[bioopt.LearningRule], **options: Any) ->
 
 
 def score(fitted: Any) -> float:
-    """In per cent of the unseen digits."""
+    """Accuracy in per cent on the unseen digits."""
     return 100 * fitted.score(images[test].numpy(), labels[test].numpy())
 
 
@@ -79,7 +79,7 @@ if __name__ == "__main__":
     print(f"before training: {score(hebbian):.1f} % of the unseen digits")
 
     search = GridSearchCV(net(RuleNet, bioopt.Hebbian, max_epochs=5, **readout), {"lr": [0.1, 1.0]}, cv=2).fit(x, y)
-    print(f"Hebbian, of two rates the better, lr={search.best_params_['lr']}: {score(search):.1f} %")
+    print(f"Hebbian, the better of two rates, lr={search.best_params_['lr']}: {score(search):.1f} %")
 
     perturbation = {"optimizer__sigma": 0.01, "optimizer__samples": 4, "optimizer__momentum": 0.9}
     perturbed = net(ClippedNet, bioopt.NodePerturbation, lr=0.02, max_epochs=10, **perturbation).fit(x, y)

@@ -30,7 +30,7 @@ NOT_KEYWORDS = {"name", "per_data", "per_model", "requires", "schedule"}
 
 
 def instantiated(option: str, spec: Any, *args: Any, **options: Any) -> Any:
-    """An object of ``_target_``; an error names the option that asked for it."""
+    """An object of ``_target_``; an error names the option that set it."""
     try:
         return instantiate(spec, *args, _convert_="all", **options)
     except InstantiationException as error:

@@ -140,7 +140,7 @@ class Classification(Task):
         }
 
     def _begin_readout(self) -> None:
-        """Freeze the trunk, compute its features, and go on with a learner of the readout."""
+        """Freeze the trunk, compute its features, and continue with a learner of the readout."""
         trunk, head = split(self.model)
         self.features = data.Features(self.images, frozen(trunk, self.config.amp), self.augment)
         self.learner = readout_learner(self.config, head, self.features, self.learner.last.cost, self.plastic)
@@ -180,7 +180,7 @@ class Classification(Task):
         self.learner.close()
 
     def heading(self, config: DictConfig, device: torch.device) -> str:
-        """What is trained by what, on what."""
+        """The optimizer, the data set, the network and the seed."""
         weights = sum(p.numel() for p in self.model.parameters())
         return (
             f"{config.optimizer.name} on {config.data.name} with {config.model.name} ({weights:,} parameters), "
@@ -220,7 +220,7 @@ class Classification(Task):
     def summarize(
         self, config: DictConfig, history: list[dict[str, Any]], seconds: float, folder: Path
     ) -> tuple[dict[str, Any], list[Path], list[str]]:
-        """The summary, pictures, and what the terminal shows at the end: what trained what, and the accuracy."""
+        """The summary, pictures, and the terminal's last lines: the parameters by rule, and the accuracy."""
         accuracies = [line["test_accuracy"] for line in history]
         held_out = config.data.validation
         summary = {
@@ -246,10 +246,11 @@ class Classification(Task):
             by_rule.setdefault(rule, []).append(parameter)
         widest = max(28, *map(len, by_rule))
         lines = [
-            "\nwhat trains what",
+            "\nparameters by rule",
             *[f"  {rule:<{widest}} {', '.join(parameters)}" for rule, parameters in by_rule.items()],
             f"\ntest accuracy {summary['test_accuracy']:.2%} (best {summary['best_test_accuracy']:.2%}) after "
-            f"{config.epochs} epochs, {seconds:.0f} s, {self.forward_passes:,} forward passes",
+            f"{config.epochs} epoch{'s' * (config.epochs > 1)}, {seconds:.0f} s, "
+            f"{self.forward_passes:,} forward passes",
         ]
         return summary | found, shown, lines
 

@@ -17,7 +17,7 @@ _received: int | None = None
 _command: str | None = None
 
 
-def go_on_with(command: str | None) -> None:
+def resume_with(command: str | None) -> None:
     """Set the command that resumes the current work; ``None`` where nothing can be resumed."""
     global _command
     _command = command
@@ -44,7 +44,7 @@ def reported() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
-            way = f"go on with: {_command}" if _command else "there is nothing to go on with"
+            way = f"resume with: {_command}" if _command else "nothing can be resumed"
             name = signal.Signals(_received or signal.SIGINT).name
             print(f"{chr(10) * sys.stderr.isatty()}interrupted by {name}; {way}", file=sys.stderr, flush=True)
         sys.exit(exit_code())

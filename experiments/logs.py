@@ -106,7 +106,7 @@ class RunLog:
         """Write the summary, print these lines, and close the logger."""
         write_json(self.folder / "summary.json", summary)
         print("\n".join(lines))
-        print(f"everything is in {self.folder}")
+        print(f"results are in {self.folder}")
         if self._logger is not None and (line := self._logger.finish(summary, pictures)):
             print(line)
         self._logger = None

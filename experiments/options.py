@@ -5,7 +5,9 @@ Nothing here imports torch, so that a mistake is reported at once.
 
 from __future__ import annotations
 
+import difflib
 import functools
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,14 +69,57 @@ def check(config: DictConfig) -> None:
 
 
 def check_names(overrides: Iterable[str]) -> None:
-    """Refuse options that do not exist, among overrides as they were typed; Hydra itself checks those of groups."""
+    """Refuse choices and options that do not exist, among overrides as they were typed.
+
+    Raises:
+        ValueError: names the override, and the nearest name that exists.
+    """
+    overrides = list(overrides)
     for override in overrides:
-        key = override.lstrip("+").partition("=")[0]
-        if not override.startswith("~") and not set("/@") & set(key):
-            given: Any = None
-            for name in reversed(key.split(".")):
-                given = {name: given}
-            _check_names(given, _known())
+        key, _, value = override.partition("=")
+        bare = key.lstrip("+")
+        if override.startswith("~") or set("/@") & set(key):
+            continue
+        if (CONF / bare).is_dir():
+            _check_choice(bare, value)
+            continue
+        given: Any = None
+        for name in reversed(bare.split(".")):
+            given = {name: given}
+        _check_names(given, _known())
+        group, _, option = bare.partition(".")
+        if group in ("optimizer", "model") and bare == key:
+            _check_default(group, option.partition(".")[0], override, _chosen(group, overrides))
+
+
+def _check_choice(group: str, value: str) -> None:
+    names = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    for name in value.split(","):
+        if re.fullmatch(r"\w+", name) and name not in (*names, "null"):
+            near = [f"did you mean {match}? " for match in difflib.get_close_matches(name, names, 1)]
+            raise ValueError(f"{group}={name} does not exist; {''.join(near)}{group} can be {_listed(names)}")
+
+
+def _chosen(group: str, overrides: Iterable[str]) -> list[str]:
+    """The files of a group that are used: as typed, or by an experiment, or by default."""
+    typed = {key.lstrip("+"): value.split(",") for key, _, value in (word.partition("=") for word in overrides)}
+    if group in typed:
+        return typed[group]
+    files = [CONF / "config.yaml", *(CONF / "experiment" / f"{name}.yaml" for name in typed.get("experiment", ()))]
+    entries = [entry for path in files if path.exists() for entry in _loaded(path).get("defaults", ())]
+    found = [entry for entry in entries if isinstance(entry, dict) and {group, f"override /{group}"} & set(entry)]
+    return [str(value) for value in found[-1].values()]
+
+
+def _check_default(group: str, option: str, override: str, files: Iterable[str]) -> None:
+    """Refuse an option of an optimizer or a network that its file does not have; Hydra's ``+`` adds such options."""
+    for path in (CONF / group / f"{name}.yaml" for name in files):
+        if path.exists() and option not in (names := _loaded(path)):
+            near = [f" (did you mean {group}.{match}?)" for match in difflib.get_close_matches(option, list(names), 1)]
+            raise ValueError(
+                f"{group}.{option} is not in conf/{group}/{path.name}{''.join(near)}; to set another argument of its "
+                f"class, write +{override}"
+            )
 
 
 @functools.cache
@@ -99,7 +144,7 @@ def _check_names(given: Mapping[Any, Any], known: Mapping[str, Any], prefix: str
     for name, value in given.items():
         key = f"{prefix}{name}"
         if name not in known:
-            every = [option for option in flat(_known()) if not option.startswith("hydra.")]
+            every = [*_known(), *(option for option in flat(_known()) if not option.startswith("hydra."))]
             own = {
                 f"{group}.{option}": None
                 for group in ("optimizer", "model")

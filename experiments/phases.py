@@ -37,8 +37,8 @@ def plastic_learner(
         blocks = [Block(model, cost, build_optimizer(config, model, group))]
     elif config.optimizer.name == "random_trunk":
         raise ValueError(
-            "optimizer=random_trunk freezes the trunk, which then learns from no cost: leave cost.areas out; it is "
-            "the control of areas as it is"
+            "optimizer=random_trunk freezes the trunk, which then learns from no cost: leave cost.areas out; without "
+            "it, this is the control of areas too"
         )
     else:
         specs = {str(name): spec for name, spec in config.cost.areas.items()}
@@ -144,7 +144,7 @@ def fit_cost(
     name = _name(cost)
     if last and not cost.scores:
         raise ValueError(
-            f"{option}={name} makes no class scores, which the network's outputs must be: give it to an area "
+            f"{option}={name} returns no class scores, which the network's outputs must be: give it to an area "
             f"below them, cost.areas='{{trunk: {name}, head: cross_entropy}}'"
         )
     if cost.sequences and frames < 2:
@@ -157,8 +157,8 @@ def fit_cost(
         for part in parts:
             if not part.scores and part.target_kind != "nothing":
                 raise ValueError(
-                    f"{option}: {_name(part)} cannot be of the network's outputs, which are class scores: give it to "
-                    f"an area below them, cost.areas={{trunk: {_name(part)}, head: cross_entropy}}"
+                    f"{option}: {_name(part)} cannot apply to the network's outputs, which are class scores: give "
+                    f"it to an area below them, cost.areas={{trunk: {_name(part)}, head: cross_entropy}}"
                 )
         return inputs  # the outputs are class scores already, and need no readout
     network.eval()
@@ -180,7 +180,9 @@ def split_into_blocks(model: nn.Module, names: list[str]) -> dict[str, nn.Sequen
     """
     children = [name for name, _ in model.named_children()]
     if not isinstance(model, nn.Sequential):
-        raise ValueError(f"cost.areas={names} needs a model that is an nn.Sequential, whose parts are in a row")
+        raise ValueError(
+            f"cost.areas={names} needs a model that is an nn.Sequential, whose parts run one after another"
+        )
     starts: dict[str, int] = {}
     ends = {"trunk": 0, "head": len(split(model)[0])} if set(names) & set(ENDS) else {}
     for name in map(str, names):
@@ -197,7 +199,7 @@ def split_into_blocks(model: nn.Module, names: list[str]) -> dict[str, nn.Sequen
     before = model[: starts[ordered[0]]]
     if [*before.parameters()]:
         learns = next(name for name, child in before.named_children() if [*child.parameters()])
-        raise ValueError(f"cost.areas: '{learns}' is in no area and would not learn; add it, or trunk")
+        raise ValueError(f"cost.areas: '{learns}' is in no area and would not learn; add an area for it, or trunk")
     bounds = [0, *(starts[name] for name in ordered[1:]), len(children)]
     return {name: model[a:b] for name, (a, b) in zip(ordered, pairwise(bounds), strict=True)}
 
@@ -208,7 +210,7 @@ def split(model: nn.Module) -> tuple[nn.Sequential, nn.Sequential]:
     linear = [i for i, child in enumerate(children) if isinstance(child, nn.Linear)]
     if not isinstance(model, nn.Sequential) or not linear or linear[-1] != len(children) - 1:
         raise ValueError(
-            "a trunk and a head (plastic_epochs, cost.areas) are of a model that is an nn.Sequential and ends with its "
+            "plastic_epochs and cost.areas need a model with a trunk and a head: an nn.Sequential that ends with its "
             "readout, a Linear"
         )
     first = linear[-1]

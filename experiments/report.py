@@ -96,7 +96,7 @@ def _mapping(name: str, text: str, parse: Callable[[str], Any]) -> dict[str, Any
     try:
         found = printable(parse(text))
         json.dumps(found, sort_keys=True)  # plain values only, by which runs are grouped
-    except Exception as error:  # YAML's parser lets through whatever a value raises: IndexError, RecursionError
+    except Exception as error:  # YAML's parser passes on what a value raises: IndexError, RecursionError
         raise ValueError(f"it is damaged: {name}: {' '.join(str(error).split())}") from None
     if not isinstance(found, dict):
         raise ValueError(f"it is damaged: {name} holds {json.dumps(found)[:60]}, not values by name")
@@ -127,7 +127,7 @@ def _measured(value: Any) -> bool:
 
 @dataclass
 class RunGroup:
-    """Runs that differ in nothing but their seed."""
+    """Runs that differ only in their seed."""
 
     runs: list[Run]
     label: str = ""
@@ -195,7 +195,7 @@ def report_training(runs: list[Run], skipped: list[str], out: Path, accuracy: fl
     target = accuracy if accuracy is not None else _first_target(groups)
     header, rows = table(groups, target)
     validation = " (held-out training images)" if groups[0].options.get("data.validation") else ""
-    title = f"{groups[0].options['data.name']}{validation}: {len(runs)} runs of {len(groups)} kinds"
+    title = f"{groups[0].options['data.name']}{validation}: {len(runs)} runs in {len(groups)} groups"
     figures = {"curves": curves(groups), "accuracy": bars(groups)}
     notes = _notes(groups, target)
     try:
@@ -297,8 +297,8 @@ def control(group: RunGroup, groups: list[RunGroup], name: str) -> RunGroup | No
     ]
 
     def far(other: RunGroup) -> tuple[bool, bool]:
-        alike = [other.options.get(key) == group.options.get(key) for key in ("cost.name", "epochs")]
-        return not alike[0], not alike[1]
+        same = [other.options.get(key) == group.options.get(key) for key in ("cost.name", "epochs")]
+        return not same[0], not same[1]
 
     return min(found, key=far, default=None)
 

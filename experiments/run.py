@@ -51,7 +51,7 @@ def run(config: DictConfig) -> dict[str, Any]:
         with own if ranks.first else contextlib.nullcontext(resumed) as mine, ranks.folder(mine) as folder:
             started = Progress.load(ranks.from_first(mine), device)
             set_threads(config.threads, started.threads)
-            started.go_on(plain, environment(device, commit, ranks.count), folder)
+            started.resume(plain, environment(device, commit, ranks.count), folder)
             torch.manual_seed(config.seed)
             return perform(build_task(config, device, ranks), config, started, folder, device, ranks)
 
@@ -84,8 +84,8 @@ def perform(
     if started.epoch:
         task.load_state_dict(started.state)
         started.restore_random(device)
-    going_on = f", going on after {task.unit} {started.epoch}" if started.epoch else ""
-    print(f"{task.heading(config, device)}{going_on}", flush=True)
+    resumed = f", resumed after {task.unit} {started.epoch}" if started.epoch else ""
+    print(f"{task.heading(config, device)}{resumed}", flush=True)
     plain, seconds = resolved(config), started.seconds
     if not ranks.first:
         plain["logger"]["mode"] = "disabled"

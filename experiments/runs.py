@@ -45,18 +45,18 @@ def run_command(folder: Path) -> str:
 @contextlib.contextmanager
 def new_folder(config: DictConfig) -> Iterator[Path]:
     """A folder for a new run, with its configuration in it; removed again if the run fails before its first round."""
-    wanted = Path(config.run_dir)
-    first = not wanted.parent.exists()
+    chosen = Path(config.run_dir)
+    first = not chosen.parent.exists()
     try:
         for attempt in itertools.count(1):
-            folder = wanted if attempt == 1 else wanted.with_name(f"{wanted.name}-{attempt}")
+            folder = chosen if attempt == 1 else chosen.with_name(f"{chosen.name}-{attempt}")
             with contextlib.suppress(FileExistsError):
                 folder.mkdir(parents=True)
                 break
-        interrupts.go_on_with(run_command(folder))
+        interrupts.resume_with(run_command(folder))
         write_whole(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(resolved(config))))
     except OSError as error:
-        interrupts.go_on_with(None)
+        interrupts.resume_with(None)
         with contextlib.suppress(OSError):
             folder.rmdir()
         raise ValueError(f"run_dir={config.run_dir} cannot be written: {error.strerror}") from None
@@ -77,7 +77,7 @@ def held(folder: Path) -> Iterator[Path]:
     """A run's folder, locked for this process; an interrupt or a full disk is reported with the command to resume."""
     with alone(folder, f"{folder} is in use: another process is making this run; wait until it ends"):
         refuse_finished(folder)
-        interrupts.go_on_with(run_command(folder))
+        interrupts.resume_with(run_command(folder))
         try:
             yield folder
         except OSError as error:
@@ -85,12 +85,12 @@ def held(folder: Path) -> Iterator[Path]:
                 raise
             free = shutil.disk_usage(folder).free / 2**20
             raise OSError(
-                f"the disk is full: {free:.0f} MB are free at {folder}; free some, then go on with: "
+                f"the disk is full: {free:.0f} MB are free at {folder}; free some, then resume with: "
                 f"{run_command(folder)}"
             ) from error
         finally:
             if (folder / "summary.json").exists():
-                interrupts.go_on_with(None)
+                interrupts.resume_with(None)
                 (folder / ".lock").unlink(missing_ok=True)
 
 
@@ -110,10 +110,10 @@ def environment(device: torch.device, commit: str | None, ranks: int) -> dict[st
     return {"commit": commit, "torch": str(torch.__version__), **own, "ranks": ranks}
 
 
-def set_threads(asked: int | None, before: int | None) -> None:
-    """Set CPU threads: as asked for, or else as before the run was interrupted, if there are enough cores."""
+def set_threads(chosen: int | None, before: int | None) -> None:
+    """Set CPU threads: as chosen, or else as before the run was interrupted, if there are enough cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if count := asked or (before if before is not None and before <= cores else None):
+    if count := chosen or (before if before is not None and before <= cores else None):
         torch.set_num_threads(count)
 
 
@@ -166,7 +166,7 @@ class Progress:
         if device.type == "cuda":
             torch.cuda.set_rng_state(self.random["cuda"], device)
 
-    def go_on(self, config: Mapping[str, Any], environment: dict[str, Any], folder: Path) -> None:
+    def resume(self, config: Mapping[str, Any], environment: dict[str, Any], folder: Path) -> None:
         """Continue with these options in this environment.
 
         Raises:
@@ -190,8 +190,8 @@ class Progress:
         changed = [f"{k} {now} (was {last[k]})" for k, now in environment.items() if last.get(k, now) != now]
         if changed:
             print(
-                f"warning: the run goes on with {', '.join(changed)}: its results may differ, in the last bits, from "
-                "those of an uninterrupted run",
+                f"warning: the run is resumed with {', '.join(changed)}: its results may differ, in the last bits, "
+                "from those of an uninterrupted run",
                 flush=True,
             )
         if environment not in self.environments[-1:]:

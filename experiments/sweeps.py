@@ -48,7 +48,7 @@ class Sweep(Callback):
             overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
             config.sweep = name_of([str(o.input_line) for o in overrides if not is_result_independent(o.key_or_group)])
             config.hydra.overrides.task.append(f"sweep='{config.sweep}'")  # for each run to know
-        interrupts.go_on_with(shlex.join(["python", "train.py", *sys.argv[1:]]))
+        interrupts.resume_with(shlex.join(["python", "train.py", *sys.argv[1:]]))
         folder = Path(config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -86,7 +86,7 @@ def run_one(config: DictConfig) -> None:
     try:
         check(config)
         if config.resume is not None:
-            raise ValueError(f"resume={config.resume}: a sweep resumes by itself what was interrupted")
+            raise ValueError(f"resume={config.resume}: a sweep resumes its interrupted runs without this option")
         if any((folder / name).exists() for name in ("checkpoint.pt", "summary.json")):
             _same(folder, plain)
             (folder / "error.txt").unlink(missing_ok=True)

@@ -76,7 +76,7 @@ class WandB(Logger):
         folder = os.path.relpath(run_dir)
         if not offline:
             return ""
-        return f"W&B is offline: see this run with `wandb leet {folder}`, upload it with `wandb sync {folder}`"
+        return f"W&B is offline: show this run with `wandb leet {folder}`, upload it with `wandb sync {folder}`"
 
     def close(self) -> None:
         """Close after an error."""

@@ -3,11 +3,12 @@
     python scripts/bench_hebbian.py                  # the table, at batch 10 and 64
     python scripts/bench_hebbian.py --json out.json  # and a record of it
 
-`bioopt.SoftHebb` on the trunk stands beside the trunk's own forward pass (the floor is 2: a forward pass and one
-product as large), beside its approximation in which only the strongest neurons of an event learn (in the blocks where
-that pays, all but the first), and beside the same formula computed as the paper's demonstration does it: each product
-is a convolution of the inputs with the activities, batch and channels exchanged. On a GPU, where small batches wait for
-Python, also beside itself as a CUDA graph. All take turns; medians are compared.
+`bioopt.SoftHebb` on the trunk is compared with the trunk's forward pass (a step needs at least 2: a forward pass and
+one product of the same size), with its approximation in which only the strongest neurons of an event learn (in all
+blocks except the first, where it would not be faster), and with the same formula computed as in the paper's
+demonstration: each product is a convolution of the inputs with the activities, with batch and channels exchanged. On a
+GPU, where Python's overhead matters for small batches, it is also captured in a CUDA graph. The variants run in turn;
+medians are compared.
 """
 
 from __future__ import annotations

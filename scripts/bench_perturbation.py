@@ -1,11 +1,11 @@
-"""What many perturbations a step cost, in forward passes; memory of a population; other people's SPSA.
+"""The cost of a step with many perturbations, in forward passes; the memory of a population; torchzero's SPSA.
 
     python scripts/bench_perturbation.py                  # the tables
     python scripts/bench_perturbation.py --json out.json  # and a record of them
 
-The floor of K antithetic pairs is 2K forward passes, that of K noisy copies K + 1. All take turns within one run, and
-the medians of their times are compared. Where torchzero is installed (``pip install torchzero``), its SPSA makes the
-same K pairs for the same model and closure.
+K antithetic pairs need at least 2K forward passes, K noisy copies K + 1. The variants run in turn within one process,
+and the medians of their times are compared. Where torchzero is installed (``pip install torchzero``), its SPSA runs
+with the same K pairs, model and closure.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""What it costs to let the error return by relays: one step of `FeedbackRule` by the layers' own weights, and of SGD.
+"""The cost of error feedback by relays: one step of `FeedbackRule` by the layers' own weights, and of SGD.
 
 Both compute the same gradients, bit for bit (`tests/core/test_acts.py`), so the ratio is the price of the relays.
 
     python scripts/bench_relay.py
     python scripts/bench_relay.py --device cuda --json out.json
 
-All take turns within one run, and the medians of their times are compared.
+The variants run in turn within one process, and the medians of their times are compared.
 """
 
 from __future__ import annotations

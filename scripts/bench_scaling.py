@@ -1,15 +1,15 @@
-"""One run spread over processes: what travels in a step, how well two processes share it, and what 1,024 would do.
+"""One run in several processes: the data exchanged in a step, the efficiency of two, and an extrapolation to 1,024.
 
     python scripts/bench_scaling.py                  # the tables
     python scripts/bench_scaling.py --json out.json  # and a record of them
 
-Two processes of one thread each, joined by gloo on this machine, make the very step that one process of one thread
-makes alone. Bytes are those handed to `torch.distributed` by a process in one step. The extrapolation is a model made
-of measured parts: what a rank does for its own members of a population, what every rank does for all of them (it draws
-each direction again and adds it), and messages, whose time is taken to grow with the logarithm of the number of ranks.
-The model's own prediction for two processes stands beside the measurement. The last column says what it would take if
-each rank added its own directions alone and their sum travelled, as many numbers as there are weights; then the result
-would depend on the number of ranks in its last bits.
+Two processes of one thread each, connected by gloo on this machine, compute the same step as one process of one thread.
+Bytes are those that a process passes to `torch.distributed` in one step. The extrapolation is a model with measured
+parts: the work of a rank for its own members of a population, the work of every rank for all members (it draws each
+direction again and adds it), and messages, whose time is assumed to grow with the logarithm of the number of ranks. The
+model's prediction for two processes is printed next to the measurement. The last column is the time if each rank added
+only its own directions and the sum, one number for each weight, were exchanged; the last bits of the result would then
+depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def network(kind: str) -> nn.Module:
 def measured(
     seconds: float, batch: int, group: dist.ProcessGroup | None, rank: int, ranks: int
 ) -> dict[str, dict[str, float]]:
-    """Of each case: median milliseconds a step, and the bytes and messages that this rank hands over in one."""
+    """For each case: median milliseconds per step, and the bytes and messages that this rank sends in one."""
     traffic = {"bytes": 0, "messages": 0}
 
     def counted(send: Callable[..., Any]) -> Callable[..., Any]:
@@ -224,7 +224,7 @@ def main() -> None:
         f"\nExtrapolated: MLP of 101,770 weights, population {POPULATION}; a message of "
         f"{3 * POPULATION + options.batch:,} numbers takes {message:.2f} ms between two processes\n"
     )
-    print("| distribution | ranks | ms a step | efficiency | of it drawing again | messages | ms if sums travelled |")
+    print("| distribution | ranks | ms a step | efficiency | drawing again | messages | ms if sums were exchanged |")
     print("|---|---:|---:|---:|---:|---:|---:|")
     extrapolated: dict[str, dict[int, float]] = {}
     sums: dict[str, dict[int, float]] = {}  # each rank adds its own directions, and their sum travels

@@ -5,8 +5,8 @@ All train the same CNN; rules that need a network of their own (spiking, RBM) ar
     python scripts/bench_step.py                  # the table
     python scripts/bench_step.py --json out.json  # and a record of it
 
-All take turns within one run, and the medians of their times are compared, so that a noisy machine troubles all
-alike. Memory is measured in a fresh process each: what a step needs at its peak above the model and the batch.
+The optimizers run in turn within one process, and the medians of their times are compared, so that a noisy machine
+affects all equally. Memory is measured in a new process for each: the peak of a step, above the model and the batch.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Keep the result of finished runs, and make the tables from what was kept.
 
     python scripts/record.py mnist-cnn-hebbian runs/...-seed0 runs/...-seed1    # a record: same options, several seeds
-    python scripts/record.py                                                    # only make the tables anew
+    python scripts/record.py                                                    # only write the tables
 
-A record is ``experiments/records/<name>/result.json`` with the pictures of its first run beside it; the tables go to
+A record is ``experiments/records/<name>/result.json`` with the pictures of its first run; the tables go to
 ``experiments/records/README.md``.
 """
 
@@ -14,9 +14,12 @@ import json
 import shlex
 import shutil
 import statistics
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from experiments.config import run_group
 from experiments.files import write_json, write_whole
@@ -160,7 +163,7 @@ def tables() -> str:
     results = [result for result in kept.values() if "task" not in result]
     text = [
         "# Measured results\n",
-        "Made by `python scripts/record.py` from the `result.json` beside it. Test accuracy in %, mean ± 95 %",
+        "Written by `python scripts/record.py` from `*/result.json` in this folder. Test accuracy in %, mean ± 95 %",
         "confidence interval over the seeds; the difference to the random trunk is paired by seed.\n",
     ]
     for data in sorted({result["data"] for result in results}):

@@ -1,4 +1,4 @@
-"""Compare finished runs: a table here, and `report.html`, `report.md`, `report.csv` and pictures in a folder.
+"""Compare finished runs: prints a table, and writes `report.html`, `report.md`, `report.csv` and pictures to a folder.
 
 python scripts/report.py runs/compare_mnist
 python scripts/report.py runs/a runs/b --accuracy 97 --out somewhere
@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from experiments.report import NothingToReport, report
 
@@ -17,7 +20,7 @@ def main() -> None:
     """Read the runs, write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, or folders that hold such folders")
-    parser.add_argument("--accuracy", type=float, help="in %%, of the column 'time to'")
+    parser.add_argument("--accuracy", type=float, help="in %%, for the column 'time to'")
     parser.add_argument("--out", type=Path, help="where to write; by default the folder that holds all of RUNS")
     options = parser.parse_args()
     if options.accuracy is not None and not 0 <= options.accuracy <= 100:

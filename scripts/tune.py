@@ -4,7 +4,8 @@ python scripts/tune.py optimizer=hebbian data=mnist 'optimizer.lr=tag(log, inter
 python scripts/tune.py optimizer=hebbian model=cnn 'optimizer.decay=subspace,own' 'optimizer.k=range(1,4)' --name decay
 
 Ranges to search are written as in Hydra's sweeps: interval(a, b), of integers where both are; tag(log, ...);
-choice(...) or a,b,c; range(...). The study is in runs/<name>/study.db, its runs beside it; the same command resumes it.
+choice(...) or a,b,c; range(...). The study is runs/<name>/study.db, with its runs in the same folder; the same command
+resumes it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from experiments import interrupts
 from experiments.checks import check_inside_runs
@@ -41,8 +44,8 @@ def suggest(trial: Any, override: Override) -> str:
         return f"{key}={trial.suggest_categorical(key, list(override.sweep_string_iterator()))}"
     except ValueError as error:
         raise ValueError(
-            f"{override.input_line} cannot be searched ({str(error).rstrip('.')}); correct the range, or where this "
-            "study has had another one, begin a new study by --name"
+            f"{override.input_line} cannot be searched ({str(error).rstrip('.')}); correct the range; if this "
+            "study has another range for it, start a new study with --name"
         ) from None
 
 
@@ -51,7 +54,7 @@ def composed(overrides: list[str]) -> dict[str, Any]:
     with initialize_config_dir(CONF, version_base="1.3"):
         config = compose("config", overrides)
         if config.task is not None:
-            raise ValueError(f"experiment={config.task.name} measures no test accuracy to search by")
+            raise ValueError(f"experiment={config.task.name} has no test accuracy to maximise")
         if not config.data.validation:
             config.data.validation = {"digits": 300, "stl10": 1000}.get(config.data.name, 10_000)
     return resolved(config)
@@ -60,9 +63,9 @@ def composed(overrides: list[str]) -> dict[str, Any]:
 def main() -> None:
     """Search, then print the best options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("options", nargs="+", help="as of train.py; at least one of them with a range to search")
-    parser.add_argument("--trials", type=int, default=20, help="that finish, those of before included")
-    parser.add_argument("--name", help="of the study; by default made of the options")
+    parser.add_argument("options", nargs="+", help="options of train.py, at least one of them with a range to search")
+    parser.add_argument("--trials", type=int, default=20, help="number of finished trials, including earlier ones")
+    parser.add_argument("--name", help="name of the study; by default made from the options")
     chosen = parser.parse_args()
     if chosen.trials < 1:
         parser.error(f"--trials {chosen.trials} must be at least 1")
@@ -77,7 +80,9 @@ def main() -> None:
     searched = [o for o in overrides if isinstance(o.value(), IntervalSweep | ChoiceSweep | RangeSweep)]
     fixed = [str(o.input_line) for o in overrides if o not in searched]
     if not searched:
-        parser.exit(1, "error: nothing to search: write an option as interval(a, b), say, or a,b,c\n")
+        parser.exit(
+            1, "error: nothing to search: give at least one option as a range, such as interval(a, b) or a,b,c\n"
+        )
 
     name = chosen.name or name_of(chosen.options)
     try:
@@ -85,7 +90,7 @@ def main() -> None:
         check_inside_runs("--name", name)
     except ValueError as error:
         parser.exit(1, f"error: {error}\n")
-    interrupts.go_on_with(shlex.join(["python", "scripts/tune.py", *sys.argv[1:]]))
+    interrupts.resume_with(shlex.join(["python", "scripts/tune.py", *sys.argv[1:]]))
     folder = Path("runs") / name
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
@@ -127,7 +132,7 @@ def main() -> None:
         parser.exit(1, f"error: no trial finished; see above, and {folder}\n")
     best = study.best_trial
     options = [f"{key}={value}" for key, value in best.params.items()]
-    print(f"\nbest of {done}: {best.value:.2%} on held-out images (trial {best.number}); what was tried is in {folder}")
+    print(f"\nbest of {done}: {best.value:.2%} on held-out images (trial {best.number}); all trials are in {folder}")
     print(shlex.join(["python", "train.py", *fixed, *options]))
 
 

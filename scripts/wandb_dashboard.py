@@ -1,12 +1,12 @@
 """Build the project's W&B dashboard in code: a saved view of its workspace.
 
-    python scripts/wandb_dashboard.py --entity E --project bioopt --data mnist --model cnn   # of these runs
-    python scripts/wandb_dashboard.py --entity E --project bioopt                            # of all runs
+    python scripts/wandb_dashboard.py --entity E --project bioopt --data mnist --model cnn   # only these runs
+    python scripts/wandb_dashboard.py --entity E --project bioopt                            # all runs
     python scripts/wandb_dashboard.py --entity E --project bioopt --dry-run                  # print it, offline
 
-It needs `wandb-workspaces` (`pip install -e '.[dashboard]'`); each call saves a new view. Bars and the first section
-put all runs of an optimizer together, so name a data set and a model where the project has several. All other curves
-are those of a W&B group: runs that differ only in their seed.
+It needs `wandb-workspaces` (`pip install -e '.[dashboard]'`); each call saves a new view. The first section and bars
+average over all runs of an optimizer, so choose a data set and a model if the project has several. All other curves
+average over a W&B group: runs that differ only in their seed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ OPTIMIZER = wr.Config("optimizer.name")
 DIAGNOSTICS = {
     "cosine": "cosine of update and gradient",
     "signal_to_noise": "signal-to-noise ratio of the updates",
-    "update_ratio": "length of the update / of the weights",
+    "update_ratio": "norm of the update / norm of the weights",
     "sparsity": "sparsity of activity",
     "dead_units": "dead units",
     "dimensionality": "dimensionality of activity",
@@ -85,11 +85,11 @@ def dashboard(entity: str, project: str, data: str | None = None, model: str | N
                 for x in ("forward_passes", "seconds")
             ),
         ],
-        # A run's layers have names of their own: all metrics that begin so.
+        # The names of layers differ between runs, so panels match all metrics with this beginning.
         "Alignment and activity of the layers": [
             line(title, "step", metric_regex=f"^diagnostics/{name}/.+$") for name, title in DIAGNOSTICS.items()
         ],
-        "Weights": [line("mean length of the neurons' weight vectors", "epoch", metric_regex="^weight_norm/.+$")],
+        "Weights": [line("mean norm of the neurons' weight vectors", "epoch", metric_regex="^weight_norm/.+$")],
         "Pictures": [
             wr.MediaBrowser(title=name.replace("_", " "), media_keys=[f"pictures/{name}"]) for name in PICTURES
         ],
@@ -124,9 +124,9 @@ def save(view: ws.Workspace) -> None:
     if not wandb.login(prompt=False):
         sys.exit("error: not logged in to W&B: run `wandb login` or set WANDB_API_KEY (--dry-run needs neither)")
     try:
-        _ = wandb.Api().project(view.project, view.entity).id  # else W&B would refuse the view, in words of its own
+        _ = wandb.Api().project(view.project, view.entity).id  # checked here for a clear error
     except ValueError:
-        sys.exit(f"error: W&B shows this account no project {view.entity}/{view.project}: has a run been uploaded?")
+        sys.exit(f"error: this account cannot see a W&B project {view.entity}/{view.project}; upload a run first")
     view.save()  # which prints its address
 
 
@@ -145,7 +145,7 @@ def main() -> None:
         return
     try:
         save(view)
-    except Exception as error:  # of the network, of the account, of W&B's own libraries
+    except Exception as error:  # network, account, or W&B's own libraries
         sys.exit(f"error: W&B: {error}")
 
 

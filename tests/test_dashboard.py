@@ -1,4 +1,4 @@
-"""The W&B dashboard and sweep are made of what runs log and options that exist."""
+"""The W&B dashboard and sweep use metrics that runs log and options that exist."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from .commands import ROOT, TINY, config, inspected, train
 
 SCRIPT = str(ROOT / "scripts" / "wandb_dashboard.py")
 AXES = {"epoch", "forward_passes", "seconds", "step"}
-# Of a run that is asked for more than TINY is.
+# Options of a run that logs more than TINY.
 ON_DEMAND = {"diagnostics", "pictures/confusion", "pictures/misclassified"}
 
 
 def call(*arguments: str, cwd: Path, command: tuple[str, ...] = (SCRIPT,)) -> subprocess.CompletedProcess[str]:
-    """The script, where there is no account."""
+    """The script, without an account."""
     home = {"HOME": str(cwd), "NETRC": str(cwd / "none"), "WANDB_API_KEY": ""}
     return subprocess.run(
         [sys.executable, *command, "--entity", "us", "--project", "bioopt", *arguments],
@@ -42,7 +42,7 @@ def view(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def panels(view: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Of each kind, what the panels are told."""
+    """The options of the panels of each kind."""
     kinds: dict[str, list[dict[str, Any]]] = {}
     for section in view["spec"]["section"]["panelBankConfig"]["sections"]:
         shown = section["flowConfig"]["columnsPerPage"] * section["flowConfig"]["rowsPerPage"]
@@ -54,7 +54,7 @@ def panels(view: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[set[str]], set[str]]:
-    """What a run logs: the names of each row of its history, and of its summary."""
+    """The names that a run logs: of each row of its history, and of its summary."""
     folder = tmp_path_factory.mktemp("run")
     done = train(*TINY, "logger.mode=offline", "run_dir=run", cwd=folder, HOME=str(folder))
     assert done.returncode == 0, done.stderr
@@ -124,7 +124,7 @@ def test_data_and_model_filter_the_runs(view: dict[str, Any]) -> None:
     assert found == {("config", "data.value.name", "=", "mnist"), ("config", "model.value.name", "=", "cnn")}
 
 
-def test_what_is_missing_is_told_in_a_sentence(tmp_path: Path) -> None:
+def test_what_is_missing_raises_a_clear_error(tmp_path: Path) -> None:
     done = call(cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.startswith("error: not logged in to W&B: run `wandb login`")
@@ -137,7 +137,7 @@ def test_what_is_missing_is_told_in_a_sentence(tmp_path: Path) -> None:
 
 
 def test_the_sweep_composes(logged: tuple[list[set[str]], set[str]]) -> None:
-    from wandb.sdk.launch.sweeps.utils import create_sweep_command_args  # a second, which no other test need wait for
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command_args  # takes a second
 
     sweep = yaml.safe_load((ROOT / "scripts" / "wandb_sweep.yaml").read_text())
     assert (ROOT / sweep["program"]).exists()

@@ -1,4 +1,4 @@
-"""The pages under docs/ say what is so: their Python runs, their commands compose, their numbers are the records'."""
+"""The pages under docs/ are true: their Python runs, their commands compose, and their numbers match the records."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PAGES = sorted((ROOT / "docs").glob("**/[!_]*.md"))
 RECORDS = {
     result["command"]: f"{100 * result['mean']:.2f}"
     for result in map(json.loads, (path.read_text() for path in (ROOT / "experiments/records").glob("*/result.json")))
-    if "mean" in result  # not of what is no classification
+    if "mean" in result  # only classification
 }
 
 

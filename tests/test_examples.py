@@ -1,4 +1,4 @@
-"""The examples run as they stand, and what they print shows learning."""
+"""The examples run as written, and their output shows learning."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Run = Callable[..., list[float]]
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs an example as `python examples/NAME.py` does, and gives the numbers that it prints before a "%"."""
+    """Runs an example as `python examples/NAME.py` does; returns the numbers that it prints before a "%"."""
 
     def run(name: str, *arguments: str) -> list[float]:
         path = str(EXAMPLES / name)

@@ -1,4 +1,4 @@
-"""Imports go one way: nobody needs to know the whole tree to change a part of it."""
+"""Imports go one way, so that a part can be changed without knowing the whole tree."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def modules(package: str) -> dict[str, Path]:
 
 
 class Imports(ast.NodeVisitor):
-    """The names that a module imports, inside functions as well, but not for the annotation of types alone."""
+    """The names that a module imports, also inside functions, but not those for type annotations only."""
 
     def __init__(self, module: str, path: Path) -> None:
         self.package = module if path.name == "__init__.py" else module.rpartition(".")[0]
@@ -69,7 +69,7 @@ def test_no_import_circle_in_the_experiments() -> None:
 
 
 def test_leaves_import_nothing_of_ours() -> None:
-    for leaf in (*LEAVES, "learner"):  # the last one needs the library
+    for leaf in (*LEAVES, "learner"):  # the learner needs the library
         assert not graph("experiments")[f"experiments.{leaf}"], leaf
 
 

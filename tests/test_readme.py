@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands, and its commands name what exists."""
+"""The README's Python runs as written, and its commands have options that exist."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_the_loops_of_the_readme() -> None:
 
 
 def composed(text: str) -> list[str]:
-    """The commands of a page, each of which names what exists; of a sweep, its first run."""
+    """The commands of a page, each composed by Hydra; for a sweep, its first run."""
     commands = [command.strip() for command in re.findall(r"^(python train\.py [^#\n]*)", text, re.MULTILINE)]
     for command in commands:
         words = shlex.split(command)[2:]

@@ -1,4 +1,4 @@
-"""`scripts/record.py`: what it keeps of runs, and what it refuses."""
+"""`scripts/record.py`: which runs it accepts, and what it writes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .experiments.test_sweeps import finished
 
 @pytest.fixture
 def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where records go: not to the project's own."""
+    """A folder for records in place of the project's."""
     monkeypatch.setattr(record, "RECORDS", tmp_path / "records")
     return tmp_path / "records"
 
@@ -48,8 +48,8 @@ def test_a_record_has_the_runs_in_order_of_their_seeds_and_their_command(kept: P
 def test_what_cannot_be_recorded_is_named_and_nothing_is_written(kept: Path, tmp_path: Path) -> None:
     folders = runs(tmp_path / "runs")
 
-    def refused(says: str, name: str = "mine", some: list[Path] = folders) -> None:
-        with pytest.raises(SystemExit, match=f"^error: {says}"):
+    def refused(message: str, name: str = "mine", some: list[Path] = folders) -> None:
+        with pytest.raises(SystemExit, match=f"^error: {message}"):
             record.record(name, some)
         assert not kept.exists()
 

@@ -1,4 +1,4 @@
-"""The scripts run as documented, at tiny sizes; the others of them are run in test_sweeps.py and test_dashboard.py."""
+"""The scripts run as documented, at tiny sizes; the others run in test_sweeps.py and test_dashboard.py."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Call = Callable[..., str]
 
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch) -> Call:
-    """Runs a script as `python scripts/NAME.py` does, and gives what it prints."""
+    """Runs a script as `python scripts/NAME.py` does; returns its output."""
 
     def call(name: str, *arguments: str) -> str:
         script = importlib.import_module(f"scripts.{name.removesuffix('.py')}")
@@ -44,7 +44,7 @@ def call(monkeypatch: pytest.MonkeyPatch) -> Call:
 
 
 def table(text: str) -> list[list[str]]:
-    """The rows of the Markdown tables in it, without their heads."""
+    """The rows of its Markdown tables, without their headers."""
     text = re.sub(r"^\|.*\n\|[-:|]+$", "", text, flags=re.MULTILINE)
     return [row.strip("| ").split(" | ") for row in re.findall(r"^\|.*$", text, re.MULTILINE)]
 
@@ -62,7 +62,7 @@ def test_every_script_is_run_in_the_tests() -> None:
     assert set(tested) == {path.name for path in (ROOT / "scripts").glob("*.py")}
 
 
-def test_generate_names_what_is_out_of_date_and_writes_it(
+def test_generate_names_outdated_files_and_writes_them(
     call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script = importlib.import_module("scripts.generate")
@@ -154,7 +154,7 @@ def test_record(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 
 class Parsed(Exception):
-    """The arguments of a command are those of its script."""
+    """The parsed arguments of a script."""
 
 
 def documented() -> list[str]:
@@ -183,7 +183,7 @@ def test_documented_commands_parse(command: str, call: Call, monkeypatch: pytest
 
 
 def first_choice(override: Override) -> str:
-    """What a search tries, for one."""
+    """One value that a search can try."""
     if not override.is_sweep_override():
         return str(override.input_line)
     sweep = override.value()

@@ -1,4 +1,4 @@
-"""`scripts/tune.py`: what ends a search before it begins, or within it, in a sentence."""
+"""`scripts/tune.py`: errors before and during a search."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from scripts import tune
 
 @pytest.fixture
 def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """The exit code of a search, and what it wrote to standard error; its runs reach what ``result`` is."""
+    """The exit code of a search and its standard error; ``result`` is the accuracy of its runs."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(interrupts, "catch", lambda: None)  # the signals of the tests' own process stay
 
@@ -38,38 +38,42 @@ def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (["optimizer.lr=interval(2.0, 1.0)"], "optimizer.lr=interval(2.0, 1.0) cannot be searched (`low <= high` must"),
         (["optimizer.lr=tag(log, interval(0.0, 1.0))"], "cannot be searched (`low > 0` must hold"),
-        (["optimizer.lr=1,2", "experiment=savings"], "error: experiment=savings measures no test accuracy"),
+        (["optimizer.lr=1,2", "experiment=savings"], "error: experiment=savings has no test accuracy"),
         (["optimizer.lr=1,2", "--name", "../x"], "error: --name=../x"),
         (["optimizer.lr=1,2", "--name", "bad"], "study.db cannot be used ((sqlite3.DatabaseError) file is not a"),
         (["optimizer.lr=1,2", "--trials", "0"], "error: --trials 0 must be at least 1"),
     ],
 )
-def test_a_search_that_cannot_be_is_told(arguments: list[str], says: str, search: Any, tmp_path: Path) -> None:
+def test_an_impossible_search_raises_a_clear_error(
+    arguments: list[str], message: str, search: Any, tmp_path: Path
+) -> None:
     (tmp_path / "runs" / "bad").mkdir(parents=True)
     (tmp_path / "runs" / "bad" / "study.db").write_text("this is no data base, but a line of text")
-    code, told = search(*arguments)
+    code, error = search(*arguments)
     assert code in (1, 2)
-    assert says in told
+    assert message in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]
 
 
 def test_other_values_need_another_study(search: Any) -> None:
     assert search("optimizer.lr=1,2", "--name", "one", "--trials", "1") == (0, "")
-    code, told = search("optimizer.lr=1,3", "--name", "one", "--trials", "2")
+    code, error = search("optimizer.lr=1,3", "--name", "one", "--trials", "2")
     assert code == 1
-    assert "optimizer.lr=1,3 cannot be searched" in told
-    assert "begin a new study by --name" in told
+    assert "optimizer.lr=1,3 cannot be searched" in error
+    assert "start a new study with --name" in error
 
 
-def test_an_interrupted_search_goes_on_with_the_same_trial(search: Any, tmp_path: Path) -> None:
+def test_an_interrupted_search_resumes_with_the_same_trial(search: Any, tmp_path: Path) -> None:
     command = ("optimizer.lr=interval(0.1, 1.0)", "--name", "one", "--trials", "1")
-    code, told = search(*command, result=KeyboardInterrupt())
+    code, error = search(*command, result=KeyboardInterrupt())
     assert code == 130
-    assert told.startswith("interrupted by SIGINT; go on with: python scripts/tune.py optimizer=sgd 'optimizer.lr=int")
+    assert error.startswith(
+        "interrupted by SIGINT; resume with: python scripts/tune.py optimizer=sgd 'optimizer.lr=int"
+    )
     assert search(*command) == (0, "")
     study = optuna.load_study(study_name="one", storage=f"sqlite:///{tmp_path}/runs/one/study.db")
     first, second = study.trials

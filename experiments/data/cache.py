@@ -59,7 +59,7 @@ def _fetch(name: str, root: Path, path: Path) -> None:
     except OSError as error:
         raise FileNotFoundError(
             f"data set '{name}' is not at {path}, and data.root={root} cannot be written ({_first_line(error)}); "
-            "set data.root=<folder that can>, or use data=digits, which needs none"
+            "set data.root=<folder that can>, or use data=digits, which needs no download"
         ) from None
     try:
         if not path.exists():  # the other process may have written it
@@ -75,8 +75,8 @@ def _loaded(name: str, root: Path, path: Path) -> Tensors:
     except Exception as error:  # from the network, the disk, or a reader of damaged files
         raise FileNotFoundError(
             f"data set '{name}' is not at {path} and could not be fetched ({_first_line(error)}). Connect to the "
-            "network, put the file there, set data.root=<folder that holds it>, or use data=digits, which needs none."
-            + "".join(f" {note}" for note in getattr(error, "__notes__", ()))
+            "network, put the file there, set data.root=<folder that holds it>, or use data=digits, which needs no "
+            "download." + "".join(f" {note}" for note in getattr(error, "__notes__", ()))
         ) from error
     check_returned(name, tensors)  # before it is written, so that no file has to be deleted once the loader is right
     return tensors

@@ -15,7 +15,7 @@ from .whitening import Whiten
 
 
 class StridedInTraining(nn.Sequential):
-    """A block whose ``conv`` learns from every second patch each way, as neighbours are nearly alike.
+    """A block whose ``conv`` learns from every second patch in each direction: neighbours are nearly equal.
 
     Once frozen it sees all patches.
     """

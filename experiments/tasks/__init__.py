@@ -1,4 +1,4 @@
-"""Experiments, one file each, with its pictures beside it in ``<name>_plots.py``; here is what they have in common.
+"""Experiments, one file each, with its pictures in ``<name>_plots.py``; this file has what they share.
 
 A task steps learners (`experiments.learner`); it has no training loop, no folder and no log of its own.
 """

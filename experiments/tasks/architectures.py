@@ -168,8 +168,8 @@ class Architectures(Task):
         self, history: list[dict[str, Any]], task: str, rule: str, structure: str, key: str = "accuracy"
     ) -> list[float]:
         """The accuracy of each repetition."""
-        wanted = (task, rule, structure)
-        return [line[key] for line in history if (line["task"], line["rule"], line["structure"]) == wanted]
+        chosen = (task, rule, structure)
+        return [line[key] for line in history if (line["task"], line["rule"], line["structure"]) == chosen]
 
     def ranked(self, history: list[dict[str, Any]], task: str, rule: str) -> list[str]:
         """The structures, the best first."""

@@ -302,14 +302,14 @@ def information(gates: Tensor) -> float:
 
 
 def guessed(images: data.Images, contexts: int) -> float:
-    """The highest accuracy possible for who knows the class, but not the context."""
+    """The highest accuracy possible when the class is known, but not the context."""
     names = images.test_labels.view(contexts, -1)
     return float((names.unsqueeze(0) == names.unsqueeze(1)).sum(1).amax(0).float().mean() / contexts)
 
 
 @torch.no_grad()
 def times(networks: list[nn.Module], inputs: Tensor, repeats: int = 25) -> list[float]:
-    """The shortest time in seconds that each network takes for these inputs, of several in turn."""
+    """The shortest time in seconds that each network takes for these inputs, measured in turn."""
     took = [[math.inf] for _ in networks]
     for _ in range(repeats):
         for network, each in zip(networks, took, strict=True):

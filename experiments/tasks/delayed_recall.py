@@ -24,7 +24,7 @@ MODELS = (
     "gated_buffer",
     "gated_fast_weights",
     "gru",
-)  # gated: stores only what is asked about
+)  # gated: stores only queried pairs
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Episodes:
 
     keys: Tensor  # steps × batch × size
     values: Tensor  # steps × batch × values, one-hot
-    matters: Tensor  # steps: 1 for a pair that can be asked about, 0 for a distractor
+    matters: Tensor  # steps: 1 for a pair that can be queried, 0 for a distractor
     cue: Tensor  # batch × size: the key of one of the pairs
     answer: Tensor  # batch: the number of its value
 
@@ -148,13 +148,13 @@ class DelayedRecall(Task):
         others = torch.randint(load, self.symbols, (count, delay), device=device)
         keys = torch.cat([order[:, :load], order.gather(1, others)], 1).T
         values = torch.randint(self.values, (load + delay, count), device=device)
-        asked = torch.randint(load, (1, count), device=device)
+        queried = torch.randint(load, (1, count), device=device)
         return Episodes(
             keys=self.keys[keys],
             values=F.one_hot(values, self.values).to(self.keys.dtype),
             matters=(torch.arange(load + delay, device=device) < load).to(self.keys.dtype),
-            cue=self.keys[keys.gather(0, asked)[0]],
-            answer=values.gather(0, asked)[0],
+            cue=self.keys[keys.gather(0, queried)[0]],
+            answer=values.gather(0, queried)[0],
         )
 
     @torch.no_grad()

@@ -71,7 +71,7 @@ class Tried:
 
 @dataclass(eq=False)
 class MetaCost(Task):
-    """For each task and learner: every cost by itself, and mixtures that two outer loops choose by the true outcome.
+    """For each task and learner: every single cost, and mixtures that two outer loops choose by the true outcome.
 
     The trunk of a learner learns from a mixture of costs, through local readouts: the head for all costs of class
     scores, one of its own for each other cost that needs any. Where no cost is of class scores, the head is a block of
@@ -79,7 +79,7 @@ class MetaCost(Task):
     gradient at the activity of the untrained trunk, so that a share is a share of the gradient at the start, and one
     rate suits all costs about equally well.
 
-    Each cost by itself learns at every rate of a grid, and the best is kept. `optuna` (J. Bergstra et al., 2011,
+    Each single cost is tried at every rate of a grid, and the best rate is kept. `optuna` (J. Bergstra et al., 2011,
     *Algorithms for hyper-parameter optimization*: TPE) and `perturb`, `bioopt.WeightPerturbation`, search the logits of
     the shares and the logarithm of the rate, with as many inner learnings each. Both maximise a learner's accuracy on
     validation images, whose labels are true. Accuracy can be compared between costs; a cross-entropy cannot, of scores

@@ -344,5 +344,5 @@ class Valleys(Task):
         v, labels = torch.bernoulli(self.grey[:500]), self.images.train_labels[:500]
         q = pair_overlaps(v, self.machine.centre)
         first, second = torch.triu_indices(len(v), len(v), 1, device=v.device)
-        alike = labels[first] == labels[second]
-        return q[alike].cpu(), q[~alike].cpu()
+        same = labels[first] == labels[second]
+        return q[same].cpu(), q[~same].cpu()

@@ -1,4 +1,4 @@
-"""`experiment=architectures`: what is trained on what, and that all rules face the same."""
+"""`experiment=architectures`: which rule trains which structure on which task, and that all rules get the same data."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def kept(line: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in line.items() if key != "milliseconds"}
 
 
-def test_tasks_are_what_they_say() -> None:
+def test_tasks_match_their_description() -> None:
     made = task(COMMON, task__tasks__few_labels__count=20)
     posed = {name: made.pose(name, 0) for name in made.tasks}
     clean = posed["clean"]
@@ -76,8 +76,8 @@ def test_structures_are_of_about_the_same_number_of_weights() -> None:
 
 
 @pytest.mark.parametrize("rule", ["sgd", "node_perturbation", "hebbian", "random_trunk"])
-def test_every_rule_takes_its_steps_on_every_structure(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And all but the control changes more than the readout."""
+def test_every_rule_trains_every_structure(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the control change more than the readout."""
     made = task([*COMMON, *ONE])
     models: list[torch.nn.Module] = []
     begun: list[list[torch.Tensor]] = []
@@ -114,7 +114,7 @@ def test_unlabelled_samples_do_not_enter(monkeypatch: pytest.MonkeyPatch) -> Non
     assert int(torch.cat(seen).min()) >= 0
 
 
-def test_the_gated_network_sees_contexts_by_its_controller_alone() -> None:
+def test_only_the_controller_of_the_gated_network_gets_contexts() -> None:
     made = task(TINY)
     assert made.build("gated", made.pose("contexts", 0)).get_submodule("0").contexts == 4  # type: ignore[union-attr]
     assert isinstance(made.build("gated", made.pose("clean", 0)).get_submodule("0"), torch.nn.Flatten)
@@ -126,7 +126,7 @@ def test_options_of_a_structure_are_those_of_its_name() -> None:
     assert (made.structures, rates) == (["mlp", "gated"], [0.25, 0.5])
 
 
-def test_rounds_need_nothing_of_those_before_and_rules_face_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounds_are_independent_and_rules_get_the_same_data(monkeypatch: pytest.MonkeyPatch) -> None:
     made = task(TINY)
     assert made.rounds == 2 * 2 * 2 * 2
     lines = [made.round(number) for number in range(1, 17)]
@@ -166,7 +166,7 @@ def test_the_lead_is_paired_and_of_the_two_best(tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_run_goes_on_where_it_stopped_to_the_same_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_resumes_with_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = [*TINY, "task.repetitions=1", "~task.tasks.contexts"]
     whole = run(config(*tiny, f"run_dir={tmp_path / 'whole'}"))
     assert (tmp_path / "whole" / "architectures.png").exists()
@@ -180,14 +180,14 @@ def test_a_run_goes_on_where_it_stopped_to_the_same_end(tmp_path: Path, monkeypa
     assert {"clean_sgd_mlp", "clean_random_trunk_gated", "mlp_weights", "sgd_forward_passes"} < set(found)
 
 
-def test_a_rate_that_is_too_large_is_told() -> None:
+def test_a_rate_that_is_too_large_is_named() -> None:
     made = task(TINY, rules__sgd__per_model__mlp__lr=1e30)
     with pytest.raises(RuntimeError, match=r"sgd on mlp at clean: .*rules\.sgd\.per_model\.mlp\.lr=1e\+30; lower it"):
         made.round(1)
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "message"),
     [
         (
             {"task__tasks": {"riddles": {}}},
@@ -202,6 +202,6 @@ def test_a_rate_that_is_too_large_is_told() -> None:
         ({"structures__attention__patch": 5}, r"structures\.attention: .*patch=5 must divide"),
     ],
 )
-def test_mistakes_are_told(changed: dict[str, Any], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_mistakes_raise_clear_errors(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         task(COMMON, **changed)

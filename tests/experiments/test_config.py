@@ -1,4 +1,4 @@
-"""Configurations: old names of options and classes, which users, their files and old runs still have."""
+"""Configurations: old names of options and classes, as users, files and earlier runs have them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_old_names_of_options_become_new_ones(capsys: pytest.CaptureFixture[str]
     assert run_group({"task": {"disguise": "labels"}}) == {"task.permute": "labels"}
 
 
-def test_classes_are_where_their_new_names_say() -> None:
+def test_new_class_names_can_be_imported() -> None:
     for name in MOVED.values():
         (get_method if name.endswith("likelihood") else get_class)(name)
 

@@ -1,4 +1,4 @@
-"""`experiment=context_routing`: networks of one size, what they compute, who goes where, and the conflict."""
+"""`experiment=context_routing`: sizes of the networks, computation, routes, and the conflict between tasks."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def timeless(found: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in found.items() if "time" not in key}
 
 
-def test_networks_are_of_one_size_and_pathways_start_alike() -> None:
+def test_networks_have_one_size_and_pathways_the_same_start() -> None:
     made = task("task.pathways=5", "task.hidden=8", "task.active=[1,2]")
     assert made.networks == ["fixed", "routed_1", "routed_2", "all_run", "connected", "no_context"]
     built = {}
@@ -57,7 +57,7 @@ def test_networks_are_of_one_size_and_pathways_start_alike() -> None:
         assert all(torch.equal(built[name].state_dict()[key], value) for key, value in start.items())
 
 
-def test_multiply_adds_are_those_that_were_made() -> None:
+def test_multiply_adds_match_the_layers_that_ran() -> None:
     made = task("task.active=[1,2]")
     found = {}
     for number, name in enumerate(made.networks, 1):
@@ -88,7 +88,7 @@ def test_counting_follows_each_sample_through_pathways_of_different_length() -> 
     assert made[0] == by_hand  # it has ended
 
 
-def test_information_is_what_the_pathway_tells_of_the_context() -> None:
+def test_information_between_pathway_and_context() -> None:
     apart = torch.eye(4, 6)
     assert information(apart) == information(0.25 * apart) == 2.0
     assert information(torch.full((4, 6), 0.1)) == pytest.approx(0, abs=1e-12)
@@ -101,7 +101,7 @@ def test_information_is_what_the_pathway_tells_of_the_context() -> None:
     assert information(gates) == pytest.approx(bits, abs=1e-6)
 
 
-def test_who_knows_the_class_but_not_the_context_can_only_guess() -> None:
+def test_without_the_context_accuracy_is_limited() -> None:
     images = problems.contexts(task().images, torch.Generator().manual_seed(0), 3)
     names = images.test_labels.view(3, -1)
     most = [max(column.count(name) for name in column) for column in map(list, zip(*names.tolist(), strict=True))]
@@ -120,7 +120,7 @@ def test_the_tasks_conflict_without_a_context_and_fixed_routing_solves_them() ->
     assert fixed["gates"] == fixed["gates_at_start"] == [[1, 0, 0], [0, 1, 0]]
 
 
-def test_rounds_need_no_other_and_repetitions_differ() -> None:
+def test_rounds_are_independent_and_repetitions_differ() -> None:
     made = task()
     lines = [made.round(number) for number in range(1, made.rounds + 1)]
     assert [line["network"] for line in lines] == made.networks * 2
@@ -132,7 +132,7 @@ def test_rounds_need_no_other_and_repetitions_differ() -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_every_rule_of_the_experiment_takes_its_steps(rule: str) -> None:
+def test_every_rule_of_the_experiment_trains(rule: str) -> None:
     others = [f"~rules.{other}" for other in ("sgd", *RULES) if other != rule]
     made = task(*others, plain=SMALL)
     for number, name in enumerate(made.networks, 1):
@@ -145,9 +145,7 @@ def test_every_rule_of_the_experiment_takes_its_steps(rule: str) -> None:
             assert line["gates"] != line["gates_at_start"]
 
 
-def test_a_run_leaves_its_pictures_and_goes_on_where_it_stopped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_draws_its_pictures_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(config(*TINY, f"run_dir={tmp_path / 'whole'}"))
     for picture in ("accuracy.png", "routes.png"):
         assert (tmp_path / "whole" / picture).read_bytes().startswith(b"\x89PNG")
@@ -157,7 +155,7 @@ def test_a_run_leaves_its_pictures_and_goes_on_where_it_stopped(
 
 
 @pytest.mark.parametrize("rule", ["sgd", "node_perturbation"])
-def test_a_network_whose_loss_is_no_number_is_back_at_its_start(rule: str) -> None:
+def test_a_network_with_a_non_finite_loss_is_reset(rule: str) -> None:
     others = [f"~rules.{other}" for other in ("sgd", *RULES) if other != rule]
     made = task(*others, f"rules.{rule}.lr=1e30", "task.repetitions=1", plain=SMALL)
     line = made.round(2)
@@ -167,7 +165,7 @@ def test_a_network_whose_loss_is_no_number_is_back_at_its_start(rule: str) -> No
     assert task().round(2)["diverged"] == 0
 
 
-def test_networks_that_cannot_be_of_one_size_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_networks_that_cannot_have_one_size_raise_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     images = task().images
     few = replace(
         images, train_images=images.train_images[..., ::7, ::7], test_images=images.test_images[..., ::7, ::7]
@@ -178,7 +176,7 @@ def test_networks_that_cannot_be_of_one_size_are_told(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
         ("task.contexts=1", r"task\.contexts=1 must be an integer >= 2"),
         ("task.pathways=1", r"task\.pathways=1 must be an integer >= task\.contexts=2"),
@@ -194,6 +192,6 @@ def test_networks_that_cannot_be_of_one_size_are_told(monkeypatch: pytest.Monkey
         ("+task.lr.oja.fixed=0.1", r"by one of the rules sgd"),
     ],
 )
-def test_mistakes_are_told(override: str, told: str, tmp_path: Path) -> None:
-    with pytest.raises((ValueError, RuntimeError), match=told):
+def test_mistakes_raise_clear_errors(override: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises((ValueError, RuntimeError), match=message):
         run(config(*TINY, override, f"run_dir={tmp_path / 'run'}"))

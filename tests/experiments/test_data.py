@@ -1,4 +1,4 @@
-"""Loading data sets, what may be wrong with them, batches, augmentation and features."""
+"""Loading and checking data sets; batches, augmentation and features."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_training_images_are_held_out() -> None:
         digits.hold_out(200)
 
 
-def test_features_stand_in_for_images() -> None:
+def test_features_replace_images() -> None:
     digits = data.load("digits", "nowhere")
     calls = []
 
@@ -134,7 +134,7 @@ def test_augmentation_against_a_loop() -> None:
                 data.Augment(**{name: wrong})  # type: ignore[arg-type]
 
 
-def test_images_are_rotated_and_stretched_about_their_centre() -> None:
+def test_images_are_rotated_and_scaled_about_their_centre() -> None:
     generator = torch.Generator().manual_seed(0)
     line = torch.zeros(400, 1, 29, 29, dtype=torch.uint8)
     line[:, :, 14, 4:25] = 200
@@ -222,7 +222,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, name: str, shape: tuple[int, ...]) -> 
 
 
 @pytest.mark.parametrize(
-    ("name", "shape", "wanted"),
+    ("name", "shape", "expected"),
     [
         ("mnist", (20, 28, 28), (1, 28, 28)),
         ("fashion_mnist", (20, 28, 28), (1, 28, 28)),
@@ -230,12 +230,12 @@ def fake(monkeypatch: pytest.MonkeyPatch, name: str, shape: tuple[int, ...]) -> 
     ],
 )
 def test_fetched_once_through_torchvision(
-    name: str, shape: tuple[int, ...], wanted: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, shape: tuple[int, ...], expected: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fetched = fake(monkeypatch, name, shape)
     images = data.load(name, tmp_path / "new")
     assert fetched == [True, False]
-    assert images.shape == wanted
+    assert images.shape == expected
     if name == "cifar10":  # height × width × channels in torchvision
         assert images.train_images[0, 1, 0, 0] == 1
         assert images.train_images[0, 0, 0, 1] == 3
@@ -332,7 +332,7 @@ def test_data_that_cannot_be_learned_are_named_at_loading(
     assert "\n" not in str(error.value)
 
 
-def test_a_constant_channel_enters_as_zeros(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_constant_channel_becomes_zeros(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = tensors()
     good["train_images"][:, 1] = 211  # whose mean in float32 is not exact
     save_file(good, tmp_path / "mine.safetensors")
@@ -370,7 +370,7 @@ def test_checking_is_fast() -> None:
     assert time.process_time() - begin < 0.05
 
 
-def test_of_several_processes_one_fetches_and_the_others_read_its_file(
+def test_one_process_fetches_and_the_others_read_its_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fetched = fake(monkeypatch, "mnist", (20, 28, 28))
@@ -418,7 +418,7 @@ def test_a_root_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         data.load("mine", None)  # type: ignore[arg-type]
 
 
-def test_images_are_scaled_to_the_size_that_is_asked_for(tmp_path: Path) -> None:
+def test_images_are_scaled_to_the_chosen_size(tmp_path: Path) -> None:
     good = tensors(n=1200, shape=(3, 12, 18))
     save_file(good, tmp_path / "mine.safetensors")
     for wrong in (0, -1, 2.5, True, "32"):

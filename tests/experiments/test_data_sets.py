@@ -1,4 +1,4 @@
-"""Each data set from files of its original form, the registry of loaders, and a data set of one's own."""
+"""Each data set from files of its original form, the registry of loaders, and a data set of a user."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def write_cifar100(root: Path, monkeypatch: pytest.MonkeyPatch, n: int = 200) ->
 
 
 def write_svhn(root: Path, monkeypatch: pytest.MonkeyPatch, n: int = 60) -> dict[str, np.ndarray]:
-    """Matlab's files: images as height × width × channels × number, and labels from 1 to 10, which stands for 0."""
+    """Matlab's files: images as height × width × channels × number, and labels from 1 to 10, where 10 is digit 0."""
     root.mkdir(parents=True)
     parts = {}
     for part, count in (("train", n), ("test", n // 2)):
@@ -236,7 +236,7 @@ def test_a_wrong_loader_is_named_and_nothing_is_written(
     assert {path.name for path in tmp_path.iterdir()} <= {".tiny.lock"}
 
 
-def test_an_unusual_embedded_data_set_is_warned_of(
+def test_an_unusual_embedded_data_set_causes_a_warning(
     registry: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     unusual = tiny()
@@ -276,15 +276,15 @@ def test_data_sets_inherit_the_options_of_optimizers() -> None:
     assert settings("optimizer=hebbian", "data=digits", "+data.like=cifar10") == (40, 128, 1)
 
 
-def test_only_data_sets_that_are_like_no_other_have_a_row() -> None:
-    """Otherwise the row of the other has to be kept in step."""
+def test_only_data_sets_without_like_have_a_row() -> None:
+    """Otherwise two rows would have to be kept equal."""
     inheriting = {name for name in DATA if "like" in yaml.safe_load((ROOT / f"conf/data/{name}.yaml").read_text())}
     assert inheriting == {"cifar100", "fashion_mnist", "stl10", "svhn"}
     for path in (ROOT / "conf/optimizer").glob("*.yaml"):
         assert not inheriting & yaml.safe_load(path.read_text())["per_data"].keys(), path.name
 
 
-def test_a_data_set_is_like_one_that_exists() -> None:
+def test_like_names_an_existing_data_set() -> None:
     with pytest.raises(ValueError, match=r"data\.like=cifar: it must be cifar10, digits or mnist"):
         settings("data=cifar100", "data.like=cifar")
     with pytest.raises(ValueError, match=r"data\.like=cifar100, which is itself like cifar10: it must be"):

@@ -1,4 +1,4 @@
-"""`experiment=delayed_recall`: its sequences are what they say, and each model fails where it must."""
+"""`experiment=delayed_recall`: sequences match their description, and each model fails where theory predicts."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def test_a_sequence_has_one_answer() -> None:
 
 
 @pytest.mark.parametrize(("load", "delay"), [(3, 0), (3, 5), (3, 6), (3, 12), (10, 0), (10, 2)])
-def test_a_buffer_answers_what_it_holds(load: int, delay: int) -> None:
-    """Of clear keys it knows the pairs that later items have not displaced, and guesses the rest."""
+def test_a_buffer_recalls_what_it_holds(load: int, delay: int) -> None:
+    """With distinct keys it recalls the pairs that later items have not displaced, and guesses the rest."""
     recall = task("task.sequences=4000", "task.buffer.inverse_temperature=60")
     recall.keys = torch.eye(16)
     found = recall.accuracies(load, delay)
@@ -52,7 +52,7 @@ def test_a_buffer_answers_what_it_holds(load: int, delay: int) -> None:
     assert 0.15 < found["gru"] < 0.35  # it has learned nothing yet
 
 
-def test_fast_weights_blur_keys_that_are_alike() -> None:
+def test_fast_weights_confuse_similar_keys() -> None:
     few, many = task("task.sequences=2000"), task("task.sequences=2000", "task.size=64")
     assert few.accuracies(12, 0)["fast_weights"] < many.accuracies(12, 0)["fast_weights"]
     assert few.accuracies(3, 30)["fast_weights"] < few.accuracies(3, 5)["fast_weights"] - 0.2
@@ -72,7 +72,7 @@ def test_a_run_leaves_its_picture_and_its_numbers(tmp_path: Path) -> None:
     assert all(0 <= value <= 1 for value in summary["measured"].values())
 
 
-def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(config(*TINY, f"run_dir={tmp_path / 'whole'}"))
     interrupted(monkeypatch, DelayedRecall, 2, *TINY, f"run_dir={tmp_path / 'part'}")
     assert resumed(monkeypatch, tmp_path / "part")["measured"] == whole["measured"]
@@ -81,7 +81,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
         ("task.symbols=3", r"task\.symbols=3 must be more than 4, the largest load"),
         ("task.steps=0", r"task\.steps=0 must be an integer >= 1"),
@@ -90,6 +90,6 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pyt
         ("task.buffer.capacity=0", r"experiment=delayed_recall: ShortTermMemory: capacity=0 must be an integer >= 1"),
     ],
 )
-def test_bad_options_are_told(override: str, told: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_bad_options_raise_clear_errors(override: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
         run(config(*TINY, override, f"run_dir={tmp_path / 'run'}"))

@@ -68,7 +68,7 @@ def test_activity_against_its_definitions() -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_the_course_survives_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measurements_survive_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Diagnostics, "pictures", lambda *of: [])
     common = [*tiny("hebbian"), "epochs=3", "diagnostics.every=3"]
     run(config(*common, f"run_dir={tmp_path / 'whole'}"))
@@ -81,13 +81,13 @@ def test_the_course_survives_an_interruption(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize(
-    ("override", "says"),
+    ("override", "message"),
     [
         ("diagnostics.every=0", "diagnostics.every=0 must be an integer >= 1, or null"),
         ("diagnostics.samples=1", "diagnostics.samples=1 must be an integer >= 2"),
         ("diagnostics.images=many", "diagnostics.images=many must be an integer >= 1"),
     ],
 )
-def test_mistakes(override: str, says: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=says):
+def test_mistakes(override: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
         run(config(*tiny("hebbian"), override, f"run_dir={tmp_path / 'run'}"))

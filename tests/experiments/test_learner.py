@@ -1,4 +1,4 @@
-"""`Learner`: its steps are those of the loop that a user would write, and it says what went wrong."""
+"""`Learner`: its steps equal a plain training loop, and its errors name the cause."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_fit_is_the_plain_loop_with_a_schedule(clip_norm: float | None) -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
 
 
-def test_fit_ends_when_it_is_told_and_learns_in_training_mode() -> None:
+def test_fit_ends_at_the_criterion_and_trains_in_training_mode() -> None:
     model, modes = network(), []
     fitted = learner(model, torch.optim.SGD(model.parameters(), lr=0.1))
     model[2].register_forward_pre_hook(lambda module, args: modes.append(module.training))
@@ -92,7 +92,7 @@ def two_blocks(lr: float = 0.1) -> Learner:
     return Learner(model, blocks, name="it", rate="lr=1")
 
 
-def test_a_state_restores_blocks_to_the_last_bit() -> None:
+def test_a_state_restores_blocks_bit_for_bit() -> None:
     first, second = two_blocks(), two_blocks()
     first.fit(batches(3))
     second.network.load_state_dict(first.network.state_dict())

@@ -1,4 +1,4 @@
-"""`experiment=meta_cost`: what the outer loops see, that they find what is better, and what is compared."""
+"""`experiment=meta_cost`: the information of the outer loops, their choices, and the comparison."""
 
 from __future__ import annotations
 
@@ -36,9 +36,7 @@ def task(*overrides: str) -> MetaCost:
     return made
 
 
-def test_a_run_leaves_its_pictures_and_goes_on_where_it_stopped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_draws_its_pictures_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     few = [*TINY, "~rules.node_perturbation"]
     whole = run(config(*few, f"run_dir={tmp_path / 'whole'}"))
     for picture in ("costs.png", "path.png"):
@@ -88,7 +86,7 @@ def test_outer_loops_move_towards_what_is_better(loop: str) -> None:
     assert other.found != tried.found
 
 
-def test_a_point_is_tried_once_and_both_loops_have_as_many() -> None:
+def test_a_point_is_tried_once_and_both_loops_try_the_same_number() -> None:
     made, calls = task("task.learnings=9"), []
 
     def counted(choice: Choice) -> float:
@@ -114,7 +112,7 @@ def test_the_outer_loops_never_see_the_test_set() -> None:
     assert [c["test"] for c in before["chosen"].values()] != [c["test"] for c in after["chosen"].values()]
 
 
-def test_validation_labels_are_true_and_all_learners_face_the_same() -> None:
+def test_validation_labels_are_true_and_all_learners_get_the_same_data() -> None:
     made = task("+task.problems.wrong_labels.share=0.5")
     clean, wrong = (made.posed(name, 4, 100) for name in ("clean", "wrong_labels"))
     assert torch.equal(clean.train_images, wrong.train_images)
@@ -126,7 +124,7 @@ def test_validation_labels_are_true_and_all_learners_face_the_same() -> None:
     assert not torch.equal(made.posed("clean", 5, 100).train_labels, clean.train_labels)
 
 
-def test_each_cost_tells_the_untrained_trunk_as_much() -> None:
+def test_each_cost_has_the_same_gradient_norm_at_the_start() -> None:
     made = task("task.costs=[squared_error,hinge,contrastive,denoising]")
     images = made.posed("clean", 0, 100)
     lengths = made.lengths(images, 3)
@@ -143,7 +141,7 @@ def test_each_cost_tells_the_untrained_trunk_as_much() -> None:
         assert float(slope.square().sum(1).mean().sqrt()) == pytest.approx(1, rel=0.35), name
 
 
-def test_the_head_is_the_readout_of_scores_or_a_block_by_itself() -> None:
+def test_the_head_is_the_readout_of_scores_or_a_separate_block() -> None:
     made = task("task.costs=[hinge,focal,contrastive]")
     images = made.posed("clean", 0, 100)
     lengths = made.lengths(images, 0)
@@ -157,20 +155,20 @@ def test_the_head_is_the_readout_of_scores_or_a_block_by_itself() -> None:
     inputs, labels = torch.randn(12, 1, 28, 28), torch.arange(12) % 4
     scores, activity = model(inputs), trunk(inputs)
     parts = {name: building.build_cost(name) for name in made.costs}
-    wanted = 0.2 / lengths["hinge"] * parts["hinge"](scores, labels)
-    wanted = wanted + 0.3 / lengths["focal"] * parts["focal"](scores, labels)
-    wanted = wanted + 0.5 / lengths["contrastive"] * parts["contrastive"](activity, labels)
-    torch.testing.assert_close(block.closure(inputs, labels)(), wanted)
+    expected = 0.2 / lengths["hinge"] * parts["hinge"](scores, labels)
+    expected = expected + 0.3 / lengths["focal"] * parts["focal"](scores, labels)
+    expected = expected + 0.5 / lengths["contrastive"] * parts["contrastive"](activity, labels)
+    torch.testing.assert_close(block.closure(inputs, labels)(), expected)
 
     below, above = made.learner("sgd", Choice((0.0, 0.0, 1.0), 1.0), model, images, 0, lengths).blocks
     assert {p for g in below.optimizer.param_groups for p in g["params"]} == set(trunk.parameters())
     assert {p for g in above.optimizer.param_groups for p in g["params"]} == set(head.parameters())
-    said = below.forward_detached(inputs)
+    passed_on = below.forward_detached(inputs)
     torch.testing.assert_close(
-        above.closure(said, labels)(),
-        F.cross_entropy(head(said), labels, reduction="none") / lengths["cross_entropy"],
+        above.closure(passed_on, labels)(),
+        F.cross_entropy(head(passed_on), labels, reduction="none") / lengths["cross_entropy"],
     )
-    assert not said.requires_grad
+    assert not passed_on.requires_grad
 
 
 @pytest.mark.parametrize("rule", ["sgd", "node_perturbation"])
@@ -193,14 +191,14 @@ def test_half_of_each_batch_has_labels_where_some_are_missing() -> None:
     assert len(drawn) == 9
 
 
-def test_small_shares_are_none() -> None:
+def test_small_shares_become_zero() -> None:
     choice = Choice.of([0.0, 0.0, -9.0], 1.0)
     assert choice.shares == (0.5, 0.5, 0.0)
     assert all(s == 0 or s >= LEAST for s in Choice.of([2.0, -1.0, -2.5, 1.0], 1.0).shares)
 
 
-def test_one_size_is_compared_with_choices_of_each_task() -> None:
-    """Cost a is better on average; cost b on the second task, by as much as is gained there."""
+def test_one_cost_for_all_is_compared_with_a_choice_for_each_task() -> None:
+    """Cost a is better on average, cost b on the second task, by the gain that is reported."""
 
     def line(problem: str, repetition: int, a: float, b: float, loop: float) -> dict[str, Any]:
         accuracies = {"cross_entropy": a, "contrastive": b, "optuna": loop, "perturbation": loop}
@@ -229,24 +227,24 @@ def test_hinge_is_that_of_torch_and_runs_in_a_batch_of_evaluations() -> None:
     scores, labels = torch.randn(3, 6, 5, dtype=torch.float64), torch.tensor([0, 4, 2, 2, 1, 3])
     for margin in (0.5, 1.0):
         cost = Hinge(margin)
-        wanted = torch.stack([F.multi_margin_loss(s, labels, margin=margin, reduction="none") for s in scores])
-        torch.testing.assert_close(torch.stack([cost(s, labels) for s in scores]), wanted)
-        torch.testing.assert_close(torch.func.vmap(lambda s, c=cost: c(s, labels))(scores), wanted)
+        expected = torch.stack([F.multi_margin_loss(s, labels, margin=margin, reduction="none") for s in scores])
+        torch.testing.assert_close(torch.stack([cost(s, labels) for s in scores]), expected)
+        torch.testing.assert_close(torch.func.vmap(lambda s, c=cost: c(s, labels))(scores), expected)
 
 
-def test_costs_of_a_mixture_may_share_a_readout_which_fit_leaves() -> None:
+def test_costs_of_a_mixture_may_share_a_readout() -> None:
     head, activity, labels = nn.Linear(6, 3), torch.randn(4, 6), torch.tensor([0, 2, 1, 1])
     parts = {"a": CrossEntropy(), "b": Hinge()}
     inner = Mixture(parts, {"a": 2.0, "b": 0.5}, readout=head)
     outer = Mixture({"inner": inner}, {"inner": 3.0})
     fit_cost(outer, "trunk", nn.Identity(), activity, 3, 1, last=False)
     assert inner.readout is head
-    wanted = 6 * parts["a"](head(activity), labels) + 1.5 * parts["b"](head(activity), labels)
-    torch.testing.assert_close(outer(activity, labels), wanted)
+    expected = 6 * parts["a"](head(activity), labels) + 1.5 * parts["b"](head(activity), labels)
+    torch.testing.assert_close(outer(activity, labels), expected)
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
         ("task.costs=[cross_entropy]", r"task\.costs=\['cross_entropy'\] must be two costs or more"),
         ("task.costs=[cross_entropy,cross_entropy]", "must be two costs or more"),
@@ -263,12 +261,12 @@ def test_costs_of_a_mixture_may_share_a_readout_which_fit_leaves() -> None:
         ("+optimizer@rules.hebbian=hebbian", r"rules\.hebbian learns from no cost"),
     ],
 )
-def test_mistakes_are_told(override: str, told: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_mistakes_raise_clear_errors(override: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
         run(config(*TINY, override, f"run_dir={tmp_path / 'run'}"))
 
 
-def test_without_optuna_the_way_out_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_optuna_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(ValueError, match=r"needs Optuna: pip install -e '\.\[tune\]'"):
         task()

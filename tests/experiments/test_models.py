@@ -204,7 +204,7 @@ def test_configurations_of_older_runs_name_the_same_networks() -> None:
         assert get_object(target) is getattr(models, path.stem), target
 
 
-def test_an_impossible_option_is_an_error_of_one_sentence() -> None:
+def test_an_impossible_option_raises_a_clear_error() -> None:
     images = data.load("digits", "")
     for options, message in (
         (["model=gated", "model.active=9"], r"^model=gated: Gate: active=9 must be"),

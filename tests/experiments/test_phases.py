@@ -1,4 +1,4 @@
-"""Blocks, which learn from a cost of their own and nothing else, with every rule and every cost."""
+"""Blocks that learn only from a cost of their own, with every rule and every cost."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_every_optimizer_learns_from_every_cost_that_fits(rule: str) -> None:
         areas = {"trunk": cost, "head": "cross_entropy"}
         if rule in ("random_trunk", "reward_stdp"):  # the second's network has no readout that would be a head
             with pytest.raises(
-                ValueError, match=r"random_trunk freezes the trunk|a trunk and a head .* are of a model"
+                ValueError, match=r"random_trunk freezes the trunk|need a model with a trunk and a head"
             ):
                 one_step(run, areas=areas)
         else:
@@ -73,7 +73,7 @@ def test_every_optimizer_learns_from_every_cost_that_fits(rule: str) -> None:
 
 
 def test_no_error_passes_between_blocks() -> None:
-    """A block learns what it learns alone: whatever the head's cost, and with whatever rule."""
+    """A block learns the same as alone, for every cost of the head and every rule."""
     trunks = []
     for head in ("cross_entropy", "hinge"):
         blocks, _ = one_step(config(*tiny("node_perturbation")), areas={"trunk": "contrastive", "head": head})
@@ -81,7 +81,7 @@ def test_no_error_passes_between_blocks() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*trunks, strict=True))
 
 
-def test_a_trunk_learns_what_its_cost_alone_would_teach_it() -> None:
+def test_a_trunk_learns_only_from_its_own_cost() -> None:
     blocks, _ = one_step(config(*tiny("sgd")), areas={"trunk": "contrastive", "head": "cross_entropy"})
     run = config("optimizer=sgd", *TINY)
     torch.manual_seed(0)
@@ -101,7 +101,7 @@ def test_a_trunk_learns_what_its_cost_alone_would_teach_it() -> None:
     torch.testing.assert_close(blocks[1].network[0].weight, head.weight)
 
 
-def test_blocks_go_from_one_name_to_the_next() -> None:
+def test_blocks_reach_from_one_name_to_the_next() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
     cut = split_into_blocks(model, ["head", "3", "1"])
     assert {name: [*dict(part.named_children())] for name, part in cut.items()} == {
@@ -113,7 +113,7 @@ def test_blocks_go_from_one_name_to_the_next() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         (["cost.areas={trunk: contrastive, brain: hinge}"], r"'brain', which is not an area of the model; there are"),
         (["cost.areas={trunk: contrastive, 4: hinge, head: hinge}"], r"'trunk' and '4' overlap"),
@@ -121,7 +121,7 @@ def test_blocks_go_from_one_name_to_the_next() -> None:
         (["cost.areas={head: hinge, 9: hinge}"], r"'head' and '9' overlap"),
         (["cost.areas={trunk: hinge}"], r"the head has no cost to learn from"),
         (["cost.areas={head: hinge}"], r"'0' is in no area and would not learn"),
-        (["cost.areas={trunk: hinge, head: contrastive}"], r"cost.areas.head=contrastive makes no class scores"),
+        (["cost.areas={trunk: hinge, head: contrastive}"], r"cost.areas.head=contrastive returns no class scores"),
         (["cost.areas={trunk: wishes, head: hinge}"], r"cost.areas.trunk=wishes is not a cost.*squared_error"),
         (["cost.areas={trunk: {name: focal, gama: 1}, head: hinge}"], r"cost.areas.trunk=focal: .*gama"),
         (["cost.areas={trunk: {name: focal, gamma: -1}, head: hinge}"], r"cost.areas.trunk=focal: .*gamma=-1"),
@@ -130,28 +130,28 @@ def test_blocks_go_from_one_name_to_the_next() -> None:
             r"cost.areas.trunk.weights=None must give the weight",
         ),
         (["cost=mixture", "cost.weights={wishes: 1}"], r"cost.weights=wishes is not a cost"),
-        (["cost=mixture", "cost.weights={hinge: 1, denoising: 1}"], r"denoising cannot be of the network's outputs"),
-        (["cost=denoising"], r"cost=denoising makes no class scores.*cost.areas='\{trunk: denoising"),
-        (["cost=sparsity"], r"cost=sparsity makes no class scores"),
+        (["cost=mixture", "cost.weights={hinge: 1, denoising: 1}"], r"denoising cannot apply to the network's outputs"),
+        (["cost=denoising"], r"cost=denoising returns no class scores.*cost.areas='\{trunk: denoising"),
+        (["cost=sparsity"], r"cost=sparsity returns no class scores"),
         (["cost.areas={trunk: slowness, head: hinge}"], r"data.augment.frames=1 gives single ones"),
         (["data.augment.frames=4", "data.augment.crop=0"], r"nowhere to move"),
         (["cost.areas={trunk: hinge, head: hinge}", "diagnostics.every=2"], r"diagnostics.every=2 compares"),
         (["cost.areas={trunk: hinge, head: hinge}", "optimizer=random_trunk"], r"leave cost.areas out"),
     ],
 )
-def test_areas_that_cannot_be_are_told(options: list[str], says: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=says):
+def test_impossible_areas_raise_clear_errors(options: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
         run(config("optimizer=sgd", *TINY, f"run_dir={tmp_path}/run", *options))
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_one_area_after_another_says_what_trains_what(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_summary_lists_the_rule_of_each_area(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["optimizer=node_perturbation", *TINY, "cost.areas={trunk: denoising, head: {name: hinge, margin: 2}}"]
     summary = run(config(*options, "optimizer.samples=2", "epochs=2", "plastic_epochs=1", f"run_dir={tmp_path}/run"))
-    told = capsys.readouterr().out
-    assert "NodePerturbation, trunk" in told
-    assert "cost of trunk: readout.weight" in told
-    assert "Adam on the frozen trunk" in told
+    printed = capsys.readouterr().out
+    assert "NodePerturbation, trunk" in printed
+    assert "cost of trunk: readout.weight" in printed
+    assert "Adam on the frozen trunk" in printed
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert lines[0]["train_loss_trunk"] > 0
     assert "train_loss_trunk" not in lines[1]
@@ -159,7 +159,7 @@ def test_one_area_after_another_says_what_trains_what(tmp_path: Path, capsys: py
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_an_interrupted_run_in_areas_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_in_areas_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     areas = "cost.areas={trunk: {name: mixture, weights: {denoising: 1, contrastive: 0.1}}, head: focal}"
     options = ["optimizer=sgd", *TINY, areas, "epochs=3", "data.augment.crop=1"]
     run(config(*options, f"run_dir={tmp_path}/whole"))

@@ -17,7 +17,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def numbered(each: int = 60, classes: int = 5) -> Images:
-    """Images that can be told apart: the first and the third pixel are the index, the second is the class."""
+    """Images that differ: the first and the third pixel are the index, the second is the class."""
     labels = torch.arange(each * classes) % classes
     pictures = torch.zeros(len(labels), 1, 2, 2, dtype=torch.uint8)
     pictures[:, 0, 0, 0] = torch.arange(len(labels)) % 256

@@ -1,4 +1,4 @@
-"""A report on runs of which some are damaged, or named to do harm."""
+"""Reports on runs that are damaged, or whose names contain markup."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def task(folder: Path, seed: int, **measured: Any) -> Path:
 
 
 def damages(like: Path, files: tuple[str, ...]) -> list[Callable[[Path], object]]:
-    """What may be wrong with a run's folder."""
+    """Damages of a run's folder."""
     found: list[Callable[[Path], object]] = []
     for name in files:
         found += [lambda run, name=name, text=text: (run / name).write_bytes(text) for text in TEXTS]
@@ -102,7 +102,7 @@ NAMES = (
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A report on runs of such names, and a whole one."""
+    """A report on runs with such names, and on an intact one."""
     folder = tmp_path_factory.mktemp("made")
     for number, name in enumerate(NAMES):
         finished(folder / str(number), name, 0, [0.5, 0.6 + number / 100])

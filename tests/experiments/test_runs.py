@@ -1,4 +1,4 @@
-"""What keeps a run whole: its options, its checkpoint, its folder, interruptions, and the ranks beside it."""
+"""The integrity of a run: options, checkpoint, folder, interruptions and ranks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 
 
 def stopped(monkeypatch: pytest.MonkeyPatch, epochs: int, *overrides: str) -> None:
-    """A run that is interrupted after its checkpoint of so many epochs."""
+    """A run that is interrupted after the checkpoint of a given epoch."""
     save = Progress.save
 
     def interrupt(progress: Progress, folder: Path) -> None:
@@ -113,7 +113,7 @@ def test_any_changed_byte_of_a_checkpoint_is_noticed(tmp_path: Path) -> None:
     }.items(),
     ids=lambda case: case[0],
 )
-def test_a_damaged_checkpoint_says_what_is_lost_and_how_to_go_on(damage: Any, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_names_what_is_lost_and_how_to_resume(damage: Any, tmp_path: Path) -> None:
     progress().save(tmp_path)
     path = tmp_path / "checkpoint.pt"
     path.write_bytes(damage[1](path.read_bytes()))
@@ -147,19 +147,19 @@ def test_a_run_starts_again_once_its_damaged_checkpoint_is_deleted(half: Path) -
 def test_options_that_changed_under_a_checkpoint_are_refused(half: Path) -> None:
     path = half / "config.yaml"
     before = path.read_text()
-    for changed, says in (
+    for changed, message in (
         ({"seed": 4}, "made with seed=0, and config.yaml has seed=4"),
         ({"epochs": 5}, "made with epochs=2, and config.yaml has epochs=5"),
         ({"epoch": 5}, "made with epoch=None, and config.yaml has epoch=5"),
     ):
         path.write_text(yaml.safe_dump(yaml.safe_load(before) | changed))
-        with pytest.raises(ValueError, match=says):
+        with pytest.raises(ValueError, match=message):
             run(config(f"resume={half}"))
     path.write_text(yaml.safe_dump(yaml.safe_load(before) | {"device": "auto"}))  # which its results do not depend on
     run(config(f"resume={half}"))
 
 
-def test_a_run_that_goes_on_elsewhere_says_so_and_keeps_its_commits(
+def test_a_run_resumed_elsewhere_warns_and_keeps_its_commits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from ..commands import undraw
@@ -168,7 +168,7 @@ def test_a_run_that_goes_on_elsewhere_says_so_and_keeps_its_commits(
     monkeypatch.setattr(running, "code_version", lambda: "aaa")
     stopped(monkeypatch, 1, *TINY, "epochs=3", f"run_dir={tmp_path / 'run'}")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
-    torch.set_num_threads(2)  # it goes on with the one thread that it had
+    torch.set_num_threads(2)  # it resumes with its one thread
     try:
         stopped(monkeypatch, 2, f"resume={tmp_path / 'run'}")
         assert torch.get_num_threads() == 1
@@ -179,19 +179,19 @@ def test_a_run_that_goes_on_elsewhere_says_so_and_keeps_its_commits(
     monkeypatch.setattr(torch, "__version__", "9.9")
     summary = run(config(f"resume={tmp_path / 'run'}"))
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
-    assert "goes on with commit bbb+ (was aaa), torch 9.9 (was 2." in line
+    assert "is resumed with commit bbb+ (was aaa), torch 9.9 (was 2." in line
     assert "its results may differ, in the last bits" in line
     assert summary["commit"] == "aaa, bbb+"
 
 
-def test_other_threads_and_devices_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_threads_and_devices_cause_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     now = runs.environment(CPU, "aaa", 1)
     before = {**now, "threads": now["threads"] + 1, "ranks": 2}
-    Progress(environments=[before]).go_on({"task": None, "epochs": 1}, now, tmp_path)
+    Progress(environments=[before]).resume({"task": None, "epochs": 1}, now, tmp_path)
     assert f"threads {now['threads']} (was {now['threads'] + 1}), ranks 1 (was 2)" in capsys.readouterr().out
     on_gpu = {"commit": "aaa", "torch": now["torch"], "device": "NVIDIA H200", "ranks": 1}
-    Progress(environments=[on_gpu]).go_on({"task": None, "epochs": 1}, now, tmp_path)
-    assert "goes on with device cpu (was NVIDIA H200): its results" in capsys.readouterr().out
+    Progress(environments=[on_gpu]).resume({"task": None, "epochs": 1}, now, tmp_path)
+    assert "is resumed with device cpu (was NVIDIA H200): its results" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
@@ -200,13 +200,13 @@ def test_a_full_disk_loses_nothing(half: Path) -> None:
         (half / f"{name}.part").symlink_to("/dev/full")  # writing to it fails as on a full disk
         with pytest.raises(OSError, match=r"the disk is full: \d+ MB are free at") as error:
             run(config(f"resume={half}"))
-        assert str(error.value).endswith(f"then go on with: python train.py resume={half}")
+        assert str(error.value).endswith(f"then resume with: python train.py resume={half}")
         assert not list(half.glob("*.part"))
         assert Progress.load(half, CPU).epoch == 1
     assert run(config(f"resume={half}"))["epochs"] == 2
 
 
-def test_an_interrupted_write_keeps_the_file_of_before(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_write_keeps_the_old_file(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(path: Path, to: Path) -> None:
         raise KeyboardInterrupt
 
@@ -221,7 +221,7 @@ def test_an_interrupted_write_keeps_the_file_of_before(half: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize(
-    ("override", "says"),
+    ("override", "message"),
     [
         ("+epoch=3", "epoch is not an option; did you mean epochs?"),
         ("+lr=3", "lr is not an option; did you mean optimizer.lr?"),
@@ -248,8 +248,8 @@ def test_an_interrupted_write_keeps_the_file_of_before(half: Path, monkeypatch: 
         ("optimizer.lr=-1", "optimizer=hebbian: Hebbian: lr=-1 must be"),
     ],
 )
-def test_a_mistaken_option_leaves_no_folder(override: str, says: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=re.escape(says)):
+def test_a_mistaken_option_leaves_no_folder(override: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
         run(config(*TINY, override, f"run_dir={tmp_path / 'runs' / 'run'}"))
     assert not list(tmp_path.iterdir())
 
@@ -300,7 +300,7 @@ def test_every_experiment_is_accepted(experiment: str) -> None:
     check_keywords(chosen)
 
 
-def test_nothing_is_resolved_out_of_a_run_s_own_configuration(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interpolations_in_a_run_s_configuration_are_refused(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET", "hidden")
     path = half / "config.yaml"
     path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"run_dir": "${oc.env:SECRET}"}))
@@ -314,13 +314,11 @@ def test_nothing_is_resolved_out_of_a_run_s_own_configuration(half: Path, monkey
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("until", ["config.yaml", "checkpoint.pt"])
-def test_an_interrupted_run_says_in_a_line_how_to_go_on(
-    number: signal.Signals, code: int, until: str, tmp_path: Path
-) -> None:
+def test_an_interrupted_run_prints_how_to_resume(number: signal.Signals, code: int, until: str, tmp_path: Path) -> None:
     command = started(*TINY, "epochs=300", "run_dir=run", cwd=tmp_path, until=f"run/{until}")
     os.kill(command.process.pid, number)
     done = ended(command)
-    assert done.stderr == f"interrupted by {number.name}; go on with: python train.py resume=run\n"
+    assert done.stderr == f"interrupted by {number.name}; resume with: python train.py resume=run\n"
     assert done.returncode == code
     if until == "config.yaml":
         again = started("resume=run", cwd=tmp_path, until="run/checkpoint.pt")
@@ -354,7 +352,7 @@ def test_an_interrupted_sweep_names_its_own_command(tmp_path: Path) -> None:
     os.kill(sweep.process.pid, signal.SIGTERM)
     done = ended(sweep)
     assert done.returncode == 143
-    assert done.stderr == f"interrupted by SIGTERM; go on with: {shlex.join(['python', 'train.py', *command])}\n"
+    assert done.stderr == f"interrupted by SIGTERM; resume with: {shlex.join(['python', 'train.py', *command])}\n"
     assert not list(tmp_path.glob("runs/s/*/error.txt"))
 
 
@@ -381,7 +379,7 @@ def test_two_sweeps_of_one_name_and_sweeps_outside_runs_are_refused(tmp_path: Pa
     assert sorted(path.name for path in tmp_path.rglob("*")) == [".lock", "runs", "s"]
 
 
-def test_a_sweep_makes_again_what_lost_its_options_before_it_learned(tmp_path: Path) -> None:
+def test_a_sweep_restarts_a_run_without_options_or_checkpoint(tmp_path: Path) -> None:
     named = [option for option in TINY if not option.startswith("logger")]
     first, second = (tmp_path / "runs/s" / name_of([*named, f"seed={seed}"]) for seed in (0, 1))
     for folder in (first, second):
@@ -421,7 +419,7 @@ def test_ranks_may_differ_in_what_results_do_not_depend_on(tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["two"]
 
 
-def test_a_rank_that_dies_ends_the_others_in_a_sentence(tmp_path: Path) -> None:
+def test_a_rank_that_dies_ends_the_others_with_a_clear_error(tmp_path: Path) -> None:
     first, second = spread(*SMALL, cwd=tmp_path)
     appears(tmp_path, "two/checkpoint.pt", first)
     second.process.kill()
@@ -431,14 +429,14 @@ def test_a_rank_that_dies_ends_the_others_in_a_sentence(tmp_path: Path) -> None:
     assert len(done.stderr.splitlines()) == 2  # and how to see more
 
 
-def test_of_interrupted_ranks_the_first_says_so(tmp_path: Path) -> None:
+def test_the_first_interrupted_rank_prints_the_message(tmp_path: Path) -> None:
     ranks = spread(*SMALL, cwd=tmp_path)
     appears(tmp_path, "two/checkpoint.pt", ranks[0])
     for rank in ranks:
         os.kill(rank.process.pid, signal.SIGTERM)
     first, second = map(ended, ranks)
     assert (first.returncode, second.returncode) == (143, 143)
-    assert first.stderr == "interrupted by SIGTERM; go on with: python train.py resume=two\n"
+    assert first.stderr == "interrupted by SIGTERM; resume with: python train.py resume=two\n"
     assert second.stderr == ""
 
 
@@ -449,8 +447,8 @@ KILLED = ["hebbian", "reward_hebbian", "node_perturbation", "weight_perturbation
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", KILLED)
-def test_runs_killed_at_random_times_end_as_if_they_had_not_been(rule: str, tmp_path: Path) -> None:
-    """Five runs of each rule, each killed once and taken up again; their last bits are those of a run left alone."""
+def test_runs_killed_at_random_times_resume_bit_for_bit(rule: str, tmp_path: Path) -> None:
+    """Five runs of each rule, each killed once and resumed, equal an uninterrupted run bit for bit."""
     common = [*tiny(rule), "epochs=30", "threads=1"]
     begin = time.monotonic()
     assert ended(begun("train.py", *common, "run_dir=whole", cwd=tmp_path)).returncode == 0

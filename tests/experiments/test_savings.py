@@ -1,4 +1,4 @@
-"""`experiment=savings`: what it counts, and that all rules face the same."""
+"""`experiment=savings`: how steps are counted, and that all rules get the same data."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ def test_learning_ends_at_the_criterion_or_after_the_most_steps() -> None:
     assert "savings" not in never
 
 
-def test_savings_are_steps_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_savings_count_the_steps_saved(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = iter([40, 7, 10, 50])  # A, B, A again, C
     monkeypatch.setattr(Savings, "learn", lambda *_: [0.1] * next(lengths) + [0.9])
     line = task().round(1)
     assert (line["savings"], line["control"], line["implicit"]) == (0.75, -0.25, 0.8)
 
 
-def test_what_is_not_forgotten_is_all_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_savings_are_complete_without_forgetting(monkeypatch: pytest.MonkeyPatch) -> None:
     """B and C are A here."""
 
     def plain(images: Any, of: str) -> Permutation:
@@ -75,7 +75,7 @@ def test_what_is_not_forgotten_is_all_saved(monkeypatch: pytest.MonkeyPatch) -> 
     assert line["savings"] == line["control"] == 1
 
 
-def test_all_rules_face_the_same_and_repetitions_differ() -> None:
+def test_all_rules_get_the_same_data_and_repetitions_differ() -> None:
     made = task("rules.random_trunk.lr=0.05")
     assert made.rules == ["sgd", "random_trunk"]
     lines = [made.round(number) for number in range(1, 5)]
@@ -88,7 +88,7 @@ def test_all_rules_face_the_same_and_repetitions_differ() -> None:
     assert task("rules.random_trunk.lr=0.05").round(4) == lines[3]  # needs no round before it
 
 
-def test_the_control_starts_where_a_again_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_control_starts_like_the_second_a(monkeypatch: pytest.MonkeyPatch) -> None:
     began: list[list[torch.Tensor]] = []
     learn = Savings.learn
 
@@ -103,7 +103,7 @@ def test_the_control_starts_where_a_again_does(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_every_rule_of_the_experiment_takes_its_steps(rule: str) -> None:
+def test_every_rule_of_the_experiment_trains(rule: str) -> None:
     chosen = [word for word in TINY if word != f"~rules.{rule}"]
     made = Savings(
         config(*chosen), torch.device("cpu"), permute="labels", criterion=0.99, most=2, batch_size=16, repetitions=1
@@ -112,9 +112,7 @@ def test_every_rule_of_the_experiment_takes_its_steps(rule: str) -> None:
     assert (line["rule"], line["steps_first"]) == (rule, 2)
 
 
-def test_a_run_leaves_its_pictures_and_goes_on_where_it_stopped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_draws_its_pictures_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(config(*TINY, f"run_dir={tmp_path / 'whole'}"))
     for picture in ("savings.png", "courses.png"):
         assert (tmp_path / "whole" / picture).read_bytes().startswith(b"\x89PNG")
@@ -130,7 +128,7 @@ def test_a_rule_that_learns_nothing_is_named_in_the_picture(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
         ("task.permute=colours", r"task\.permute=colours must be pixels or labels"),
         ("task.criterion=0", r"task\.criterion=0 must be in \(0, 1\]"),
@@ -138,6 +136,6 @@ def test_a_rule_that_learns_nothing_is_named_in_the_picture(tmp_path: Path) -> N
         ("rules.sgd.lr=1e30", r"sgd: the loss is (nan|inf) with rules\.sgd\.lr=.*; lower it"),
     ],
 )
-def test_mistakes_are_told(override: str, told: str, tmp_path: Path) -> None:
-    with pytest.raises((ValueError, RuntimeError), match=told):
+def test_mistakes_raise_clear_errors(override: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises((ValueError, RuntimeError), match=message):
         run(config(*TINY, override, f"run_dir={tmp_path / 'run'}"))

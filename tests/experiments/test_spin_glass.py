@@ -1,4 +1,4 @@
-"""What is measured of Boltzmann machines and spin glasses, where all states can be written out."""
+"""Measurements on Boltzmann machines and spin glasses small enough to enumerate all states."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def test_annealed_importance_sampling_finds_the_partition_function() -> None:
         found, error = likelihood.log_partition(rbm, base, torch.linspace(0, 1, 200), 100, generator)
         assert error < 0.1
         off.append((found - true) / error)
-    assert abs(sum(off) / 20) < 4 / 20**0.5  # unbiased, as far as that can be told
-    assert 0.5 < (sum(x * x for x in off) / 20) ** 0.5 < 2  # and the error is what it is said to be
+    assert abs(sum(off) / 20) < 4 / 20**0.5  # unbiased within its error
+    assert 0.5 < (sum(x * x for x in off) / 20) ** 0.5 < 2  # and the error has the right size
 
 
 def test_annealing_without_steps_between_is_importance_sampling() -> None:
-    """One step from the base-rate machine: a mean that can be written down."""
+    """One step from the base-rate machine, whose mean has a closed form."""
     rbm, base = machine(1), torch.tensor([0.2, 0.5, 0.6, 0.9], dtype=torch.float64)
     found, _ = likelihood.log_partition(rbm, base, ladder(0.0, 1.0), 50_000, torch.Generator().manual_seed(0))
     p = (base * states(4) + (1 - base) * (1 - states(4))).prod(1)

@@ -1,4 +1,4 @@
-"""`python train.py -m` and the report: many runs from one command, and what comes of them."""
+"""`python train.py -m` and the report: many runs from one command, and their report."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ def sweep(tmp_path: Path) -> Path:
     return runs
 
 
-def test_a_difference_that_rounds_to_nothing_has_no_minus() -> None:
+def test_a_difference_that_rounds_to_zero_has_no_minus() -> None:
     assert percent([-0.00003], "+") == "+0.00"
     assert percent([-0.00006], "+") == "-0.01"
 
 
-def test_the_report_compares_cells_and_pairs_controls_by_seed(sweep: Path, tmp_path: Path) -> None:
+def test_the_report_compares_groups_and_pairs_controls_by_seed(sweep: Path, tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in sweep.rglob("*")}
     shown = report([sweep], tmp_path / "out")
     assert {path: path.stat().st_mtime_ns for path in sweep.rglob("*")} == before  # runs are never changed
@@ -87,7 +87,7 @@ def test_the_report_compares_cells_and_pairs_controls_by_seed(sweep: Path, tmp_p
     assert (tmp_path / "out" / "report.html").read_text() == page  # made again, the same
 
 
-def test_cells_are_told_apart_by_what_differs(sweep: Path, tmp_path: Path) -> None:
+def test_groups_are_labelled_by_the_options_that_differ(sweep: Path, tmp_path: Path) -> None:
     finished(sweep / "d", "hebbian", 0, [0.9], optimizer={"lr": 0.5})
     finished(sweep / "e", "sgd", 0, [0.9], model={"name": "cnn"})
     shown = report([sweep], tmp_path / "out", accuracy=0.85)
@@ -141,7 +141,7 @@ def test_a_sweep_skips_what_is_finished_and_names_what_failed(tmp_path: Path) ->
     assert len(list(folder.glob("*/summary.json"))) == 4
 
 
-def test_an_interrupted_sweep_goes_on_to_the_same_end(tmp_path: Path) -> None:
+def test_an_interrupted_sweep_resumes_with_the_same_result(tmp_path: Path) -> None:
     command = ["-m", "optimizer=oja", "seed=0", *TINY, "epochs=12", "sweep=whole"]
     assert train(*command, cwd=tmp_path).returncode == 0
     command[-1] = "sweep=stopped"
@@ -151,7 +151,7 @@ def test_an_interrupted_sweep_goes_on_to_the_same_end(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("runs/stopped/*/summary.json")), "the run was too fast to be killed"
     done = train(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "going on after epoch" in done.stdout
+    assert "resumed after epoch" in done.stdout
     one, other = (
         torch.load(next(tmp_path.glob(f"runs/{name}/*/checkpoint.pt")), weights_only=True)
         for name in ("whole", "stopped")
@@ -182,7 +182,7 @@ def test_every_comparison_has_its_controls_and_seeds(experiment: str) -> None:
         assert config(f"experiment={experiment}", f"optimizer={optimizer}").optimizer.name == optimizer
 
 
-def test_a_cell_is_all_but_the_seed() -> None:
+def test_a_group_has_the_same_options_except_the_seed() -> None:
     from omegaconf import OmegaConf
 
     def of(*overrides: str) -> Any:
@@ -193,16 +193,16 @@ def test_a_cell_is_all_but_the_seed() -> None:
     assert plain != of("optimizer=node_perturbation", "optimizer.lr=3")
 
 
-def test_runs_of_a_sweep_side_by_side(tmp_path: Path) -> None:
+def test_runs_of_a_sweep_in_parallel(tmp_path: Path) -> None:
     side_by_side = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
     command = ["-m", "optimizer=sgd,oja", "seed=0", *TINY, *side_by_side, "sweep=two"]
     done = fresh("train.py", *command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(list(tmp_path.glob("runs/two/*/summary.json"))) == 2
-    assert "digits: 2 runs of 2 kinds" in done.stdout
+    assert "digits: 2 runs in 2 groups" in done.stdout
 
 
-def test_a_search_for_options_is_kept_and_goes_on(tmp_path: Path) -> None:
+def test_a_search_for_options_is_stored_and_resumes(tmp_path: Path) -> None:
     import optuna
 
     def tune(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -228,12 +228,12 @@ def test_a_search_for_options_is_kept_and_goes_on(tmp_path: Path) -> None:
     assert saved["data"]["validation"] == 300
     assert saved["optimizer"]["lr"] == tried[0].params["optimizer.lr"]
 
-    for wrong, says in (
+    for wrong, message in (
         (["optimizer=sgd"], "error: nothing to search"),
-        (["optimizer=sgdd", "seed=1,2"], "Could not find 'optimizer/sgdd'"),
+        (["optimizer=sgdd", "seed=1,2"], "optimizer=sgdd does not exist; did you mean sgd?"),
         (["optimizer=sgd", "optimizer.lr=interval(0,1"], "error: "),
     ):
         failed = tune(*wrong)
         assert failed.returncode == 1
-        assert says in failed.stderr
+        assert message in failed.stderr
         assert "Traceback" not in failed.stderr

@@ -1,4 +1,4 @@
-"""Experiments that are no image classification: what they share, on one so small that it takes no time."""
+"""What all experiments other than image classification share, on a very small one."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Walk(Task):
 
 
 def interrupted(monkeypatch: pytest.MonkeyPatch, task: type[Task], number: int, *overrides: str) -> None:
-    """A run that is stopped as this round of it begins."""
+    """A run that is stopped at the beginning of a given round."""
     plain = task.round
 
     def stopped(self: Task, at: int) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, task: type[Task], number: int, 
 
 
 def resumed(monkeypatch: pytest.MonkeyPatch, folder: Path) -> dict[str, Any]:
-    """What a run that was stopped comes to; its pictures are those of the whole run, and are not drawn once more."""
+    """The result of a run after it is resumed; its pictures are not drawn again."""
     with monkeypatch.context() as patch:
         patch.setattr(Figure, "savefig", lambda *of, **options: None)
         return run(config(f"resume={folder}"))
@@ -70,7 +70,7 @@ def resumed(monkeypatch: pytest.MonkeyPatch, folder: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What makes `experiment=walk` known."""
+    """Registers `experiment=walk`."""
     folder = tmp_path / "conf" / "experiment"
     folder.mkdir(parents=True)
     options = {"name": "walk", "_target_": f"{__name__}.Walk", "rounds": 4, "width": 2.0}
@@ -79,7 +79,7 @@ def walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return f"hydra.searchpath=[file://{tmp_path}/conf]"
 
 
-def test_a_task_leaves_what_any_run_leaves(walk: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_task_writes_the_same_files_as_any_run(walk: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = [walk, "experiment=walk", "logger.mode=disabled"]
     summary = run(config(*common, f"run_dir={tmp_path / 'run'}"))
     folder = tmp_path / "run"
@@ -90,15 +90,15 @@ def test_a_task_leaves_what_any_run_leaves(walk: str, tmp_path: Path, capsys: py
     assert {"task", "seed", "seconds", "peak_memory_bytes", "device", "torch", "commit"} <= set(summary)
     assert yaml.safe_load((folder / "config.yaml").read_text())["task"]["width"] == 2.0
     assert Progress.load(folder, torch.device("cpu")).epoch == 4
-    told = capsys.readouterr().out
-    assert f"round 4/4   place {lines[-1]['place']:.4g}\n" in told
-    assert "last place" in told
+    printed = capsys.readouterr().out
+    assert f"round 4/4   place {lines[-1]['place']:.4g}\n" in printed
+    assert "last place" in printed
     again = run(config(*common, f"run_dir={tmp_path / 'again'}"))
     other = run(config(*common, "seed=1", f"run_dir={tmp_path / 'other'}"))
     assert summary["measured"] == again["measured"] != other["measured"]
 
 
-def test_an_interrupted_task_goes_on_to_the_same_end(
+def test_an_interrupted_task_resumes_with_the_same_result(
     walk: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     common = [walk, "experiment=walk", "logger.mode=disabled"]
@@ -110,7 +110,7 @@ def test_an_interrupted_task_goes_on_to_the_same_end(
         run(config(f"resume={tmp_path / 'part'}"))
 
 
-def test_mistakes_of_a_task_are_told(walk: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistakes_of_a_task_raise_clear_errors(walk: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     common = [walk, "experiment=walk", "logger.mode=disabled", f"run_dir={tmp_path / 'run'}"]
     with pytest.raises(ValueError, match=r"experiment=walk: task\.width=-1 must be"):
         run(config(*common, "task.width=-1"))
@@ -146,7 +146,7 @@ def test_a_task_with_wandb_offline(walk: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", TASKS)
 def test_every_task_is_named_as_its_file(name: str) -> None:
-    """`scripts/record.py` and the terminal tell how to make a run again."""
+    """`scripts/record.py` and the terminal print commands with these names."""
     chosen = config(f"experiment={name}").task
     assert chosen.name == name
     assert chosen._target_.startswith("experiments.")

@@ -1,4 +1,4 @@
-"""`python train.py`: what a user types, sees and finds in the run's folder."""
+"""`python train.py`: commands, output, and the files in the run's folder."""
 
 from __future__ import annotations
 
@@ -39,10 +39,15 @@ DATA = sorted(p.stem for p in (ROOT / "conf/data").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_every_optimizer_runs_and_leaves_everything_behind(
+def test_every_optimizer_runs_and_writes_all_files(
     optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if optimizer not in ("hebbian", "contrastive_divergence", "stdp", "reward_stdp"):  # one of each network is drawn
+    if optimizer not in (
+        "hebbian",
+        "contrastive_divergence",
+        "stdp",
+        "reward_stdp",
+    ):  # pictures are drawn once for each network
         unrender(monkeypatch.setattr)
     folder = tmp_path / "run"
     summary = run(config(*tiny(optimizer), f"run_dir={folder}"))
@@ -91,7 +96,7 @@ def test_every_data_set_composes(data: str) -> None:
     by_hand = config("data=digits")
     by_hand.data = yaml.safe_load((ROOT / f"conf/data/{data}.yaml").read_text())
     composed = config(f"data={data}")
-    composed.run_dir = by_hand.run_dir = ""  # of two moments
+    composed.run_dir = by_hand.run_dir = ""  # they contain the time
     assert composed == by_hand
 
 
@@ -100,7 +105,7 @@ def test_the_command_line_wins_over_the_table() -> None:
     assert config("epochs=3").epochs == 3
 
 
-def test_the_random_trunk_is_trained_as_the_readout_of_hebbian() -> None:
+def test_the_random_trunk_has_the_training_of_hebbian_s_readout() -> None:
     hebbian, control = config("optimizer=hebbian", "data=mnist"), config("optimizer=random_trunk", "data=mnist")
     assert hebbian.optimizer.readout_lr == control.optimizer.lr
     assert hebbian.optimizer.readout_options.momentum == control.optimizer.momentum
@@ -139,7 +144,7 @@ def test_the_trunk_is_frozen_after_its_phase_and_the_readout_learns_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ends = []
-    for kept in (True, False):  # features kept, or made anew for each batch: the same run
+    for kept in (True, False):  # features stored, or computed again for each batch: the same run
         if not kept:
             monkeypatch.setattr(data.Features, "KEPT_BYTES", 0)
         folder = tmp_path / f"kept{kept}"
@@ -158,7 +163,7 @@ def test_the_trunk_is_frozen_after_its_phase_and_the_readout_learns_on(
 
 @pytest.mark.usefixtures("undrawn")
 def test_phases_of_other_optimizers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for optimizer, told in (("random_trunk", "Adam on the frozen trunk"), ("sgd", "plastic_epochs does not apply")):
+    for optimizer, message in (("random_trunk", "Adam on the frozen trunk"), ("sgd", "plastic_epochs does not apply")):
         common = [
             *SOFTHEBB,
             f"optimizer={optimizer}",
@@ -167,7 +172,7 @@ def test_phases_of_other_optimizers(tmp_path: Path, capsys: pytest.CaptureFixtur
             f"run_dir={tmp_path / optimizer}",
         ]
         run(config(*common))
-        assert told in capsys.readouterr().out
+        assert message in capsys.readouterr().out
     for wrong in ("plastic_epochs=0", "plastic_epochs=some"):
         with pytest.raises(ValueError, match=f"{wrong} must be an integer >= 1, or null"):
             run(config(*common, wrong))
@@ -200,12 +205,12 @@ def test_a_validation_split_takes_the_place_of_the_test_set(tmp_path: Path) -> N
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_smoothed_labels_ask_for_uncertainty(tmp_path: Path) -> None:
+def test_smoothed_labels_have_a_maximum_entropy_part(tmp_path: Path) -> None:
     common = ["optimizer=sgd", *TINY, "epochs=4"]
     sure = run(config(*common, f"run_dir={tmp_path / 'sure'}"))
     unsure = run(
         config(*common, "cost=label_smoothed", "cost.label_smoothing=1", f"run_dir={tmp_path / 'unsure'}")
-    )  # all classes alike
+    )  # all classes equal
     lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1] for name in ("sure", "unsure")]
     sure_loss, unsure_loss = (json.loads(line)["train_loss"] for line in lines)
     assert sure_loss < math.log(10) < unsure_loss < math.log(10) + 0.05
@@ -214,7 +219,7 @@ def test_smoothed_labels_ask_for_uncertainty(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("optimizer", ["hebbian", "serial_perturbation", "softhebb"])
 @pytest.mark.usefixtures("undrawn")
-def test_a_killed_run_goes_on_to_the_same_end(optimizer: str, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_with_the_same_result(optimizer: str, tmp_path: Path) -> None:
     common = [*tiny(optimizer), "epochs=8", "threads=1"]
     if optimizer == "softhebb":  # killed in the phase of the readout
         common = ["optimizer=softhebb", *SOFTHEBB, "plastic_epochs=1", "epochs=12", "threads=1"]
@@ -234,7 +239,7 @@ def test_a_killed_run_goes_on_to_the_same_end(optimizer: str, tmp_path: Path) ->
 
     resumed = train("resume=killed", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
-    assert f"going on after epoch {before}" in resumed.stdout
+    assert f"resumed after epoch {before}" in resumed.stdout
     whole, killed = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "killed"))
     assert all(torch.equal(whole["model"][key], killed["model"][key]) for key in whole["model"])
     assert whole["forward_passes"] == killed["forward_passes"]
@@ -251,7 +256,7 @@ def test_a_run_with_wandb_offline(tmp_path: Path) -> None:
     offline = {"WANDB_API_KEY": "", "HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
     done = train(*TINY, "logger.mode=auto", cwd=tmp_path, **offline)
     assert done.returncode == 0, done.stderr
-    assert done.stderr == ""  # no progress bar, no chatter, no prompt, where nobody watches
+    assert done.stderr == ""  # no progress bar, messages or prompt without a terminal
     lines = done.stdout.splitlines()
     assert lines[0] == "hebbian on digits with cnn (2,060 parameters), seed 0, cpu"
     assert lines[1].startswith("epoch 1/1   train loss ")
@@ -266,11 +271,11 @@ def test_a_run_with_wandb_offline(tmp_path: Path) -> None:
     assert list(folder.rglob("*.png"))
 
 
-LATER = ["plastic_epochs=1", "epochs=1000"]  # told before the first of so many, and not between them
+LATER = ["plastic_epochs=1", "epochs=1000"]  # an error before the first epoch
 
 
 @pytest.mark.parametrize(
-    ("overrides", "says"),
+    ("overrides", "message"),
     [
         (["optimizer.lr=-1"], "optimizer=hebbian: Hebbian: lr=-1 must be"),
         (["optimizer=sgd", "optimizer.lr=-1"], "optimizer=sgd: Invalid learning rate: -1"),
@@ -303,14 +308,14 @@ LATER = ["plastic_epochs=1", "epochs=1000"]  # told before the first of so many,
         (["optimizer=node_perturbation", "optimizer.lr=1e30"], "(epoch 1, optimizer.lr=1e+30)"),
     ],
 )  # fmt: skip
-def test_mistakes_are_told_in_a_sentence(
-    overrides: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_mistakes_raise_clear_errors(
+    overrides: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
     with pytest.raises((ValueError, RuntimeError, FileNotFoundError)) as error:
         run(config(*TINY, f"run_dir={tmp_path / 'run'}", *overrides))
-    assert says in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -328,21 +333,28 @@ def test_a_rule_without_its_network_names_what_is_missing(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("overrides", "says"),
+    ("overrides", "message"),
     [
         (["optimizer.lr=-1"], "error: optimizer=hebbian: Hebbian: lr=-1 must be a finite number >= 0"),
-        (["optimizer.nonsense=1"], "Could not override 'optimizer.nonsense'"),
-        (["optimizer=hebian"], "Could not find 'optimizer/hebian'"),
-        (["resume=nothing"], "error: resume=nothing goes on with the options of that run; leave out "),
+        (
+            ["optimizer.nonsense=1"],
+            "error: optimizer.nonsense is not in conf/optimizer/hebbian.yaml; to set another",
+        ),
+        (
+            ["model.hiden=[3]"],
+            "model.hiden is not in conf/model/cnn.yaml (did you mean model.hidden?)",
+        ),
+        (["optimizer=hebian"], "error: optimizer=hebian does not exist; did you mean hebbian? "),
+        (["resume=nothing"], "error: resume=nothing continues with the options of that run; leave out "),
         (["optimizer._target_=bioopt.Hebian"], "Are you sure that 'Hebian' is importable from module 'bioopt'"),
     ],
 )
-def test_mistakes_end_the_command_without_a_traceback(overrides: list[str], says: str, tmp_path: Path) -> None:
+def test_mistakes_end_the_command_without_a_traceback(overrides: list[str], message: str, tmp_path: Path) -> None:
     failed = train(*TINY, *overrides, cwd=tmp_path)
     assert failed.returncode == 1
-    assert says in failed.stderr
+    assert message in failed.stderr
     assert "Traceback" not in failed.stderr
-    if "hebian" in says:
+    if "hebian" in message:
         assert all(optimizer in failed.stderr for optimizer in OPTIMIZERS)
 
 
@@ -353,7 +365,7 @@ def test_cuda_without_a_gpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_long_sweep_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_long_sweep_causes_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(config(*tiny("serial_perturbation"), f"run_dir={tmp_path / 'run'}"))
     assert "makes 0.0" in capsys.readouterr().out
 
@@ -415,8 +427,8 @@ def test_torchrun_spreads_a_run_over_processes(tmp_path: Path) -> None:
     common = ["optimizer=hebbian", "optimizer.lr=0.01", "epochs=2", *SMALL]
     done = torchrun("train.py", *common, "run_dir=two", ranks=2, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "going on after epoch" not in done.stdout
-    assert done.stdout.count("test accuracy") == 3  # each epoch and the end: the first rank alone speaks
+    assert "resumed after epoch" not in done.stdout
+    assert done.stdout.count("test accuracy") == 3  # each epoch and the end, printed by the first rank only
     assert sorted(p.name for p in tmp_path.iterdir()) == ["two"]
     run(config(*common, f"run_dir={tmp_path / 'one'}"))
     two, one = (torch.load(tmp_path / n / "checkpoint.pt", weights_only=True)["model"] for n in ("two", "one"))
@@ -425,7 +437,7 @@ def test_torchrun_spreads_a_run_over_processes(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_an_interrupted_run_of_several_ranks_goes_on_to_the_same_end(tmp_path: Path) -> None:
+def test_an_interrupted_run_of_several_ranks_resumes_with_the_same_result(tmp_path: Path) -> None:
     common = ["optimizer=weight_perturbation", "optimizer.population=3", "epochs=16", *SMALL]
     ranks = spread(*common, "run_dir=two", cwd=tmp_path)
     appears(tmp_path, "two/checkpoint.pt", ranks[0])
@@ -436,7 +448,7 @@ def test_an_interrupted_run_of_several_ranks_goes_on_to_the_same_end(tmp_path: P
     assert not (tmp_path / "two" / "summary.json").exists(), "the run was too fast to be interrupted"
     first, second = [ended(rank) for rank in spread("resume=two", cwd=tmp_path)]
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr
-    made = 16 - int(first.stdout.split("going on after epoch ")[1].split()[0])
+    made = 16 - int(first.stdout.split("resumed after epoch ")[1].split()[0])
     assert first.stdout.count("test accuracy") == made + 1
     assert second.stdout == ""
     assert sorted(p.name for p in tmp_path.iterdir()) == ["two"]
@@ -446,7 +458,7 @@ def test_an_interrupted_run_of_several_ranks_goes_on_to_the_same_end(tmp_path: P
         assert torch.equal(two[name], one[name]), name
 
 
-def test_an_optimizer_that_cannot_be_spread_says_so(tmp_path: Path) -> None:
+def test_an_optimizer_that_cannot_be_spread_raises_an_error(tmp_path: Path) -> None:
     for rank in spread("optimizer=sgd", "run_dir=sgd", "logger.mode=disabled", cwd=tmp_path):
         failed = ended(rank)
         assert failed.returncode != 0
@@ -481,7 +493,7 @@ def test_online_runs_are_grouped_and_leave_their_checkpoint(tmp_path: Path, monk
 
     started: list[types.SimpleNamespace] = []
 
-    def init(**options: object) -> types.SimpleNamespace:  # an account is not to be had in a test
+    def init(**options: object) -> types.SimpleNamespace:  # a test has no account
         online = types.SimpleNamespace(
             options=options, id=f"run{len(started)}", dir=str(tmp_path / "files"), summary={}, axes={}, rows=[],
             kept=[], settings=types.SimpleNamespace(_offline=False), finish=lambda: None,
