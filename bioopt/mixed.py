@@ -73,11 +73,11 @@ class Mixed(Optimizer):
         self._undo: list[Callable[[], None]] = []
         self._estimated = False  # as of a rule
         self.forward_passes = 0  # as of a rule
-        self._traced = False
         for rule in self._rules():
             self._known.roots.update(rule._known.roots)
             rule._undo = self._undo
             rule.shares_loss = len(optimizers) > 1
+            rule._recorder.trace = rule.shares_pass  # until the first step
         # What all members know by default: schedulers look for `momentum` there.
         common = set.intersection(*(set(member.defaults) for member in optimizers))
         super().__init__([{"params": list(owners)}], {name: optimizers[0].defaults[name] for name in common})
@@ -111,6 +111,7 @@ class Mixed(Optimizer):
         for rule in self._rules():
             rule._coverage.require_same_parameters()
         if closure is None:
+            self._check_reached()
             grads: dict[Tensor, Tensor] = {}
             own_states: dict[LearningRule, dict[str, Any]] = {}
             for member in self.optimizers:
@@ -250,12 +251,11 @@ class Mixed(Optimizer):
         if sharing or plain:
             for rule in sharing:
                 rule.begin()
-                rule._recorder.trace = not self._traced
             wanted = [p for m in plain for p in _params(m)] + [p for r in sharing for p in r.gradient_parameters()]
             anchors = [r._recorder.reach.anchor for r in sharing if r.gradient_parameters()]
             loss, _ = probe.gradients(wanted, anchors)
             require_finite(self, "the loss", [loss])
-            self._check_reached(plain, sharing)
+            self._check_reached()
             losses.append(loss)
             for optimizer in plain:
                 grads |= _grads(optimizer)
@@ -273,21 +273,32 @@ class Mixed(Optimizer):
             grads |= estimate
         return losses[0], grads, own_states
 
-    def _check_reached(self, plain: list[Optimizer], sharing: list[LearningRule]) -> None:
-        if self._traced:
-            return
-        beneath = {p for rule in sharing for p in rule._recorder.beneath}
-        for member in plain:
-            lost = [tuple(p.shape) for p in _params(member) if p in beneath and p.grad is None]
-            if lost:
+    def _check_reached(self) -> None:
+        """Raise, at the first step, where a member learns by gradients beneath a rule that lets none pass."""
+        tracing = [rule for rule in self._rules() if rule._recorder.trace]
+        # A rule whose own gradients are missing raises in `collect`: there was no backward pass.
+        passed = [rule for rule in tracing if _has_grad(rule.gradient_parameters())]
+        for member in self.optimizers:
+            by_gradients = member.gradient_parameters() if isinstance(member, LearningRule) else _params(member)
+            without = {p for p in by_gradients if p.grad is None}
+            above = [rule for rule in passed if rule is not member and not without.isdisjoint(rule._recorder.beneath)]
+            if above:
+                lost = [
+                    tuple(p.shape)
+                    for p in by_gradients
+                    if any(p in r._recorder.beneath for r in above) and p in without
+                ]
                 raise RuntimeError(
                     f"Mixed: {type(member).__name__} trains parameters by gradients (shapes {lost}) beneath layers of "
-                    f"{' and '.join(type(r).__name__ for r in sharing)}, which let no gradient pass: they could never "
-                    "learn. Give them a rule of their own, or freeze them"
+                    f"{' and '.join(type(rule).__name__ for rule in above)}, which let no gradient pass: they could "
+                    "never learn. Give them a rule of their own, or freeze them"
                 )
-        self._traced = True
-        for rule in sharing:
+        for rule in tracing:
             rule._recorder.trace = False
+
+
+def _has_grad(params: list[Tensor]) -> bool:
+    return not params or any(p.grad is not None for p in params)
 
 
 def _params(optimizer: Optimizer) -> list[Tensor]:

@@ -74,8 +74,12 @@ class _Relay(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        _, wanted, _ = ctx.needs_input_grad
-        return gradient, ctx.feedback(gradient) if wanted else None, None
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "a relayed error has no derivative of its own: call backward() or torch.autograd.grad() without "
+                "create_graph=True"
+            )
+        return gradient, ctx.feedback(gradient) if ctx.needs_input_grad[1] else None, None
 
 
 def relay(firing: Firing, u: Tensor, feedback: Callable[[Tensor], Tensor]) -> Tensor:
@@ -95,9 +99,15 @@ def relay(firing: Firing, u: Tensor, feedback: Callable[[Tensor], Tensor]) -> Te
         return u
 
     def returned(gradient: Tensor) -> Tensor:
-        return feedback(gradient).to(x_dtype).view(x_shape)
+        returned = feedback(gradient)
+        if returned.shape != x_shape:
+            raise RuntimeError(
+                f"the feedback of layer '{name}' has the shape {tuple(returned.shape)}, but its input has the shape "
+                f"{tuple(x_shape)}"
+            )
+        return returned.to(x_dtype)
 
-    x_dtype, x_shape = x.dtype, x.shape
+    name, x_dtype, x_shape = firing.synapse.name, x.dtype, x.shape
     # A view cannot be marked dirty.
     relayed: Tensor = _Relay.apply(u.clone() if is_view(u) else u, x, returned)
     return relayed

@@ -27,6 +27,9 @@ __all__ = ["LocalProductRule", "LocalRule", "SynapticRule"]
 
 UNPROVEN = 64  # firings of a layer that are kept until the first backward pass shows whether it reaches them
 
+#: of rules of earlier versions
+FORMER_METHODS = ("statistic", "advance", "others", "follow", "forget", "kept")
+
 
 class LocalRule(OnePass):
     r"""A rule whose synapses are all cut, and learn from sums over events of what each of them sees.
@@ -87,6 +90,16 @@ class LocalRule(OnePass):
         self._recorder.reach.arrive = self._confirm
         self._recorder.act(self._enter, self._leave)
         self._recorder.on_neurons = self._on_neurons
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if found := [name for name in FORMER_METHODS if name in vars(cls)]:
+            raise TypeError(
+                f"{cls.__name__} defines {', '.join(found)}, which rules of earlier versions did and nothing calls any "
+                "more: subclass bioopt.LocalRule, sum up what the rule needs in measure(firing, u), make updates and "
+                "running state of it in changes(sums, synapse, group, state), as BCM does, and drop what is carried "
+                "between firings in reset()"
+            )
 
     # -- what a rule implements ---------------------------------------------------------------------------------
 
@@ -278,7 +291,8 @@ class LocalRule(OnePass):
         """As `OnePass.collect`: of all firings since the last step that count."""
         try:
             self._settle()
-            gathered = sorted(self._sums.items(), key=lambda item: item[0].index)  # alike on all ranks
+            gathered = sorted(self._sums.items(), key=lambda item: item[0].index)
+            self._require_same_on_ranks([synapse.name for synapse, _ in gathered] + self._readout.learning())
             device = self._trained()[0].device
             loss = torch.zeros((), device=device) if losses is None else losses.mean()
             # Not in half precision: the counts are large. On the device only where other ranks add theirs.

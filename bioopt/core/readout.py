@@ -271,6 +271,14 @@ class Readout:
         """Their names, for a message."""
         return ", ".join(f"'{s.name}'" for s in readouts)
 
+    def learning(self) -> list[str]:
+        """The names of the readouts that the pass that was made has something for."""
+        return [
+            s.name
+            for s in self.layers.values()
+            if s in self._sums or (self.by_loss and any(p.grad is not None for p in s.parameters()))
+        ]
+
     def collect(self, sum_over_ranks: Callable[[list[Tensor]], None], ranks: int) -> dict[Tensor, Tensor]:
         """What to write into ``.grad``, averaged over ranks, from the pass that was made."""
         found = {p: p.grad for p in self.parameters() if p.grad is not None}

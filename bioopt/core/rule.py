@@ -9,6 +9,7 @@ A learning rule decides what each synapse is taught; PyTorch does everything els
 from __future__ import annotations
 
 import inspect
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -269,8 +270,11 @@ class LearningRule(Optimizer, ABC):
         return loss
 
     def discard(self) -> None:
-        """Drop what has been gathered since the last step: the next step will not learn from it."""
+        """Drop all that was gathered since the last step: the next step learns nothing from it."""
         self._recorder.discard()
+        self._estimated = False
+        for p in self._trained():
+            p.grad = None
 
     @torch.compiler.disable(reason=IN_PYTHON)  # type: ignore[untyped-decorator]
     @torch.no_grad()
@@ -320,7 +324,11 @@ class LearningRule(Optimizer, ABC):
         owned = own_state.pop(OWNED, {})
         self._require_own(state_dict)
         self._owned.require_own(type(self).__name__, owned)
-        groups = [{self.renamed.get(key, key): v for key, v in g.items()} for g in state_dict["param_groups"]]
+        groups = [
+            # Earlier versions of some rules had no readout.
+            {"readout": None, **{self.renamed.get(key, key): value for key, value in group.items()}}
+            for group in state_dict["param_groups"]
+        ]
         state_dict = {**state_dict, "param_groups": groups}
         super().load_state_dict({key: value for key, value in state_dict.items() if key != NAME})
         self._owned.load_state_dict(owned)
@@ -477,6 +485,24 @@ class LearningRule(Optimizer, ABC):
         if self.process_group is None:
             return 0, 1
         return dist.get_rank(self.process_group), dist.get_world_size(self.process_group)
+
+    def _require_same_on_ranks(self, names: list[str]) -> None:
+        """Raise where other ranks learn from other layers in this step: sums of different layers would be added up.
+
+        Args:
+            names: of the layers or parameters that this rank learns from, in order.
+        """
+        if self.process_group is None or is_captured(self._trained()):
+            return
+        code = zlib.crc32("\n".join(names).encode())
+        bounds = torch.tensor([code, -code], device=self._trained()[0].device)
+        dist.all_reduce(bounds, dist.ReduceOp.MAX, group=self.process_group)
+        if bounds.sum() != 0:
+            raise RuntimeError(
+                f"{type(self).__name__}: the ranks of process_group= learn from different layers in this step (this "
+                f"one from {', '.join(names)}), so that no average can be taken. Run every layer on every rank, on no "
+                "samples if need be"
+            )
 
     def _sum_over_ranks(self, tensors: list[Tensor]) -> None:
         """Replace each tensor by its sum over the ranks, in one message."""

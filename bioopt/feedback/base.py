@@ -79,12 +79,19 @@ class FeedbackRule(OnePass):
         name = type(self).__name__
         if not self._recorder.fired:
             raise RuntimeError(self._coverage.none_fired())
-        grads = {p: p.grad for p in self._trained() if p.grad is not None}
+        fired = self._recorder.fired
+        # A layer that did not fire had its error returned by its own weights, so it does not learn.
+        silent = {p for s in self._recorder.synapses.values() if s not in fired for p in s.parameters()}
+        silent.difference_update(p for s in fired for p in s.parameters())  # weights shared with one that did
+        grads = {p: p.grad for p in self._trained() if p.grad is not None and p not in silent}
         if not grads:
             raise RuntimeError(
                 f"{name} learns from the loss, but no gradient has reached a layer: call loss.backward() before "
                 "step(), or give step() a closure that returns the loss"
             )
+        if self.process_group is not None:
+            names = self._names()
+            self._require_same_on_ranks([names[p] for p in grads])
         loss = torch.zeros((), device=self._trained()[0].device) if losses is None else losses.mean()
         self._sum_over_ranks([loss, *grads.values()])
         if losses is not None:

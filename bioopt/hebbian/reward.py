@@ -115,6 +115,7 @@ class RewardHebbian(NoisyActivity):
             factor = error * (-(group["trace_decay"] ** age) / group["sigma"])  # .grad is -Δw
             credited(n, factor)
         grads = self._products(records, noise)
+        self._require_same_on_ranks(list(dict.fromkeys(record.synapse.name for record in records)))
         self._sum_over_ranks(list(grads.values()))
         if ranks > 1:
             grads = {p: g / ranks for p, g in grads.items()}

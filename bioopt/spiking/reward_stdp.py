@@ -163,6 +163,7 @@ class RewardSTDP(LearningRule):
             error, expected = reward_prediction_error(self, losses, per_sample, self.reward_rate)
             grads: dict[Tensor, Tensor] = {}
             changes = {s: self._change(s, moments, error) for s, moments in self._moments.items()}
+            self._require_same_on_ranks([synapse.name for synapse in changes])
             self._sum_over_ranks(list(changes.values()))
             for synapse, change in changes.items():
                 weight, group = synapse.weight, self.param_groups[synapse.group]
