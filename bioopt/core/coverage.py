@@ -75,7 +75,8 @@ class Coverage:
             labels |= dict.fromkeys(synapse.parameters(), f"silent: {reason}")
         for _, layer in self._once_frozen:
             if layer not in self._recorder.synapses:
-                labels |= {p: f"silent: {UNFROZEN}" for p in layer.parameters(False) if p.requires_grad}
+                own = [p for p in layer.parameters(False) if p.requires_grad and p not in labels]
+                labels |= dict.fromkeys(own, f"silent: {UNFROZEN}")
         return labels | dict.fromkeys(self._excluded.params, "excluded")
 
     def require_same_parameters(self) -> None:

@@ -17,7 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from ._torch_private import active_ddp, forward_pre_hooks, in_backward, is_batched, remove_saved_tensor_hooks
+from ._torch_private import (
+    active_ddp,
+    forward_pre_hooks,
+    in_backward,
+    is_batched,
+    remove_saved_tensor_hooks,
+    version_of,
+)
 from .acts import Isolated
 from .hooks import IN_PYTHON, Hook, leave_no_trace, remove_all
 from .reach import Reach, graph_behind, weakly
@@ -190,7 +197,7 @@ class Recorder:
         """Forget what has fired."""
         self.reach.reset()
         # Left over where a layer was interrupted; they would keep every graph alive.
-        remove_saved_tensor_hooks(_identity)
+        remove_saved_tensor_hooks(_pack)
         self.fired.clear()
         self.beneath.clear()
         self._running.clear()
@@ -230,7 +237,7 @@ class Recorder:
         if isinstance(entered, Isolated):
             # Out of reach of activation checkpointing around the layer; with autocast, not through a half-precision
             # copy of the weight that was cached without a graph.
-            running.isolation = saved_tensors_hooks(_identity, _identity)
+            running.isolation = saved_tensors_hooks(_pack, _unpack)
             running.isolation.__enter__()
             torch.set_grad_enabled(True)
             if torch.is_autocast_enabled(synapse.weight.device.type):
@@ -307,7 +314,18 @@ class Recorder:
 
 
 @torch.compiler.disable(reason=IN_PYTHON)  # type: ignore[untyped-decorator]
-def _identity(tensor: Tensor) -> Tensor:
+def _pack(tensor: Tensor) -> tuple[Tensor, int | None]:
+    return tensor, version_of(tensor)
+
+
+@torch.compiler.disable(reason=IN_PYTHON)  # type: ignore[untyped-decorator]
+def _unpack(packed: tuple[Tensor, int | None]) -> Tensor:
+    tensor, version = packed
+    if version_of(tensor) != version:  # hooks take the place of autograd's own check
+        raise RuntimeError(
+            f"a tensor of shape {tuple(tensor.shape)} that a layer learns from was changed in place after the layer "
+            "ran: write x = x + y in place of x += y, or give the layer x.clone()"
+        )
     return tensor
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from ..core.acts import detached, relay
 from ..core.errors import require_finite
 from ..core.one_pass import OnePass
-from ..core.params import Params, RuleOptions, named_parameters_of, synapses_of
+from ..core.params import Params, RuleOptions, named_modules_of, named_parameters_of, synapses_of
 from ..core.recorder import Firing
-from ..core.synapse import Synapse
+from ..core.synapse import Synapse, is_known
 
 __all__ = ["FeedbackRule"]
 
@@ -60,7 +60,11 @@ class FeedbackRule(OnePass):
 
     def _select(self, group: dict[str, Any]) -> tuple[list[Any], list[Synapse]]:
         synapses = synapses_of(type(self).__name__, group["params"], self._exclusion)
-        return named_parameters_of(group["params"], self._exclusion), synapses
+        layers = [layer for _, module in named_modules_of(group["params"]) for layer in module.modules()]
+        # Unfrozen later, they would learn although the error returns by their own weights.
+        resting = [layer for layer in layers if is_known(layer) and not layer.weight.requires_grad]
+        frozen = {p for layer in resting for p in layer.parameters(recurse=False) if not p.requires_grad}
+        return [one for one in named_parameters_of(group["params"], self._exclusion) if one[1] not in frozen], synapses
 
     def _enter(self, synapse: Synapse, x: Tensor) -> Tensor:
         return detached(x)

@@ -99,6 +99,48 @@ def test_a_weight_shared_by_a_layer_that_fires_and_one_that_does_not_learns() ->
     assert not torch.equal(model[2].weight, before)
 
 
+def test_a_layer_that_is_unfrozen_later_learns_once_it_is_added() -> None:
+    model = network()
+    model[2].requires_grad_(False)
+    rule = Backprop(model, 0.1)
+    model[2].requires_grad_(True)
+    before = copy.deepcopy(model[2].state_dict())
+    with pytest.warns(
+        UserWarning, match=r"'2' \(it was frozen when the optimizer was built: optimizer\.add_param_group"
+    ):
+        rule.step(lambda: loss_of(model))
+    assert all(torch.equal(p, before[name]) for name, p in model[2].state_dict().items())
+    assert rule.coverage()["2.weight"].startswith("silent")
+    rule.add_param_group({"params": model[2]})
+    rule.step(lambda: loss_of(model))
+    assert not any(torch.equal(p, before[name]) for name, p in model[2].state_dict().items())
+
+
+def test_a_bias_over_frozen_weights_learns() -> None:
+    model = network()
+    model[2].weight.requires_grad_(False)
+    before = model[2].bias.detach().clone()
+    rule = Backprop(model, 0.1)
+    rule.step(lambda: loss_of(model))
+    assert not torch.equal(model[2].bias, before)
+    assert (rule.coverage()["2.bias"], rule.coverage(model)["2.weight"]) == ("Backprop", "frozen")
+
+
+# -- in place -------------------------------------------------------------------------------------------------------
+
+
+def test_an_input_that_is_overwritten_before_its_layer_learns_is_refused() -> None:
+    """As an environment's observation is, whose memory holds the next one."""
+    model, observation = network(), torch.empty_like(X)
+    optimizer = bioopt.RewardHebbian(model, 0.1, sigma=0.1)
+
+    def episode() -> Tensor:
+        return sum(F.cross_entropy(model(observation.copy_(X + t)), Y, reduction="none") for t in range(2))
+
+    with pytest.raises(RuntimeError, match=r"shape \(12, 6\) that a layer learns from was changed in place"):
+        optimizer.step(episode)
+
+
 # -- discard --------------------------------------------------------------------------------------------------------
 
 
