@@ -661,7 +661,7 @@ def test_a_step_that_is_captured_reads_nothing_off_the_device(rule: type, monkey
     for module in (bioopt.core.rule, bioopt.core.errors):
         monkeypatch.setattr(module, "is_captured", lambda tensors: True)
     if rule is bioopt.BCM:  # which keeps thresholds
-        with pytest.raises(RuntimeError, match="has a memory"):
+        with pytest.raises(RuntimeError, match="keeps running state"):
             step()
     else:
         devices = _Devices()
