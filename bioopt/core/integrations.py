@@ -1,4 +1,4 @@
-"""Other tools and training loops: what cannot work there is refused, with a recipe that works.
+"""Other tools and training loops: calls that cannot work there are refused, with a recipe that works.
 
 None of these packages is imported here; they are recognised by their objects or by the modules on the call stack.
 """
@@ -58,8 +58,8 @@ def refuse_scaler(optimizer: Any) -> bool:
     """Raise if a GradScaler would fail without a reason, or divide what was not scaled."""
     if optimizer._estimated:
         raise RuntimeError(
-            f"{type(optimizer).__name__}: torch.amp.GradScaler would divide the .grad of estimate() by its scale. Call "
-            "optimizer.descend() in place of scaler.step(optimizer), or use bfloat16, which needs no scaler"
+            f"{type(optimizer).__name__}: torch.amp.GradScaler would divide what estimate() has written by its scale. "
+            "Call optimizer.descend() in place of scaler.step(optimizer), or use bfloat16, which needs no scaler"
         )
     if all(p.grad is None for p in _params(optimizer)):
         raise RuntimeError(

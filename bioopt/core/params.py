@@ -115,7 +115,7 @@ def surveyed(rule: str, params: Any, excluded: Exclusion | None = None) -> tuple
         if isinstance(module, nn.parallel.DistributedDataParallel):
             raise TypeError(
                 f"{rule} does its own averaging over ranks, and DistributedDataParallel would wait for gradients that "
-                f"never come: write {rule}(model.module, ..., process_group=torch.distributed.group.WORLD)"
+                f"never arrive: write {rule}(model.module, ..., process_group=torch.distributed.group.WORLD)"
             )
     found: dict[nn.Module, Synapse] = {}
     unwatchable: dict[nn.Module, Unwatchable] = {}

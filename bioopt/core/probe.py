@@ -116,7 +116,8 @@ class Probe:
         undo: the functions to call in the end (see `settled`).
 
     Attributes:
-        made: the number of evaluations, including those before a restart.
+        count: the number of evaluations since the start or the last restart.
+        made: the number of all evaluations.
     """
 
     def __init__(
@@ -129,7 +130,7 @@ class Probe:
         self._params = list(params)
         self._devices = sorted({p.device for p in self._params if p.device.type != "cpu"}, key=str)
         self._random: list[Tensor] = []
-        self._count = 0
+        self.count = 0
         self.made = 0
         self._before: dict[nn.Module, _Buffers] = {}
         self._after: dict[nn.Module, _Buffers] = {}
@@ -168,20 +169,15 @@ class Probe:
         value, tangent = forward_ad.unpack_dual(self._evaluate(False))
         return value.detach(), None if tangent is None else tangent.detach()
 
-    @property
-    def count(self) -> int:
-        """The number of evaluations since the start or the last restart."""
-        return self._count
-
     def restart(self) -> None:
         """Restore the state before the first evaluation."""
         _restore(self._before)
-        self._count = 0
+        self.count = 0
         self._after = {}
 
     def _evaluate(self, grad: bool, copies: int = 1) -> Tensor:
         self._restart_random()
-        if self._count == 0:
+        if self.count == 0:
             self._before = {m: self._known.buffers(m) for m in self._known.all()}
         else:
             if not self._after:
@@ -190,7 +186,7 @@ class Probe:
             _restore({m: b for m, b in self._before.items() if not (m.training and isinstance(m, NormBase))})
         torch.clear_autocast_cache()  # evaluations must not share half-precision copies of the weights
         code, watch = code_of(self._closure), None
-        if self._count == 0 and self._known.code != code:
+        if self.count == 0 and self._known.code != code:
             watch = nn.modules.module.register_module_forward_pre_hook(self._looking())
             self._undo.append(watch.remove)
         try:
@@ -205,7 +201,7 @@ class Probe:
             if watch is not None:
                 watch.remove()
                 self._undo.remove(watch.remove)
-        self._count += copies
+        self.count += copies
         self.made += copies
         if value is None:
             raise RuntimeError("the closure returned None; it must return the loss")

@@ -196,7 +196,7 @@ class Reach:
 
 
 def tokens_behind(value: Tensor) -> list[Tensor]:
-    """The tokens of the firings that a tensor depends on, through whatever lies between."""
+    """The tokens of all firings that a tensor depends on."""
     return [] if value.grad_fn is None else _live([_token_behind(value.grad_fn)])
 
 

@@ -194,7 +194,7 @@ class Recorder:
         self.reset()
 
     def reset(self) -> None:
-        """Forget what has fired."""
+        """Drop the record of all firings."""
         self.reach.reset()
         # An interrupted layer leaves its hooks behind, and they would keep every graph alive.
         remove_saved_tensor_hooks(_pack)

@@ -268,7 +268,7 @@ class LearningRule(Optimizer, ABC):
         return loss
 
     def discard(self) -> None:
-        """Drop all that was gathered since the last step: the next step learns nothing from it."""
+        """Drop all passes since the last step, and ``.grad``: the next step learns nothing from them."""
         self._recorder.discard()
         self._estimated = False
         for p in self._trained():

@@ -36,7 +36,7 @@ DECAYS = ("subspace", "own", "none")
 
 @final
 class Hebbian(LocalRule):
-    r"""Neurons compete for each input; winners move towards what the layer does not yet explain of it.
+    r"""Neurons compete for each input; winners learn the part of it that the layer does not yet represent.
 
     .. math::
         y_k = \frac{\exp(t\,u_k / \lVert w_k\rVert)}{\sum_j \exp(t\,u_j / \lVert w_j\rVert)}, \qquad

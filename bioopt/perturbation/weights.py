@@ -266,7 +266,6 @@ class SerialPerturbation(Perturbation):
         ends = list(accumulate(p.numel() for p, _ in plastic))
         order, position = self._visits(ends[-1]), self._own_state["position"]
         visited = order[position : position + self.coordinates]
-        found: dict[int, Tensor] = {}
         places: list[_Place] = []
         for visit in visited:
             which = bisect_right(ends, visit)
