@@ -1,4 +1,4 @@
-"""`diagnose`: how good a rule's updates are, measured against the gradient."""
+"""`diagnose`: a rule's updates compared with the gradient."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ _T = TypeVar("_T")
 
 
 def diagnose(optimizer: LearningRule, closure: Closure, samples: int = 4) -> dict[str, dict[str, float]]:
-    """Compare the updates that would come next with the gradient of the mean loss, and change nothing by it.
+    """Compare a rule's next updates with the gradient of the mean loss, without changing anything.
 
-    Makes the ``samples`` updates that the next steps would make if none of them were taken, and one backward pass
-    through the whole network. Batch statistics and the random state are put back. (What the closure's own
-    ``backward()`` adds to the ``.grad`` of parameters that are not the rule's stays there, as after any call of it.)
+    Estimates ``samples`` updates with the noise of successive steps, all at the present weights, and makes one backward
+    pass through the whole network. Batch statistics and the random state are restored. (If the closure itself calls
+    ``backward()``, it adds to the ``.grad`` of parameters that are not the rule's.)
 
     Args:
         optimizer: a rule.
         closure: as of `LearningRule.step`; it must return a tensor.
-        samples: how many updates, at least 2.
+        samples: the number of updates, at least 2.
 
     Returns:
-        Numbers of each parameter by its name, and of all of them together as ``"all"``.
+        For each parameter by name, and for all of them together as ``"all"``:
 
         - ``"cosine"``: of the angle between ``.grad`` and the gradient, mean over the updates;
-        - ``"signal_to_noise"``: squared length of the updates' mean over their variance, corrected for their number;
-          infinite for a rule without noise;
-        - ``"forward_passes"``: evaluations of the closure that one update takes (``"all"`` only).
+        - ``"signal_to_noise"``: squared length of the mean update over the variance of updates, corrected for their
+          number; infinite for a rule without noise;
+        - ``"forward_passes"``: evaluations of the closure for one update (``"all"`` only).
 
     Raises:
         ValueError: fewer than 2 samples.
-        TypeError: what is not a single rule, `Mixed` for one: diagnose its members.
-        RuntimeError: a loss without a graph, or what a step would raise.
+        TypeError: anything but a single rule; of `Mixed`, diagnose the members.
+        RuntimeError: a loss without a graph; as `LearningRule.step`.
     """
     if not isinstance(samples, int) or samples < 2:
         raise ValueError(f"diagnose: samples={samples!r} must be an integer >= 2")
@@ -52,7 +52,7 @@ def diagnose(optimizer: LearningRule, closure: Closure, samples: int = 4) -> dic
     evaluations = 0
 
     def evaluated(what: Callable[[Probe], _T]) -> _T:
-        """From the same random state each time, and without a trace."""
+        """From the same random state each time, which is restored."""
         nonlocal evaluations
         with torch.random.fork_rng(sorted({p.device.index for p in params if p.device.type == "cuda"})):
             probe = Probe(closure, params, optimizer._known, optimizer._undo)
@@ -68,7 +68,7 @@ def diagnose(optimizer: LearningRule, closure: Closure, samples: int = 4) -> dic
             return settled(optimizer._undo, work)
 
     def gradient(probe: Probe) -> dict[Tensor, Tensor]:
-        with optimizer._recorder.asleep():
+        with optimizer._recorder.paused():
             _, found = probe.gradients(params)
         if not found:
             raise RuntimeError("diagnose needs a closure that returns the loss as a tensor with its graph")
@@ -79,10 +79,10 @@ def diagnose(optimizer: LearningRule, closure: Closure, samples: int = 4) -> dic
         with torch.no_grad():
             true = evaluated(gradient)
             for _ in range(samples):
-                optimizer.target = target  # each step uses it up
-                _, made, optimizer._own_state = evaluated(optimizer.evaluate)
+                optimizer.target = target  # each step clears it
+                _, update, optimizer._own_state = evaluated(optimizer.evaluate)
                 optimizer._recorder.reset()
-                updates.append({p: made.get(p, torch.zeros_like(p)) for p in params})
+                updates.append({p: update.get(p, torch.zeros_like(p)) for p in params})
     finally:
         optimizer._recorder.reset()
         optimizer._own_state = own_state

@@ -1,4 +1,4 @@
-"""`Mixed`: one rule per part of a network, behind one Optimizer."""
+"""`Mixed`: several optimizers for the parts of one network, as one optimizer."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ class Mixed(ModelGroups, Optimizer):
     """Several optimizers, each for its own part of a network, as one.
 
     A step first lets every member estimate, then all descend at once. Members that need one ordinary forward pass
-    (`torch.optim` optimizers, `Hebbian`, `Oja`) share it; each of the others evaluates the closure for itself, in
-    the order given, while the hooks of all others sleep. All evaluations see the same dropout masks and batch
-    statistics advance once. ``param_groups`` are the members' own, one after the other.
+    (`torch.optim` optimizers, `Hebbian`, `Oja`) share it; each of the others evaluates the closure for itself, in the
+    order given, with the hooks of all others paused. All evaluations use the same dropout masks, and batch statistics
+    advance once. ``param_groups`` are those of the members, one after the other.
 
     Args:
-        optimizers: bioopt rules and plain `torch.optim` optimizers, no parameter in two of them. Rules that have no
-            readout of their own take ``readout=None``.
+        optimizers: bioopt rules and `torch.optim` optimizers, without common parameters. A rule for a part without the
+            last layer needs ``readout=None``.
 
     Raises:
         TypeError: a member that is no Optimizer.
         ValueError: no members, or a parameter in two of them.
-        RuntimeError: at the first step, if a part trained by gradients lies beneath the synapses of a rule that
-            lets none pass, so that it could never learn.
+        RuntimeError: in the first step, a part that learns by gradients is below the synapses of a rule that lets no
+            gradient pass, so that it could never learn.
 
     Example::
 
@@ -74,18 +74,18 @@ class Mixed(ModelGroups, Optimizer):
         self._undo: list[Callable[[], None]] = []
         self._estimated = False  # as of a rule
         self.forward_passes = 0  # as of a rule
-        self._traced = False
         for rule in self._rules():
             self._known.roots.update(rule._known.roots)
             rule._undo = self._undo
             rule.shares_loss = len(optimizers) > 1
-        # What all members know by default: schedulers look for `momentum` there.
+            rule._recorder.trace = rule.shares_pass  # until the first step
+        # The defaults that all members have: schedulers look for `momentum` there.
         common = set.intersection(*(set(member.defaults) for member in optimizers))
         super().__init__([{"params": list(owners)}], {name: optimizers[0].defaults[name] for name in common})
         self._link()
 
     def _link(self) -> None:
-        """Show the members' own groups and state, so that schedulers and `zero_grad` reach them."""
+        """Take over the groups and state of the members, for schedulers and hooks."""
         self.param_groups = [group for member in self.optimizers for group in member.param_groups]
         self.state.clear()
         for member in self.optimizers:
@@ -112,6 +112,7 @@ class Mixed(ModelGroups, Optimizer):
         for rule in self._rules():
             rule._coverage.require_same_parameters()
         if closure is None:
+            self._check_reached()
             grads: dict[Tensor, Tensor] = {}
             own_states: dict[LearningRule, dict[str, Any]] = {}
             for member in self.optimizers:
@@ -136,12 +137,12 @@ class Mixed(ModelGroups, Optimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As of torch and of each member."""
+        """As in torch, for each member."""
         for member in self.optimizers:
             member.zero_grad(set_to_none)
 
     def discard(self) -> None:
-        """Let every rule drop what it has gathered since the last step."""
+        """`LearningRule.discard` of every rule."""
         for rule in self._rules():
             rule.discard()
 
@@ -159,14 +160,14 @@ class Mixed(ModelGroups, Optimizer):
         self._link()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refused: add the group to the member that trains it, ``mixed.optimizers[i]``."""
+        """Refused: add the group to a member, ``mixed.optimizers[i]``."""
         if self.param_groups:
             raise RuntimeError("Mixed: add the group to a member: mixed.optimizers[i].add_param_group(...)")
         super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
         """The members' own state dicts, in order, and their names."""
-        if in_distributed_checkpoint():  # which takes the groups of all as those of one
+        if in_distributed_checkpoint():  # which expects one list of groups
             self._link()
             first = accumulate((len(member.param_groups) for member in self.optimizers), initial=0)
             rules = {i: m for m, i in zip(self.optimizers, first, strict=False) if isinstance(m, LearningRule)}
@@ -183,7 +184,7 @@ class Mixed(ModelGroups, Optimizer):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned; nothing is changed if it does not fit."""
+        """Load the result of `state_dict`; nothing is changed if it does not fit."""
         if "param_groups" in state_dict:  # from torch.distributed.checkpoint
             owned = [len(m._owned_groups()) if isinstance(m, LearningRule) else 0 for m in self.optimizers]
             counts = [len(m.param_groups) - hidden for m, hidden in zip(self.optimizers, owned, strict=True)]
@@ -204,7 +205,7 @@ class Mixed(ModelGroups, Optimizer):
         self._link()
 
     def coverage(self, model: nn.Module | None = None) -> dict[str, str]:
-        """Which member trains each parameter: its name -> the member's name, or ``"frozen"``. As `LearningRule`'s."""
+        """The name of each parameter -> the member that trains it, or why none does. As `LearningRule.coverage`."""
         covered: dict[str, str] = {}
         for i, member in enumerate(self.optimizers):
             if isinstance(member, LearningRule):
@@ -261,44 +262,54 @@ class Mixed(ModelGroups, Optimizer):
         if sharing or plain:
             for rule in sharing:
                 rule.begin()
-                rule._recorder.trace = not self._traced
-            wanted = [p for m in plain for p in _params(m)] + [p for r in sharing for p in r.gradient_parameters()]
+            params = [p for m in plain for p in _params(m)] + [p for r in sharing for p in r.gradient_parameters()]
             anchors = [r._recorder.reach.anchor for r in sharing if r.gradient_parameters()]
-            loss, _ = probe.gradients(wanted, anchors)
+            loss, _ = probe.gradients(params, anchors)
             require_finite(self, "the loss", [loss])
-            self._check_reached(plain, sharing)
+            self._check_reached()
             losses.append(loss)
             for optimizer in plain:
                 grads |= _grads(optimizer)
             for rule in sharing:
                 estimate, own_states[rule] = rule.collect()
                 grads |= estimate
-            for p in self._trained():  # out of reach of the next evaluation's zero_grad and backward
+            for p in self._trained():  # the next evaluation must not change these gradients
                 p.grad = None
         for member in several:
-            with ExitStack() as asleep:
+            with ExitStack() as paused:
                 for other in sharing:
-                    asleep.enter_context(other._recorder.asleep())
+                    paused.enter_context(other._recorder.paused())
                 loss, estimate, own_states[member] = member.evaluate(probe)
             losses.append(loss)
             grads |= estimate
         return losses[0], grads, own_states
 
-    def _check_reached(self, plain: list[Optimizer], sharing: list[LearningRule]) -> None:
-        if self._traced:
-            return
-        beneath = {p for rule in sharing for p in rule._recorder.beneath}
-        for member in plain:
-            lost = [tuple(p.shape) for p in _params(member) if p in beneath and p.grad is None]
-            if lost:
+    def _check_reached(self) -> None:
+        """Raise, in the first step, if a member learns by gradients below a rule that lets none pass."""
+        tracing = [rule for rule in self._rules() if rule._recorder.trace]
+        # Without a backward pass, `collect` raises.
+        passed = [rule for rule in tracing if _has_grad(rule.gradient_parameters())]
+        for member in self.optimizers:
+            by_gradients = member.gradient_parameters() if isinstance(member, LearningRule) else _params(member)
+            without = {p for p in by_gradients if p.grad is None}
+            above = [rule for rule in passed if rule is not member and not without.isdisjoint(rule._recorder.beneath)]
+            if above:
+                lost = [
+                    tuple(p.shape)
+                    for p in by_gradients
+                    if any(p in r._recorder.beneath for r in above) and p in without
+                ]
                 raise RuntimeError(
                     f"Mixed: {type(member).__name__} trains parameters by gradients (shapes {lost}) beneath layers of "
-                    f"{' and '.join(type(r).__name__ for r in sharing)}, which let no gradient pass: they could never "
-                    "learn. Give them a rule of their own, or freeze them"
+                    f"{' and '.join(type(rule).__name__ for rule in above)}, which let no gradient pass: they could "
+                    "never learn. Give them a rule of their own, or freeze them"
                 )
-        self._traced = True
-        for rule in sharing:
+        for rule in tracing:
             rule._recorder.trace = False
+
+
+def _has_grad(params: list[Tensor]) -> bool:
+    return not params or any(p.grad is not None for p in params)
 
 
 def _params(optimizer: Optimizer) -> list[Tensor]:

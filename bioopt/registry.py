@@ -1,7 +1,7 @@
-"""Rules by their names, and the options that the experiments found for them.
+"""Rules by name, with tuned options.
 
-A rule's name, family and summary are read off its class. Its presets are those of ``conf/optimizer/<name>.yaml``, kept
-in ``presets.json``, which ``scripts/generate.py`` writes.
+The name, family and summary of a rule come from its class. Its presets are those of ``conf/optimizer/<name>.yaml``,
+which ``scripts/generate.py`` writes to ``presets.json``.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ def create_optimizer(
     groups: Mapping[str, Mapping[str, Any]] | None = None,
     **options: Any,
 ) -> LearningRule:
-    """A rule by its name, with the options that the experiments found for it.
+    """Build a rule by name, optionally with tuned options.
 
     Args:
-        name: as in `list_optimizers`; the name of the class is as good.
-        model: what the rule's class takes: the model, its parameters where the rule needs no layers, or groups.
+        name: as in `list_optimizers`, or the name of the class.
+        model: ``params`` of the rule's class: the model, its parameters if the rule needs no layers, or groups.
         preset: ``"default"``, or a network of ``conf/model`` (``"cnn"``, ``"mlp"``, ...): start from the options of
-            ``conf/optimizer/<name>.yaml`` for it, as `presets` shows them. ``None``: the defaults of the class.
-        groups: options of parts of the model, by module name, as in ``{"trunk.block2": {"lr": 0.005}}``. Each layer
-            takes those of the nearest part that it lies in.
-        options: keywords of the class. They win over the preset, in its groups too. ``readout=None`` leaves out the
+            ``conf/optimizer/<name>.yaml`` for it, which `presets` lists. ``None``: the defaults of the class.
+        groups: options for parts of the model, by module name, as in ``{"trunk.block2": {"lr": 0.005}}``. Each layer
+            has those of the innermost part that it is in.
+        options: keywords of the class. They override the preset, in its groups too. ``readout=None`` also drops the
             preset's options of the readout, another ``descent`` those of the preset's descent.
 
     Raises:
-        ValueError: an unknown name, preset or part of the model; the message names what there is.
-        TypeError: groups without a model; what the class itself raises, for a required option that is missing, say.
+        ValueError: an unknown name, preset or part of the model; the message lists the known ones.
+        TypeError: groups without a model; the errors of the class, such as for a missing required option.
 
     Example::
 
@@ -67,11 +67,11 @@ def list_optimizers(family: str | None = None, filter: str | None = None) -> lis
     """The names of rules, for `create_optimizer`.
 
     Args:
-        family: those of one family alone: ``"hebbian"``, ``"perturbation"``, ...
-        filter: those that match a pattern alone, such as ``"*reward*"``.
+        family: only those of one family: ``"hebbian"``, ``"perturbation"``, ...
+        filter: only those that match a pattern, such as ``"*reward*"``.
 
     Raises:
-        ValueError: an unknown family; the message names those there are.
+        ValueError: an unknown family; the message lists the known ones.
     """
     families = sorted({family_of(rule) for rule in rule_classes()})
     if family is not None and family not in families:
@@ -84,13 +84,13 @@ def list_optimizers(family: str | None = None, filter: str | None = None) -> lis
 
 
 def presets(name: str) -> dict[str, dict[str, Any]]:
-    """The tuned options of a rule, each set as keywords of `create_optimizer`.
+    """The tuned options of a rule, as keywords of `create_optimizer`.
 
-    The learning rates were chosen for the cosine schedule of ``train.py`` unless ``conf/optimizer/<name>.yaml`` has
+    The learning rates were tuned for the cosine schedule of ``train.py`` unless ``conf/optimizer/<name>.yaml`` has
     another.
 
     Returns:
-        ``"default"``, and the networks of ``conf/model`` for which other options were found.
+        ``"default"``, and networks of ``conf/model`` with other options.
 
     Example::
 
@@ -105,14 +105,14 @@ def presets(name: str) -> dict[str, dict[str, Any]]:
 
 
 def rules() -> dict[str, type[LearningRule]]:
-    """The classes of all rules by their names, in alphabetical order."""
+    """The classes of all rules by name, in alphabetical order."""
     spelled = {_plain(name): name for name in json.loads(_tables())["rules"]}  # SoftHebb is softhebb there
     named = {spelled.get(_plain(rule.__name__)) or _snake_case(rule.__name__): rule for rule in rule_classes()}
     return dict(sorted(named.items()))
 
 
 def rule_classes() -> list[type[LearningRule]]:
-    """The classes of all rules, those from outside of bioopt left out."""
+    """The classes of all rules of bioopt."""
     return [
         rule
         for rule in dict.fromkeys(_subclasses(LearningRule))
@@ -121,12 +121,12 @@ def rule_classes() -> list[type[LearningRule]]:
 
 
 def family_of(rule: type[LearningRule]) -> str:
-    """The package of bioopt that a rule is in."""
+    """The package of a rule inside bioopt."""
     return rule.__module__.split(".")[1]
 
 
 def summary_of(rule: type[LearningRule]) -> str:
-    """The first sentence of a rule's docstring."""
+    """The first line of a rule's docstring."""
     return (inspect.getdoc(rule) or "").partition("\n")[0]
 
 
@@ -145,7 +145,7 @@ def _find(name: str) -> tuple[str, type[LearningRule]]:
 
 
 def _preset(name: str, preset: str) -> dict[str, Any]:
-    """The options of a preset; a network without a row of its own has the default's."""
+    """The options of a preset; networks without their own have the default's."""
     tuned = presets(name)
     known = [*tuned, *(network for network in json.loads(_tables())["networks"] if network not in tuned)]
     if not tuned or preset not in known:
@@ -157,7 +157,7 @@ def _preset(name: str, preset: str) -> dict[str, Any]:
 
 
 def _without(options: Mapping[str, Any], tuned: dict[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
-    """A preset without what the options replace, or leave without a use."""
+    """A preset without the options that are replaced or no longer apply."""
     left_out = {renamed.get(option, option) for option in options}
     if "readout" in options and options["readout"] is None:
         left_out |= {option for option in tuned if option.startswith("readout_")}
@@ -173,7 +173,7 @@ def _without(options: Mapping[str, Any], tuned: dict[str, Any], renamed: Mapping
 
 
 def in_groups(model: Params, groups: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The layers of a model as param groups, each in that of the nearest part with options of its own."""
+    """Param groups of a model: each layer is in that of the innermost part with options."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"options for parts ({_listed(groups)}) need the model itself, not its parameters or groups")
     layers = dict(model.named_modules())
@@ -181,7 +181,7 @@ def in_groups(model: Params, groups: Mapping[str, Mapping[str, Any]]) -> list[di
         if part not in layers:
             raise ValueError(
                 f"there are options for {part!r}, which is not a part of the model{_nearest(part, layers) or '.'} "
-                "Name the parts by groups={...}, or use preset='default'"
+                "Name the parts in groups={...}, or use preset='default'"
             )
     nearest = {
         layer: max((part for part in groups if f"{name}.".startswith(f"{part}.")), key=len, default="")
@@ -203,13 +203,13 @@ def in_groups(model: Params, groups: Mapping[str, Mapping[str, Any]]) -> list[di
         placed |= {*layer.modules()}
         found.setdefault(part, {"params": [], **groups.get(part, {})})["params"].append((name, layer))
         last[part] = max([last.get(part, -1), *(order[inner] for inner in layer.modules() if inner in order)])
-    # The last layer stays the last, which is where a rule looks for its readout.
+    # The last layer stays last, where a rule looks for its readout.
     return [found[part] for part in sorted(found, key=last.__getitem__)]
 
 
 @functools.cache
 def _tables() -> str:
-    """``presets.json``, to be parsed anew for each caller, who may change what it gets."""
+    """``presets.json`` as text: each caller parses it, and may change the result."""
     return (files("bioopt") / "presets.json").read_text(encoding="utf-8")
 
 

@@ -1,6 +1,6 @@
-"""The contrastive family: rules that compare what a network does with the data to what it does by itself.
+"""The contrastive family: rules that compare activity driven by data with activity that the network generates.
 
-The machines that they train are in `bioopt.nn`.
+The networks that they train are in `bioopt.nn`.
 """
 
 from .contrastive_divergence import ContrastiveDivergence

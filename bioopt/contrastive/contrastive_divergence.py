@@ -1,4 +1,4 @@
-"""Contrastive divergence: Hebbian learning from data, anti-Hebbian learning from the machine's own samples."""
+"""Contrastive divergence, for restricted Boltzmann machines."""
 
 from __future__ import annotations
 
@@ -30,36 +30,35 @@ class ContrastiveDivergence(LocalRule):
         \Delta c = \langle h \rangle_\text{data} - \langle h \rangle_\text{model}
 
     for every `bioopt.nn.RBM` in the model, with visible units :math:`v`, the probabilities :math:`h = p(h=1 \mid v)` of
-    its hidden units, weights :math:`W` (hidden × visible) and biases :math:`b`, :math:`c`. The first mean is over what
-    entered the machine since the last step; a synapse sees nothing but the two units it joins, twice. If the second
-    mean were over the machine's own distribution, this would be the gradient of the mean log-likelihood
-    :math:`\log p(v)`. It is over samples instead, which take ``steps`` Gibbs steps:
+    its hidden units, weights :math:`W` (hidden × visible) and biases :math:`b`, :math:`c`. The first mean is over the
+    inputs of the machine since the last step; a synapse uses only the activity of its two units, in two phases. If the
+    second mean were over the machine's own distribution, this would be the gradient of the mean log-likelihood
+    :math:`\log p(v)`. It is over samples instead, from ``steps`` Gibbs steps:
 
-    - from the data (CD-k): short chains forget the data only partly, so that the update is biased, with little noise;
-    - ``persistent``: from where the last step left ``chains`` chains of the machine's own (PCD), which never see the
-      data and, for a small ``lr``, keep up with the machine's distribution as it changes.
+    - starting at the data (CD-k): short chains stay close to the data, so that the update is biased, with little noise;
+    - ``persistent``: continuing ``chains`` chains of the machine from the last step (PCD), which are independent of the
+      data and, for a small ``lr``, follow the machine's distribution as it changes.
 
-    Samples of :math:`v` are binary, and probabilities of :math:`h` are taken for the means alone, which makes them
-    less noisy and leaves them unbiased: with chains long enough the update is the exact gradient. (Hinton's guide also
-    allows for probabilities in place of the last :math:`v`, which is not exact.) No loss is needed; machines one above
-    the other, a deep belief net, each learn from the hidden units of the one below.
+    Samples of :math:`v` are binary, and means use the probabilities of :math:`h`, which has less noise and no bias:
+    with long chains the update is the exact gradient. (Hinton's guide also allows probabilities in place of the last
+    :math:`v`, which is not exact.) No loss is needed; in a stack of machines, a deep belief net, each learns from the
+    hidden units of the one below.
 
     Args:
         params: the model (or modules, or groups whose ``"params"`` are modules), with at least one RBM inside. Bare
-            parameters are refused. Weights and both biases of each RBM learn; all else is frozen, the readout aside.
+            parameters are refused. Weights and both biases of each RBM and the readout learn; all else is frozen.
         lr: learning rate, per mean sample.
-        steps: :math:`k`, the Gibbs steps of a chain in each step of learning.
-        persistent: whether chains go on from step to step.
-        chains: how many, if they are persistent. They start at coin tosses, and are state.
-        seed: of all sampling; the global random state is left alone.
-        readout: ``None``, ``"delta"`` or ``"teacher"``, as in `LocalRule`: how the last layer learns, which is no
-            RBM then.
+        steps: :math:`k`, the Gibbs steps of a chain per learning step.
+        persistent: whether chains continue from step to step.
+        chains: the number of persistent chains. They start at random bits, and are state.
+        seed: of all sampling, which does not touch the global random state.
+        readout: ``None``, ``"delta"`` or ``"teacher"``, as in `LocalRule`: how the last layer learns, if it is no RBM.
         options: further options of the readout, ``descent``, its options (``momentum``, ``weight_decay``) and
-            ``process_group``, as in `LocalRule`, whose errors are raised here as well. Each rank has its share of
-            the data and noise of its own for it; persistent chains are the same on all ranks.
+            ``process_group``, as in `LocalRule`. Each rank has its share of the data with its own noise; persistent
+            chains are the same on all ranks.
 
     Raises:
-        ValueError: a hyperparameter out of range; a model without an RBM.
+        ValueError: a hyperparameter out of range; a model without an RBM; as `LocalRule`.
 
     Sources: G. E. Hinton (2002), *Training products of experts by minimizing contrastive divergence*; T. Tieleman
     (2008), *Training restricted Boltzmann machines using approximations to the likelihood gradient*; G. Hinton (2010),
@@ -110,13 +109,13 @@ class ContrastiveDivergence(LocalRule):
         for name in (s.name for s in self._readout.layers.values() if s.layer in inside):
             raise ValueError(
                 f"ContrastiveDivergence: the last layer, '{name}', belongs to an RBM, and would learn as "
-                f"a readout: write readout=None, or put a Linear after it"
+                "a readout: write readout=None, or put a Linear after it"
             )
         synapses = [s for s in synapses if s.layer in inside]
         if not synapses:
             raise ValueError(
                 "ContrastiveDivergence: the model has no bioopt.nn.RBM that is not frozen, and nothing else learns by "
-                "this rule. Build one, bioopt.nn.RBM(visible, hidden), or choose another rule"
+                "this rule. Add one, bioopt.nn.RBM(visible, hidden), or choose another rule"
             )
         chosen: list[tuple[Synapse, list[tuple[str, Tensor]]]] = []
         for synapse in synapses:
@@ -128,11 +127,11 @@ class ContrastiveDivergence(LocalRule):
         return chosen
 
     def reset(self) -> None:
-        """Noise is counted by firings since the last step."""
+        """Restart the count of firings, which determines the noise."""
         self._firings = 0
 
     def measure(self, firing: Firing, u: Tensor) -> Sums:
-        """The sums over data, minus those over chains that start at the data, unless chains are persistent."""
+        """The sums over data, minus those over chains from the data unless chains are persistent."""
         synapse = firing.synapse
         v = firing.x.detach().reshape(-1, firing.x.shape[-1]).to(synapse.weight.dtype)
         h = torch.sigmoid(u.detach())
@@ -144,14 +143,14 @@ class ContrastiveDivergence(LocalRule):
             v.device, state["seed"], state["step"], synapse.index, self._ranks[0], self._firings
         )
         self._firings += 1
-        h = bernoulli(h.reshape(-1, u.shape[-1]), generator)  # known from the data already
+        h = bernoulli(h.reshape(-1, u.shape[-1]), generator)  # reuses the probabilities of the positive phase
         self._subtract(sums, synapse, self._negative_phase(synapse, h, steps, generator), 1.0)
         return sums
 
     def changes(
         self, sums: Sums, synapse: Synapse, group: dict[str, Any], state: dict[str, Any]
     ) -> dict[Tensor, Tensor]:
-        """The contrast of data and model, of the weights and of both biases."""
+        """Data minus model, for the weights and both biases."""
         if self.persistent:
             v = self._advanced(synapse, state["chains"].get(synapse.index))
             state["chains"] = {**state["chains"], synapse.index: v}
@@ -166,7 +165,7 @@ class ContrastiveDivergence(LocalRule):
         return {synapse.weight: product, **own}
 
     def _advanced(self, synapse: Synapse, v: Tensor | None) -> Tensor:
-        """The persistent chains after the Gibbs steps of one step of learning."""
+        """The persistent chains after this step's Gibbs steps."""
         machine, steps = self._rbms[synapse.layer], self.param_groups[synapse.group]["steps"]
         bias, state = machine.visible_bias.detach(), self._own_state
         generator = self._noise.stream(bias.device, state["seed"], state["step"], synapse.index)
@@ -177,7 +176,7 @@ class ContrastiveDivergence(LocalRule):
         return self._negative_phase(synapse, h, steps, generator)
 
     def _negative_phase(self, synapse: Synapse, h: Tensor, steps: int, generator: torch.Generator) -> Tensor:
-        """Visible units after the Gibbs steps, the first of which has got as far as ``h``."""
+        """Visible units after the Gibbs steps; ``h``: the hidden units of the first one."""
         machine = self._rbms[synapse.layer]
         with torch.autocast(h.device.type, enabled=False):
             v = machine.sample_visible(h.to(machine.weight.dtype), generator)
@@ -186,7 +185,7 @@ class ContrastiveDivergence(LocalRule):
         return v
 
     def _subtract(self, sums: Sums, synapse: Synapse, v: Tensor, share: float) -> None:
-        """Take the sums of the negative phase's samples, times ``share``, from those of the data."""
+        """Subtract the sums over samples of the negative phase, times ``share``."""
         with torch.autocast(v.device.type, enabled=False):
             h = self._rbms[synapse.layer].hidden_given(v)
             sums.values["product"].addmm_(h.T, v, alpha=-share)

@@ -1,4 +1,4 @@
-"""How any rule meets a network: synapses and their recorder, what a rule can do there, the contract of all rules.
+"""The base of all rules: synapses and their recorder, the acts of a rule, the base classes.
 
-No learning rule lives here, and nothing here imports one: those are in the folders of their families.
+It has no learning rule, and imports none: those are in the folders of their families.
 """

@@ -1,7 +1,6 @@
-"""All that bioopt uses of torch without a promise that it stays: one function each, one test each.
+"""Every use of private torch API: one function each, and one test each in ``tests/core/test_torch_private.py``.
 
-The tests are in ``tests/core/test_torch_private.py``. When torch changes, they fail first, and this file is the one
-to mend.
+When torch changes, those tests fail first, and only this file needs a repair.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from torch.optim import Optimizer
 #: the base class of all normalisation layers that keep running statistics
 NormBase: type[nn.Module] = _NormBase
 
-#: where a module keeps its forward hooks -> where it keeps more about each of them
+#: tables of a module's forward hooks -> tables of their options
 HOOK_TABLES = {
     "_forward_pre_hooks": ("_forward_pre_hooks_with_kwargs",),
     "_forward_hooks": ("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
@@ -36,12 +35,12 @@ def in_backward() -> bool:
 
 
 def is_batched(tensor: Tensor) -> bool:
-    """Whether a tensor has a dimension that `torch.func.vmap` hides."""
+    """Whether a tensor has a dimension hidden by `torch.func.vmap`."""
     return bool(torch._C._functorch.is_batchedtensor(tensor))
 
 
 def is_transformed(tensor: Tensor) -> bool:
-    """Whether a tensor belongs to a transformation of `torch.func`, which it must not outlive."""
+    """Whether a tensor belongs to a transform of `torch.func`, which it must not outlive."""
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
@@ -51,12 +50,12 @@ def is_view(tensor: Tensor) -> bool:
 
 
 def version_of(tensor: Tensor) -> int | None:
-    """A number that grows with each change in place; ``None`` for inference tensors, which have none."""
+    """A count of changes in place; ``None`` for inference tensors, which have none."""
     return None if tensor.is_inference() else tensor._version
 
 
 def is_node_of(node: Any, function: type[torch.autograd.Function]) -> bool:
-    """Whether a node of a graph was made by this `torch.autograd.Function`."""
+    """Whether a node of a graph belongs to this `torch.autograd.Function`."""
     return getattr(node, "_forward_cls", None) is function
 
 
@@ -71,12 +70,12 @@ def forward_gradients_enabled() -> bool:
 
 
 def set_grad_mode(enabled: bool) -> None:
-    """Switch grad mode in one call, which an interrupt cannot leave half-done."""
+    """Set grad mode in one call, so that an interrupt cannot leave it half-done."""
     torch._C._set_grad_enabled(enabled)
 
 
 def remove_saved_tensor_hooks(pack: Callable[[Tensor], Any]) -> None:
-    """Remove the innermost default hooks on saved tensors, as long as they pack by this function."""
+    """Remove the innermost default hooks on saved tensors while they use this function to pack."""
     tensors = torch._C._autograd
     while (top := tensors._top_saved_tensors_default_hooks(True)) is not None and top[0] is pack:
         tensors._pop_saved_tensors_default_hooks()
@@ -93,7 +92,7 @@ def forward_pre_hooks(module: nn.Module) -> list[Any]:
 
 
 def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
-    """The buffers of a module itself, to be read and written."""
+    """The buffers of a module itself, to read and write."""
     return module._buffers
 
 
@@ -103,13 +102,13 @@ def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
 
 
 def unhooked_step(optimizer: Optimizer) -> None:
-    """The step of an optimizer inside another one: hooks on steps have run, or will run, for the outer one."""
+    """The step of an optimizer inside another one, without step hooks, which run for the outer one."""
     step = type(optimizer).step
     getattr(step, "__wrapped__", step)(optimizer)
 
 
 def mark_as_stepped(optimizer: Optimizer) -> None:
-    """Say that a step was made, or learning-rate schedulers, which wrap ``step``, would warn that none was."""
+    """Mark that a step was made: learning-rate schedulers, which wrap ``step``, warn otherwise."""
     optimizer._opt_called = True  # type: ignore[attr-defined]
 
 
@@ -117,7 +116,7 @@ def convolution_input_gradient(
     gradient: Tensor, shape: torch.Size, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int
 ) -> Tensor:
     """The gradient at a convolution's input for the gradient at its output, without a forward pass."""
-    unused = gradient.new_empty(1).expand(shape)  # only its shape is looked at
+    unused = gradient.new_empty(1).expand(shape)  # only its shape matters
     dims = [0] * (weight.ndim - 2)
     found: Tensor = torch.ops.aten.convolution_backward(
         gradient, unused, weight, None, stride, padding, dilation, False, dims, groups, (True, False, False)

@@ -1,4 +1,4 @@
-"""Ranges of options, and the error where one is out of its range."""
+"""Ranges of options, and the error for one out of its range."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ RATE: Constraint = (lambda v: 0 < v <= 1, "a number in (0, 1]")
 
 
 def one_of(*choices: str | None) -> Constraint:
-    """One of a few words."""
+    """One of these words."""
     return lambda v: v in choices, f"one of {', '.join(map(str, choices))}"
 
 
 def require_in_range(owner: str, name: str, value: Any, constraint: Constraint) -> None:
-    """Raise where an option of a rule or a module is out of its range, with its name and value."""
+    """Raise if an option of a rule or a module is out of its range."""
     holds, range_ = constraint
     try:
         ok = not isinstance(value, bool) and holds(value)

@@ -1,4 +1,4 @@
-"""`Coverage`: which parameters a rule really trains, and which it cannot, and why."""
+"""`Coverage`: which parameters a rule trains, and why it does not train the others."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ UNFROZEN = "it was frozen when the optimizer was built: optimizer.add_param_grou
 
 
 class Coverage:
-    """The modules that a rule was given, and what has become of their layers since.
+    """The modules given to a rule, and changes of their layers since.
 
     Args:
         rule: its name.
         recorder: of the rule.
-        excluded: what to leave alone.
+        excluded: modules and parameters to leave out.
     """
 
     def __init__(self, rule: str, recorder: Recorder, excluded: Exclusion) -> None:
         self._rule, self._recorder, self._excluded = rule, recorder, excluded
         self._modules: list[tuple[str, nn.Module]] = []
-        self._homes: dict[Tensor, tuple[nn.Module, str, str]] = {}  # of each parameter its layer, and its names
-        self._once_frozen: list[tuple[str, nn.Module]] = []  # layers that were frozen when they were given
-        self._silent: dict[Synapse, str] = {}  # layers that learn nothing, and why
-        self._unfrozen: set[nn.Module] = set()  # of the once frozen, those warned of
+        self._homes: dict[Tensor, tuple[nn.Module, str, str]] = {}  # the layer of each parameter, and its names
+        self._once_frozen: list[tuple[str, nn.Module]] = []  # layers that were frozen when given
+        self._silent: dict[Synapse, str] = {}  # layers that learn nothing -> the reason
+        self._unfrozen: set[nn.Module] = set()  # layers of `_once_frozen` that were warned of
         self._checked: tuple[Any, ...] = ()
-        self._absent: set[Synapse] = set()  # layers that did not fire in the last step, and were looked at
+        self._absent: set[Synapse] = set()  # layers that did not fire in the last step and were checked
         self._warned_of: set[Synapse] = set()
 
     def add(self, modules: list[tuple[str, nn.Module]], params: Iterable[Tensor], watched: bool) -> None:
-        """Take in the modules of a group.
+        """Add the modules of a group.
 
         Args:
             modules: with the prefixes of their names.
             params: those that the group trains.
-            watched: whether their layers learn by what they see.
+            watched: whether their layers learn from their activity.
         """
         known, mine = self._inside(), set(params)
         self._modules += [(prefix, module) for prefix, module in modules if module not in known]
@@ -54,7 +54,7 @@ class Coverage:
                     self._once_frozen.append((name, layer))
 
     def names(self, groups: list[dict[str, Any]]) -> dict[Tensor, str]:
-        """The name of each parameter of the groups, or that lies in a module which the rule was given."""
+        """The name of each parameter of the groups and of the given modules."""
         names: dict[Tensor, str] = {}
         for i, group in enumerate(groups):
             for j, p in enumerate(group["params"]):
@@ -66,7 +66,7 @@ class Coverage:
         return names
 
     def labels(self, groups: list[dict[str, Any]]) -> dict[Tensor, str]:
-        """Who trains each parameter, or why it is not trained."""
+        """The rule that trains each parameter, or why it is not trained."""
         labels: dict[Tensor, str] = {}
         for group in groups:
             label = self._rule + (f" readout ({group['readout']})" if group.get("readout") else "")
@@ -75,31 +75,29 @@ class Coverage:
             labels |= dict.fromkeys(synapse.parameters(), f"silent: {reason}")
         for _, layer in self._once_frozen:
             if layer not in self._recorder.synapses:
-                labels |= {p: f"silent: {UNFROZEN}" for p in layer.parameters(False) if p.requires_grad}
+                own = [p for p in layer.parameters(False) if p.requires_grad and p not in labels]
+                labels |= dict.fromkeys(own, f"silent: {UNFROZEN}")
         return labels | dict.fromkeys(self._excluded.params, "excluded")
 
     def require_same_parameters(self) -> None:
-        """Raise where a parameter is no longer the one that its layer had when the optimizer was built."""
+        """Raise if a layer no longer has the parameter that it had when the optimizer was built."""
         for p, (layer, attribute, name) in self._homes.items():
             own = own_parameters(layer)
             if own.get(attribute) is p:
                 continue
             if layer not in self._recorder.synapses and any(q is p for q in layer.parameters()):
-                continue  # pruned or parametrized: what is learned is still the parameter beneath
-            how, way_out = (
-                "replaced",
-                "Build the optimizer after the model has its parameters (to_empty gives new ones)",
-            )
+                continue  # pruned or parametrized: the original parameter still learns
+            how, remedy = "replaced", "Build the optimizer after the model has its parameters (to_empty gives new ones)"
             if f"{attribute}_orig" in own or hasattr(layer, "parametrizations"):
                 how = "pruned, parametrized or normalised"
-                way_out = f"Undo that, or build the optimizer after it with exclude=['{name.rpartition('.')[0]}']"
+                remedy = f"Undo that, or build the optimizer after it with exclude=['{name.rpartition('.')[0]}']"
             raise RuntimeError(
                 f"{self._rule}: parameter '{name}' was {how} after the optimizer was built, so that the layer "
-                f"no longer uses the one that is trained. {way_out}"
+                f"no longer uses the one that is trained. {remedy}"
             )
 
     def none_fired(self) -> str:
-        """Why no layer has fired, as far as can be seen, and what to do."""
+        """The message that no layer has fired, with the likely reason."""
         synapses, inside = list(self._recorder.synapses.values()), self._inside()
         if synapses and not any(s.layer in inside for s in synapses):
             why = "its layers were replaced in the model after the optimizer was built: build a new optimizer"
@@ -110,9 +108,9 @@ class Coverage:
         return f"{self._rule}: no synapse has fired since the last step; {why}"
 
     def look_for_silent(self) -> None:
-        """Warn of layers that learn nothing: once, and again whenever one was frozen, unfrozen or switched."""
+        """Warn once of layers that learn nothing, and again when one is frozen, unfrozen or changes its mode."""
         fired, synapses = self._recorder.fired, list(self._recorder.synapses.values())
-        if not fired:  # the rule did without them in this step
+        if not fired:  # this step needed no layer to fire
             return
         for synapse in [s for s in self._silent if s in fired]:
             del self._silent[synapse]
@@ -130,7 +128,7 @@ class Coverage:
         for s in synapses:
             if s in fired or s in self._silent or not s.weight.requires_grad:
                 continue
-            if only_replaced and s.layer in inside:  # it may well fire at another step
+            if only_replaced and s.layer in inside:  # it may fire in another step
                 continue
             if s.layer not in inside:
                 reason = "it was replaced in the model after the optimizer was built: build a new optimizer"
@@ -155,5 +153,5 @@ class Coverage:
             )
 
     def _inside(self) -> set[nn.Module]:
-        """All modules that are now in those that were given."""
+        """All modules now inside those given."""
         return {inner for _, module in self._modules for inner in module.modules()}

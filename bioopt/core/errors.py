@@ -1,4 +1,4 @@
-"""`Diverged`, the check that raises it, and warnings that point at the user's own line."""
+"""`Diverged`, the check that raises it, and warnings that point at the user's line."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["Diverged"]
 
 
 class Diverged(RuntimeError):
-    """A loss, an update or a quantity of a rule's own is infinite or not a number. Nothing was changed by it.
+    """A loss, an update or a state is infinite or NaN; nothing was changed.
 
     Attributes:
-        parameter: the name of the weights with the largest norm, the first place to look at.
+        parameter: the name of the weights with the largest norm.
         norm: their norm.
-        lr: the learning rate that moves them.
+        lr: their learning rate.
     """
 
     def __init__(
@@ -31,13 +31,13 @@ class Diverged(RuntimeError):
 
 
 def is_captured(tensors: list[Tensor]) -> bool:
-    """Whether operations on these tensors are only being recorded, for a CUDA graph."""
+    """Whether operations on these tensors are being captured in a CUDA graph."""
     return bool(tensors) and tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def require_finite(optimizer: Optimizer, what: str, tensors: list[Tensor]) -> None:
-    """Raise `Diverged` if anything is infinite or not a number, before anything is changed."""
-    if is_captured(tensors):  # where no number can be read
+    """Raise `Diverged` if any entry is infinite or NaN; ``what`` names the tensors in the message."""
+    if is_captured(tensors):  # no value can be read
         return
     if not tensors or math.isfinite(total := torch.nn.utils.get_total_norm(tensors).item()):
         return
@@ -45,7 +45,7 @@ def require_finite(optimizer: Optimizer, what: str, tensors: list[Tensor]) -> No
     name, norm, lr = _largest(optimizer)
     raise Diverged(
         f"{type(optimizer).__name__}: {what} is {found}; nothing was changed. The largest weights are '{name}', of "
-        f"norm {norm:.3g} with lr={lr:g}: try lr={lr / 10:g} if that has diverged; else check the data",
+        f"norm {norm:.3g} with lr={lr:g}: try lr={lr / 10:g} if they have diverged; else check the data",
         name,
         norm,
         lr,
@@ -53,7 +53,7 @@ def require_finite(optimizer: Optimizer, what: str, tensors: list[Tensor]) -> No
 
 
 def _largest(optimizer: Optimizer) -> tuple[str, float, float]:
-    """The parameter of the largest (or no finite) norm, its norm and its learning rate."""
+    """The parameter of the largest or a non-finite norm, with its norm and learning rate."""
     found = []
     for i, group in enumerate(optimizer.param_groups):
         names = group.get("param_names", [f"group{i}.params[{j}]" for j in range(len(group["params"]))])
@@ -63,7 +63,7 @@ def _largest(optimizer: Optimizer) -> tuple[str, float, float]:
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
-    """Warn at the line, outside of bioopt and torch, from which all this was called."""
+    """Warn at the line outside of bioopt and torch that led here."""
     level = 2
     for depth, frame in enumerate(inspect.stack()[1:], start=2):
         if not frame.frame.f_globals.get("__name__", "").startswith(("bioopt", "torch", "contextlib")):

@@ -1,4 +1,4 @@
-"""Forward hooks that keep nothing alive, and that copies of a model do not carry."""
+"""Forward hooks that keep no recorder alive, and that copies of a model lack."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ IN_PYTHON = "learning rules run in Python, around the compiled layers: leave ful
 
 
 class Hook:
-    """A forward hook that calls a recorder without keeping it alive. Copies of the model lack it."""
+    """A forward hook that calls a recorder without keeping it alive."""
 
     def __init__(self, recorder: Recorder | None = None, method: str = "") -> None:
         self._recorder = weakref.ref(recorder) if recorder is not None else None
@@ -27,7 +27,7 @@ class Hook:
 
     @property
     def recorder(self) -> Recorder | None:
-        """The recorder, if it is still there."""
+        """The recorder, if it still exists."""
         return None if self._recorder is None else self._recorder()
 
     @torch.compiler.disable(reason=IN_PYTHON)  # type: ignore[untyped-decorator]
@@ -46,17 +46,17 @@ class Hook:
 
 
 def leave_no_trace(kind: type[nn.Module]) -> None:
-    """Let copies and saved files of modules of this type carry no hook of ours.
+    """Let copies and saved files of modules of this type lack our hooks.
 
-    Types that define their own copying carry hooks that do nothing.
+    Types that define their own copying keep hooks that do nothing.
     """
     if kind.__reduce_ex__ is object.__reduce_ex__ and kind.__reduce__ is object.__reduce__:
         copyreg.dispatch_table.setdefault(kind, _reduced)
 
 
 def _reduced(module: nn.Module) -> Any:
-    """What `copy` and `pickle` make a module of, without our hooks."""
-    made, arguments, state, *rest = (*module.__reduce_ex__(2), None)[:5]
+    """The reduction of a module for `copy` and `pickle`, without our hooks."""
+    build, arguments, state, *rest = (*module.__reduce_ex__(2), None)[:5]
     if isinstance(state, dict):
         state = dict(state)
         for table, flags in HOOK_TABLES.items():
@@ -65,11 +65,11 @@ def _reduced(module: nn.Module) -> Any:
             for name in (table, *flags) if ours else ():
                 kept = [(key, value) for key, value in (state.get(name) or {}).items() if key not in ours]
                 state[name] = OrderedDict(kept)
-    return made, arguments, state, *rest
+    return build, arguments, state, *rest
 
 
 def remove_all(handles: list[Any]) -> None:
-    """Take hooks off their modules, and off the list."""
+    """Remove hooks from their modules, and empty the list."""
     for handle in handles:
         handle.remove()
     handles.clear()

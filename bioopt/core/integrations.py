@@ -1,4 +1,4 @@
-"""Other people's tools and training loops: what cannot work there is refused with a recipe that does.
+"""Other tools and training loops: calls that cannot work there are refused, with a recipe that works.
 
 None of these packages is imported here; they are recognised by their objects or by the modules on the call stack.
 """
@@ -20,14 +20,14 @@ from torch.optim import Optimizer
 __all__ = ["recipe", "refuse_scaler", "refuse_trainer_options"]
 
 NAME = "rule"  # in a state dict: the name of its rule
-RULE = "rule"  # in a state dict's "state": what is no parameter's own
+RULE = "rule"  # in a state dict's "state": the state that belongs to no parameter
 PACKED = "rule_state"  # in a param group: the same as bytes, for torch.distributed.checkpoint
 HIDDEN = "owned_groups"  # in these bytes: param groups of modules of the rule's own, which are not the model's
 
-#: for each package with a training loop of its own, how rules are given what they need there: the model, and a closure
+#: for each package with its own training loop, how rules get the model and a closure there
 RECIPES = {
     "transformers": (
-        "Hugging Face's Trainer takes a rule by optimizers=(rule, None) and calls step() without a closure; "
+        "Hugging Face's Trainer takes a rule as optimizers=(rule, None) and calls step() without a closure; "
         "RuleTrainer in examples/huggingface_trainer.py calls rule.estimate(closure) in place of the backward pass"
     ),
     "accelerate": (
@@ -36,28 +36,28 @@ RECIPES = {
     ),
     "skorch": (
         "With skorch, RuleNet in examples/skorch_net.py gives a rule the module in place of its parameters, and a "
-        "closure without a needless backward pass; AccelerateMixin would hand on none"
+        "closure without a needless backward pass; AccelerateMixin would pass none on"
     ),
     "ignite": (
-        "With Ignite, give Engine an update function of your own that calls optimizer.step(closure), in place of "
+        "With Ignite, give Engine your own update function that calls optimizer.step(closure), in place of "
         "create_supervised_trainer, as in examples/ignite_engine.py"
     ),
     "lightning": (
-        "Lightning's automatic optimization hands a closure over, except with precision '16-mixed': take 'bf16-mixed'; "
-        "see examples/lightning_fit.py"
+        "Lightning's automatic optimization passes a closure, except with precision '16-mixed': use 'bf16-mixed'; see "
+        "examples/lightning_fit.py"
     ),
 }
 RECIPES["pytorch_lightning"] = RECIPES["lightning"]
 
 
 def recipe() -> str:
-    """A sentence on the training loop that is on the call stack, with a space before it; empty where there is none."""
+    """A sentence on the training loop on the call stack, with a leading space; empty if there is none."""
     found = [RECIPES[package] for package in map(_package, _callers()) if package in RECIPES]
     return f" {found[-1]}." if found else ""  # the outermost: the loop, not a wrapper inside it
 
 
 def refuse_scaler(optimizer: Any) -> bool:
-    """Raise where a GradScaler would fail without a word on why, or divide what was never scaled."""
+    """Raise if a GradScaler would fail without a reason, or divide what was not scaled."""
     if optimizer._estimated:
         raise RuntimeError(
             f"{type(optimizer).__name__}: torch.amp.GradScaler would divide what estimate() has written by its scale. "
@@ -65,15 +65,15 @@ def refuse_scaler(optimizer: Any) -> bool:
         )
     if all(p.grad is None for p in _params(optimizer)):
         raise RuntimeError(
-            f"{type(optimizer).__name__}: torch.amp.GradScaler rescues small gradients of a backward pass, and none "
-            "has reached a parameter here. Where nothing learns from a backward pass (readout=None or 'teacher', "
+            f"{type(optimizer).__name__}: torch.amp.GradScaler scales the gradients of a backward pass, and none has "
+            "reached a parameter here. If nothing learns from a backward pass (readout=None or 'teacher', "
             "perturbation), call optimizer.step itself, under autocast in bfloat16, which needs no scaler." + recipe()
         )
-    return False  # it does not unscale by itself
+    return False  # the rule does not unscale
 
 
 def refuse_trainer_options(rule: str, closure: Callable[[], Any]) -> None:
-    """Raise where Lightning or skorch would accumulate or clip inside the closure: the rule writes ``.grad`` later."""
+    """Raise if Lightning or skorch would accumulate or clip inside the closure: the rule writes ``.grad`` later."""
     if getattr(closure, "__module__", None) == "skorch.net":  # `step_fn`, a function inside a method of the net
         variables = dict(zip(closure.__code__.co_freevars, closure.__closure__ or (), strict=True))
         callbacks = dict(getattr(variables["self"].cell_contents, "callbacks_", ())) if "self" in variables else {}
@@ -81,8 +81,8 @@ def refuse_trainer_options(rule: str, closure: Callable[[], Any]) -> None:
             value = getattr(callback, "gradient_clip_value", None)
             if value is not None:
                 raise RuntimeError(
-                    f"{rule}: the callback {name}, {type(callback).__name__}(gradient_clip_value={value}), clips what "
-                    "backward leaves in .grad, but the rule makes .grad after the closure. Leave it out, and override "
+                    f"{rule}: the callback {name}, {type(callback).__name__}(gradient_clip_value={value}), clips .grad "
+                    "after the backward pass, but the rule writes .grad after the closure. Remove it, and override "
                     "_step_optimizer(self, step_fn) of your net, as in examples/skorch_net.py, to clip between "
                     "self.optimizer_.estimate(step_fn) and self.optimizer_.descend()"
                 )
@@ -90,7 +90,7 @@ def refuse_trainer_options(rule: str, closure: Callable[[], Any]) -> None:
     arguments = getattr(closure, "args", ())
     if arguments and getattr(arguments[-1], "__name__", "") == "do_nothing_closure":
         raise RuntimeError(
-            f"{rule}: in manual optimization, step() of Lightning's wrapper hands on a closure that does nothing. Call "
+            f"{rule}: in manual optimization, step() of Lightning's wrapper passes a closure that does nothing. Call "
             "step() of the rule itself, self.optimizers(use_pl_optimizer=False), with a closure if the rule needs one; "
             "see examples/lightning_fit.py"
         )
@@ -100,24 +100,24 @@ def refuse_trainer_options(rule: str, closure: Callable[[], Any]) -> None:
         value = getattr(trainer, option, off)
         if value not in (off, 0):
             raise RuntimeError(
-                f"{rule}: Trainer({option}={value}) works on what backward leaves in .grad, but the rule makes .grad "
+                f"{rule}: Trainer({option}={value}) works on the .grad of the backward pass, but the rule writes .grad "
                 "after the closure, from this closure's batch alone. Override optimizer_step(self, epoch, batch, "
                 "optimizer, closure) of your LightningModule, with rule = optimizer.optimizer: for a rule of one "
-                "forward pass, closure(); rule.estimate(); self.clip_gradients(rule); rule.descend(), which also takes "
-                "in what has been accumulated; for a rule of several, rule.estimate(closure) and so on, with larger "
-                "batches in place of accumulation"
+                "forward pass, closure(); rule.estimate(); self.clip_gradients(rule); rule.descend(), which includes "
+                "accumulated batches; for a rule of several, rule.estimate(closure) and so on, with larger batches in "
+                "place of accumulation"
             )
 
 
 @torch.compiler.disable(reason="it looks at the call stack")  # type: ignore[untyped-decorator]
 def needs_estimate(optimizer: Any, closure: Callable[[], Any] | None, rules: Iterable[Any]) -> bool:
-    """Whether ``step(closure)`` must make an estimate first, or finds in ``.grad`` what it descends along.
+    """Whether ``step(closure)`` must make an estimate, or descends along the present ``.grad``.
 
-    It does after `estimate`, unless one of the rules has seen a forward pass since; and where
-    torch.distributed.checkpoint makes a step with zero gradients and lr=0, for optimizers to create their state.
+    It descends after `estimate`, unless there was a forward pass since; and when torch.distributed.checkpoint makes a
+    step with zero gradients and lr=0, for optimizers to create their state.
 
     Raises:
-        RuntimeError: where the training loop that calls step() has accumulated or clipped in vain.
+        RuntimeError: the training loop that calls step() has accumulated or clipped without effect.
     """
     if closure is None:
         if in_distributed_checkpoint():
@@ -130,7 +130,7 @@ def needs_estimate(optimizer: Any, closure: Callable[[], Any] | None, rules: Ite
 
 
 def _refuse_options_of_the_caller(rule: str, closure: Callable[[], Any] | None) -> None:
-    """Raise where Hugging Face's Trainer has clipped, or accelerate accumulates, what a rule does not go by."""
+    """Raise if Hugging Face's Trainer clips, or accelerate accumulates, gradients that the rule does not use."""
     if "accelerate" not in sys.modules:
         return
     caller = next((frame for frame in _callers() if _package(frame) not in ("bioopt", "torch")), None)
@@ -139,10 +139,10 @@ def _refuse_options_of_the_caller(rule: str, closure: Callable[[], Any] | None) 
     steps = caller.f_locals["self"].gradient_state.num_steps
     if closure is not None and steps > 1:
         raise RuntimeError(
-            f"{rule}: Accelerator(gradient_accumulation_steps={steps}) hands on step(closure) for the last of {steps} "
+            f"{rule}: Accelerator(gradient_accumulation_steps={steps}) calls step(closure) for the last of {steps} "
             "micro-batches alone; the others would be lost. For a rule of one forward pass, call "
             "accelerator.backward(loss) and step() without a closure, as in examples/accelerate_loop.py; for a rule of "
-            "several, take larger batches, or add up .grad of optimizer.optimizer.estimate(closure), as in "
+            "several, use larger batches, or add up .grad of optimizer.optimizer.estimate(closure), as in "
             "examples/accumulate_clip_schedule.py"
         )
     trainer = next((frame for frame in _callers() if _package(frame) not in ("bioopt", "torch", "accelerate")), None)
@@ -151,9 +151,9 @@ def _refuse_options_of_the_caller(rule: str, closure: Callable[[], Any] | None) 
     norm = getattr(getattr(trainer.f_locals.get("self"), "args", None), "max_grad_norm", None)
     if norm:
         raise RuntimeError(
-            f"{rule}: TrainingArguments(max_grad_norm={norm}) clips what the backward pass leaves in .grad, before the "
-            "rule has made its own. To clip that, take RuleTrainer of examples/huggingface_trainer.py, which any rule "
-            "can be trained by; else set max_grad_norm=0"
+            f"{rule}: TrainingArguments(max_grad_norm={norm}) clips the .grad of the backward pass, before the rule "
+            "has written its own. To clip that, use RuleTrainer of examples/huggingface_trainer.py, which works with "
+            "any rule; else set max_grad_norm=0"
         )
 
 
@@ -173,9 +173,9 @@ def for_distributed_checkpoint(
 ) -> dict[str, Any]:
     """The same for torch.distributed.checkpoint, of one rule or more.
 
-    It keeps the state of parameters and the options of groups, nothing else, and reads only entries that a new
-    optimizer has as well. So an own state is one value among the options of a group, and every parameter has an entry.
-    It also knows the model's parameters alone: groups of modules of a rule's own go along with its own state.
+    It keeps only the state of parameters and the options of groups, and reads only entries that a new optimizer has as
+    well. So the own state is one option of a group, and every parameter has an entry. It also knows only the model's
+    parameters: groups of modules that belong to a rule are stored with its own state.
 
     Args:
         state_dict: torch's.
@@ -204,7 +204,7 @@ def _with_state(group: dict[str, Any], state: dict[Any, Any]) -> tuple[dict[str,
 
 
 def read_checkpoint(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Torch's state dict and a rule's own state, from either."""
+    """Torch's state dict and a rule's own state, from either kind of checkpoint."""
     groups = [{**group, PACKED: None} for group in state_dict["param_groups"]]
     params = {p for group in groups for p in group["params"]}
     own_state = {} if RULE in params else dict(state_dict["state"].get(RULE, {}))
@@ -221,10 +221,10 @@ def read_checkpoint(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[st
 
 
 def parts_of_checkpoint(state_dict: dict[str, Any], sizes: Sequence[int]) -> list[dict[str, Any]]:
-    """Cut the state dict of several optimizers into one for each; ``sizes``: the number of groups of each."""
+    """Split the state dict of several optimizers; ``sizes``: the number of groups of each."""
     groups = iter(state_dict["param_groups"])
     parts = [list(islice(groups, size)) for size in sizes]
-    parts[-1] += groups  # too many: for the optimizer to refuse
+    parts[-1] += groups  # any surplus, which the optimizer refuses
     state = state_dict["state"]
     return [
         {"state": {p: state[p] for g in part for p in g["params"] if state.get(p)}, "param_groups": part}
@@ -237,7 +237,7 @@ def _params(optimizer: Optimizer) -> list[torch.Tensor]:
 
 
 def in_distributed_checkpoint() -> bool:
-    """Whether `get_optimizer_state_dict` or `set_optimizer_state_dict` of torch.distributed.checkpoint is at work."""
+    """Whether torch.distributed.checkpoint's `get_optimizer_state_dict` or `set_optimizer_state_dict` is running."""
     module = sys.modules.get("torch.distributed.checkpoint.state_dict")
     return module is not None and any(frame.f_globals is vars(module) for frame in _callers())
 

@@ -1,4 +1,4 @@
-"""`LocalRule` and `LocalProductRule`: updates from what each synapse sees, formed during one ordinary forward pass."""
+"""`LocalRule` and `LocalProductRule`: updates from pre- and postsynaptic activity, in one ordinary forward pass."""
 
 from __future__ import annotations
 
@@ -25,20 +25,23 @@ from .synapse import Synapse, Unwatchable, refusal
 
 __all__ = ["LocalProductRule", "LocalRule", "SynapticRule"]
 
-UNPROVEN = 64  # firings of a layer that are kept until the first backward pass shows whether it reaches them
+UNPROVEN = 64  # firings of a layer that are kept until a backward pass first reaches the layer
+
+#: methods of rules in earlier versions
+FORMER_METHODS = ("statistic", "advance", "others", "follow", "forget", "kept")
 
 
 class LocalRule(OnePass):
-    r"""A rule whose synapses are all cut, and learn from sums over events of what each of them sees.
+    r"""A rule whose synapses are all cut and learn from sums over events.
 
-    One position of one sample is one postsynaptic *event*. As a synapse fires, `measure` turns what it sees into sums
-    over events, at once, so no activity outlives its layer; at the step, `changes` makes updates out of the sums of
-    all firings.
+    One position of one sample is one postsynaptic *event*. As a synapse fires, `measure` sums its pre- and
+    postsynaptic activity over events at once, so that no activity outlives its layer; at the step, `changes` turns the
+    sums of all firings into updates.
 
-    Where the readout learns from the loss, a firing counts once, when a backward pass reaches it: what a loss that is
-    thrown away would have taught is not learned. ``zero_grad()`` drops what backward passes have brought since the
-    last step, so that ``loss.backward(); optimizer.zero_grad()`` skips a batch; `discard` drops all. Firings without
-    gradients (`torch.no_grad`), and all firings where no readout learns from a loss, count at once.
+    Where the readout learns from the loss, a firing counts once, when a backward pass reaches it, so that a loss that
+    is thrown away teaches nothing. ``zero_grad()`` drops the firings that backward passes have reached since the last
+    step, so that ``loss.backward(); optimizer.zero_grad()`` skips a batch; `discard` drops all. Firings under
+    `torch.no_grad`, and all firings if no readout learns from a loss, count at once.
 
     Args:
         params: the model (or modules, or groups whose ``"params"`` are modules). Bare parameters are refused.
@@ -46,16 +49,16 @@ class LocalRule(OnePass):
         own: further hyperparameters of the rule, each of which may differ between groups (for subclasses).
         readout: ``"delta"``, ``"teacher"`` or ``None``, as in `LearningRule`.
         options: ``readout_lr``, ``readout_layer``, ``readout_options``, ``exclude``, ``descent`` and its
-            options, ``process_group`` (average the sums over these ranks, each of which has its share of the batch),
-            as in `LearningRule`.
+            options, ``process_group`` (average the sums over these ranks, each with its share of the batch), as in
+            `LearningRule`.
 
     Attributes:
-        target: of ``readout="teacher"``: class labels, one a sample (the target is then 1 for the class and
+        target: for ``readout="teacher"``: class labels, one per sample (the target is 1 for the class and
             ``-1 / (classes - 1)`` for the others), or activity of the readout's shape.
 
     Raises:
-        ValueError: a hyperparameter out of range; a model without plastic layers, with unknown ones, or with none
-            besides the readout.
+        ValueError: a hyperparameter out of range; a model without plastic layers besides the readout, or with unknown
+            ones.
         TypeError: bare parameters; a model wrapped in DistributedDataParallel.
     """
 
@@ -68,17 +71,17 @@ class LocalRule(OnePass):
         readout: str | None = "delta",
         **options: Unpack[ReadoutOptions],
     ) -> None:
-        self._sums: dict[Synapse, Sums] = {}  # of firings that have counted at once
-        self._confirmed: dict[Synapse, Sums] = {}  # of those that a backward pass has reached
-        self._unproven: dict[Synapse, deque[Pending]] = {}  # firings of synapses that no backward pass ever reached
+        self._sums: dict[Synapse, Sums] = {}  # of firings that counted at once
+        self._confirmed: dict[Synapse, Sums] = {}  # of firings that a backward pass has reached
         self._waiting: list[weakref.ref[Pending]] = []  # firings since the last step that no backward pass has reached
-        self._latest: dict[Synapse, Pending] = {}
-        self._due: dict[Synapse, tuple[Pending, Tensor | None]] = {}  # firings whose neurons have not answered yet
+        self._unproven: dict[Synapse, deque[Pending]] = {}  # the same, of synapses that none has ever reached
+        self._latest: dict[Synapse, Pending] = {}  # the last firing of each synapse
+        self._awaiting: dict[Synapse, tuple[Pending, Tensor | None]] = {}  # firings whose neurons have not run yet
         self._gathering = Gathering()
         self._backward = -1  # the last backward pass that has reached a firing
-        self._by_readout = False  # whether one of those that count has passed a readout
-        self._proven: set[Synapse] = set()
-        self._unreachable: set[Synapse] = set()
+        self._by_readout = False  # whether a backward pass since the last step went through a readout
+        self._proven: set[Synapse] = set()  # a backward pass has reached them
+        self._unreachable: set[Synapse] = set()  # the loss did not reach them
         self._warned_of: set[Synapse] = set()
         self._warned_of_grad = False
         self._warned_of_drop = False
@@ -88,6 +91,15 @@ class LocalRule(OnePass):
         self._recorder.act(self._enter, self._leave)
         self._recorder.on_neurons = self._on_neurons
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if found := [name for name in FORMER_METHODS if name in vars(cls)]:
+            raise TypeError(
+                f"{cls.__name__} defines {', '.join(found)}, which bioopt no longer calls: subclass bioopt.LocalRule "
+                "and define measure(firing, u) for sums over events, changes(sums, synapse, group, state) for updates "
+                "and running state (as in BCM), and reset() for what firings pass on to later ones"
+            )
+
     # -- what a rule implements ---------------------------------------------------------------------------------
 
     @abstractmethod
@@ -95,9 +107,8 @@ class LocalRule(OnePass):
         """The sums over events of one firing.
 
         Args:
-            firing: which synapse fires, and its presynaptic activity.
-            u: postsynaptic activity, with the graph of the layer alone; of a synapse with ``neurons``, what those made
-                of it.
+            firing: the synapse and its presynaptic activity.
+            u: postsynaptic activity, with the graph of the layer alone; for a synapse with ``neurons``, their spikes.
         """
 
     @abstractmethod
@@ -107,30 +118,30 @@ class LocalRule(OnePass):
         """The update of each parameter of a synapse.
 
         Args:
-            sums: over all firings that count, and over ranks; may be changed in place.
-            synapse: the layer, whose parameters are still those that made the sums.
+            sums: over all firings that count, on all ranks; may be changed in place.
+            synapse: the layer, with the parameters that it fired with.
             group: its param group.
-            state: the rule's own state after the step. Replace what is in it, and never change it in place.
+            state: the rule's own state after the step. Replace its values; never change them in place.
         """
 
     @optional
     def least_neurons(self, group: dict[str, Any]) -> tuple[int, str]:
-        """The least number of neurons that a pool must have, and the option or the reason that asks for them."""
+        """The least number of neurons in a pool, and the option or reason that requires it."""
         return 1, ""
 
     @optional
     def trained(self, synapses: list[Synapse], group: dict[str, Any]) -> list[tuple[Synapse, list[tuple[str, Tensor]]]]:
-        """Which synapses of a group the rule trains, and which parameters of each; by default the weights of all."""
+        """The synapses of a group that learn, with their learning parameters; by default the weights of all."""
         return [(s, [(f"{s.name}.weight", s.weight)]) for s in synapses]
 
     @optional
     def reset(self) -> None:
-        """Drop what was carried from one firing to the next: all that has fired was learned, or dropped."""
+        """Drop what firings pass on to later ones: all firings so far were learned or dropped."""
 
     # -- which layers -------------------------------------------------------------------------------------------
 
     def _require_trainable(self, groups: list[dict[str, Any]], surveys: list[Survey], defaults: dict[str, Any]) -> None:
-        """Raise for all layers at once that the rule cannot train."""
+        """Raise for all layers that the rule cannot train."""
         name = type(self).__name__
         surveys = surveys or [surveyed(name, group["params"], self._exclusion) for group in groups]
         unwatchable = [other for _, others in surveys for other in others]
@@ -156,7 +167,7 @@ class LocalRule(OnePass):
     # -- one pass -----------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Before an evaluation which alone counts."""
+        """Start an evaluation that alone will count."""
         self._clear()
         super().begin()
 
@@ -176,37 +187,37 @@ class LocalRule(OnePass):
                 sums = self.measure(firing, u)
             self._count(pending, token, sums)
         else:
-            self._due[synapse] = pending, token
+            self._awaiting[synapse] = pending, token
         return reach.cut(u, firing.x, pending, token)
 
     def _on_neurons(self, firing: Firing, spikes: Tensor) -> Tensor:
-        pending, token = self._due[firing.synapse]
+        pending, token = self._awaiting[firing.synapse]
         with torch.no_grad():
             sums = self.measure(firing, spikes.detach())
-        del self._due[firing.synapse]
+        del self._awaiting[firing.synapse]
         self._count(pending, token, sums)
-        # Spikes need not have a graph: what they lead to is linked to the synapse here.
+        # Spikes may lack a graph, so that what depends on them is linked to the firing here.
         return spikes if token is None else self._recorder.reach.link(spikes, pending, token)
 
     def counted_at_once(self, synapse: Synapse) -> Sums | None:
-        """The sums of the firings of a synapse since the last step that have counted at once."""
+        """The sums of a synapse's firings since the last step that counted at once."""
         return self._sums.get(synapse)
 
     def waits(self, synapse: Synapse) -> bool:
-        """Whether what its neurons make of a synapse's firing will count only when a backward pass reaches it."""
-        return self._waits(synapse, self._due[synapse][1])
+        """Whether the present firing of a synapse with neurons counts only when a backward pass reaches it."""
+        return self._waits(synapse, self._awaiting[synapse][1])
 
     def _waits(self, synapse: Synapse, token: Tensor | None) -> bool:
-        return token is not None and bool(self._readout.awake()) and synapse not in self._unreachable
+        return token is not None and bool(self._readout.active()) and synapse not in self._unreachable
 
     def _count(self, pending: Pending, token: Tensor | None, sums: Sums) -> None:
-        """Let the sums of a firing count: at once, or when a backward pass reaches it."""
+        """Count the sums of a firing, now or when a backward pass reaches it."""
         synapse = pending.synapse
         if not self._waits(synapse, token):
             if self._sums.get(synapse) is not sums:
                 self._merge(self._sums, synapse, sums)
             return
-        pending.lesson = sums
+        pending.contribution = sums
         if len(self._waiting) % 256 == 255:
             self._waiting = [waiting for waiting in self._waiting if waiting() is not None]
         self._waiting.append(weakref.ref(pending))
@@ -216,9 +227,9 @@ class LocalRule(OnePass):
             self._unproven.setdefault(synapse, deque(maxlen=UNPROVEN)).append(pending)
 
     def _confirm(self, pending: Pending) -> None:
-        """A backward pass has reached a firing."""
+        """Count a firing that a backward pass has reached."""
         backward = backward_pass()
-        if backward > self._backward:  # a new pass: model.zero_grad() as well has dropped what earlier ones brought
+        if backward > self._backward:  # a new pass; model.zero_grad() may have dropped earlier ones
             self._backward = backward
             if self._confirmed and self._by_readout and all(p.grad is None for p in self._readout.parameters()):
                 self._drop()
@@ -226,8 +237,8 @@ class LocalRule(OnePass):
                     self._warned_of_drop = True
                     warn(
                         f"{type(self).__name__}: the readout's .grad was set to None after a backward pass, so that "
-                        "what it brought to the layers is dropped, as by zero_grad(). To add up gradients by hand, "
-                        "make an estimate() of each batch"
+                        "the other layers' share of that pass is dropped, as by zero_grad(). To accumulate gradients "
+                        "by hand, call estimate() for each batch"
                     )
         if pending.synapse.is_readout:
             self._by_readout = True
@@ -235,31 +246,31 @@ class LocalRule(OnePass):
         self._proven.add(pending.synapse)
         self._unreachable.discard(pending.synapse)
         self._unproven.pop(pending.synapse, None)
-        sums: Any = pending.lesson
+        sums: Any = pending.contribution
         if sums is not None and not sums.counted:
             self._merge(self._confirmed, pending.synapse, sums)
 
     def _merge(self, total: dict[Synapse, Sums], synapse: Synapse, sums: Sums) -> None:
-        """Add sums to those of a synapse. Their own stay: once dropped, they may count in another backward pass."""
+        """Add sums to those of a synapse; once dropped, they may count again in another backward pass."""
         sums.gathering = self._gathering
         self._gathering.parts.append(weakref.ref(sums))
         total[synapse] = total[synapse].plus(sums) if synapse in total else sums
 
     def _drop(self) -> None:
-        """Forget what backward passes have brought; firings whose graph is still there wait again."""
+        """Drop the firings that backward passes have reached; those whose graph still exists wait again."""
         self._confirmed.clear()
         self._gathering.dropped, self._gathering = not self._gathering.learned, Gathering()
         self._by_readout = False
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As of torch; also drops what backward passes have brought since the last step."""
+        """As in torch; also drops the firings that backward passes have reached since the last step."""
         super().zero_grad(set_to_none)
         self._drop()
         if self._readout.by_loss:
             self.reset()
 
     def discard(self) -> None:
-        """Drop all that has fired since the last step, whether or not a backward pass has reached it."""
+        """Drop all firings since the last step, whether or not a backward pass has reached them."""
         super().discard()
         self._clear()
 
@@ -268,20 +279,21 @@ class LocalRule(OnePass):
         self._unproven.clear()
         self._waiting.clear()
         self._latest.clear()
-        self._due.clear()
+        self._awaiting.clear()
         self._readout.clear()
         self._drop()
         self.reset()
 
     @torch.no_grad()
     def collect(self, losses: Tensor | None = None) -> tuple[dict[Tensor, Tensor], dict[str, Any]]:
-        """As `OnePass.collect`: of all firings since the last step that count."""
+        """As `OnePass.collect`, from all firings since the last step that count."""
         try:
             self._settle()
-            gathered = sorted(self._sums.items(), key=lambda item: item[0].index)  # alike on all ranks
+            gathered = sorted(self._sums.items(), key=lambda item: item[0].index)
+            self._require_same_on_ranks([synapse.name for synapse, _ in gathered] + self._readout.learning())
             device = self._trained()[0].device
             loss = torch.zeros((), device=device) if losses is None else losses.mean()
-            # Not in half precision: the counts are large. On the device only where other ranks add theirs.
+            # In full precision, because counts are large; on the device only for other ranks.
             where = None if self.process_group is None else device
             rows = [list(sums.counts.values()) for _, sums in gathered]
             counts = torch.tensor(rows, dtype=torch.float32, device=where)
@@ -304,10 +316,10 @@ class LocalRule(OnePass):
             return grads, state
         finally:
             self._clear()
-            self.target = None  # an old one must not teach a new batch
+            self.target = None  # must not teach the next batch
 
     def _settle(self) -> None:
-        """Bring together all that counts, after a check that the pass was one to learn from."""
+        """Add up all firings that count, after a check of the passes."""
         self._check_fired()
         if missing := self._recorder.missing():
             raise RuntimeError(f"{type(self).__name__}: {missing}")
@@ -317,23 +329,23 @@ class LocalRule(OnePass):
 
     def _check_fired(self) -> None:
         name, fired, readout = type(self).__name__, self._recorder.fired, self._readout
-        if not fired and self._confirmed:  # a backward pass through what fired before the last step
+        if not fired and self._confirmed:  # a backward pass reached firings from before the last step
             return
         if not fired:
             raise RuntimeError(self._coverage.none_fired())
         readout.require_fired_last(fired)
-        awake = readout.awake()
-        if not readout.by_loss or not awake:
+        active = readout.active()
+        if not readout.by_loss or not active:
             return
-        names, bypassed = readout.names(awake), self._recorder.reach.bypassed
+        names, bypassed = readout.names(active), self._recorder.reach.bypassed
         lost = [s.name for s, leads in bypassed.items() if not leads]
-        alone = not self.shares_loss and len(awake) == len(readout.layers)  # a resting readout is passed by as well
+        alone = not self.shares_loss and len(active) == len(readout.layers)  # a loss also passes by a frozen readout
         if lost and alone:
             others = [s.name for s in self._recorder.synapses.values() if s.layer in readout.layers or s.name in lost]
             raise RuntimeError(
-                f"{name}: the loss reaches {_layers(lost)} past the readout {names}, and {name} lets no error pass "
-                "there, so that this part of the loss would teach nothing. If this is another head of the network, "
-                f"write readout_layer={others}; or give it to another optimizer of bioopt.Mixed"
+                f"{name}: the loss reaches {_layers(lost)} past the readout {names}, where {name} lets no error pass, "
+                "so that this part of the loss would teach nothing. If the network has another head there, write "
+                f"readout_layer={others}, or give it to another optimizer of bioopt.Mixed"
             )
         readout.require_gradient()
         both = [s.name for s, leads in bypassed.items() if leads and s not in self._warned_of]
@@ -341,12 +353,12 @@ class LocalRule(OnePass):
             self._warned_of |= set(bypassed)
             warn(
                 f"{name}: a part of the loss reaches {_layers(both)} past the readout {names} (a penalty on activity, "
-                "or a connection to the scores). No error passes there: that part teaches nothing"
+                "or a skip connection). No error passes there, so that this part teaches nothing"
             )
         self._count_unreachable(names)
 
     def _count_unreachable(self, names: str) -> None:
-        """Let layers that the backward pass has not reached count without it, where that cannot be meant, and warn."""
+        """Count firings of layers that the backward pass cannot have reached, and warn."""
         found = list(self._unproven)
         for synapse in found:
             self._unreachable.add(synapse)
@@ -356,8 +368,8 @@ class LocalRule(OnePass):
             warn(
                 f"{type(self).__name__}: the loss was sent backward, but did not reach "
                 f"{_layers([s.name for s in found])}: between {'them' if found[1:] else 'it'} and the readout {names} "
-                "something has no gradient (a comparison, argmax, detach()), or the output was not used. All that "
-                "fires there counts at once, also for a loss that is then thrown away"
+                "something has no gradient (a comparison, argmax, detach()), or the output was not used. Each "
+                "firing there counts at once, even if its loss is then thrown away"
             )
         alive = dict.fromkeys(
             pending for pending in (*(waiting() for waiting in self._waiting), *self._latest.values()) if pending
@@ -369,44 +381,44 @@ class LocalRule(OnePass):
                 self._warned_of_grad = True
                 warn(
                     f"{type(self).__name__}: the readout {names} has a gradient, but no backward pass has gone through "
-                    "the layers (torch.autograd.grad, or backward(inputs=...)): what has fired last counts, and all "
-                    "whose loss is still there"
+                    "the layers (torch.autograd.grad, or backward(inputs=...)): the last firings count, and those "
+                    "whose loss still exists"
                 )
 
     def _count_anyway(self, pending: Pending) -> None:
-        sums: Any = pending.lesson
+        sums: Any = pending.contribution
         if sums is not None and pending.window == self._recorder.reach.window and not sums.counted:
             self._merge(self._sums, pending.synapse, sums)
 
 
 class LocalProductRule(LocalRule):
-    r"""A rule whose update is made of one local product of a teaching signal and presynaptic activity.
+    r"""A rule whose update depends on one local product of a teaching signal and presynaptic activity.
 
-    As a synapse fires, the rule turns its postsynaptic activity ``u`` into a teaching signal ``s`` (`signal`); the
-    product ``P = ⟨s xᵀ⟩``, averaged over samples and positions, is formed at once and summed; `update` makes ``Δw`` out
-    of it. Only weights learn; biases and the affine parameters of normalisation layers stay frozen.
+    As a synapse fires, `signal` turns its postsynaptic activity ``u`` into a teaching signal ``s``. At the step,
+    `update` turns the product ``P = ⟨s xᵀ⟩``, the mean over samples and positions, into ``Δw``. Only weights learn;
+    biases and the affine parameters of normalisation layers stay frozen.
 
     Arguments and errors are those of `LocalRule`.
     """
 
     @abstractmethod
     def signal(self, u: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor | SparseSignal:
-        """The teaching signal ``s``, of ``u``'s shape or for a few neurons of each event.
+        """The teaching signal ``s``, of ``u``'s shape or sparse.
 
         Args:
             u: postsynaptic activity, neurons along ``synapse.channel_dim``.
-            synapse: the layer that fires.
+            synapse: the layer.
             group: its param group.
         """
 
     @abstractmethod
     def update(self, product: Tensor, signal: Tensor | None, synapse: Synapse, group: dict[str, Any]) -> Tensor:
-        """``Δw`` from the local product, in memory of its own or the product's.
+        """``Δw`` from the local product.
 
         Args:
             product: ``⟨s xᵀ⟩``, of the weight's shape; may be changed in place.
-            signal: ``⟨s⟩`` of each neuron, of the bias's shape; ``None`` where there is no bias.
-            synapse: the layer, whose weight and bias are still those that made the product.
+            signal: ``⟨s⟩`` of each neuron, of the bias's shape; ``None`` without a bias.
+            synapse: the layer, with the parameters that it fired with.
             group: its param group.
         """
 
@@ -426,7 +438,7 @@ class LocalProductRule(LocalRule):
 
 
 def means(sums: Sums) -> tuple[Tensor, Tensor | None]:
-    """``⟨s xᵀ⟩``, in place, and ``⟨s⟩``, where the layer has a bias."""
+    """``⟨s xᵀ⟩``, computed in place, and ``⟨s⟩``, if the layer has a bias."""
     signal = sums.values.get("signal")
     return sums.values["product"].div_(sums.events), None if signal is None else signal / sums.events
 
@@ -435,5 +447,5 @@ def _layers(names: list[str]) -> str:
     return f"layer{'s' * (len(names) > 1)} " + ", ".join(f"'{name}'" for name in names)
 
 
-#: the name of `LocalProductRule` in earlier versions
+#: former name of `LocalProductRule`
 SynapticRule = LocalProductRule

@@ -1,4 +1,4 @@
-"""Losses as closures return them: means, and the backward pass that a closure may have left to the rule."""
+"""Means of losses, and the backward pass of closures that leave it to the rule."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def mean_loss(losses: Tensor) -> Tensor:
 
 
 def backward_where_missing(losses: Tensor, params: Sequence[Tensor], anchors: Sequence[Tensor] = ()) -> None:
-    """Send the mean loss backward, if the closure has not done so itself, to these parameters and to the cuts above.
+    """Send the mean loss backward to these parameters, unless the closure has done so.
 
-    ``anchors``: of the rules whose firings count.
+    ``anchors``: of the rules whose firings the backward pass must reach.
     """
     if losses.requires_grad and all(p.grad is None for p in params):
-        # No graph leads there when the closure's own backward freed it; then a gradient has arrived.
+        # If the closure's own backward pass freed the graph, then a parameter has a gradient.
         with torch.enable_grad():
             torch.autograd.backward(losses.mean(), inputs=[*(p for p in params if p.requires_grad), *anchors])

@@ -1,8 +1,8 @@
-"""Reproducible perturbations: a direction is a function of a seed and some counts, never of what was drawn before.
+"""Reproducible noise: a direction depends on a seed and some counts alone, not on earlier draws.
 
-So a member of a population costs no memory (it is drawn again when it is needed), another process can draw it
-too, and the global random state is not touched. On one device the numbers repeat exactly; between a CPU and a
-GPU they differ, as torch's own generators do.
+So a member of a population costs no memory (it is drawn again when needed), other processes can draw it too, and the
+global random state is not touched. On one device the numbers repeat exactly; a CPU and a GPU draw different ones, as
+with torch's own generators.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def mixed(seed: int, *counts: int) -> int:
 
 
 class NoiseSource:
-    """Generators of the optimizer's own, one a device, set to a stream by ``(seed, *counts)``."""
+    """One generator per device, set to a stream by ``(seed, *counts)``."""
 
     def __init__(self) -> None:
         self._generators: dict[torch.device, torch.Generator] = {}
@@ -56,9 +56,9 @@ def fill_normal_(tensor: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def fill_rademacher_(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """Fill a tensor with -1 and 1, as likely as each other, in the order of its memory.
+    """Fill a tensor with -1 and 1 with equal probability, in the order of its memory.
 
-    Eight of them come from one random number, which makes them several times as fast as normal ones.
+    One random number gives eight of them, which is several times as fast as normal numbers.
     """
     numbers = torch.empty(tensor.numel() // 8 + 1, dtype=torch.int64, device=tensor.device)
     signs = numbers.random_(-(2**63), None, generator=generator).view(torch.int8)[: tensor.numel()]
@@ -68,9 +68,9 @@ def fill_rademacher_(tensor: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _in_memory_order(tensor: Tensor) -> Tensor:
-    """Flat, whatever the memory format: torch fills a channels-last tensor as such eight times slower.
+    """A flat view in the order of memory: torch fills a channels-last tensor itself eight times as slowly.
 
-    A tensor with gaps in its memory, such as a slice of a larger one, keeps its dimensions, in the order of memory.
+    A tensor with gaps in its memory, such as a slice, keeps its dimensions, in the order of memory.
     """
     order = sorted(range(tensor.ndim), key=lambda d: (tensor.stride(d), tensor.size(d)), reverse=True)
     ordered = tensor.permute(order)

@@ -1,4 +1,4 @@
-"""`OnePass`: rules for which one ordinary forward pass, and at most one backward pass, is enough."""
+"""`OnePass`: rules that need one ordinary forward pass and at most one backward pass."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["OnePass"]
 
 
 class OnePass(LearningRule):
-    """A rule that learns from the passes a user makes anyway, so that the classic loop works without a closure.
+    """A rule that learns from one ordinary training pass, so that the classic loop works without a closure.
 
-    ``loss.backward(); optimizer.step()`` and ``optimizer.step(closure)`` are both for it, and `bioopt.Mixed` lets all
-    such rules, and optimizers of torch, share one evaluation: `begin`, then a pass, then a backward pass that reaches
-    `gradient_parameters`, then `collect`.
+    ``loss.backward(); optimizer.step()`` works as well as ``optimizer.step(closure)``. In `bioopt.Mixed`, all such
+    rules and torch's optimizers share one evaluation: `begin`, a forward pass, a backward pass that reaches
+    `gradient_parameters`, and `collect`.
     """
 
     splits_batch = True

@@ -16,12 +16,12 @@ OWNED = "owned"  # in a rule's own state: the values of its modules
 
 
 class Owned:
-    """The modules of a rule's own, by name, made from the rule's seed.
+    """The modules of a rule, by name.
 
-    Lazy modules (`torch.nn.LazyLinear`) get their sizes from what they are first called with, or from a loaded state.
+    Lazy modules (`torch.nn.LazyLinear`) get their sizes from their first call, or from a loaded state.
 
     Args:
-        seed: fixes the initial values of lazy modules, with their name.
+        seed: fixes, with their names, the initial values of lazy modules.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -29,7 +29,7 @@ class Owned:
         self.modules = nn.ModuleDict()
 
     def add(self, rule: str, modules: Mapping[str, nn.Module]) -> list[tuple[str, Tensor]]:
-        """Add modules by their names; their parameters, as a param group names them.
+        """Add modules; return their parameters with the names for a param group.
 
         Raises:
             ValueError: a name that is taken.
@@ -42,7 +42,7 @@ class Owned:
         return [(f"{OWNED}.{n}.{inner}", p) for n, m in modules.items() for inner, p in m.named_parameters()]
 
     def __call__(self, name: str, *args: Any) -> Any:
-        """Call one of the modules; the first call of a lazy one draws its values, and not from torch's generators."""
+        """Call a module; the first call of a lazy one draws its values, without touching torch's global generators."""
         module = self.modules[_key(name)]
         if not any(is_lazy(p) for p in module.parameters()):
             return module(*args)
@@ -51,11 +51,11 @@ class Owned:
             return module(*args)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Copies of all values that there are yet."""
+        """Copies of all values, without those of lazy modules that have none yet."""
         return {name: p.detach().clone() for name, p in self.modules.state_dict().items() if not is_lazy(p)}
 
     def require_own(self, rule: str, state: dict[str, Tensor]) -> None:
-        """Raise where a loaded state has modules of other names or sizes. Nothing is changed then."""
+        """Raise if a loaded state has modules of other names or sizes."""
         own = self.modules.state_dict()
         strange = [n for n, p in state.items() if n not in own or (not is_lazy(own[n]) and own[n].shape != p.shape)]
         lacking = [n for n, p in own.items() if n not in state and not is_lazy(p)]
@@ -66,10 +66,10 @@ class Owned:
             )
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take the values of `state_dict`; lazy modules get their sizes from them."""
+        """Load the result of `state_dict`; lazy modules get their sizes from it."""
         self.modules.load_state_dict(state, strict=False)
 
 
 def _key(name: str) -> str:
-    """A name without dots, which torch keeps for modules inside modules."""
+    """A name without dots, which torch reserves for nested modules."""
     return name.replace(".", "/")

@@ -1,4 +1,4 @@
-"""What users give to a rule: ``params`` (a module, its parameters, or groups of either), and options of the descent."""
+"""``params`` of a rule (a module, its parameters, or groups of either), and options of the descent."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ProcessGroup: TypeAlias = dist.ProcessGroup | None
 
 
 class DescentOptions(TypedDict, total=False):
-    """Options of the `torch.optim` class that makes the step. Others are handed on as well."""
+    """Options of the `torch.optim` class that makes the step. Others are passed on as well."""
 
     momentum: float
     dampening: float
@@ -47,7 +47,7 @@ class DescentOptions(TypedDict, total=False):
 
 
 class RuleOptions(DescentOptions, total=False):
-    """Options of every rule, which `bioopt.LearningRule` describes."""
+    """Options of every rule; `bioopt.LearningRule` describes them."""
 
     exclude: Iterable[Any]
     descent: type[Optimizer]
@@ -55,7 +55,7 @@ class RuleOptions(DescentOptions, total=False):
 
 
 def named_modules_of(params: Any) -> list[tuple[str, nn.Module]]:
-    """The modules among ``params`` with a prefix for the names inside; empty where there are bare parameters."""
+    """The modules in ``params`` with prefixes for the names inside; empty for bare parameters."""
     if isinstance(params, nn.Module):
         return [("", params)]
     if isinstance(params, Sequence) and params and all(isinstance(m, nn.Module) for m in params):
@@ -70,7 +70,7 @@ def named_modules_of(params: Any) -> list[tuple[str, nn.Module]]:
 
 
 def named_parameters_of(params: Any, excluded: Exclusion | None = None) -> list[Any]:
-    """What ``torch.optim`` wants: ``(name, parameter)`` where modules or names were given, else bare parameters."""
+    """``params`` for `torch.optim`: pairs of name and parameter for modules, else as given."""
     modules = named_modules_of(params)
     if not modules:
         return [params] if isinstance(params, Tensor) else list(params)
@@ -99,10 +99,10 @@ def groups_of(params: Params) -> list[dict[str, Any]]:
 
 
 def surveyed(rule: str, params: Any, excluded: Exclusion | None = None) -> tuple[list[Synapse], list[Unwatchable]]:
-    """The plastic synapses of the module or modules given as ``params``, and the layers that cannot be watched.
+    """The plastic synapses of the modules given as ``params``, and the layers that cannot be watched.
 
     Raises:
-        TypeError: if bare parameters were given.
+        TypeError: bare parameters.
     """
     modules = named_modules_of(params)
     if not modules:
@@ -115,7 +115,7 @@ def surveyed(rule: str, params: Any, excluded: Exclusion | None = None) -> tuple
         if isinstance(module, nn.parallel.DistributedDataParallel):
             raise TypeError(
                 f"{rule} does its own averaging over ranks, and DistributedDataParallel would wait for gradients that "
-                f"never come: write {rule}(model.module, ..., process_group=torch.distributed.group.WORLD)"
+                f"never arrive: write {rule}(model.module, ..., process_group=torch.distributed.group.WORLD)"
             )
     found: dict[nn.Module, Synapse] = {}
     unwatchable: dict[nn.Module, Unwatchable] = {}
@@ -129,11 +129,11 @@ def surveyed(rule: str, params: Any, excluded: Exclusion | None = None) -> tuple
 
 
 def synapses_of(rule: str, params: Any, excluded: Exclusion | None = None) -> list[Synapse]:
-    """The plastic synapses of the module or modules given as ``params``. As `surveyed`.
+    """The plastic synapses of the modules given as ``params``.
 
     Raises:
-        TypeError: if bare parameters were given.
-        ValueError: for layers that cannot be watched, all of them in one message.
+        TypeError: bare parameters.
+        ValueError: layers that cannot be watched, all in one message.
     """
     found, unwatchable = surveyed(rule, params, excluded)
     if unwatchable:
@@ -142,8 +142,8 @@ def synapses_of(rule: str, params: Any, excluded: Exclusion | None = None) -> li
 
 
 def no_plastic_layer(rule: str) -> str:
-    """The message for a model that a rule cannot train."""
+    """The message about a model without plastic layers."""
     return (
         f"{rule}: the model has no plastic layer: no Linear, Conv1d, Conv2d or Conv3d (or a type given to "
-        "bioopt.register_synapse) whose weight has requires_grad=True. Lazy layers are such after a first forward pass"
+        "bioopt.register_synapse) whose weight has requires_grad=True. Lazy layers become one in the first forward pass"
     )

@@ -1,4 +1,4 @@
-"""`Probe`: one closure, evaluated several times under the same circumstances, with nothing left behind."""
+"""`Probe`: one closure, evaluated several times under the same conditions."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _T = TypeVar("_T")
 
 
 def settled(undo: list[Callable[[], None]], work: Callable[[], _T]) -> _T:
-    """Do some work, and undo what it has put on the list, last first, whatever happens; interrupts wait for that.
+    """Do some work, and always call the functions that it has put on the list, last first; interrupts wait.
 
-    An interrupt (Ctrl-C) can come between any two steps, in the middle of undoing as well; an entry may be called
-    again after it was called in part or in whole.
+    An interrupt (Ctrl-C) may arrive at any time, also while undoing, so that a function may be called again after it
+    ran in part or in whole.
     """
     try:
         return work()
@@ -52,26 +52,26 @@ def settled(undo: list[Callable[[], None]], work: Callable[[], _T]) -> _T:
 
 
 def restoring_grad_mode() -> Callable[[], None]:
-    """What puts grad mode back as it is now: an interrupted ``with torch.no_grad()`` may not."""
+    """A function that restores grad mode, which an interrupted ``with torch.no_grad()`` may not."""
     return partial(set_grad_mode, torch.is_grad_enabled())
 
 
 class Known:
-    """What an optimizer has found out about its closure."""
+    """What an optimizer has learned about its closure."""
 
     def __init__(self) -> None:
-        self.roots: WeakKeyDictionary[nn.Module, None] = WeakKeyDictionary()  #: modules that were given
-        self.modules: WeakKeyDictionary[nn.Module, _Buffers | None] = WeakKeyDictionary()  #: others that it may run
-        self.code: Any = None  #: what was evaluated when they were looked for
-        self.needs_grad = False  #: it calls ``backward()`` in any case
-        self.autocast: torch.dtype | None = None  #: in which it runs layers, if in another than theirs
+        self.roots: WeakKeyDictionary[nn.Module, None] = WeakKeyDictionary()  #: modules given to the optimizer
+        self.modules: WeakKeyDictionary[nn.Module, _Buffers | None] = WeakKeyDictionary()  #: others that it runs
+        self.code: Any = None  #: of the closure that was searched for modules
+        self.needs_grad = False  #: it calls ``backward()`` unconditionally
+        self.autocast: torch.dtype | None = None  #: the precision of its autocast, if any
 
     def all(self) -> list[nn.Module]:
-        """All modules that it may run."""
+        """All modules that the closure may run."""
         return list(dict.fromkeys([*(m for root in self.roots for m in root.modules()), *self.modules]))
 
     def buffers(self, module: nn.Module) -> _Buffers:
-        """The buffers of a module; what has not changed since the last time is not copied again."""
+        """The buffers of a module; those that have not changed since the last call are not copied again."""
         buffers = _Buffers(module, self.modules.get(module))
         if buffers.held():
             self.modules[module] = buffers
@@ -79,7 +79,7 @@ class Known:
 
 
 def code_of(closure: Any) -> tuple[Any, ...]:
-    """What distinguishes closures that may run other modules: their code, and modules that they hold."""
+    """The code of a closure and the modules that it holds, which differ if it may run other modules."""
     if isinstance(closure, partial):
         held = [*closure.args, *closure.keywords.values()]
         return *code_of(closure.func), *(id(value) for value in held if isinstance(value, nn.Module))
@@ -98,25 +98,26 @@ def _filled(cell: Any) -> bool:
 
 
 class _NoGraph(Exception):
-    """A closure called ``backward()`` where it was evaluated without a graph."""
+    """A closure called ``backward()`` in an evaluation without a graph."""
 
 
 class Probe:
-    """One closure, evaluated several times under the same circumstances.
+    """One closure, evaluated several times under the same conditions.
 
-    Every evaluation starts from the same global random state (all see the same dropout masks), half-precision
-    copies of weights are made again, and the buffers of all modules in training mode (statistics of batch norm, vectors
-    of spectral norm, counters) end as the first evaluation leaves them.
+    Every evaluation starts from the same global random state (so that all use the same dropout masks) and makes new
+    half-precision copies of weights. In the end the buffers of all modules in training mode (statistics of batch norm,
+    vectors of spectral norm, counters) have the values that the first evaluation gave them.
 
     Args:
         closure: runs the model and returns the loss.
-        params: the parameters it depends on, for their devices.
-        known: what is known about the closure; what is found is added. Modules are looked for while a new closure is
-            evaluated for the first time: bare parameters do not show them, a compiled model only while it is compiled.
-        undo: takes what must be undone in the end (`settled`).
+        params: the parameters that it depends on.
+        known: facts about the closure, to be completed: the first evaluation of a new closure looks for its modules,
+            which bare parameters do not show, and a compiled model shows only while it compiles.
+        undo: the functions to call in the end (see `settled`).
 
     Attributes:
-        made: all evaluations, those before a restart included.
+        count: the number of evaluations since the start or the last restart.
+        made: the number of all evaluations.
     """
 
     def __init__(
@@ -129,7 +130,7 @@ class Probe:
         self._params = list(params)
         self._devices = sorted({p.device for p in self._params if p.device.type != "cpu"}, key=str)
         self._random: list[Tensor] = []
-        self._count = 0
+        self.count = 0
         self._needs_gradients = False  # in one of the evaluations
         self.made = 0
         self._before: dict[nn.Module, _Buffers] = {}
@@ -139,13 +140,13 @@ class Probe:
 
     @property
     def always_grad(self) -> bool:
-        """Whether the closure is known to call ``backward()`` in any case."""
+        """Whether the closure is known to call ``backward()`` unconditionally."""
         return self._known.needs_grad
 
     def __call__(self, *, grad: bool = False, copies: int = 1) -> Tensor:
         """Evaluate once; with ``grad`` the value keeps its graph, otherwise none is built if the closure allows.
 
-        ``copies``: how many evaluations this one stands for, inside `torch.func.vmap`.
+        ``copies``: the number of evaluations in this one, inside `torch.func.vmap`.
         """
         value = self._evaluate(grad, copies)
         return value if grad else value.detach()
@@ -154,9 +155,9 @@ class Probe:
         """Evaluate once: the value, and the gradient of its mean, whether or not the closure calls ``backward()``.
 
         Args:
-            of: the parameters whose gradients are wanted, which are left in their ``.grad`` too. Without any, no graph
-                is built if the closure allows.
-            anchors: `bioopt.core.reach.Reach.anchor` of rules that must see the backward pass as well.
+            of: the parameters to differentiate by; their ``.grad`` is set too. If there are none, no graph is built
+                unless the closure needs one.
+            anchors: `bioopt.core.reach.Reach.anchor` of rules that the backward pass must reach as well.
         """
         for p in of:
             p.grad = None
@@ -166,33 +167,28 @@ class Probe:
         return value.detach(), {p: p.grad for p in of if p.grad is not None}
 
     def along_tangents(self) -> tuple[Tensor, Tensor | None]:
-        """Evaluate once: the value, and its derivative along the tangents of the forward-mode level that is open."""
+        """Evaluate once: the value, and its derivative along the tangents of the open forward-mode level."""
         value, tangent = forward_ad.unpack_dual(self._evaluate(False))
         return value.detach(), None if tangent is None else tangent.detach()
 
-    @property
-    def count(self) -> int:
-        """How often the closure has been evaluated since the start."""
-        return self._count
-
     def restart(self) -> None:
-        """Begin again, as if nothing had been evaluated."""
+        """Restore the state before the first evaluation."""
         _restore(self._before)
-        self._count = 0
+        self.count = 0
         self._after = {}
 
     def _evaluate(self, grad: bool, copies: int = 1) -> Tensor:
         self._restart_random()
-        if self._count == 0:
+        if self.count == 0:
             self._before = {m: self._known.buffers(m) for m in self._known.all()}
         else:
             if not self._after:
                 self._after = {m: _Buffers(m) for m in self._before}
-            # In training mode batch norm does not look at its statistics.
+            # In training mode batch norm does not read its statistics.
             _restore({m: b for m, b in self._before.items() if not (m.training and isinstance(m, NormBase))})
-        torch.clear_autocast_cache()  # or all evaluations would share one half-precision copy of the weights
+        torch.clear_autocast_cache()  # evaluations must not share half-precision copies of the weights
         code, watch = code_of(self._closure), None
-        if self._count == 0 and self._known.code != code:
+        if self.count == 0 and self._known.code != code:
             watch = nn.modules.module.register_module_forward_pre_hook(self._looking())
             self._undo.append(watch.remove)
         try:
@@ -207,7 +203,7 @@ class Probe:
             if watch is not None:
                 watch.remove()
                 self._undo.remove(watch.remove)
-        self._count += copies
+        self.count += copies
         self.made += copies
         if value is None:
             raise RuntimeError("the closure returned None; it must return the loss")
@@ -221,11 +217,11 @@ class Probe:
         return torch.tensor(number, dtype=torch.float64, device=self._devices[0] if self._devices else "cpu")
 
     def run(self, rule: str, estimate: Callable[[Probe], _T]) -> _T:
-        """Let a rule evaluate; once more with a graph, where an ordinary closure turns out to need one."""
+        """Let a rule evaluate; a second time with a graph if the closure turns out to need one."""
         if not callable(self._closure):
             raise TypeError(
                 f"{rule}: step() takes a closure, a function that runs the model and returns the loss, not a "
-                f"{torch.typename(self._closure)}; a rule of one forward pass also takes step() after loss.backward()"
+                f"{torch.typename(self._closure)}; a rule of one forward pass also allows step() after loss.backward()"
             )
         refuse_trainer_options(rule, self._closure)
         try:
@@ -246,11 +242,11 @@ class Probe:
         return result
 
     def close(self) -> None:
-        """Leave buffers as one evaluation does."""
+        """Give buffers their values after one evaluation."""
         _restore(self._after)
 
     def agree(self, group: ProcessGroup) -> None:
-        """Take the buffers of the first rank, which made the first evaluation."""
+        """Take the buffers of the first rank."""
         if group is None:
             return
         self._after = self._after or {m: _Buffers(m) for m in self._before}
@@ -259,7 +255,7 @@ class Probe:
                 dist.broadcast(value, group=group, group_src=0)
 
     def moved(self) -> list[str]:
-        """Attributes of modules, no buffers, that hold other tensors than when a new closure was first evaluated."""
+        """Attributes of modules other than buffers whose tensors have changed since the first evaluation."""
         found = []
         for module, before in self._attributes.items():
             now = _tensors(module)
@@ -278,7 +274,7 @@ class Probe:
                 torch.get_device_module(device).set_rng_state(state, device)
 
     def _looking(self) -> Callable[[nn.Module, Any], None]:
-        """A hook on all modules, which looks at what runs on this thread alone."""
+        """A hook on all modules that inspects those which run on this thread."""
         thread, trained = threading.get_ident(), set(self._params)
 
         def look(module: nn.Module, args: Any) -> None:
@@ -304,20 +300,20 @@ NO_TANGENT = "a layer runs where forward AD is switched off, as in checkpoint(..
 
 
 def _tensors(module: nn.Module) -> dict[str, tuple[int, int | None]]:
-    """The tensors that a module keeps as plain attributes, by identity and version."""
+    """Identity and version of the tensors among a module's plain attributes."""
     return {name: (id(v), version_of(v)) for name, v in vars(module).items() if isinstance(v, Tensor)}
 
 
 class _Buffers:
-    """The buffers of a module as they are now.
+    """A copy of the buffers of a module.
 
     Args:
-        module: whose.
-        known: as they were before: values that are still the same are not copied.
+        module: the module.
+        known: an earlier copy, from which unchanged values are taken.
     """
 
     def __init__(self, module: nn.Module, known: _Buffers | None = None) -> None:
-        # The kernels of batch norm change its statistics without a new version.
+        # The kernels of batch norm change its statistics without raising their version.
         self._silent = isinstance(module, NormBase)
         self._saved: dict[str, tuple[Tensor, int | None, Tensor] | None] = {}
         for name, buffer in own_buffers(module).items():
@@ -330,11 +326,11 @@ class _Buffers:
                 self._saved[name] = buffer, version_of(buffer), buffer.clone()
 
     def held(self) -> list[tuple[Tensor, Tensor]]:
-        """Each buffer, and its value then."""
+        """Each buffer with its copied value."""
         return [(saved[0], saved[2]) for saved in self._saved.values() if saved is not None]
 
     def restore(self, module: nn.Module) -> None:
-        """Put the values back, in the tensors that held them."""
+        """Restore the values, in the tensors that had them."""
         for saved in self._saved.values():
             if saved is not None and (self._silent or version_of(saved[0]) != saved[1]):
                 saved[0].copy_(saved[2])

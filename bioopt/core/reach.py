@@ -1,9 +1,9 @@
-"""Which firings a backward pass has reached, known by tokens in the graph of the loss.
+"""Which firings a backward pass has reached, recorded by tokens in the graph of the loss.
 
-Where every synapse is cut, no gradient flows from the loss to the layers; yet what a layer has learned from a batch
-must count only if the loss of that batch is sent backward. So each firing leaves a *token* in the graph: a tensor
-without values, on which all that is computed from the firing depends. A backward pass arrives at the tokens without
-a gradient, which costs nothing, and nothing of the user's own network runs backward or is kept for it.
+Where every synapse is cut, no gradient flows from the loss to the layers; yet the update of a batch must count only if
+the loss of that batch is sent backward. So each firing leaves a *token* in the graph: a scalar on which all that is
+computed from the firing depends. A backward pass reaches the tokens without a gradient, which costs nothing, and no
+part of the user's own network runs backward or is kept for it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from .synapse import Synapse
 _TOKEN = "bioopt"  # in a node's metadata: the token of all firings behind it
 
 
-class Lesson(Protocol):
-    """What one firing teaches."""
+class Contribution(Protocol):
+    """What one firing contributes to an update."""
 
     @property
     def learned(self) -> bool:
@@ -33,32 +33,32 @@ class Lesson(Protocol):
 
 @dataclass(eq=False)
 class Pending:
-    """One firing, as the graph of a loss holds it: it ends with a loss that is thrown away.
+    """One firing that a backward pass may still reach. Only the graph of the loss holds it.
 
     Attributes:
-        synapse: which has fired.
-        reach: whose firing it is.
+        synapse: that fired.
+        reach: of its rule.
         window: `Reach.window` as it fired.
         step: `Reach.step` as it fired.
-        lesson: what it teaches if a backward pass reaches it.
+        contribution: counts if a backward pass reaches the firing.
     """
 
     synapse: Synapse
     reach: weakref.ref[Reach]
     window: int
     step: int
-    lesson: Lesson | None = None
+    contribution: Contribution | None = None
 
     def matters(self) -> bool:
-        """Whether a backward pass that arrives here, or at what is beneath, can still make a difference."""
+        """Whether it makes a difference if a backward pass reaches this firing."""
         reach = self.reach()
         if reach is None or self.window != reach.window:
             return False
-        return self.step == reach.step if self.lesson is None else not self.lesson.learned
+        return self.step == reach.step if self.contribution is None else not self.contribution.learned
 
 
 class _Link(torch.autograd.Function):
-    """Stands for one firing, or joins several; its output is a token that others depend on."""
+    """Makes the token of one firing, or one token that depends on several."""
 
     @staticmethod
     def forward(ctx: Any, pending: Pending | None, anchor: Tensor, *tokens: Tensor) -> Tensor:
@@ -74,9 +74,9 @@ class _Link(torch.autograd.Function):
 
 
 class _Cut(torch.autograd.Function):
-    """Hands ``u`` on unchanged. A gradient goes on only where it is kept; the tokens get None, which costs nothing.
+    """Passes ``u`` on in place, as no leaf, so that ``ReLU(inplace=True)`` may follow.
 
-    In place and not a leaf, so that it costs nothing in the forward pass either and ``ReLU(inplace=True)`` may follow.
+    ``kept``: whether the gradient passes. The tokens get no gradient.
     """
 
     @staticmethod
@@ -107,13 +107,13 @@ class Reach:
     """The firings of one rule, and which of them a backward pass has reached.
 
     Attributes:
-        anchor: a tensor that requires grad, on which detached activity can depend, so that a loss made of nothing
-            else can be sent through ``backward()``.
+        anchor: a leaf that requires grad, on which cut activity depends, so that a loss of nothing else still has a
+            ``backward()``.
         linked: whether firings leave a token in the graph.
-        arrive: called with a `Pending` as a backward pass arrives at it. Held weakly where it is a bound method.
-        bypassed: synapses that a gradient has reached past every readout -> whether they also lead to one.
-        window: how often all firings were discarded.
-        step: how often the recorder was reset.
+        arrive: called with a `Pending` as a backward pass reaches it. Bound methods are held weakly.
+        bypassed: synapses that a gradient has reached past every readout -> whether a readout depends on them too.
+        window: the number of times that all firings were discarded.
+        step: the number of times that the recorder was reset.
     """
 
     def __init__(self) -> None:
@@ -127,7 +127,7 @@ class Reach:
 
     @property
     def arrive(self) -> Callable[[Pending], None] | None:
-        """What happens as a backward pass arrives at a firing."""
+        """Called as a backward pass reaches a firing."""
         return None if self._arrive is None else self._arrive()
 
     @arrive.setter
@@ -145,7 +145,7 @@ class Reach:
         return Pending(synapse, weakref.ref(self), self.window, self.step)
 
     def cut(self, u: Tensor, x: Tensor, pending: Pending | None = None, token: Tensor | None = None) -> Tensor:
-        """What a layer hands on: ``u`` without its graph, and a token of the firing, or of those behind ``x``."""
+        """``u`` without its graph, depending on the token of the firing, or on those behind ``x``."""
         u = detached(u)
         if not torch.is_grad_enabled():
             return u
@@ -154,19 +154,19 @@ class Reach:
         return cut
 
     def token(self, x: Tensor, pending: Pending) -> Tensor | None:
-        """The token of a firing that ``x`` has entered; ``None`` where no graph is built, or none is wanted."""
+        """The token of a firing with input ``x``; ``None`` if firings leave none, or autograd does not record."""
         if not (self.linked and torch.is_grad_enabled()):
             return None
         token: Tensor = _Link.apply(pending, self.anchor, *tokens_behind(x))
         return token
 
     def link(self, values: Tensor, pending: Pending, token: Tensor) -> Tensor:
-        """The values, which need not have a graph, depending on a firing."""
+        """The values, which may lack a graph, depending on a firing."""
         linked: Tensor = _Cut.apply(values.clone(), pending, True, token)
         return linked
 
     def end(self, u: Tensor, x: Tensor, pending: Pending) -> Tensor:
-        """What a readout that learns from the loss hands on: ``u`` with its graph, and the tokens behind ``x``."""
+        """``u`` of a readout that learns from the loss, with its graph, depending on the tokens behind ``x``."""
         tokens = tokens_behind(x) if torch.is_grad_enabled() else []
         if not (tokens and u.requires_grad):
             return u
@@ -175,19 +175,19 @@ class Reach:
         return linked
 
     def arrived(self, pending: Pending) -> None:
-        """A backward pass has arrived at a firing, through a readout or past it."""
+        """Take note that a backward pass has reached a firing, through a readout or past it."""
         arrive = self.arrive
-        if pending.window == self.window and arrive is not None:  # else it was discarded
+        if pending.window == self.window and arrive is not None:  # not discarded
             with torch.no_grad():
                 arrive(pending)
 
     def bypass(self, pending: Pending, gradient: Tensor) -> None:
-        """A gradient has arrived at the output of a layer, past every readout."""
+        """Take note that a gradient has reached the output of a layer past every readout."""
         synapse = pending.synapse
         if pending.window != self.window or synapse in self.bypassed:
             return
         captured = gradient.is_cuda and torch.cuda.is_current_stream_capturing()
-        if not captured and bool(gradient.any()):  # some functions of a user's own make zeros of None
+        if not captured and bool(gradient.any()):  # a user's own function may turn None into zeros
             self.bypassed[synapse] = self._leads_to_readout(synapse)
 
     def _leads_to_readout(self, synapse: Synapse) -> bool:
@@ -197,12 +197,12 @@ class Reach:
 
 
 def tokens_behind(value: Tensor) -> list[Tensor]:
-    """The tokens of the firings from which a tensor was computed, through whatever lies between."""
+    """The tokens of all firings that a tensor depends on."""
     return [] if value.grad_fn is None else _live([_token_behind(value.grad_fn)])
 
 
 def _token_behind(end: Any) -> Tensor | None:
-    """One token for all firings behind a node. Each node of a graph is visited once, however many firings follow it."""
+    """One token for all firings behind a node. Later calls do not visit a node again."""
     todo = [end]
     while todo:
         node = todo[-1]
@@ -240,7 +240,7 @@ def _joined(tokens: list[Tensor]) -> Tensor | None:
 
 
 def _live(tokens: Iterable[Tensor | None]) -> list[Tensor]:
-    """Those of the tokens, each once, behind which there is a firing that a backward pass can still count."""
+    """The tokens, without duplicates, behind which a firing can still count."""
     return [token for token in {id(t): t for t in tokens if t is not None}.values() if _matters(token.grad_fn)]
 
 
@@ -248,7 +248,7 @@ def _matters(end: Any) -> bool:
     todo, seen = [end], []
     while todo:
         node = todo.pop()
-        if not is_node_of(node, _Link) or node.spent:  # another one: an anchor
+        if not is_node_of(node, _Link) or node.spent:  # anything else is an anchor
             continue
         if node.pending is not None and node.pending.matters():
             return True
@@ -260,7 +260,7 @@ def _matters(end: Any) -> bool:
 
 
 def graph_behind(ends: Iterable[Any]) -> Iterator[Any]:
-    """All nodes of a graph behind these, each once."""
+    """All nodes of the graph behind these nodes, and these, each once."""
     seen, todo = set(), list(ends)
     while todo:
         node = todo.pop()
@@ -272,13 +272,13 @@ def graph_behind(ends: Iterable[Any]) -> Iterator[Any]:
 
 
 def detached(value: Tensor) -> Tensor:
-    """A tensor without its graph; a forward-mode tangent stays."""
+    """A tensor without its graph, but with its forward-mode tangent."""
     tangent = forward_ad.unpack_dual(value).tangent
     return value.detach() if tangent is None else forward_ad.make_dual(value.detach(), tangent.detach())
 
 
 def weakly(call: Any) -> Any:
-    """A function that gives ``call``, which is held weakly where it is a bound method; ``None`` for ``None``."""
+    """A function that returns ``call``, held weakly if it is a bound method; ``None`` for ``None``."""
     if call is None:
         return None
     return weakref.WeakMethod(call) if hasattr(call, "__self__") else lambda: call

@@ -1,4 +1,4 @@
-"""`Readout`: the last layer, where it learns in a way of its own while the others follow the rule."""
+"""`Readout`: the last layer, if it learns otherwise than the rest of the network."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class _Choice(TypedDict, total=False):
 
 
 class ReadoutOptions(RuleOptions, _Choice, total=False):
-    """Options of rules that can have a readout, which `bioopt.LearningRule` describes."""
+    """Options of rules with a readout; `bioopt.LearningRule` describes them."""
 
 
 class ReadoutChoice(NamedTuple):
@@ -45,17 +45,17 @@ Survey = tuple[list[Synapse], list[Unwatchable]]
 
 
 class Readout:
-    r"""How the last layer learns: a component that any rule can have.
+    r"""The readout of a rule: how the last layer learns.
 
     ``"delta"``: by its local error times its presynaptic activity, which is the exact gradient of its own weights and
-    what ``loss.backward()`` leaves there, since its input is cut. ``"teacher"``: it needs no loss; its postsynaptic
-    activity is replaced by the target :math:`t` as it learns, and the weights of each neuron move towards the activity
-    that goes with its target:
-    :math:`\Delta w_k = \langle t_k (x - t_k w_k)\rangle`. ``None``: there is none, and all layers follow the rule.
+    what ``loss.backward()`` leaves in ``.grad``, since its input is cut. ``"teacher"``: without a loss; the target
+    :math:`t` takes the place of its postsynaptic activity, and the weights of each neuron move towards the activity
+    that accompanies its target: :math:`\Delta w_k = \langle t_k (x - t_k w_k)\rangle`. ``None``: no readout; all layers
+    follow the rule.
 
     Attributes:
         kind: ``"delta"``, ``"teacher"`` or ``None``.
-        layers: the readouts by their modules, in the order of their choice.
+        layers: the readouts by their modules, in the order of ``readout_layer``.
         by_loss: whether it learns from the loss.
     """
 
@@ -123,8 +123,8 @@ class Readout:
         if len(everything) == len(readouts):
             only = f"'{readouts[0].name}', is the readout" if len(readouts) == 1 else "all, are readouts"
             raise ValueError(
-                f"{name}: the only plastic layer, {only}, which learns in "
-                f"a way of its own: no layer is left to {name}. Give a deeper model, or readout=None"
+                f"{name}: the only plastic layer, {only}, so that no layer is left to {name}: give a deeper model, or "
+                "readout=None"
             )
         kept = [g for g, s in zip(groups, synapses, strict=True) if any(x.layer not in self.layers for x in s)]
         for one in readouts:
@@ -135,12 +135,12 @@ class Readout:
             kept.append({**home, "lr": rate, **(choice.options or {}), "params": one.layer, "readout": self.kind})
         return kept
 
-    def _chosen(self, synapses: list[Synapse], wanted: Any) -> list[Synapse]:
+    def _chosen(self, synapses: list[Synapse], given: Any) -> list[Synapse]:
         name = self._rule
-        if wanted is None:
+        if given is None:
             return synapses[-1:]
         chosen: list[Synapse] = []
-        for one in [wanted] if isinstance(wanted, str | int | nn.Module) else list(wanted):
+        for one in [given] if isinstance(given, str | int | nn.Module) else list(given):
             found = [synapse for synapse in synapses if one is synapse.layer or str(one) == synapse.name]
             if not found:
                 raise ValueError(
@@ -149,10 +149,10 @@ class Readout:
             chosen += [synapse for synapse in found if synapse not in chosen]
         if not chosen:
             raise ValueError(
-                f"{name}: readout_layer={wanted!r} names no layer; readout=None makes a network without one"
+                f"{name}: readout_layer={given!r} names no layer; for a network without a readout, write readout=None"
             )
         if len(chosen) > 1 and self.kind == "teacher":
-            raise ValueError(f"{name}: readout='teacher' takes one readout, not readout_layer={wanted!r}")
+            raise ValueError(f"{name}: readout='teacher' takes one readout, not readout_layer={given!r}")
         return chosen
 
     def _require_last_included(
@@ -175,7 +175,7 @@ class Readout:
         return [(f"{synapse.name}.weight", synapse.weight)], [synapse]
 
     def left_over(self, params: list[Any]) -> list[Any]:
-        """Parameters of a group, in torch's bare or named form, that are not the readout's."""
+        """The parameters of a group, in torch's bare or named form, without those of readouts."""
         if not self:
             return params
         own = {p for layer in self.layers for p in layer.parameters()}
@@ -185,27 +185,27 @@ class Readout:
         """The parameters that learn from the loss."""
         return [p for s in self.layers.values() for p in s.parameters()] if self.by_loss else []
 
-    def awake(self) -> list[Synapse]:
+    def active(self) -> list[Synapse]:
         """The readouts that are neither frozen nor in evaluation mode."""
         return [s for s in self.layers.values() if s.layer.training and s.weight.requires_grad]
 
     # -- one pass -----------------------------------------------------------------------------------------------
 
     def begin(self, target: Tensor | None) -> None:
-        """Before a pass that counts; ``target``: of a teacher."""
+        """Start a pass that counts; ``target``: of a teacher."""
         self.clear()
         self._target = target
 
     def clear(self) -> None:
-        """Drop what has been gathered."""
+        """Drop the sums of all passes."""
         self._sums.clear()
 
     def enter(self, synapse: Synapse, x: Tensor) -> Tensor | Isolated:
-        """What the readout sees: presynaptic activity without its graph."""
+        """Presynaptic activity without its graph."""
         return detached(x) if self.by_loss else isolate(synapse, x)
 
     def leave(self, firing: Firing, u: Tensor, target: Tensor | None = None) -> Tensor:
-        """What the readout hands on: its activity, with the graph of its own parameters where it learns from the loss.
+        """The activity of the readout, with the graph of its own parameters if it learns from the loss.
 
         ``target``: of a teacher, by default that of `begin`.
         """
@@ -221,7 +221,7 @@ class Readout:
         return cut(firing, u, self._reach)
 
     def _taught(self, u: Tensor, synapse: Synapse, target: Tensor | None) -> Tensor:
-        """The target in the place of the readout's activity."""
+        """The target, of the shape of the readout's activity."""
         name = self._rule
         if target is None:
             raise RuntimeError(
@@ -234,7 +234,7 @@ class Readout:
         classes = u.shape[-1]
         if u.ndim != 2 or target.shape != u.shape[:1] or target.is_floating_point():
             raise ValueError(
-                f"{name}: target of shape {tuple(target.shape)} and type {target.dtype} must be class labels, one a "
+                f"{name}: target of shape {tuple(target.shape)} and type {target.dtype} must be class labels, one per "
                 f"sample, or have the shape {tuple(u.shape)} of the readout '{synapse.name}'"
             )
         if target.numel() and not 0 <= int(target.min()) <= int(target.max()) < classes:
@@ -260,7 +260,7 @@ class Readout:
 
     def require_fired_last(self, fired: Collection[Synapse]) -> None:
         """Raise where the readout did not fire, or another layer fired after it."""
-        readouts, order = self.awake(), list(fired)
+        readouts, order = self.active(), list(fired)
         if not readouts:
             return
         names = self.names(readouts)
@@ -276,14 +276,14 @@ class Readout:
 
     def require_gradient(self) -> None:
         """Raise where no backward pass has reached a readout that learns from the loss."""
-        readouts = self.awake()
+        readouts = self.active()
         if not self.by_loss or any(p.grad is not None for s in readouts for p in s.parameters()) or not readouts:
             return
         many = len(readouts) > 1
         raise RuntimeError(
             f"{self._rule}: the readout{'s' * many} {self.names(readouts)} learn{'s' * (not many)} from the loss, but "
             f"no gradient has reached {'them' if many else 'it'}: call loss.backward() before step(), or give step() a "
-            "closure that returns the loss. readout=None makes a network without a loss"
+            "closure that returns the loss. Without a loss, write readout=None"
         )
 
     @staticmethod
@@ -291,8 +291,16 @@ class Readout:
         """Their names, for a message."""
         return ", ".join(f"'{s.name}'" for s in readouts)
 
+    def learning(self) -> list[str]:
+        """The names of the readouts with an update from the last passes."""
+        return [
+            s.name
+            for s in self.layers.values()
+            if s in self._sums or (self.by_loss and any(p.grad is not None for p in s.parameters()))
+        ]
+
     def collect(self, sum_over_ranks: Callable[[list[Tensor]], None], ranks: int) -> dict[Tensor, Tensor]:
-        """What to write into ``.grad``, averaged over ranks, from the pass that was made."""
+        """The new ``.grad`` of each parameter from the last passes, averaged over ranks."""
         found = {p: p.grad for p in self.parameters() if p.grad is not None}
         sums = sorted(self._sums.items(), key=lambda item: item[0].index)
         device = next((s.weight.device for s in self.layers.values()), None)
@@ -304,12 +312,12 @@ class Readout:
             if count:
                 weight = synapse.weight.detach()
                 product, squares = gathered.values["product"].div_(count), gathered.values["squares"] / count
-                kept = squares.to(weight.dtype).view(-1, *[1] * (weight.ndim - 1)) * weight
-                grads[synapse.weight] = as_grad(product - kept, synapse.weight)
+                decay = squares.to(weight.dtype).view(-1, *[1] * (weight.ndim - 1)) * weight
+                grads[synapse.weight] = as_grad(product - decay, synapse.weight)
         self.clear()
         return grads
 
 
 def as_grad(change: Tensor, p: Tensor) -> Tensor:
-    """``-Δw`` in the memory format of the parameter, in the memory of ``Δw`` where that fits."""
+    """``-Δw`` in the memory format of the parameter, computed in place if ``Δw`` has it too."""
     return change.neg_() if change.stride() == p.stride() else torch.neg(change, out=torch.empty_like(p))

@@ -1,8 +1,8 @@
 """`Recorder`: forward hooks on the synapses of a user's own, unmodified model.
 
 As a synapse fires, the recorder calls its rule twice: ``enter(synapse, x)`` before the layer runs, and
-``leave(firing, u)`` after it. What they return is handed to the layer, and to the rest of the network, as it is.
-The standard things to return are the acts of `bioopt.core.acts`.
+``leave(firing, u)`` after it. The layer receives what ``enter`` returns, and the rest of the network what ``leave``
+returns. `bioopt.core.acts` has the standard choices.
 """
 
 from __future__ import annotations
@@ -17,7 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from ._torch_private import active_ddp, forward_pre_hooks, in_backward, is_batched, remove_saved_tensor_hooks
+from ._torch_private import (
+    active_ddp,
+    forward_pre_hooks,
+    in_backward,
+    is_batched,
+    remove_saved_tensor_hooks,
+    version_of,
+)
 from .acts import Isolated
 from .hooks import IN_PYTHON, Hook, leave_no_trace, remove_all
 from .reach import Reach, graph_behind, weakly
@@ -26,10 +33,10 @@ from .synapse import BUILT_IN, Synapse, verify
 
 __all__ = ["Firing", "Recorder"]
 
-COMPILED = "a compiled model must not run before its optimizer is built (torch.compiler.reset() forgets that it did)"
+COMPILED = "a compiled model must not run before its optimizer is built: call torch.compiler.reset() if it has"
 IN_DDP = (
-    "a learning rule averages over ranks what it needs, and DistributedDataParallel would average gradients that it "
-    "does not use, or wait for some that never come: run the model without it (model.module), and give the rule "
+    "a learning rule does its own averaging over ranks, and DistributedDataParallel would average unused gradients, or "
+    "wait for gradients that never arrive: run the model without it (model.module), and give the rule "
     "process_group=torch.distributed.group.WORLD. (In Lightning: a DDPStrategy whose configure_ddp does nothing)"
 )
 
@@ -40,9 +47,9 @@ class Firing:
 
     Attributes:
         synapse: the layer.
-        x: presynaptic activity as it came in, with its graph.
-        rows: which samples the layer ran on, where it did not run on all of them.
-        replay: whether activation checkpointing runs the layer again, in the backward pass: it has fired before.
+        x: presynaptic activity, with its graph.
+        rows: which samples the layer ran on; ``None``: all.
+        replay: whether activation checkpointing runs the layer again, in the backward pass.
     """
 
     synapse: Synapse
@@ -51,17 +58,17 @@ class Firing:
     replay: bool
 
     def rows_of(self, u: Tensor) -> Rows | None:
-        """Which samples the rows of the output belong to; ``None``: all of them, in order.
+        """The samples that the rows of the output belong to; ``None``: all, in order.
 
         Raises:
-            RuntimeError: if the layer ran on some, and the first dimension of ``u`` does not count them.
+            RuntimeError: the layer ran on some samples, and the first dimension of ``u`` does not count them.
         """
         rows = self.rows
         if rows is not None and (u.ndim < 2 or len(u) != len(rows.index)):
             raise RuntimeError(
                 f"layer '{self.synapse.name}' ran on {len(rows.index)} of {rows.count} samples, but its activity has "
-                f"the shape {tuple(u.shape)}: a layer on a pathway that some samples skip needs them along its first "
-                "dimension. Keep other dimensions apart from it there, or let all samples take all pathways "
+                f"the shape {tuple(u.shape)}: on a pathway that some samples skip, the first dimension must be the "
+                "sample. Do not merge other dimensions into it there, or let all samples take all pathways "
                 "(active=None)"
             )
         return rows
@@ -69,13 +76,13 @@ class Firing:
 
 Enter: TypeAlias = Callable[[Synapse, Tensor], Tensor | Isolated]
 Leave: TypeAlias = Callable[[Firing, Tensor], Tensor]
-#: as the neurons after a synapse have answered: what they made of it, and what is handed on in its place
+#: called with the firing and the output of the neurons that follow; returns what the network receives in its place
 OnNeurons: TypeAlias = Callable[[Firing, Tensor], Tensor]
 
 
 @dataclass(eq=False)
 class _Running:
-    """A layer that is running: what was true before, and what must be undone after."""
+    """A layer that is running, and what to restore after it."""
 
     synapse: Synapse
     x: Tensor
@@ -85,17 +92,17 @@ class _Running:
 
 
 class Recorder:
-    """Forward hooks on a set of synapses, and what a rule does as one fires.
+    """Forward hooks on a set of synapses, which call a rule as one fires.
 
     Attributes:
         synapses: by their layers.
         watched: all modules with a hook.
-        on_neurons: called with the firing and what the ``neurons`` of its synapse made of it (the first of their
-            outputs, detached); returns what is handed on in its place. Held weakly where it is a bound method.
+        on_neurons: called with the firing and the (first) output of the ``neurons`` of its synapse; returns what the
+            network receives in its place. Bound methods are held weakly.
         reach: which firings a backward pass has reached.
-        fired: the synapses that fired since `reset`, in order of first firing, with the last one to fire at the end.
+        fired: the synapses that fired since `reset`, ordered by their last firing.
         trace: whether to fill ``beneath``.
-        beneath: parameters trained by gradients, seen below a cut since `reset`.
+        beneath: leaf tensors that require gradients, found below a cut since `reset`.
     """
 
     def __init__(self) -> None:
@@ -108,22 +115,22 @@ class Recorder:
         self._enter: Callable[[], Enter | None] | None = None
         self._leave: Callable[[], Leave | None] | None = None
         self._on_neurons: Callable[[], OnNeurons | None] | None = None
-        self._awaited: dict[Synapse, tuple[Firing, torch.Size]] = {}  # whose neurons have not answered yet
+        self._awaited: dict[Synapse, tuple[Firing, torch.Size]] = {}  # whose neurons have not run yet
         self._running: list[_Running | None] = []
         self._verified: set[nn.Module] = set()
         self._handles: list[Any] = []
-        # Not bound to self: the hooks must go when the recorder does.
+        # Not bound to self: the hooks must be removed when the recorder is garbage-collected.
         self.close = weakref.finalize(self, remove_all, self._handles)
 
     # -- what a rule calls --------------------------------------------------------------------------------------
 
     def watch(self, synapse: Synapse) -> None:
-        """Install the hooks of one synapse. Before `torch.compile` sees the model: later hooks never fire there."""
+        """Install the hooks of one synapse, before the model is compiled: `torch.compile` ignores later hooks."""
         layer = synapse.layer
         synapse.index = len(self.synapses)
         self.synapses[layer] = synapse
         self._handles.append(layer.register_forward_pre_hook(Hook(self, "_before"), with_kwargs=True))
-        # always_call, so that a layer that raises leaves grad mode as it was.
+        # always_call restores grad mode after a layer that raises.
         self._handles.append(layer.register_forward_hook(Hook(self, "_after"), always_call=True))
         leave_no_trace(type(layer))
         self.watched.add(layer)
@@ -134,12 +141,12 @@ class Recorder:
             self.watched.add(synapse.neurons)
 
     def act(self, enter: Enter, leave: Leave) -> None:
-        """From now on, call these as a synapse fires. Bound methods are held weakly."""
+        """Call these as a synapse fires. Bound methods are held weakly."""
         self._enter, self._leave = weakly(enter), weakly(leave)
 
     @contextmanager
     def acting(self, enter: Enter, leave: Leave) -> Iterator[None]:
-        """Call these for a while."""
+        """Call these inside a ``with`` block."""
         before = self._enter, self._leave
         self.act(enter, leave)
         try:
@@ -148,8 +155,8 @@ class Recorder:
             self._enter, self._leave = before
 
     @contextmanager
-    def asleep(self) -> Iterator[None]:
-        """Let the model behave for a while as if nothing watched it."""
+    def paused(self) -> Iterator[None]:
+        """Call nothing inside a ``with`` block."""
         before = self._enter, self._leave
         self._enter = self._leave = None
         try:
@@ -158,13 +165,13 @@ class Recorder:
             self._enter, self._leave = before
 
     @property
-    def awake(self) -> bool:
-        """Whether anything happens as a synapse fires."""
+    def active(self) -> bool:
+        """Whether anything is called as a synapse fires."""
         return self._leave is not None
 
     @property
     def on_neurons(self) -> OnNeurons | None:
-        """What happens as the neurons of a synapse have answered."""
+        """Called when the neurons of a synapse have run."""
         return None if self._on_neurons is None else self._on_neurons()
 
     @on_neurons.setter
@@ -172,7 +179,7 @@ class Recorder:
         self._on_neurons = weakly(call)
 
     def restoring(self) -> Callable[[], None]:
-        """A function that leaves the recorder as it is now, with no layer running."""
+        """A function that restores the calls of now, with no layer running."""
         before = self._enter, self._leave
 
         def restore() -> None:
@@ -182,28 +189,28 @@ class Recorder:
         return restore
 
     def discard(self) -> None:
-        """No firing up to now will count any more, whatever backward pass may reach it."""
+        """Let no firing up to now count, even if a backward pass reaches it later."""
         self.reach.window += 1
         self.reset()
 
     def reset(self) -> None:
-        """Forget what has fired."""
+        """Drop the record of all firings."""
         self.reach.reset()
-        # Left over where a layer was interrupted; they would keep every graph alive.
-        remove_saved_tensor_hooks(_identity)
+        # An interrupted layer leaves its hooks behind, and they would keep every graph alive.
+        remove_saved_tensor_hooks(_pack)
         self.fired.clear()
         self.beneath.clear()
         self._running.clear()
         self._awaited.clear()
 
     def missing(self) -> str:
-        """The first synapse whose neurons have not answered since it fired, and what to do; empty where all have."""
+        """The message about the first synapse whose neurons have not run since it fired; empty if all have."""
         name = next((synapse.name for synapse in self._awaited), None)
         if name is None:
             return ""
         return (
-            f"layer '{name}' has fired, but the neurons that were taken to follow it did not run; name those "
-            f"that do: neurons={{'{name}': ...}}"
+            f"layer '{name}' has fired, but the neurons that should follow it did not run; name those that follow: "
+            f"neurons={{'{name}': ...}}"
         )
 
     # -- hooks --------------------------------------------------------------------------------------------------
@@ -228,9 +235,9 @@ class Recorder:
         if type(layer) not in BUILT_IN and layer not in self._verified:
             running.call = args, kwargs
         if isinstance(entered, Isolated):
-            # Out of reach of activation checkpointing around the layer; with autocast, not through a half-precision
-            # copy of the weight that was cached without a graph.
-            running.isolation = saved_tensors_hooks(_identity, _identity)
+            # Activation checkpointing must not drop the saved tensors of this graph, and autocast must not use a
+            # half-precision copy of the weight that it has cached without a graph.
+            running.isolation = saved_tensors_hooks(_pack, _unpack)
             running.isolation.__enter__()
             torch.set_grad_enabled(True)
             if torch.is_autocast_enabled(synapse.weight.device.type):
@@ -241,15 +248,15 @@ class Recorder:
     def _require_possible(self, synapse: Synapse) -> None:
         """Raise where a layer cannot learn from this pass."""
         others = [hook.recorder for hook in forward_pre_hooks(synapse.layer) if isinstance(hook, Hook)]
-        if any(other not in (None, self) and other.awake for other in others):
+        if any(other not in (None, self) and other.active for other in others):
             raise RuntimeError(
-                f"layer '{synapse.name}' is watched by two rules at once: close() the one that is not to learn from it "
-                "any more, or give each its own part of the model (bioopt.Mixed)"
+                f"layer '{synapse.name}' is watched by two rules at once: close() the one that is no longer needed, "
+                "or give each its own part of the model (bioopt.Mixed)"
             )
         if torch.is_inference_mode_enabled():
             raise RuntimeError(
-                f"layer '{synapse.name}' ran in training mode under torch.inference_mode(), where no plasticity is "
-                "possible. Use torch.no_grad() to train, or model.eval() to evaluate."
+                f"layer '{synapse.name}' ran in training mode under torch.inference_mode(), where nothing can learn: "
+                "use torch.no_grad() to train, or model.eval() to evaluate"
             )
         if active_ddp() is not None:
             raise RuntimeError(IN_DDP)
@@ -263,7 +270,7 @@ class Recorder:
             running.isolation.__exit__(None, None, None)
             torch.set_grad_enabled(running.grad_mode)
         leave = None if self._leave is None else self._leave()
-        if output is None or leave is None:  # the layer raised, or the rule is gone
+        if output is None or leave is None:  # the layer raised, or the rule was garbage-collected
             return None
         firing = Firing(synapse, running.x, rows_now(), in_backward())
         if not firing.replay:
@@ -292,9 +299,9 @@ class Recorder:
             if not isinstance(first, Tensor) or first.shape != shape:
                 found = tuple(first.shape) if isinstance(first, Tensor) else type(first).__name__
                 raise RuntimeError(
-                    f"the {type(module).__name__} that follows layer '{synapse.name}' must return a spike for each of "
-                    f"its outputs, {tuple(shape)} (alone, or first in a tuple), not {found}; name other neurons: "
-                    f"neurons={{'{synapse.name}': ...}}"
+                    f"the {type(module).__name__} that follows layer '{synapse.name}' must return one spike for each "
+                    f"output of the layer, {tuple(shape)} (alone, or first in a tuple), not {found}; name other "
+                    f"neurons: neurons={{'{synapse.name}': ...}}"
                 )
             if on_neurons is not None:
                 handed_on = on_neurons(firing, handed_on)
@@ -307,7 +314,18 @@ class Recorder:
 
 
 @torch.compiler.disable(reason=IN_PYTHON)  # type: ignore[untyped-decorator]
-def _identity(tensor: Tensor) -> Tensor:
+def _pack(tensor: Tensor) -> tuple[Tensor, int | None]:
+    return tensor, version_of(tensor)
+
+
+@torch.compiler.disable(reason=IN_PYTHON)  # type: ignore[untyped-decorator]
+def _unpack(packed: tuple[Tensor, int | None]) -> Tensor:
+    tensor, version = packed
+    if version_of(tensor) != version:  # hooks take the place of autograd's own check
+        raise RuntimeError(
+            f"a tensor of shape {tuple(tensor.shape)} that a layer learns from was changed in place after the layer "
+            "ran: write x = x + y in place of x += y, or give the layer x.clone()"
+        )
     return tensor
 
 

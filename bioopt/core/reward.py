@@ -1,4 +1,4 @@
-"""The third factor of rules that learn from reward: how much better it was than expected."""
+"""Reward prediction error, the third factor of rules that learn from reward."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from .rule import LearningRule
 
 
 def reward_prediction_error(rule: LearningRule, losses: Tensor, per_sample: bool, rate: float) -> tuple[Tensor, float]:
-    """``R - R̄``, of each sample or of all, where the reward ``R`` is minus the loss; and ``R̄`` after the step.
+    """``R - R̄``, of each sample or of all, with the reward ``R`` minus the loss; and ``R̄`` after the step.
 
-    ``R̄`` is the running mean of the reward, the rule's own state ``"reward"``; in the first step, that step's own.
+    ``R̄`` is the running mean of the reward, the rule's own state ``"reward"``; in the first step, the mean reward of
+    that step.
     """
     mean = losses.mean()
     rule._sum_over_ranks([mean])

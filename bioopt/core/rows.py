@@ -1,4 +1,4 @@
-"""Which samples of a batch a layer runs on, where it does not run on all of them."""
+"""Which samples of a batch a layer runs on, if not on all."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ __all__ = ["Rows", "on_rows"]
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Which samples of a batch the rows of a tensor belong to."""
+    """The samples of a batch that the rows of a tensor belong to."""
 
-    index: Tensor  #: the number of each row's sample
+    index: Tensor  #: of each row's sample in the batch
     count: int  #: of samples in the batch
 
     def among_all(self, rows: Tensor) -> Tensor:
-        """The rows in their places among all samples; zeros for the other samples."""
+        """The rows at the indices of their samples; zeros for the other samples."""
         everything = rows.new_zeros(self.count, *rows.shape[1:])
         return everything.index_copy(0, self.index, rows)
 
@@ -30,15 +30,16 @@ _ROWS: ContextVar[Rows | None] = ContextVar("_ROWS", default=None)
 
 @contextmanager
 def on_rows(index: Tensor, count: int) -> Iterator[None]:
-    """Declare that the modules run inside see only some samples of the batch.
+    """Declare that the modules in a ``with`` block run on some samples of the batch only.
 
     A module that routes samples along different pathways (`bioopt.nn.Gate`) opens it around each pathway, so that
-    rules which credit each sample by itself know whose rows they see. Run every pathway each time, with no samples if
-    need be, so that layers always fire in the same order. Inside another one, ``index`` counts the rows of that.
+    rules with credit for each sample know to which samples the rows belong. Run every pathway each time, even with no
+    samples, so that layers always fire in the same order. Blocks nest: ``index`` then refers to the rows of the outer
+    one.
 
     Args:
-        index: the number of each row's sample.
-        count: of samples among which ``index`` chooses.
+        index: of each row's sample.
+        count: the number of samples that ``index`` refers to.
     """
     outer = _ROWS.get()
     token = _ROWS.set(Rows(index, count) if outer is None else Rows(outer.index[index], outer.count))
@@ -49,5 +50,5 @@ def on_rows(index: Tensor, count: int) -> Iterator[None]:
 
 
 def rows_now() -> Rows | None:
-    """Which samples the modules that are running see; ``None``: all of them."""
+    """The samples that modules now run on; ``None``: all."""
     return _ROWS.get()

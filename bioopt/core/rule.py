@@ -1,14 +1,15 @@
-"""`LearningRule`: the contract that every rule shares with its users.
+"""`LearningRule`: the interface of every rule.
 
-A learning rule decides what each synapse is taught; PyTorch does everything else. A step is two halves, both public::
+A learning rule decides the teaching signal of each synapse; PyTorch does the rest. A step has two public halves::
 
     loss = rule.estimate(closure)    # evaluate the closure, write p.grad = -Δw
-    rule.descend()                   # any torch.optim class takes it from there
+    rule.descend()                   # step of any torch.optim class along .grad
 """
 
 from __future__ import annotations
 
 import inspect
+import zlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -45,9 +46,9 @@ from .synapse import Exclusion, Synapse, Unwatchable
 
 __all__ = ["LearningRule", "optional"]
 
-#: the loss to return, what to write into each ``.grad``, and the rule's own state after the step
+#: the loss to return, the new ``.grad`` of each parameter, and the rule's own state after the step
 Estimate: TypeAlias = tuple[Tensor, dict[Tensor, Tensor], dict[str, Any]]
-#: called with a firing and its output; may return what is handed on in its place
+#: called with a firing and its output; may return a tensor for the network to receive in its place
 Visit: TypeAlias = Callable[[Firing, Tensor], Tensor | None]
 
 SCHEDULERS = ("initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr", "params", "param_names")
@@ -57,7 +58,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def optional(method: _F) -> _F:
-    """Mark a method of a base class that a rule may implement: it does nothing, or what most rules want."""
+    """Mark a method of a base class that a rule may override; its default is right for most rules."""
     method.__optional__ = True  # type: ignore[attr-defined]
     return method
 
@@ -65,46 +66,44 @@ def optional(method: _F) -> _F:
 class LearningRule(ModelGroups, Optimizer):
     r"""A `torch.optim.Optimizer` that writes ``p.grad = -Δw`` by a learning rule, and descends by another optimizer.
 
-    Not to be instantiated; a rule implements `_select` (what it trains) and `_estimate` (what it teaches it).
+    Abstract: a rule implements `_select` (what it trains) and `_estimate` (how it changes that).
 
     Args:
         params: a module, its parameters, named parameters, or groups of any of them. Rules that watch synapses
             need modules; the others take parameters as `torch.optim` does.
-        defaults: the rule's own hyperparameters, ``lr`` among them. Each may differ between groups.
+        defaults: the rule's own hyperparameters, including ``lr``. Each may differ between groups.
         readout: how the last layer learns: ``"delta"``, by its local error times its presynaptic activity, which is
-            the exact gradient of its own weights and needs nothing from any other layer; ``"teacher"``, from a target
-            in place of its own activity, without a loss; ``None``, by the rule, like the other layers. See
-            `bioopt.core.readout.Readout`. It needs modules.
-        readout_lr: learning rate of the readout; by default that of the group it stands in. The ``lr`` of a group
-            that holds nothing else takes precedence.
+            the exact gradient of its own weights; ``"teacher"``, from a target in place of its own activity, without a
+            loss; ``None``, by the rule, like the other layers. See `bioopt.core.readout.Readout`. It needs modules.
+        readout_lr: learning rate of the readout; by default that of its group. The ``lr`` of a group that holds
+            nothing but readouts takes precedence.
         readout_layer: the readout, by name or as a module, or a list of several (with ``"delta"``), each of which
             learns from the part of the loss that reaches it; by default the last synapse in registration order.
         readout_options: further options of the readout's param group, such as ``{"momentum": 0.9}``.
-        exclude: what to leave alone: module types, modules, or names of modules or parameters. `coverage` lists them.
-        descent: the optimizer class that makes a step out of ``.grad``. It shares ``param_groups`` and ``state``
-            with the rule, so that its momentum, weight decay, schedulers and checkpoints are PyTorch's own.
-        process_group: ``None`` for no communication; otherwise the ranks that take a step together.
+        exclude: module types, modules, or names of modules or parameters to leave out. `coverage` lists them.
+        descent: the optimizer class that makes the step from ``.grad``. It shares ``param_groups`` and ``state`` with
+            the rule, so that momentum, weight decay, schedulers and checkpoints are PyTorch's own.
+        process_group: the ranks that take a step together; ``None``: no communication.
         descent_options: keywords of ``descent``.
 
     Attributes:
-        target: of rules and readouts that need it: set it before each forward pass; `step` uses it up. Class labels,
-            one a sample, or activity of the readout's shape.
-        shares_loss: whether other optimizers learn from the same loss (`Mixed` sets it): what passes by the readout is
-            then theirs, and no mistake.
-        forward_passes: how many evaluations the last estimate took, checks included.
+        target: for rules and readouts that need it, to be set before each forward pass; `step` clears it. Class
+            labels, one per sample, or activity of the readout's shape.
+        shares_loss: whether other optimizers learn from the same loss (set by `Mixed`), so that the loss may depend on
+            layers past the readout.
+        forward_passes: the number of evaluations of the last estimate, including checks.
 
     Raises:
-        ValueError: a hyperparameter out of its range, named with its value; an excluded name that is not there; a
-            complex parameter.
+        ValueError: a hyperparameter out of range; an excluded name that is not there; a complex parameter.
     """
 
     #: range of each hyperparameter, checked for every param group
     constraints: ClassVar[dict[str, Constraint]] = {}
-    #: options of earlier versions -> their names now; they are accepted with a warning
+    #: former names of options -> present names; the former are accepted with a warning
     renamed: ClassVar[dict[str, str]] = {}
-    #: with a process group: whether each rank has a share of the batch, or all have all of it
+    #: with a process group: whether each rank has a share of the batch, or all have the same batch
     splits_batch: ClassVar[bool] = False
-    #: whether one ordinary forward pass, and at most one backward pass, is all that it needs (see `OnePass`)
+    #: whether one ordinary forward pass and at most one backward pass are enough (see `OnePass`)
     shares_pass: ClassVar[bool] = False
 
     def __init__(
@@ -123,7 +122,7 @@ class LearningRule(ModelGroups, Optimizer):
     ) -> None:
         name = type(self).__name__
         given_options: dict[str, Any] = dict(descent_options)
-        defaults = {**defaults, **self._taken_renamed(given_options)}
+        defaults = {**defaults, **self._pop_renamed(given_options)}
         groups = groups_of(params)
         self.process_group = process_group
         self.target: Tensor | None = None
@@ -143,26 +142,26 @@ class LearningRule(ModelGroups, Optimizer):
         )
         self._known = Known()
         self._undo: list[Callable[[], None]] = []
-        self._estimated = False  # by `estimate` itself: `step` may go on from there
-        #: State that is no parameter's own. Replaced, never changed, so that an earlier state_dict keeps its own.
+        self._estimated = False  # `estimate` has written .grad, from which `step` may continue
+        #: State that belongs to no parameter. Replaced, never changed in place: a state_dict may share it.
         self._own_state: dict[str, Any] = {}
-        self.forward_passes = 0  # that the last estimate took, checks included
+        self.forward_passes = 0
         self._check(defaults)
-        self._readout_grads: dict[Tensor, Tensor] | None = None  # of the estimate that is being made
+        self._readout_grads: dict[Tensor, Tensor] | None = None  # of the estimate in progress
         if inspect.signature(descent.step).parameters["closure"].default is inspect.Parameter.empty:
             raise TypeError(
                 f"{name}(descent={descent.__name__}): {descent.__name__} evaluates the closure itself; "
-                "choose one that makes its step from .grad alone, such as torch.optim.SGD or torch.optim.Adam"
+                "choose one that steps along .grad alone, such as torch.optim.SGD or torch.optim.Adam"
             )
         try:
-            # Its defaults, and a check of its options; a matrix, because some optimizers take nothing else.
+            # Checks the options and gives the defaults; with a matrix, because some optimizers take nothing else.
             options = {"lr": defaults["lr"], **given_options}
             own_defaults = descent([torch.zeros(1, 1)], **options).defaults
         except TypeError as error:
             raise TypeError(f"{name}(descent={descent.__name__}): {error}") from None
         super().__init__(groups, {**own_defaults, **defaults, "readout": None, PACKED: None})
         self._descent = descent([{"params": group["params"]} for group in self.param_groups], **options)
-        self.state.update(self._descent.state)  # some optimizers make theirs at once
+        self.state.update(self._descent.state)  # some optimizers create it here
 
     # -- what a rule implements ---------------------------------------------------------------------------------
 
@@ -181,34 +180,34 @@ class LearningRule(ModelGroups, Optimizer):
         surveys: list[tuple[list[Synapse], list[Unwatchable]]],
         defaults: dict[str, Any],
     ) -> None:
-        """Raise for all layers at once that the rule cannot train; `surveys` is empty where no module was given."""
+        """Raise for all layers that the rule cannot train; `surveys` is empty for bare parameters."""
 
     def gradient_parameters(self) -> list[Tensor]:
-        """The parameters that a backward pass must have reached before `collect`; none where no loss is needed."""
+        """The parameters that a backward pass must reach before `collect`; none if the rule needs no loss."""
         return self._readout.parameters()
 
     def begin(self) -> None:
-        """Before an evaluation which alone counts."""
+        """Start an evaluation that alone will count."""
         self._recorder.reset()
         for p in self._trained():
             p.grad = None
 
     def collect(self, losses: Tensor | None = None) -> tuple[dict[Tensor, Tensor], dict[str, Any]]:
-        """What to write into each ``.grad``, and the rule's own state after the step, from passes that were made.
+        """The new ``.grad`` of each parameter and the rule's own state after the step, from the passes so far.
 
         Rules of one pass (`shares_pass`) implement it; the classic loop, ``loss.backward(); step()``, needs it.
 
         Args:
-            losses: of the pass, if the rule should check and average them.
+            losses: of the pass, for the rule to check and average.
         """
         raise RuntimeError(
             f"{type(self).__name__} evaluates the loss several times a step, so step() needs a closure: "
             "optimizer.step(closure), where closure() runs the model and returns the loss." + recipe() + " "
-            "(torch.amp.GradScaler, which float16 mixed precision brings along, hands on none: use bfloat16 without it)"
+            "(torch.amp.GradScaler, for mixed precision in float16, passes none on: use bfloat16 without it)"
         )
 
     def evaluate(self, probe: Probe) -> Estimate:
-        """The loss, what to write into each ``.grad``, and the rule's own state after the step."""
+        """The loss, the new ``.grad`` of each parameter, and the rule's own state after the step."""
         self._readout_grads = None
         losses, grads, state = self._estimate(probe)
         if self._readout and not self.shares_pass:
@@ -224,21 +223,21 @@ class LearningRule(ModelGroups, Optimizer):
         """One step of learning: `estimate`, then `descend`.
 
         Args:
-            closure: runs the model and returns the loss, best each sample's own; without one, the step descends along
-                what `estimate` has just written, or uses all forward passes since the last step (rules that need only
-                one).
+            closure: runs the model and returns the loss, preferably of each sample. Without one, the step descends
+                along what `estimate` has just written, or learns from all forward passes since the last step (rules of
+                one pass only).
 
         Returns:
-            What the closure returned, detached; ``None`` without a closure.
+            The result of the closure, detached; ``None`` without a closure.
 
-        Rules of one pass that keep no running value can be captured in a CUDA graph: the forward pass and ``step()``
-        together, after a few plain steps. Replays then do without Python, which is most of a small batch's time on a
-        GPU; they find options as they were, and check for nothing that is not finite.
+        Rules of one pass without running values can be captured in a CUDA graph: the forward pass and ``step()``
+        together, after a few ordinary steps. Replays need no Python, which takes most of the time of a small batch on
+        a GPU; they use the options of the capture, and do not check for non-finite numbers.
 
         Raises:
-            Diverged: a loss or an update that is infinite or not a number.
-            RuntimeError: no forward pass, a rule that needs a closure and got none. Parameters and optimizer state
-                are then as they were, as after `Diverged`.
+            Diverged: a loss or an update that is not finite.
+            RuntimeError: no forward pass; no closure for a rule that needs one. As after `Diverged`, parameters and
+                optimizer state are unchanged.
         """
         loss = self.estimate(closure) if needs_estimate(self, closure, [self]) else None
         self.descend()
@@ -248,7 +247,7 @@ class LearningRule(ModelGroups, Optimizer):
     def estimate(self, closure: Closure | None = None) -> Any:
         """The first half of `step`: write ``p.grad = -Δw`` for every parameter of the rule, and change nothing else.
 
-        Where a training loop calls ``step()`` itself, write ``rule.estimate(closure)`` in place of the backward pass.
+        In a training loop that calls ``step()`` itself, write ``rule.estimate(closure)`` in place of the backward pass.
         """
         return settled(self._undo, lambda: self._estimate_once(closure))
 
@@ -266,8 +265,8 @@ class LearningRule(ModelGroups, Optimizer):
             loss = loss if probe.returns_tensor else loss.item()
         if own_state and is_captured(self._trained()):
             raise RuntimeError(
-                f"{type(self).__name__} has a memory, which every replay of a CUDA graph would find as it was when "
-                "the graph was captured: take plain steps"
+                f"{type(self).__name__} keeps running state, which the replay of a CUDA graph would not update: take "
+                "ordinary steps"
             )
         require_finite(self, "an update", list(grads.values()))
         self.forward_passes = 0 if closure is None else probe.made
@@ -279,8 +278,11 @@ class LearningRule(ModelGroups, Optimizer):
         return loss
 
     def discard(self) -> None:
-        """Drop what has been gathered since the last step: the next step will not learn from it."""
+        """Drop all passes since the last step, and ``.grad``: the next step learns nothing from them."""
         self._recorder.discard()
+        self._estimated = False
+        for p in self._trained():
+            p.grad = None
 
     @torch.compiler.disable(reason=IN_PYTHON)  # type: ignore[untyped-decorator]
     @torch.no_grad()
@@ -288,14 +290,14 @@ class LearningRule(ModelGroups, Optimizer):
         """The second half of `step`: ``descent``'s own step along ``.grad``."""
         mark_as_stepped(self)
         self._estimated = False
-        # Linked again each time: load_state_dict replaces both. Unhooked: hooks on all optimizers must fire once.
+        # load_state_dict replaces both. Without hooks: those on all optimizers must fire once per step.
         self._descent.param_groups, self._descent.state = self.param_groups, self.state
         unhooked_step(self._descent)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as in torch, whose ``"params"`` may be a module. Its options are checked first."""
+        """Add a group as in torch, after a check of its options; its ``"params"`` may be a module."""
         group = dict(param_group)
-        group |= self._taken_renamed(group)
+        group |= self._pop_renamed(group)
         self._check({**self.defaults, **group})
         modules = named_modules_of(group["params"])
         for layer in (layer for _, module in modules for layer in module.modules()):
@@ -316,12 +318,12 @@ class LearningRule(ModelGroups, Optimizer):
         self._coverage.add(modules, self.param_groups[-1]["params"], watched=bool(synapses))
 
     def state_dict(self) -> dict[str, Any]:
-        """As of torch, with the rule's name; what is no parameter's own is under ``"rule"`` in its ``"state"``."""
+        """As torch's, with the rule's name; ``["state"]["rule"]`` is the state that belongs to no parameter."""
         name = type(self).__name__
         return for_checkpoint(super().state_dict(), name, self._checkpoint_state(), self._owned_groups())
 
     def _checkpoint_state(self) -> dict[str, Any]:
-        """What is no parameter's own, and the values of modules of the rule's own."""
+        """The state that belongs to no parameter, and the values of modules that belong to the rule."""
         owned = {OWNED: self._owned.state_dict()} if self._owned.modules else {}
         return {**self._own_state, **owned}
 
@@ -330,32 +332,36 @@ class LearningRule(ModelGroups, Optimizer):
         return [i for i, group in enumerate(self.param_groups) if any(id(p) in owned for p in group["params"])]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned.
+        """Load the result of `state_dict`.
 
         Raises:
-            ValueError: the state of another rule, or of groups of other sizes. Nothing is changed then.
+            ValueError: the state of another rule, or of groups of other sizes; nothing is changed.
         """
         state_dict, own_state = read_checkpoint(state_dict)
         self._require_own(state_dict, own_state)
         owned = own_state.pop(OWNED, {})
-        groups = [{self.renamed.get(key, key): v for key, v in g.items()} for g in state_dict["param_groups"]]
+        groups = [
+            # Earlier versions of some rules had no readout.
+            {"readout": None, **{self.renamed.get(key, key): value for key, value in group.items()}}
+            for group in state_dict["param_groups"]
+        ]
         state_dict = {**state_dict, "param_groups": groups}
         super().load_state_dict({key: value for key, value in state_dict.items() if key != NAME})
         self._owned.load_state_dict(owned)
         self._own_state = own_state
 
     def own(self, modules: Mapping[str, nn.Module], **options: Any) -> None:
-        """Add modules that belong to the optimizer as a param group of its own; their values are in `state_dict`.
+        """Add modules that belong to the optimizer as a param group; `state_dict` holds their values.
 
-        To be called once the rule is built, so that the group is there for schedulers and for loading. The modules may
-        be lazy: ``self._owned(name, x)`` calls one, and the first call draws its values from ``self._owned.seed``.
+        To be called in the rule's constructor, so that schedulers and `load_state_dict` find the group. Modules may be
+        lazy: ``self._owned(name, x)`` calls one, and its first call draws its values from ``self._owned.seed``.
 
         Args:
-            modules: by names that stay the same, such as those of the layers they belong to.
-            options: of their param group, ``lr`` for one.
+            modules: by stable names, such as those of their layers.
+            options: of their param group, such as ``lr``.
 
         Raises:
-            ValueError: an option out of its range; a name that is taken.
+            ValueError: an option out of range; a name that is taken.
         """
         self._check({**self.defaults, **options})
         named = self._owned.add(type(self).__name__, modules)
@@ -364,13 +370,13 @@ class LearningRule(ModelGroups, Optimizer):
         super().add_param_group({"params": named if with_names else [p for _, p in named], **options})
 
     def coverage(self, model: nn.Module | None = None) -> dict[str, str]:
-        """Which rule trains each parameter: its name -> the rule's name, or why it is not trained.
+        """The name of each parameter -> the rule's name, or why the parameter is not trained.
 
-        That is ``"frozen"``, ``"excluded"``, or, from the first step on, ``"silent: ..."`` with the reason why the
-        layer, which the rule would train, does not learn.
+        The reasons are ``"frozen"``, ``"excluded"`` and, from the first step on, ``"silent: ..."`` for a layer that
+        should learn but does not.
 
         Args:
-            model: whose names to use and whose parameters to list; by default those that the rule was given.
+            model: whose parameters and names to list; by default those given as ``params``.
         """
         labels = self._coverage.labels(self.param_groups)
         names = self._names() if model is None else {p: name for name, p in model.named_parameters()}
@@ -382,21 +388,21 @@ class LearningRule(ModelGroups, Optimizer):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(
-            f"{type(self).__name__} cannot be copied or pickled: it may watch a model. Copy the model, build a new "
-            "optimizer for the copy, and load_state_dict(optimizer.state_dict())"
+            f"{type(self).__name__} cannot be copied or pickled, because it may watch a model: copy the model, build a "
+            "new optimizer for the copy, and call load_state_dict(optimizer.state_dict())"
         )
 
     # -- for rules ----------------------------------------------------------------------------------------------
 
     def _base_point(self, probe: Probe, visit: Visit | None = None) -> Tensor:
-        """Evaluate once at the step's own weights, and let the readout learn from that; for rules of several passes.
+        """Evaluate once at the present weights, and let the readout learn from that; for rules of several passes.
 
-        A rule that evaluates the loss there anyway calls this in place of ``probe()``; for the others it is one pass
-        more, where a readout learns in a way of its own.
+        A rule that evaluates the loss there anyway calls this in place of ``probe()``; with a readout, the others make
+        one more pass for it.
 
         Args:
             probe: the closure.
-            visit: called with each firing of the other synapses, and its output, which is cut.
+            visit: called with each firing of the other synapses and its output, which is cut.
         """
         readout = self._readout
         readout.begin(self.target)
@@ -409,17 +415,17 @@ class LearningRule(ModelGroups, Optimizer):
             readout.require_fired_last(self._recorder.fired)
             readout.require_gradient()
             self._readout_grads = readout.collect(self._sum_over_ranks, self._ranks[1])
-            for p in self._trained():  # out of reach of the next evaluation's zero_grad and backward
+            for p in self._trained():  # the next evaluation must not change these gradients
                 p.grad = None
         return losses
 
     def _cutting(self, visit: Visit | None, leave_readout: Leave | None = None) -> AbstractContextManager[None]:
-        """Cut every synapse for a while, but those of a readout, which see cut activity and are handed on as they are.
+        """Cut every synapse inside a ``with`` block; of readouts, only the input is cut.
 
         Args:
-            visit: called with each firing and its output, whose graph is that of the layer alone; may return what is
-                handed on in its place.
-            leave_readout: what a readout hands on.
+            visit: called with each firing and its output, which has the graph of the layer alone; may return a tensor
+                for the network to receive in its place.
+            leave_readout: called for readouts in place of ``visit``; by default their output passes unchanged.
         """
         reach, layers = self._recorder.reach, self._readout.layers
 
@@ -435,19 +441,19 @@ class LearningRule(ModelGroups, Optimizer):
         return self._recorder.acting(enter, leave)
 
     def _next_state(self) -> dict[str, Any]:
-        """The rule's own state after this step; a count of steps goes on."""
+        """The rule's own state after this step, with the count of steps raised."""
         step = self._own_state.get("step")
         return {**self._own_state} if step is None else {**self._own_state, "step": step + 1}
 
     def _names(self) -> dict[Tensor, str]:
-        """The name of each parameter that the rule was given, or that lies in a module which it was given."""
+        """The name of each parameter that was given, alone or in a module."""
         return self._coverage.names(self.param_groups)
 
     def _trained(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
-    def _taken_renamed(self, options: dict[str, Any]) -> dict[str, Any]:
-        """Options of earlier versions, taken out of those given, under their names now."""
+    def _pop_renamed(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Remove options with former names from ``options``, and return them with their present names."""
         found = {}
         for old, new in self.renamed.items():
             if old in options:
@@ -464,17 +470,17 @@ class LearningRule(ModelGroups, Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Asked by `torch.amp.GradScaler`, before it looks for gradients."""
+        """Read by `torch.amp.GradScaler` before it looks for gradients."""
         return refuse_scaler(self)
 
     def _require_real(self, params: Iterable[Any]) -> None:
-        """Raise for complex parameters: a rule would see their real part alone."""
+        """Raise for complex parameters: a rule would ignore their imaginary part."""
         for i, entry in enumerate(params):
             name, p = entry if isinstance(entry, tuple) else (f"params[{i}]", entry)
             if isinstance(p, Tensor) and p.is_complex():
                 raise ValueError(
-                    f"{type(self).__name__}: parameter '{name}' is complex ({p.dtype}), and rules learn real weights: "
-                    f"keep its real and imaginary parts as parameters (torch.view_as_real), or exclude=['{name}']"
+                    f"{type(self).__name__}: parameter '{name}' is complex ({p.dtype}), and rules train real weights: "
+                    f"make its real and imaginary parts parameters (torch.view_as_real), or exclude=['{name}']"
                 )
 
     def _require_own(self, state_dict: dict[str, Any], own_state: dict[str, Any]) -> None:
@@ -502,6 +508,24 @@ class LearningRule(ModelGroups, Optimizer):
         if self.process_group is None:
             return 0, 1
         return dist.get_rank(self.process_group), dist.get_world_size(self.process_group)
+
+    def _require_same_on_ranks(self, names: list[str]) -> None:
+        """Raise where other ranks learn from other layers in this step: sums of different layers would be added up.
+
+        Args:
+            names: of the layers or parameters that this rank learns from, in order.
+        """
+        if self.process_group is None or is_captured(self._trained()):
+            return
+        code = zlib.crc32("\n".join(names).encode())
+        bounds = torch.tensor([code, -code], device=self._trained()[0].device)
+        dist.all_reduce(bounds, dist.ReduceOp.MAX, group=self.process_group)
+        if bounds.sum() != 0:
+            raise RuntimeError(
+                f"{type(self).__name__}: the ranks of process_group= learn from different layers in this step (this "
+                f"one from {', '.join(names)}), so that no average can be taken. Run every layer on every rank, on no "
+                "samples if need be"
+            )
 
     def _sum_over_ranks(self, tensors: list[Tensor]) -> None:
         """Replace each tensor by its sum over the ranks, in one message."""

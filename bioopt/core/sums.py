@@ -1,4 +1,4 @@
-"""`Sums`: what the firings of a synapse have brought since the last step, and whether it counts."""
+"""`Sums`: sums over the firings of a synapse since the last step, and whether they count."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .recorder import Firing
 
 @dataclass(eq=False)
 class Gathering:
-    """What counts for a step: it ends with the step, or is dropped before."""
+    """The sums that count for one step, until the step has learned from them or they are dropped."""
 
     learned: bool = False
     dropped: bool = False
     parts: list[weakref.ref[Sums]] = field(default_factory=list)
 
     def end(self) -> None:
-        """A step has learned from all of it: of what a graph still holds, only that is remembered."""
+        """Mark all sums as learned, and free the values that a graph still holds."""
         self.learned = True
         for sums in (part() for part in self.parts):
             if sums is not None:
@@ -30,14 +30,14 @@ class Gathering:
 
 @dataclass(eq=False)
 class Sums:
-    """What one synapse has gathered, summed over samples and positions.
+    """Sums of one synapse over samples and positions.
 
     Attributes:
-        values: tensors, by name: ``"product"``, Σ s xᵀ, of the weight's shape; ``"signal"``, Σ s, of the bias's shape
-            where the layer has one; and what else a rule needs.
-        counts: numbers, by name: ``"events"``, of which one is a position of a sample; and what else a rule needs.
-        of_firing: whether they are one firing's own, or the sum of several.
-        gathering: what they have been added to.
+        values: tensors by name: ``"product"``, Σ s xᵀ, of the weight's shape; ``"signal"``, Σ s, of the bias's shape,
+            if there is one; and others that a rule needs.
+        counts: numbers by name: ``"events"``, the number of positions of all samples; and others that a rule needs.
+        of_firing: whether they are those of one firing, or a total.
+        gathering: to which they have been added.
     """
 
     values: dict[str, Tensor]
@@ -61,7 +61,7 @@ class Sums:
         return self.gathering is not None and self.gathering.learned
 
     def plus(self, other: Sums) -> Sums:
-        """The sum with another firing's, in the memory of a sum; a firing's own stay as they are."""
+        """The sum with those of another firing, in place unless these are those of one firing."""
         total = replace(self, of_firing=False) if self.of_firing else self
         total.values = {
             name: one + other.values[name] if self.of_firing else one.add_(other.values[name])
@@ -72,12 +72,12 @@ class Sums:
 
 
 def product_sums(firing: Firing, u: Tensor, s: Tensor | SparseSignal, **values: Tensor) -> Sums:
-    """The sums of one firing: ``Σ s xᵀ``, and ``Σ s`` where there is a bias.
+    """The sums of one firing: ``Σ s xᵀ``, and ``Σ s`` if there is a bias.
 
     Args:
-        firing: which synapse fires.
-        u: its output, whose graph is that of the layer alone.
-        s: the teaching signal, of ``u``'s shape, or that of a few neurons.
+        firing: of the synapse.
+        u: its output, with the graph of the layer alone.
+        s: the teaching signal, of ``u``'s shape or sparse.
         values: further sums over events.
     """
     synapse, channel = firing.synapse, u.ndim + firing.synapse.channel_dim

@@ -1,4 +1,4 @@
-"""`Synapse`: a layer ``u = W x + b`` that rules watch; which layers of a model are synapses, and which are not."""
+"""`Synapse`: a layer ``u = W x + b`` that rules watch; which layers of a model are synapses."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from ._torch_private import convolution_input_gradient
 
 __all__ = ["Synapse", "find_synapses", "register_synapse"]
 
-#: ``(layer, weight, g, x_shape) -> Jᵀg``, where J is the Jacobian that the layer would have with this weight
+#: ``(layer, weight, g, x_shape) -> Jᵀg``, where J is the Jacobian of the layer with this weight
 Transpose: TypeAlias = Callable[[nn.Module, Tensor, Tensor, torch.Size], Tensor]
 
 
 class _Kind(NamedTuple):
-    channel_dim: int  # the dimension of the output that counts the neurons, from the end
+    channel_dim: int  # the dimension of the neurons in the output, counted from the end
     transpose: Transpose | None = None
 
 
-# By exact type, because a subclass may never fire its hooks (`MultiheadAttention.out_proj`) or compute something else.
+# By exact type: a subclass may bypass its hooks (`MultiheadAttention.out_proj`) or compute something else.
 _KINDS: dict[type[nn.Module], _Kind] = {
     nn.Linear: _Kind(-1),
     nn.Conv1d: _Kind(-2),
@@ -41,15 +41,15 @@ _CONVOLVE: dict[type[nn.Module], Callable[..., Tensor]] = {
 def register_synapse(layer_type: type[nn.Module], channel_dim: int, transpose: Transpose | None = None) -> None:
     """Make every rule treat layers of exactly this type as synapses.
 
-    The layer must take one tensor and return ``u = W x + b``: affine in its parameter ``weight``, whose
-    first dimension counts the postsynaptic neurons, and in ``bias``, if it has one that is not ``None``.
+    The layer must take one tensor and return ``u = W x + b``: affine in its parameter ``weight``, whose first dimension
+    is that of the postsynaptic neurons, and in ``bias``, if it has one.
 
     Args:
         layer_type: the class; subclasses are not included.
-        channel_dim: the dimension of the output that counts the neurons, counted from the end
-            (``nn.Linear``: -1, ``nn.Conv2d``: -3), so that a missing batch dimension does not matter.
+        channel_dim: the dimension of the neurons in the output, counted from the end (``nn.Linear``: -1,
+            ``nn.Conv2d``: -3), so that a missing batch dimension does not matter.
         transpose: ``transpose(layer, weight, g, x_shape)``, the gradient at the input of a layer with this ``weight``
-            for the gradient ``g`` at its output; by default autograd finds it with a forward pass.
+            for the gradient ``g`` at its output; by default autograd computes it with a forward pass.
 
     Raises:
         ValueError: if ``channel_dim`` is not negative.
@@ -67,7 +67,7 @@ def register_synapse(layer_type: type[nn.Module], channel_dim: int, transpose: T
 
 
 def is_known(layer: nn.Module) -> bool:
-    """Whether a layer is of a type that rules watch, and its weight a parameter."""
+    """Whether rules watch layers of this type, and the weight is a parameter."""
     return type(layer) in _KINDS and isinstance(layer.weight, nn.Parameter)
 
 
@@ -78,12 +78,12 @@ class Synapse:
     Attributes:
         name: of the layer in the model.
         layer: the module.
-        channel_dim: the dimension of its output that counts the neurons, from the end.
+        channel_dim: the dimension of the neurons in its output, counted from the end.
         group: the index of its param group.
-        index: its place among the watched layers.
+        index: its position among the watched layers.
         is_readout: whether it learns from the loss, by gradients.
         fixed_bias: whether its bias was excluded by name.
-        neurons: the module that turns its output into spikes, for rules of spikes.
+        neurons: the module that turns its output into spikes, for spiking rules.
     """
 
     name: str
@@ -111,7 +111,7 @@ class Synapse:
         return getattr(self.layer, "groups", 1)
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Weight and bias, as far as the layer has them and they are not frozen."""
+        """Weight and bias, without those that are missing, frozen or excluded."""
         both = [(f"{self.name}.weight", self.weight), (f"{self.name}.bias", None if self.fixed_bias else self.bias)]
         return [(name, p) for name, p in both if p is not None and p.requires_grad]
 
@@ -120,10 +120,10 @@ class Synapse:
         return [p for _, p in self.named_parameters()]
 
     def transpose(self, weight: Tensor, g: Tensor, x_shape: torch.Size) -> Tensor:
-        """The gradient at the layer's input for the gradient ``g`` at its output, if ``weight`` were its weight.
+        """The gradient at the layer's input for the gradient ``g`` at its output, with ``weight`` as its weight.
 
-        For a Linear layer that is ``g @ weight``; for a convolution, the transposed convolution. With the layer's own
-        weight it equals what autograd computes, bit for bit.
+        For a Linear layer this is ``g @ weight``; for a convolution, the transposed convolution. With the layer's own
+        weight it equals autograd's, bit for bit.
 
         Args:
             weight: of the shape of the layer's weight.
@@ -157,7 +157,7 @@ class Synapse:
 
 
 def padding_of(layer: Any) -> list[tuple[int, int]]:
-    """How far a convolution pads each spatial dimension, before and after."""
+    """The padding of a convolution before and after each spatial dimension."""
     if layer.padding == "valid":
         return [(0, 0)] * len(layer.kernel_size)
     if layer.padding == "same":
@@ -167,13 +167,13 @@ def padding_of(layer: Any) -> list[tuple[int, int]]:
 
 
 def padded(layer: Any, x: Tensor) -> Tensor:
-    """The input of a convolution with its padding around it."""
+    """The input of a convolution, padded."""
     widths = [width for pair in reversed(padding_of(layer)) for width in pair]
     return F.pad(x, widths, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
 
 
 def convolve(layer: Any, x: Tensor, weight: Tensor, groups: int | None = None) -> Tensor:
-    """What a convolution would give with another weight, or other groups, and without a bias."""
+    """The output of a convolution with another weight, or other groups, and without a bias."""
     padding: Any = layer.padding
     if layer.padding_mode != "zeros":
         x, padding = padded(layer, x), 0
@@ -190,17 +190,15 @@ class Unwatchable(NamedTuple):
     name: str
     layer: nn.Module
     reason: str
-    parameters: tuple[str, ...] = ()  #: the names to exclude in place of the layer, which holds other layers as well
+    parameters: tuple[str, ...] = ()  #: the names to exclude where the layer has synapses inside
 
 
 def find_synapses(module: nn.Module, prefix: str = "") -> list[Synapse]:
-    """All plastic synapses of a module in registration order, shared layers once.
-
-    Frozen layers (``weight.requires_grad`` is false) are skipped.
+    """All plastic synapses of a module in registration order, without duplicates and frozen layers.
 
     Raises:
-        ValueError: for layers that have a weight matrix of their own but are no known synapses, or whose weight is no
-            parameter. All are named.
+        ValueError: layers with a weight matrix that are no known synapses, or whose weight is no parameter. All are
+            named.
     """
     found, unwatchable = survey(module, prefix)
     if unwatchable:
@@ -227,7 +225,7 @@ def survey(
                     found.append(Synapse(name or kind.__name__, layer, channel_dim, fixed_bias=apart))
             elif own:
                 reason = (
-                    "its weight is computed from other parameters at each pass; undo that by prune.remove, "
+                    "its weight is computed from other parameters at each pass; undo that with prune.remove, "
                     "remove_spectral_norm or remove_weight_norm of torch.nn.utils"
                 )
                 unwatchable.append(Unwatchable(name, layer, reason))
@@ -239,7 +237,7 @@ def survey(
 
 
 def refusal(rule: str, unwatchable: list[Unwatchable]) -> str:
-    """The message about layers that cannot be watched: all of them, and the line that excludes them."""
+    """The message about all layers that cannot be watched, with the option that excludes them."""
     whole = [one.layer for one in unwatchable if not one.parameters]
     unwatchable = [
         one for one in unwatchable if not any(one.layer is not w and one.layer in w.modules() for w in whole)
@@ -268,28 +266,28 @@ def refusal(rule: str, unwatchable: list[Unwatchable]) -> str:
 
 
 class Exclusion(NamedTuple):
-    """What a rule leaves alone."""
+    """The modules and parameters that a rule leaves out."""
 
-    layers: set[nn.Module]  #: excluded modules, with all that is inside them
+    layers: set[nn.Module]  #: excluded modules, with all modules inside
     params: set[Tensor]  #: their parameters, and those excluded by name
-    kinds: set[type[nn.Module]]  #: of layers, also of those given later
+    kinds: set[type[nn.Module]]  #: excluded types, for modules that are added later
 
     @classmethod
     def none(cls) -> Exclusion:
-        """Nothing."""
+        """Nothing excluded."""
         return cls(set(), set(), set())
 
     @classmethod
     def of(cls, rule: str, exclude: Any, given: Iterable[tuple[str, nn.Module]]) -> Exclusion:
-        """Resolve ``exclude`` (types, modules, names of modules or parameters) among the modules that were given.
+        """Resolve ``exclude`` (types, modules, names of modules or parameters) within the modules of ``params``.
 
         Raises:
-            TypeError: an entry of another type; names where no modules were given.
-            ValueError: a name, or a module, that is not among those given.
+            TypeError: an entry of another type; bare parameters.
+            ValueError: a name or a module that is not there.
         """
         if isinstance(exclude, str | int | type | nn.Module):
             exclude = [exclude]
-        # The layers of a Sequential are named by numbers.
+        # Numbers name the layers of a Sequential.
         entries, excluded = [str(e) if type(e) is int else e for e in exclude], cls.none()
         if not entries:
             return excluded
@@ -326,7 +324,7 @@ class Exclusion(NamedTuple):
         return excluded
 
     def add(self, module: nn.Module) -> None:
-        """Exclude a module with all that is inside it."""
+        """Exclude a module with all modules inside."""
         self.layers.update(module.modules())
         self.params.update(module.parameters())
 
@@ -343,13 +341,13 @@ class _Unhooked(nn.Module):
 
 
 def verify(synapse: Synapse, u: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a layer of a registered type computes ``u = W x + b``, as far as this input can show it.
+    """Check that a layer of a registered type computes ``u = W x + b``; return whether this input could show it.
 
-    A signal at every other neuron must give a local product in the rows of those neurons alone, and the same one for
-    other weights.
+    A signal at every other neuron must give a local product in the rows of those neurons alone, the same for other
+    weights.
 
     Raises:
-        RuntimeError: it does not.
+        RuntimeError: the layer computes something else.
     """
     layer, weight, channel = synapse.layer, synapse.weight.detach(), synapse.channel_dim
     kind, wrong = type(layer).__name__, ""
@@ -377,7 +375,7 @@ def verify(synapse: Synapse, u: Tensor, args: tuple[Any, ...], kwargs: dict[str,
 def _product_at(
     layer: nn.Module, weight: Tensor, signal: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Tensor:
-    """``Σ s xᵀ`` with another weight; buffers and the random state stay as they are."""
+    """``Σ s xᵀ`` with another weight; buffers and the random state are not changed."""
     weight = weight.clone().requires_grad_()
     state = {f"layer.{name}": b.clone() for name, b in layer.named_buffers()} | {"layer.weight": weight}
     devices = [weight.device] if weight.device.type == "cuda" else []

@@ -1,6 +1,6 @@
-"""The feedback family: the error returns to each layer, but not by the layer's own weights.
+"""The feedback family: the error returns to the layers by other weights than those of the forward pass.
 
-`base` has what its rules share; a rule defines the weights, or the other signal, by which the error returns.
+`base` has the base class; a rule defines the feedback weights, or another signal in place of the error.
 """
 
 from .base import FeedbackRule

@@ -1,4 +1,4 @@
-"""The arithmetic that Hebbian rules share: neurons in their pools, and Oja's decay."""
+"""Shared arithmetic of Hebbian rules: competition within pools, and Oja's decay."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ..core.synapse import Synapse
 def compete(u: Tensor, synapse: Synapse, outcome: Callable[[Tensor, int], Tensor]) -> Tensor:
     """``outcome(pooled, dim)``, of ``u``'s shape, where ``pooled`` has the neurons of one pool along ``dim``.
 
-    At least in single precision.
+    In single precision at least.
     """
     channel = u.ndim + synapse.channel_dim
     u = in_full(u)
     last = u.movedim(channel, -1)
-    if last.is_contiguous():  # how a channels-last network lays them out: twice as fast as along dimension 1
+    if last.is_contiguous():  # as in a channels-last network: twice as fast as along dimension 1
         pooled = last.view(*last.shape[:-1], synapse.pools, -1)
         return outcome(pooled, pooled.ndim - 1).view_as(last).movedim(-1, channel)
     pooled = u.reshape(*u.shape[:channel], synapse.pools, -1, *u.shape[channel + 1 :])
@@ -27,14 +27,14 @@ def compete(u: Tensor, synapse: Synapse, outcome: Callable[[Tensor, int], Tensor
 
 
 def strongest(u: Tensor, synapse: Synapse, k: int) -> tuple[Tensor, Tensor]:
-    """The activity of the ``k`` strongest neurons of each pool, events × pools × k, and which of the pool they are."""
+    """The activity of the ``k`` strongest neurons of each pool, events × pools × k, and their indices in the pool."""
     last = in_full(u.movedim(u.ndim + synapse.channel_dim, -1))
     activity, which = last.reshape(-1, synapse.pools, last.shape[-1] // synapse.pools).topk(k, -1)
     return activity, which
 
 
 def sparse_signal(which: Tensor, values: Tensor, synapse: Synapse) -> SparseSignal:
-    """The signal for a few neurons of each pool, both events × pools × neurons."""
+    """A sparse signal from indices in each pool and values, both events × pools × neurons."""
     if synapse.pools > 1:
         size = len(synapse.weight) // synapse.pools
         which = which + torch.arange(synapse.pools, device=which.device).view(-1, 1) * size
@@ -42,28 +42,28 @@ def sparse_signal(which: Tensor, values: Tensor, synapse: Synapse) -> SparseSign
 
 
 def softmax_(strength: Tensor, dim: int, loser_strength: float = 0.0) -> Tensor:
-    """The softmax along a dimension, in place: the largest tensors of a step need no second copy.
+    """The softmax along a dimension, in place, because these are the largest tensors of a step.
 
     With ``loser_strength``, all shares but the largest are multiplied by minus that.
 
-    No share is below exp(-80), which is nothing beside 1: the numbers below that single precision can only just hold
-    (from exp(-87) on) take processors some twenty times as long.
+    Shares are at least exp(-80), which is negligible: denormal numbers (below exp(-87) in single precision) take
+    processors some twenty times as long.
     """
     top, winner = strength.max(dim, keepdim=True) if loser_strength else (strength.amax(dim, keepdim=True), None)
     strength.sub_(top).clamp_(min=-80).exp_()
-    largest = strength.sum(dim, keepdim=True).reciprocal_()  # share, since exp(0) = 1
+    largest = strength.sum(dim, keepdim=True).reciprocal_()  # the largest share, since exp(0) = 1
     if winner is None:
         return strength.mul_(largest)
     return strength.mul_(-loser_strength * largest).scatter_(dim, winner, largest)
 
 
 def along_channels(values: Tensor, u: Tensor, synapse: Synapse) -> Tensor:
-    """One value a neuron, shaped to be multiplied with ``u``."""
+    """One value per neuron, shaped to multiply ``u``."""
     return values.view(-1, *[1] * (-synapse.channel_dim - 1)).to(u.dtype)
 
 
 def rows_of(tensor: Tensor, synapse: Synapse) -> Tensor:
-    """A tensor of the weight's shape as neurons × inputs: a view, where it lies in memory as the weight does."""
+    """A tensor of the weight's shape as neurons × inputs: a view, if it has the weight's memory format."""
     return tensor.permute(_memory_order(synapse)).flatten(1)
 
 
@@ -80,7 +80,7 @@ def _memory_order(synapse: Synapse) -> list[int]:
 
 
 def in_pools(tensor: Tensor, synapse: Synapse) -> Tensor:
-    """`rows_of` as pools × neurons × inputs, at least in single precision (solvers want that)."""
+    """`rows_of` as pools × neurons × inputs, in single precision at least, which solvers require."""
     rows = rows_of(tensor, synapse)
     rows = rows.view(synapse.pools, -1, rows.shape[1])
     return in_full(rows)
@@ -95,9 +95,9 @@ def signal_activity_product(rows: Tensor, weight: Tensor, signal: Tensor | None,
 
 
 def decay_own_(rows: Tensor, weight: Tensor, signal: Tensor | None, synapse: Synapse, lr: float = 0.0) -> None:
-    """Take ``⟨s_k u_k⟩ w_k`` of each neuron from its row, in place; with ``lr``, of the weights after the step."""
+    """Subtract ``⟨s_k u_k⟩ w_k`` of each neuron from its row, in place; with ``lr``, at the weights after the step."""
     of_bias = None if signal is None or synapse.bias is None else (signal * synapse.bias.detach()).unsqueeze(1)
-    count = max(1, 2**22 // rows.shape[1])  # neurons whose products take little memory
+    count = max(1, 2**22 // rows.shape[1])  # neurons at a time, to save memory
     for start in range(0, len(rows), count):
         some = slice(start, start + count)
         row, w = rows[some], weight[some]
@@ -110,13 +110,13 @@ def decay_own_(rows: Tensor, weight: Tensor, signal: Tensor | None, synapse: Syn
 
 
 def largest(change: Tensor) -> Tensor:
-    """The largest absolute entry, for one pass over memory."""
+    """The largest absolute entry, in one pass over memory."""
     low, high = torch.aminmax(change)
     return torch.maximum(high, -low).clamp(min=1e-30)
 
 
 def clip_update_norm(change: Tensor, weight: Tensor, lr: float) -> Tensor:
-    """``change`` of each pool, clipped in place where a step would be longer than the pool's weights."""
+    """``change``, clipped in place in each pool so that the step is no longer than the pool's weights."""
     longest = torch.linalg.matrix_norm(weight, keepdim=True)
     length = lr * torch.linalg.matrix_norm(change, keepdim=True)
     return change.mul_((longest / length.clamp(min=1e-12)).clamp(max=1))

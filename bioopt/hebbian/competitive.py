@@ -1,4 +1,4 @@
-"""Competitive rules: for each event the neurons of a pool compete, and the winners learn what they saw."""
+"""Competitive rules: for each event the neurons of a pool compete, and the winners learn their input."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ DECAYS = ("subspace", "own", "none")
 
 @final
 class Hebbian(LocalRule):
-    r"""Neurons compete for each input; winners move towards what the layer does not yet explain of it.
+    r"""Neurons compete for each input; winners learn the part of it that the layer does not yet represent.
 
     .. math::
         y_k = \frac{\exp(t\,u_k / \lVert w_k\rVert)}{\sum_j \exp(t\,u_j / \lVert w_j\rVert)}, \qquad
@@ -44,51 +44,49 @@ class Hebbian(LocalRule):
         w_k' = w_k + \mathrm{lr}\,\Delta w_k
 
     with presynaptic activity :math:`x`, postsynaptic activity :math:`u = Wx + b`, inverse temperature :math:`t`, a
-    modulator :math:`m` (1, or what the user sets), and the mean :math:`\langle\cdot\rangle` over *events* (samples,
+    modulator :math:`m` (1 unless set), and the mean :math:`\langle\cdot\rangle` over *events* (samples,
     and positions of a convolution), so that ``lr`` does not depend on the batch or image size. The neurons of a layer
     compete with each other: the channels of a convolution at each position (within a group, for grouped
-    convolutions), the features of a Linear layer in each sample. They are compared by the direction of their
-    weights, so that none wins for starting out long.
+    convolutions), the features of a Linear layer in each sample. Weight vectors are compared by their direction, so
+    that no neuron wins by the length of its initial weights.
 
     ``competition`` sets the share :math:`y_k` of an event that a neuron gets: ``"soft"``, the softmax above;
     ``"hard"``, the winner takes all; ``"k"``, the softmax among the ``k`` strongest alone; ``"none"``, each gets all
     (:math:`y_k = 1`: with the subspace decay, Oja's rule of 1989, which finds the principal components). With
     ``loser_strength`` :math:`= \lambda > 0`, all but the winner learn the opposite, by :math:`-\lambda y_k`.
 
-    ``decay="subspace"`` is Oja's of 1989, as above: what the neurons of a pool together already represent of the input,
-    :math:`\sum_j u_j w_j`, is subtracted from it, as by feedback inhibition. It bounds the weights (at rest
-    :math:`W^\top W` is the identity on what the neurons respond to) and keeps winners from all learning the same.
-    ``"own"`` is Oja's of 1982: a neuron subtracts only what it represents itself, :math:`u_k w_k`. ``"none"``: only
+    ``decay="subspace"`` is Oja's of 1989, as above: the part of the input that the neurons of a pool together represent
+    already, :math:`\sum_j u_j w_j`, is subtracted, as by feedback inhibition. It bounds the weights (at the fixed point
+    :math:`W^\top W` is the identity on the inputs that the neurons respond to) and keeps winners from all learning the
+    same. ``"own"`` is Oja's of 1982: each neuron subtracts only its own part, :math:`u_k w_k`. ``"none"``: only
     ``weight_decay``, an option of the descent, bounds the weights.
 
-    Decay is taken at the new weights :math:`w'`: the same rule for a small ``lr``, but one that a large one cannot
-    make overshoot. With :math:`P = \langle (m y u)\,x^\top\rangle` and :math:`C = \langle (m y u)\,u^\top\rangle`
+    Decay is taken at the new weights :math:`w'`, which is the same rule for a small ``lr`` and cannot overshoot for a
+    large one. With :math:`P = \langle (m y u)\,x^\top\rangle` and :math:`C = \langle (m y u)\,u^\top\rangle`
     (its diagonal alone for ``"own"``), that is :math:`\Delta W = (I + \mathrm{lr}\,C)^{-1} (P - C W)`. With
     ``loser_strength`` or a negative modulator, which could make that system singular, decay is taken at the old
-    weights. A step that would be longer than the pool's weights (:math:`\mathrm{lr} \lVert\Delta W\rVert > \lVert
-    W\rVert`, Frobenius norms) is cut to their length; not so without decay, where the weights are the plain sum of
-    what they saw.
+    weights. A step longer than the pool's weights (:math:`\mathrm{lr} \lVert\Delta W\rVert > \lVert W\rVert`, Frobenius
+    norms) is clipped to their length, except without decay.
 
-    No error signal and no labels enter; only the readout sees a loss.
+    The rule uses no error signal and no labels; only the readout uses a loss.
 
     Args:
         params: the model (or modules, or groups whose ``"params"`` are modules). Bare parameters are refused.
         lr: learning rate :math:`\mathrm{lr}`, per mean event.
-        inverse_temperature: :math:`t` > 0, in units of :math:`1/x`: small lets all neurons learn alike, large only
-            the winner.
+        inverse_temperature: :math:`t` > 0, in units of :math:`1/x`. If it is small, all neurons learn alike; if large,
+            only the winner learns.
         competition: ``"soft"``, ``"hard"``, ``"k"`` or ``"none"``.
         k: the number of neurons that share an event with ``competition="k"``.
         loser_strength: :math:`\lambda`, the strength of anti-Hebbian learning in all but the winner.
         decay: ``"subspace"``, ``"own"`` or ``"none"``.
-        options: the readout, ``descent``, its options and ``process_group``, as in `LocalRule`, whose errors are
-            raised here as well.
+        options: the readout, ``descent``, its options and ``process_group``, as in `LocalRule`.
 
     Attributes:
         modulator: :math:`m`, the third factor of a three-factor rule (attention, dopamine, novelty): a number, or a
-            tensor with one value a sample, that scales what is learned from each forward pass made while it is set.
+            tensor with one value per sample, which scales learning from forward passes while it is set.
 
     Raises:
-        ValueError: a competition among fewer than two neurons; ``k`` larger than a layer.
+        ValueError: a competition among fewer than two neurons; ``k`` larger than a layer; as `LocalRule`.
 
     Sources: D. E. Rumelhart & D. Zipser (1985), *Feature discovery by competitive learning*; soft competition:
     S. J. Nowlan (1990), *Maximum likelihood competitive learning*; decay: E. Oja (1982), *Simplified neuron model as
@@ -134,7 +132,7 @@ class Hebbian(LocalRule):
         super().__init__(params, lr, readout=readout, own=own, **options)
 
     def least_neurons(self, group: dict[str, Any]) -> tuple[int, str]:
-        """Two for a competition, ``k`` for one among the ``k`` strongest."""
+        """Two for a competition, ``k`` for the ``k`` strongest."""
         if group["competition"] == "k":
             return group["k"], f"k={group['k']}"
         return (1, "") if group["competition"] == "none" else (2, f"competition={group['competition']!r}")
@@ -212,18 +210,18 @@ class Hebbian(LocalRule):
 
 
 def _shares(strength: Tensor, dim: int, kind: str, losers: float) -> Tensor:
-    """What share of each event a neuron gets: positive for winners, negative for losers. Takes ``strength``'s place."""
+    """Each neuron's share of each event: positive for winners, negative for losers. Overwrites ``strength``."""
     if kind == "hard":
         winner = strength.argmax(dim, keepdim=True)
         shares = torch.zeros_like(strength).scatter_(dim, winner, 1.0)
-        # Without a temperature, losers share their part alike.
+        # Without a temperature, all losers have the same share.
         others = max(strength.shape[dim] - 1, 1)
         return shares.sub_((1 - shares) * (losers / others))
     return softmax_(strength, dim, losers)
 
 
 def _first_wins(shares: Tensor, losers: float) -> Tensor:
-    """All but the first of ranked shares times ``-losers``, in place, if that is not 0."""
+    """Multiply all but the first of ranked shares by ``-losers``, in place, unless that is 0."""
     if losers:
         shares[..., 1:].mul_(-losers)
     return shares
@@ -241,24 +239,23 @@ class SoftHebb(LocalProductRule):
     with presynaptic activity :math:`x`, postsynaptic activity :math:`u = Wx + b`, inverse temperature :math:`t`, the
     sum over events (samples, and positions of a convolution) and the largest absolute entry of the whole layer's
     :math:`D`. The sign is plus for the winner of an event and minus for all others. Neurons compete as in `Hebbian`,
-    but by :math:`u` itself: long weight vectors win more, and sharpen the competition. A neuron learns at a rate that
-    falls to zero as its weight vector approaches unit length, where it stays; start it well outside (norm 25 in the
-    paper), and give each layer its own ``lr`` and ``inverse_temperature`` by param groups.
+    but by :math:`u` itself: long weight vectors win more often, and sharpen the competition. The learning rate of a
+    neuron falls to zero as its weight vector approaches unit length; start well outside (norm 25 in the paper), and
+    give each layer its own ``lr`` and ``inverse_temperature`` by param groups.
 
-    With ``k``, only the ``k`` strongest neurons of an event take part in its softmax, and all others learn nothing
-    from it: an approximation, since the others' :math:`y` is small, that is faster in wide layers.
+    With ``k``, only the ``k`` strongest neurons of an event enter its softmax, and the others learn nothing from it:
+    an approximation (the others' :math:`y` is small) that is faster in wide layers.
 
     Args:
         params: the model (or modules, or groups whose ``"params"`` are modules). Bare parameters are refused.
         lr: learning rate; a step changes no weight by more than ``lr`` times the neuron's factor.
         inverse_temperature: :math:`t` > 0, in units of :math:`1/u`.
-        k: how many neurons take part in an event; ``None``: all, which is the published rule.
+        k: the number of neurons that learn from an event; ``None``: all, as published.
         readout: ``"delta"``, ``"teacher"`` or ``None``, as in `LocalRule`.
-        options: further options of the readout, ``descent``, its options and ``process_group``, as in `LocalRule`,
-            whose errors are raised here as well.
+        options: further options of the readout, ``descent``, its options and ``process_group``, as in `LocalRule`.
 
     Raises:
-        ValueError: a layer of one neuron, or of fewer than ``k``.
+        ValueError: a layer of one neuron, or of fewer than ``k``; as `LocalRule`.
 
     Sources: A. Journé, H. Garcia Rodriguez, Q. Guo & T. Moraitis (2023), *Hebbian deep learning without feedback*,
     ICLR; T. Moraitis, D. Toichkin, A. Journé, Y. Chua & Q. Guo (2022), *SoftHebb: Bayesian inference in unsupervised
@@ -284,7 +281,7 @@ class SoftHebb(LocalProductRule):
         super().__init__(params, lr, readout=readout, own=own, **options)
 
     def least_neurons(self, group: dict[str, Any]) -> tuple[int, str]:
-        """Two, to compete; ``k``, where only the ``k`` strongest take part."""
+        """Two, or ``k``."""
         return (2, "a competition") if group["k"] is None else (group["k"], f"k={group['k']}")
 
     def signal(self, u: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor | SparseSignal:
@@ -299,8 +296,8 @@ class SoftHebb(LocalProductRule):
         """``D / max|D| · √|‖w‖ - 1|``."""
         change, weight = rows_of(product, synapse), rows_of(synapse.weight.detach(), synapse)
         decay_own_(change, weight, signal, synapse)
-        pace = (weight.norm(dim=1, keepdim=True) - 1).abs_().sqrt_()
-        return weight_shaped(change.mul_(pace / largest(change)), synapse)
+        rate = (weight.norm(dim=1, keepdim=True) - 1).abs_().sqrt_()
+        return weight_shaped(change.mul_(rate / largest(change)), synapse)
 
 
 @final
@@ -319,14 +316,13 @@ class KrotovHopfield(LocalProductRule):
     Args:
         params: the model (or modules, or groups whose ``"params"`` are modules). Bare parameters are refused.
         lr: learning rate: the largest change of a weight in a step.
-        rank: :math:`r` >= 2, which neuron unlearns.
-        anti_hebbian: :math:`\lambda`, how strongly.
+        rank: :math:`r` >= 2, of the neuron that moves away.
+        anti_hebbian: :math:`\lambda`, how strongly it does.
         readout: ``"delta"``, ``"teacher"`` or ``None``, as in `LocalRule`.
-        options: further options of the readout, ``descent``, its options and ``process_group``, as in `LocalRule`,
-            whose errors are raised here as well.
+        options: further options of the readout, ``descent``, its options and ``process_group``, as in `LocalRule`.
 
     Raises:
-        ValueError: a layer of fewer than ``rank`` neurons.
+        ValueError: a layer of fewer than ``rank`` neurons; as `LocalRule`.
 
     Source: D. Krotov & J. J. Hopfield (2019), *Unsupervised learning by competing hidden units*, PNAS 116.
     """
@@ -355,10 +351,10 @@ class KrotovHopfield(LocalProductRule):
     def signal(self, u: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor | SparseSignal:
         """``g``."""
         best, which = strongest(u, synapse, group["rank"])
-        two = torch.stack([which[..., 0], which[..., -1]], -1)
-        values = torch.ones_like(two, dtype=best.dtype)
+        pair = torch.stack([which[..., 0], which[..., -1]], -1)
+        values = torch.ones_like(pair, dtype=best.dtype)
         values[..., 1] = -group["anti_hebbian"]
-        return sparse_signal(two, values, synapse)
+        return sparse_signal(pair, values, synapse)
 
     def update(self, product: Tensor, signal: Tensor | None, synapse: Synapse, group: dict[str, Any]) -> Tensor:
         """``D / max|D|``."""

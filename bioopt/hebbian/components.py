@@ -1,4 +1,4 @@
-"""Rules that find the principal components of their input, and one that undoes correlations."""
+"""Rules that find the principal components of their input, and one that decorrelates neurons."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Oja(LocalProductRule):
 
     with :math:`x`, :math:`u` and the mean over events as in `Hebbian`. For centred input, and without a bias, the
     stable fixed points are the unit eigenvectors :math:`\pm v_1` of :math:`\langle x x^\top\rangle` with the largest
-    eigenvalue :math:`\lambda_1`; nothing makes the neurons of one layer differ but their starting point. The
-    decay is taken at the new weights, as in `Hebbian`: :math:`\Delta w = (\langle u x\rangle - c\,w) /
-    (1 + \mathrm{lr}\,c)` with :math:`c = \langle u^2\rangle`.
+    eigenvalue :math:`\lambda_1`; the neurons of one layer differ only by their initial weights. The decay is taken at
+    the new weights, as in `Hebbian`: :math:`\Delta w = (\langle u x\rangle - c\,w) / (1 + \mathrm{lr}\,c)` with
+    :math:`c = \langle u^2\rangle`.
 
     Arguments and errors are those of `LocalRule`.
 
@@ -49,10 +49,10 @@ class Sanger(LocalProductRule):
         \Delta w_k = \langle\, u_k\,(x - \sum_{j \le k} u_j\,w_j') \,\rangle, \qquad
         w_k' = w_k + \mathrm{lr}\,\Delta w_k
 
-    with :math:`x`, :math:`u` and the mean over events as in `Hebbian`: neuron :math:`k` learns by Oja's rule from
-    what the neurons before it leave over. For centred input, and without a bias, the stable fixed points are
-    :math:`w_k = \pm v_k`, the eigenvectors of :math:`\langle x x^\top\rangle` by falling eigenvalue; of image patches,
-    for a convolution. The order is that of the neurons within their pool. The decay is taken at the new weights:
+    with :math:`x`, :math:`u` and the mean over events as in `Hebbian`: neuron :math:`k` learns by Oja's rule from the
+    residual of the neurons before it. For centred input, and without a bias, the stable fixed points are :math:`w_k =
+    \pm v_k`, the eigenvectors of :math:`\langle x x^\top\rangle` (for a convolution, of image patches) by decreasing
+    eigenvalue, in the order of the neurons within their pool. The decay is taken at the new weights:
     :math:`\Delta W = (I + \mathrm{lr}\,L)^{-1} (P - L W)` with :math:`P = \langle u x^\top\rangle` and :math:`L` the
     lower triangle of :math:`\langle u u^\top\rangle`, a triangular system.
 
@@ -70,9 +70,9 @@ class Sanger(LocalProductRule):
         """``(I + lr L)⁻¹ (P - L W)`` in each pool."""
         rows = in_pools(product, synapse)
         weight = in_pools(synapse.weight.detach(), synapse)
-        before = signal_activity_product(rows, weight, signal, synapse).tril_()
-        system = torch.eye(before.shape[-1], dtype=rows.dtype, device=rows.device) + group["lr"] * before
-        change: Tensor = torch.linalg.solve_triangular(system, rows.baddbmm_(before, weight, alpha=-1), upper=False)
+        decay = signal_activity_product(rows, weight, signal, synapse).tril_()
+        system = torch.eye(decay.shape[-1], dtype=rows.dtype, device=rows.device) + group["lr"] * decay
+        change: Tensor = torch.linalg.solve_triangular(system, rows.baddbmm_(decay, weight, alpha=-1), upper=False)
         return weight_shaped(change.to(product.dtype), synapse)
 
 
@@ -83,11 +83,11 @@ class AntiHebbian(LocalProductRule):
     .. math::
         \Delta w_k = -\sum_{j \ne k} \langle u_k u_j \rangle\, w_j
 
-    with :math:`u` and the mean over events as in `Hebbian`; that is, :math:`\Delta W = -(C - \mathrm{diag}\,C) W`
-    with :math:`C = \langle u u^\top\rangle`, made of the local product :math:`\langle u x^\top\rangle`. At rest the
+    with :math:`u` and the mean over events as in `Hebbian`; that is, :math:`\Delta W = -(C - \mathrm{diag}\,C) W` with
+    :math:`C = \langle u u^\top\rangle`, from the local product :math:`\langle u x^\top\rangle`. At the fixed point the
     neurons of a pool are uncorrelated (for input of zero mean; put a batch norm before the layer). A layer
-    ``nn.Linear(n, n)`` or ``nn.Conv2d(n, n, 1)`` that starts at the identity becomes a decorrelating stage between two
-    others. A step that would be longer than the pool's weights is cut to their length.
+    ``nn.Linear(n, n)`` or ``nn.Conv2d(n, n, 1)`` initialised to the identity decorrelates the activity between two
+    others. A step longer than the pool's weights is clipped to their length.
 
     Arguments and errors are those of `LocalRule`; a pool of one neuron is refused.
 
@@ -97,7 +97,7 @@ class AntiHebbian(LocalProductRule):
     """
 
     def least_neurons(self, group: dict[str, Any]) -> tuple[int, str]:
-        """Two, to be correlated."""
+        """Two."""
         return 2, "decorrelation"
 
     def signal(self, u: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor:

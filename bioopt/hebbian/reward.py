@@ -1,4 +1,4 @@
-"""A rule that learns from reward alone: presynaptic activity, a neuron's own noise, and a third factor."""
+"""A rule that learns from reward: presynaptic activity, a neuron's own noise, and a third factor."""
 
 from __future__ import annotations
 
@@ -28,38 +28,38 @@ class RewardHebbian(NoisyActivity):
         \bar R \leftarrow \bar R + r\,(\langle R\rangle - \bar R)
 
     with presynaptic activity :math:`x`, standard normal exploration :math:`\xi` on the output :math:`u` of every
-    synapse (:math:`\tilde u - u` is what a neuron can know of its own fluctuation), and the reward :math:`R`, which is
-    minus what the closure returns. Each firing of a layer in the closure is one moment :math:`t`: traces are kept, in
-    factors, until the closure ends and the reward is known, so it may run a whole episode. :math:`\bar R` is the
-    running mean of the reward (in the first step, that step's own). No error signal, no clean pass and no gradient:
-    :math:`\Delta W` is, in the mean and for small :math:`\sigma`, the gradient of the expected reward (with
+    synapse (a neuron can know :math:`\tilde u - u`, its own fluctuation), and the reward :math:`R`, which is minus the
+    result of the closure. Each firing of a layer in the closure is one time step :math:`t`: the factors of traces are
+    kept until the closure ends and the reward is known, so that the closure may run a whole episode. :math:`\bar R` is
+    the running mean of the reward (in the first step, the reward of that step). There is no error signal, clean pass or
+    gradient: on average and for small :math:`\sigma`, :math:`\Delta W` is the gradient of the expected reward (with
     :math:`\lambda = 1`).
 
-    With ``credit="sample"`` each sample has its own reward, so that a batch of :math:`N` samples is as many trials;
-    :math:`\langle\cdot\rangle` is the mean over samples and the sum over positions. With ``credit="global"`` one reward
-    credits all noise of the batch. The bias learns as a weight whose presynaptic activity is 1. The last layer follows
-    the same rule as the others.
+    With ``credit="sample"`` each sample has its own reward, so that a batch of :math:`N` samples makes :math:`N`
+    trials; :math:`\langle\cdot\rangle` is the mean over samples and the sum over positions. With ``credit="global"``
+    one reward credits all noise of the batch. The bias learns as a weight whose presynaptic activity is 1. By default
+    the last layer follows the rule as well.
 
-    Cost a step: one forward pass and one local product for each firing, whose activities and noise are kept.
+    Cost of a step: one forward pass and one local product for each firing, whose activities and noise are kept.
 
     Args:
         params: the model (or modules, or groups whose ``"params"`` are modules). Bare parameters are refused. Weight
             and bias of each synapse learn; other parameters stay frozen.
         lr: learning rate of ``descent``.
         sigma: :math:`\sigma`, the exploration's standard deviation in units of :math:`u`.
-        trace_decay: :math:`\lambda` in [0, 1], what is left of a trace a firing later.
-        reward_rate: :math:`r` in (0, 1], how fast the expected reward follows.
-        credit: ``"sample"`` or ``"global"``. A scalar loss is global by itself.
+        trace_decay: :math:`\lambda` in [0, 1], the share of a trace that remains after the next firing.
+        reward_rate: :math:`r` in (0, 1], of the running mean of the reward.
+        credit: ``"sample"`` or ``"global"``. A scalar loss is always global.
         options: the keywords that follow.
-        seed: of the noise; with the step it fixes all noise.
+        seed: of the noise; with the step it determines all noise.
         descent: the `torch.optim` class that makes the step; its options as further keywords.
-        process_group: average over these ranks, each of which has its share of the batch and its own noise.
+        process_group: average over these ranks, each with its share of the batch and its own noise.
 
     Raises:
         ValueError: a hyperparameter out of range; a model without plastic layers, or with unknown ones.
         TypeError: bare parameters.
         RuntimeError: a step without a closure; a layer whose first dimension is not the sample (with
-            ``credit="sample"``); a non-finite loss, after which nothing has changed.
+            ``credit="sample"``); a non-finite loss (nothing is changed then).
 
     Sources: R. J. Williams (1992), *Simple statistical gradient-following algorithms for connectionist reinforcement
     learning*; R. Legenstein, S. M. Chase, A. B. Schwartz & W. Maass (2010), *A reward-modulated Hebbian learning rule
@@ -107,14 +107,15 @@ class RewardHebbian(NoisyActivity):
         error = error / len(error) if per_sample else error
 
         firings: dict[Synapse, int] = {}
-        for i in range(len(records) - 1, -1, -1):  # the last firing of each synapse is the freshest
-            synapse, n = records[i].synapse, noise[i]
+        for record, n in zip(reversed(records), reversed(noise), strict=True):  # the trace of the last firing is 1
+            synapse = record.synapse
             group = self.param_groups[synapse.group]
             age = firings.get(synapse, 0)
             firings[synapse] = age + 1
             factor = error * (-(group["trace_decay"] ** age) / group["sigma"])  # .grad is -Δw
             credited(n, factor)
         grads = self._products(records, noise)
+        self._require_same_on_ranks(list(dict.fromkeys(record.synapse.name for record in records)))
         self._sum_over_ranks(list(grads.values()))
         if ranks > 1:
             grads = {p: g / ranks for p, g in grads.items()}

@@ -1,4 +1,4 @@
-"""Rules that compare a neuron's activity with what it has been."""
+"""Rules that compare a neuron's activity with a running mean of it."""
 
 from __future__ import annotations
 
@@ -28,18 +28,17 @@ class BCM(LocalRule):
 
     with :math:`x`, :math:`u` and the mean over events as in `Hebbian`. The threshold :math:`\theta_k`, in units of
     :math:`u^2`, follows the neuron's mean squared activity and so bounds its weights without a decay, if it moves
-    faster than they do; neurons become selective for a few of their inputs. Division by :math:`\theta_k` keeps the
-    size of a step independent of the scale of :math:`u`. In the first step it is 1; then it is
-    what was measured. A step that
-    would be longer than a neuron's weights is cut to their length.
+    faster than they do; neurons become selective for a few of their inputs. Division by :math:`\theta_k` makes the size
+    of a step independent of the scale of :math:`u`. In the first step the threshold is 1, and after it the mean squared
+    activity of that step. A step longer than a neuron's weights is clipped to their length.
 
     Args:
         params: the model (or modules, or groups whose ``"params"`` are modules). Bare parameters are refused.
         lr: learning rate, per mean event.
         threshold_rate: :math:`r`, in (0, 1], per step.
         readout: ``"delta"``, ``"teacher"`` or ``None``, as in `LocalRule`.
-        options: further options of the readout, ``descent``, its options and ``process_group``, as in `LocalRule`,
-            whose errors are raised here as well. The thresholds are state, the same on all ranks.
+        options: further options of the readout, ``descent``, its options and ``process_group``, as in `LocalRule`.
+            The thresholds are state, the same on all ranks.
 
     Sources: E. L. Bienenstock, L. N. Cooper & P. W. Munro (1982), *Theory for the development of neuron selectivity*,
     J. Neuroscience 2; divided by the threshold: C. C. Law & L. N. Cooper (1994), PNAS 91.
@@ -78,7 +77,7 @@ class BCM(LocalRule):
     def changes(
         self, sums: Sums, synapse: Synapse, group: dict[str, Any], state: dict[str, Any]
     ) -> dict[Tensor, Tensor]:
-        """The product, no step of a neuron longer than its weights; the threshold follows the mean squared activity."""
+        """The product, clipped to the length of a neuron's weights; the threshold follows the mean squared activity."""
         product, _ = means(sums)
         change, weight = rows_of(product, synapse), rows_of(synapse.weight.detach(), synapse)
         length = group["lr"] * change.norm(dim=1, keepdim=True)

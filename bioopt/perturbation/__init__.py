@@ -1,11 +1,11 @@
-"""The perturbation family: change weights or activities at random, see what it does to the loss, keep what helps.
+"""The perturbation family: change weights or activities at random, and learn from the change of the loss.
 
 ==================== ============================================================================================
-`weights`            one direction in the space of weights after another: `WeightPerturbation`, `SerialPerturbation`,
+`weights`            the same direction of weights for all samples: `WeightPerturbation`, `SerialPerturbation`,
                      `HillClimbing`
 `activities`         noise on postsynaptic activity: `NodePerturbation`
-`rank_one`           a direction in the space of weights for each sample: `RankOnePerturbation`
-`forward`            slopes along random directions, exact: `ForwardGradient`
+`rank_one`           a direction of weights for each sample: `RankOnePerturbation`
+`forward`            exact slopes along random directions: `ForwardGradient`
 ==================== ============================================================================================
 
 All but `HillClimbing` estimate the gradient of the mean loss; none needs a backward pass.

@@ -1,4 +1,4 @@
-"""Perturbation of activities: noise on the neurons' activity, in place of noise on their many weights."""
+"""Perturbation of activities: noise on the activity of neurons, not on their weights."""
 
 from __future__ import annotations
 
@@ -24,63 +24,62 @@ OTHER_LAYERS = "NodePerturbation: the closure ran other layers in the noisy pass
 
 @final
 class NodePerturbation(NoisyActivity):
-    r"""Noise on the activity of neurons is credited with the change of loss that it brings.
+    r"""Noise on the activity of neurons is credited with the change of loss that it causes.
 
     .. math::
         \tilde u = u + \sigma \xi, \qquad
         s = -\frac{1}{S} \sum_{i=1}^{S} \frac{\tilde L_i - L}{\sigma}\; \xi_i, \qquad
         \Delta W = \langle s\, x^\top \rangle, \qquad \Delta b = \langle s \rangle
 
-    with presynaptic activity :math:`x` of a clean pass, noise :math:`\xi` of mean 0 and variance 1 on every synapse's
-    output at once, the clean loss :math:`L`, and :math:`S` = ``samples`` noisy passes. With ``credit="sample"`` the
-    loss is each sample's own, so that a batch of :math:`N` samples is as many experiments;
+    with presynaptic activity :math:`x` of a clean pass, noise :math:`\xi` of mean 0 and variance 1 on the output of
+    all synapses at once, the clean loss :math:`L`, and :math:`S` = ``samples`` noisy passes. With ``credit="sample"``
+    each sample has its own loss, so that a batch of :math:`N` samples makes :math:`N` experiments;
     :math:`\langle\cdot\rangle` is the mean over samples and the sum over positions. With ``credit="global"`` one
     scalar loss credits all noise of the batch. The mean of :math:`-\Delta W` tends to the gradient of the mean loss as
     :math:`\sigma \to 0`; its variance grows with the number of neurons, not of weights.
 
-    With ``decorrelation`` :math:`\epsilon > 0` plasticity sees decorrelated presynaptic activity
-    :math:`\hat x = R x`, so that what one input explains is not credited to all that go along with it:
+    With ``decorrelation`` :math:`\epsilon > 0` weights learn from decorrelated presynaptic activity
+    :math:`\hat x = R x`, so that correlated inputs do not share the credit of one of them:
 
     .. math::
         \Delta W = \langle s\, \hat x^\top \rangle R, \qquad
         R \leftarrow R - \epsilon \left( \langle \hat x \hat x^\top \rangle
         - \operatorname{diag} \langle \hat x^2 \rangle \right) R, \qquad R_0 = I
 
-    This is the step of a layer :math:`u = V R x` with plastic :math:`V`, seen from :math:`W = V R`: the model stays
-    what it is, and a change of :math:`R` does not change what it computes (in the source it does). It needs
-    :math:`\epsilon` below the inverse of the largest eigenvalue of :math:`\langle x x^\top \rangle`, for each layer a
-    matrix of a neuron's inputs squared, and three products with it for every event.
+    This is the step of a layer :math:`u = V R x` with plastic :math:`V`, written for :math:`W = V R`: the model is
+    unchanged, and a change of :math:`R` does not change its output (in the source it does). It needs :math:`\epsilon`
+    below the inverse of the largest eigenvalue of :math:`\langle x x^\top \rangle`, a square matrix of a neuron's
+    inputs for each layer, and three products with it for every event.
 
-    Cost a step: ``1 + samples`` forward passes (two more at the very first, to see that the closure is repeatable) and
-    one local product; memory: the clean pass's activities and two noises of that size. Batch statistics advance once
-    (in the clean pass), dropout masks are the same in all passes.
-    Where samples of a batch influence each other (batch norm), ``"sample"`` leaves that influence out.
+    Cost of a step: ``1 + samples`` forward passes (two more in the first, to check that the closure is repeatable) and
+    one local product; memory: the activities of the clean pass and twice their size for noise. Batch statistics
+    advance once (in the clean pass), dropout masks are the same in all passes. If samples of a batch influence each
+    other (batch norm), ``"sample"`` ignores that influence.
 
     Args:
         params: the model (or modules, or groups whose ``"params"`` are modules). Bare parameters are refused. Weight
             and bias of each synapse learn; other parameters stay frozen.
         lr: learning rate of ``descent``.
         sigma: :math:`\sigma`, the noise's standard deviation in units of :math:`u`.
-        samples: :math:`S`, noisy passes a step.
-        credit: ``"sample"`` or ``"global"``. A scalar loss is global by itself.
+        samples: :math:`S`, noisy passes per step.
+        credit: ``"sample"`` or ``"global"``. A scalar loss is always global.
         distribution: of :math:`\xi`: ``"normal"``, or ``"rademacher"``, -1 and 1, drawn in a third of the time.
-        decorrelation: :math:`\epsilon`, of each group; of Linear, Conv1d, Conv2d and Conv3d. 0: none.
-        batched: make all noisy passes of a process in one (`torch.func.vmap` over the closure), with the activities of
-            all in memory. Small layers gain by it: linear ones of 128 neurons ran 1.7 to 2 times as fast on a CPU,
-            convolutions slower. Frozen layers beneath all noise are run once for all passes. A closure that it cannot
-            run (batch norm in training mode above noise, ``loss.item()``, ``loss.backward()``) is run pass by pass,
-            with one warning.
+        decorrelation: :math:`\epsilon`, of each group, for Linear, Conv1d, Conv2d and Conv3d. 0: none.
+        batched: make all noisy passes of a process in one evaluation (`torch.func.vmap` over the closure), with all
+            their activities in memory. Linear layers of 128 neurons ran 1.7 to 2 times as fast on a CPU, convolutions
+            slower. Frozen layers below all noise run once for all passes. A closure that vmap cannot run (batch norm
+            in training mode above noise, ``loss.item()``, ``loss.backward()``) is run pass by pass, with one warning.
         options: the keywords that follow.
-        seed: of the noise; with the step and the pass it fixes all noise.
+        seed: of the noise; with the step and the pass it determines all noise.
         descent: the `torch.optim` class that makes the step; its options as further keywords.
-        process_group: split the noisy passes over these ranks, which all see the same batch; only losses travel.
+        process_group: split the noisy passes over these ranks, which have the same batch; they exchange only losses.
 
     Raises:
         ValueError: a hyperparameter out of range; a model without plastic layers, or with unknown ones.
         TypeError: bare parameters.
         RuntimeError: a step without a closure, or with one that is not repeatable; a layer whose first dimension is not
-            the sample (with ``credit="sample"``); a non-finite loss, or a decorrelation that diverges, after which
-            nothing has changed.
+            the sample (with ``credit="sample"``); a non-finite loss, or a decorrelation that diverges (nothing is
+            changed then).
 
     Sources: B. Widrow & M. Lehr (1990), *Madaline rule III*; J. Werfel, X. Xie & H. S. Seung (2005); with per-sample
     credit as in S. Dalm et al. (2023), *Effective learning with node perturbation in deep neural networks*.
@@ -112,7 +111,7 @@ class NodePerturbation(NoisyActivity):
     def _select(self, group: dict[str, Any]) -> tuple[list[Any], list[Synapse]]:
         named, synapses = self._select_synapses(group)
         if group.get("decorrelation", self.defaults["decorrelation"]):
-            self._require_plain("NodePerturbation: decorrelation", synapses, "give it a group with decorrelation=0")
+            self._require_built_in("NodePerturbation: decorrelation", synapses, "give it a group with decorrelation=0")
         return named, synapses
 
     def _estimate(self, probe: Probe) -> Estimate:
@@ -135,14 +134,16 @@ class NodePerturbation(NoisyActivity):
         def credit(change: Tensor, noise: list[Tensor]) -> None:
             self._credit(signals, records, noise, credit_of(change, per_sample) / self.samples)
 
-        losses, kept = self._at_once(probe, records, mine) if self.batched and not probe.always_grad else ({}, {})
+        losses, kept = (
+            self._in_one_evaluation(probe, records, mine) if self.batched and not probe.always_grad else ({}, {})
+        )
         for sample in () if losses else mine:
             kept = {sample: []}
             with self._cutting(self._injection(sample, kept[sample])):
                 losses[sample] = probe()
             if len(kept[sample]) != len(records):
                 raise RuntimeError(OTHER_LAYERS)
-            if alone:  # else the passes of other ranks come in between, so that all add up in one order
+            if alone:  # else all passes are added in order once those of other ranks are known
                 credit(losses[sample] - clean, kept[sample])
         changes = self._gathered(losses, self.samples) - clean
         require_finite(self, "the loss", [changes])
@@ -155,7 +156,7 @@ class NodePerturbation(NoisyActivity):
         return clean, grads, state
 
     def _decorrelate(self, grads: dict[Tensor, Tensor], inputs: dict[Synapse, list[Tensor]]) -> dict[int, Tensor]:
-        """Make products with presynaptic activity into those with decorrelated activity; gives the matrices to come."""
+        """Turn products with presynaptic activity into those with decorrelated activity; return the new matrices."""
         matrices = dict(self._own_state.get("decorrelation", {}))
         for synapse, fired in inputs.items():
             weight = synapse.weight
@@ -167,7 +168,7 @@ class NodePerturbation(NoisyActivity):
             product = grads[weight].reshape(synapse.pools, -1, size)
             with torch.autocast(weight.device.type, enabled=False):
                 seen = torch.cat([_projected(synapse, x.to(weight.dtype), matrix) for x in fired], 1)
-                if not seen.numel():  # no sample has come this way
+                if not seen.numel():  # the layer ran on no sample
                     continue
                 grads[weight] = (product @ matrix.mT @ matrix).view(weight.shape)
                 along = seen.mT @ (seen @ matrix) / seen.shape[1]
@@ -181,10 +182,10 @@ class NodePerturbation(NoisyActivity):
                     )
         return matrices
 
-    def _at_once(
+    def _in_one_evaluation(
         self, probe: Probe, records: list[Record], mine: range
     ) -> tuple[dict[int, Tensor], dict[int, list[Tensor]]]:
-        """The losses of all noisy passes from one evaluation, and their noise; nothing where vmap cannot run it."""
+        """The losses of all noisy passes from one evaluation, and their noise; empty if vmap cannot run the closure."""
         kept = {sample: self._drawn_again(sample, records) for sample in mine}
 
         def noisy(noise: list[Tensor]) -> Tensor:
@@ -206,7 +207,7 @@ class NodePerturbation(NoisyActivity):
 
 
 def _projected(synapse: Synapse, x: Tensor, matrix: Tensor) -> Tensor:
-    """``R x`` of every pool and event: what enters a neuron there, seen through the matrix of its pool."""
+    """``R x`` for every pool and event, pools × events × inputs of a neuron."""
     layer: Any = synapse.layer
     size = matrix.shape[-1]
     if isinstance(layer, nn.Linear):

@@ -1,4 +1,4 @@
-"""What the perturbation family shares: seeds and counts that fix all noise, work split over ranks, noisy activity."""
+"""Base classes of the perturbation family: reproducible noise, work split over ranks, noisy activity."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ CREDIT: Constraint = (lambda v: v in ("sample", "global"), "'sample' or 'global'
 
 
 class Perturbation(LearningRule):
-    """What perturbation rules share: a seed and a step count, which are state, and the noise they make.
+    """A rule with noise that is determined by a seed and a step count, which are state.
 
     Args:
         params: as of the rule.
         defaults: the rule's hyperparameters that may differ between groups.
         seed: of all noise.
-        options: as in `LearningRule`. All ranks of a ``process_group`` see the same batch and share the work of a
-            step; only losses travel.
+        options: as in `LearningRule`. The ranks of a ``process_group`` have the same batch and share the work of a
+            step; they exchange only losses.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Perturbation(LearningRule):
         return named_parameters_of(group["params"], self._exclusion), []
 
     def _plastic(self) -> list[tuple[Tensor, dict[str, Any]]]:
-        """Parameters that are not frozen, each with its group."""
+        """The parameters that are not frozen, with their groups."""
         plastic = [
             (p, group)
             for group in self.param_groups
@@ -72,7 +72,7 @@ class Perturbation(LearningRule):
         return plastic
 
     def _prepare(self, probe: Probe) -> None:
-        """Before the first evaluation of a step; at the very first step, a closure that cannot be compared is found."""
+        """Before the first evaluation of a step; in the first step, check that the closure is repeatable."""
         for p in self._trained():
             p.grad = None
         if not self._own_state["step"]:
@@ -85,7 +85,7 @@ class Perturbation(LearningRule):
         probe.restart()
 
     def _compare(self, probe: Probe, one: Tensor, two: Tensor) -> None:
-        """Raise where two evaluations under the same circumstances differ."""
+        """Raise if two evaluations under the same conditions differ, and warn if they differ little."""
         if one.shape == two.shape and torch.equal(one, two):
             return
         moved = probe.moved()
@@ -110,7 +110,7 @@ class Perturbation(LearningRule):
         into: list[Tensor] | None = None,
         fill: Callable[[Tensor, torch.Generator], Tensor] = fill_normal_,
     ) -> Iterator[Tensor]:
-        """The direction of one member, parameter by parameter, so that never more than one is held."""
+        """The direction of one member, parameter by parameter, so that only one is in memory at a time."""
         draw = self._noise_of(member, fill)
         for i, p in enumerate(like):
             yield draw(torch.empty_like(p) if into is None else into[i])
@@ -118,7 +118,7 @@ class Perturbation(LearningRule):
     def _noise_of(
         self, member: int, fill: Callable[[Tensor, torch.Generator], Tensor] = fill_normal_
     ) -> Callable[[Tensor], Tensor]:
-        """Fills one tensor after another with the noise of one member, or of one noisy pass."""
+        """A function that fills one tensor after another with the noise of one member or noisy pass."""
         state = self._own_state
         streams: dict[torch.device, torch.Generator] = {}
 
@@ -130,11 +130,11 @@ class Perturbation(LearningRule):
         return draw
 
     def _require_change(self, option: str, plastic: list[tuple[Tensor, dict[str, Any]]], saved: list[Tensor]) -> None:
-        """Raise where a perturbation has moved no weight, in the precision that it has; warn where too few moved."""
+        """Raise if a perturbation changes no weight in its precision; warn if it changes too few."""
         count = moved = 0
         worst, least = 0.0, 0.0
         for (p, group), w in zip(plastic, saved, strict=True):
-            # Under autocast, matrices are rounded once more.
+            # Autocast rounds matrices once more.
             seen = self._known.autocast if p.ndim > 1 and self._known.autocast is not None else w.dtype
             kept = int((p.to(seen) == w.to(seen)).sum())
             count, moved = count + p.numel(), moved + p.numel() - kept
@@ -154,14 +154,14 @@ class Perturbation(LearningRule):
 
     @contextmanager
     def _restored(self, params: list[Tensor]) -> Iterator[list[Tensor]]:
-        """Gives a copy of the parameters, from which they are put back at the end, bit for bit, whatever happens."""
+        """Yield a copy of the parameters, and always restore them from it in the end, bit for bit."""
         saved = [p.detach().clone() for p in params]
         undo = partial(_put_back, params, saved)
         self._undo.append(undo)
         try:
             yield saved
         finally:
-            if undo in self._undo:  # else `settled` was here first
+            if undo in self._undo:  # `settled` may have done it
                 undo()
                 self._undo.remove(undo)
 
@@ -172,14 +172,14 @@ class Perturbation(LearningRule):
         what: tuple[str, ...] = ("the loss",),
         total: Tensor | None = None,
     ) -> Tensor:
-        """What all ``count`` evaluations have found, each made by one of the ranks, stacked in order.
+        """The results of all ``count`` evaluations, each made by one of the ranks, stacked in order.
 
         Args:
-            found: by the evaluations that this rank has made, by their number; numbers in double precision where it
-                has made none.
-            count: of all of them.
-            what: it is, for an error; several names for the entries of its first dimension.
-            total: summed over the ranks in the same message.
+            found: the results of this rank, by the number of the evaluation; if empty, three numbers in double
+                precision are assumed.
+            count: the number of evaluations of all ranks.
+            what: the name of a result in errors; several names for the entries of its first dimension.
+            total: to be summed over the ranks in the same message.
         """
         none = torch.zeros(3, dtype=torch.float64, device=None if total is None else total.device)
         like = next(iter(found.values()), none)
@@ -190,9 +190,9 @@ class Perturbation(LearningRule):
         return everything
 
     def _mapped(self, evaluate: Callable[..., Tensor], *inputs: Any) -> Tensor | None:
-        """The losses for all slices of the inputs in one evaluation, by `torch.func.vmap`; nothing where it fails.
+        """The losses for all slices of the inputs in one evaluation, by `torch.func.vmap`.
 
-        A warning says so once, and ``batched`` is then false.
+        If vmap fails: ``None``, with a warning, and ``batched`` is false from then on.
         """
         try:
             losses: Tensor = torch.func.vmap(evaluate, randomness="same")(*inputs)
@@ -206,7 +206,7 @@ class Perturbation(LearningRule):
         return losses
 
     def _share(self, what: str, count: int) -> range:
-        """Which of ``count`` pieces of work fall to this rank."""
+        """The share of this rank in ``count`` evaluations."""
         rank, ranks = self._ranks
         if count < ranks:
             raise ValueError(f"{type(self).__name__}: {what}={count} cannot be split over {ranks} ranks; raise it")
@@ -220,35 +220,35 @@ def _put_back(params: list[Tensor], saved: list[Tensor]) -> None:
 
 
 class Record(NamedTuple):
-    """One firing of a synapse."""
+    """One firing of a synapse, with its output."""
 
     synapse: Synapse
     u: Tensor
-    rows: Rows | None  # where it ran on some of the samples
+    rows: Rows | None  # the samples that it ran on; None: all
 
     @classmethod
     def of(cls, firing: Firing, u: Tensor) -> Record:
-        """What fires now."""
+        """The record of a firing with this output."""
         return cls(firing.synapse, u, firing.rows_of(u))
 
     @property
     def samples(self) -> int:
-        """In the batch."""
+        """The number of samples in the batch."""
         return len(self.u) if self.rows is None else self.rows.count
 
     def empty(self) -> Tensor:
-        """What noise on all samples goes into: what a sample is given does not depend on the way that it takes."""
+        """A tensor for noise on all samples, so that a sample's noise does not depend on its pathway."""
         if self.rows is None:
             return torch.empty_like(self.u.detach())
         return self.u.new_empty(self.rows.count, *self.u.shape[1:])
 
     def own(self, of_all: Tensor) -> Tensor:
-        """Of what belongs to all samples, that of those which are here."""
+        """The rows of the samples that the synapse ran on."""
         return of_all if self.rows is None else of_all[self.rows.index]
 
 
 class NoisyActivity(Perturbation):
-    """What rules share that put noise on postsynaptic activity: their synapses, and the noise of each noisy pass."""
+    """A rule with noise on postsynaptic activity."""
 
     def __init__(
         self,
@@ -268,25 +268,25 @@ class NoisyActivity(Perturbation):
         self._check_value("distribution", distribution, DISTRIBUTION)
         self.credit = credit
         self.distribution = distribution
-        self._swallowing: set[Synapse] = set()  # layers whose precision has been warned of
-        self._first_is_sample: set[Synapse] = set()  # layers for which that is proven
+        self._coarse: set[Synapse] = set()  # layers whose precision was warned of
+        self._first_is_sample: set[Synapse] = set()  # layers whose first dimension was found to be the sample
 
     def _draws(self, sample: int) -> Callable[[Tensor], Tensor]:
-        """Fills one tensor after another with the noise of one pass."""
+        """A function that fills one tensor after another with the noise of one pass."""
         return self._noise_of(sample, FILL[self.distribution])
 
     def _drawn_again(self, sample: int, records: list[Record]) -> list[Tensor]:
-        """The noise of one pass on each firing."""
+        """The noise of one pass on each firing, drawn again."""
         draw = self._draws(sample)
         return [draw(record.empty()) for record in records]
 
-    def _require_plain(self, what: str, synapses: list[Synapse], way_out: str) -> None:
+    def _require_built_in(self, what: str, synapses: list[Synapse], remedy: str) -> None:
         """Raise for a synapse of another type than torch's own Linear and convolutions."""
         for synapse in synapses:
             if (kind := type(synapse.layer)) not in BUILT_IN:
                 raise ValueError(
                     f"{what} knows {', '.join(t.__name__ for t in BUILT_IN[:-1])} and {BUILT_IN[-1].__name__}, not the "
-                    f"{kind.__name__} '{synapse.name}': {way_out}"
+                    f"{kind.__name__} '{synapse.name}': {remedy}"
                 )
 
     def _select_synapses(self, group: dict[str, Any]) -> tuple[list[Any], list[Synapse]]:
@@ -300,12 +300,12 @@ class NoisyActivity(Perturbation):
         records: list[Record] | None = None,
         width: float | None = None,
     ) -> Visit:
-        """What hands on noisy activity.
+        """A visitor that adds noise to activity.
 
         Args:
             sample: the number of the pass.
-            noise: takes the noise in.
-            records: takes the firings in, with the activity that the noise is put on.
+            noise: to be filled with the noise of each firing.
+            records: to be filled with the firings.
             width: of the noise; by default the ``sigma`` of each group.
         """
         draw = self._draws(sample)
@@ -317,7 +317,7 @@ class NoisyActivity(Perturbation):
                 records.append(record)
             sigma = self._width(firing.synapse) if width is None else width
             noisy = inject(u, record.own(drawn), sigma)
-            if u.dtype in HALF and record.rows is None:  # credit goes to the noise that the precision allowed
+            if u.dtype in HALF and record.rows is None:  # credit the noise that the precision preserved
                 drawn = noisy.float().sub_(u.detach()).div_(sigma)
                 self._require_noise(firing.synapse, drawn, u, sigma)
             noise.append(drawn)
@@ -326,12 +326,12 @@ class NoisyActivity(Perturbation):
         return visit
 
     def _require_noise(self, synapse: Synapse, noise: Tensor, u: Tensor, sigma: float) -> None:
-        """Warn, at the first step, where half precision swallows more than half of the noise."""
-        if self._own_state["step"] or synapse in self._swallowing or not noise.numel():
+        """Warn, in the first step, if half precision loses more than half of the noise."""
+        if self._own_state["step"] or synapse in self._coarse or not noise.numel():
             return
         kept = (noise != 0).float().mean().item()
         if kept < 0.5:
-            self._swallowing.add(synapse)
+            self._coarse.add(synapse)
             least = 8 * torch.finfo(u.dtype).eps * u.detach().float().square().mean().sqrt().item()
             warn(
                 f"{type(self).__name__}: sigma={sigma:g} reaches {kept:.0%} of the activity of layer '{synapse.name}', "
@@ -351,8 +351,8 @@ class NoisyActivity(Perturbation):
         Args:
             signals: empty before the first pass.
             records: the firings.
-            noise: on each of them in this pass; used up.
-            credit: each sample's, or one for all.
+            noise: on each of them in this pass; overwritten.
+            credit: of each sample, or one for all.
             width: of the noise, by which the credit is divided; by default the ``sigma`` of each group.
         """
         for i, (n, record) in enumerate(zip(noise, records, strict=True)):
@@ -375,10 +375,10 @@ class NoisyActivity(Perturbation):
         return grads
 
     def _per_sample(self, records: list[Record], losses: Tensor, probe: Probe) -> bool:
-        """Whether each sample is credited by itself; a scalar loss credits all together.
+        """Whether each sample has its own credit; a scalar loss credits all samples alike.
 
-        Where another dimension of an output is as long as the batch (a sequence, say), four more evaluations, the first
-        time, show whether the first dimension is the sample.
+        If another dimension of an output is as long as the batch (such as a sequence), four more evaluations, once,
+        find out whether the first dimension is the sample.
         """
         if not records:
             raise RuntimeError(self._coverage.none_fired())
@@ -389,8 +389,8 @@ class NoisyActivity(Perturbation):
                 shape = (record.samples, *record.u.shape[1:])
                 raise RuntimeError(
                     f"{type(self).__name__}(credit='sample'): layer '{record.synapse.name}' gave an output of shape "
-                    f"{shape} where there are {len(losses)} losses, one a sample, so its first dimension is "
-                    f"not the sample. Use credit='global'; or, {MICRO_BATCHES}"
+                    f"{shape} where there are {len(losses)} losses, one per sample, so its first dimension is not the "
+                    f"sample. Use credit='global'; or, {MICRO_BATCHES}"
                 )
         doubtful = {
             record.synapse: None
@@ -402,7 +402,7 @@ class NoisyActivity(Perturbation):
         return True
 
     def _require_sample_first(self, doubtful: list[Synapse], records: list[Record], size: int, probe: Probe) -> None:
-        """Disturb one place of the first dimension at a time: if it is a sample, the losses of others hardly change."""
+        """Disturb one index of the first dimension at a time: if it is a sample, the losses of others hardly change."""
 
         def evaluated(place: int | None) -> Tensor:
             def disturb(firing: Firing, u: Tensor) -> Tensor | None:
@@ -425,7 +425,7 @@ class NoisyActivity(Perturbation):
             shape = next(tuple(record.u.shape) for record in records if record.synapse is doubtful[0])
             raise RuntimeError(
                 f"{type(self).__name__}(credit='sample'): layer '{doubtful[0].name}' gave an output of shape {shape}, "
-                f"in which more than one dimension is as long as the batch of {size}, and a change at one place of the "
+                f"in which more than one dimension is as long as the batch of {size}, and a change at one index of the "
                 "first dimension changes the losses of other samples as much as its own: the first dimension is not "
                 "the sample (a sequence comes first?). Put samples first, or use credit='global'"
             )
@@ -434,25 +434,25 @@ class NoisyActivity(Perturbation):
 
 
 def ambiguous(synapse: Synapse, shape: torch.Size, samples: int) -> bool:
-    """Whether another dimension of a layer's output than the first could count the samples."""
+    """Whether another dimension of a layer's output than the first may be the sample."""
     channel = len(shape) + synapse.channel_dim
     others = [size for d, size in enumerate(shape) if d not in (0, channel)]
     return samples in others and type(synapse.layer) not in BUILT_IN[1:]  # convolutions take samples first
 
 
 def compared(one: Tensor, other: Tensor) -> Tensor:
-    """Of the losses of two evaluations: the mean of each, and that of their difference, sample by sample.
+    """The mean loss of each of two evaluations, and the mean of their difference.
 
-    In double precision, and the difference first: it is small, the losses are not.
+    The difference, small beside the losses, is taken sample by sample before the mean in double precision.
     """
     return mean_loss(torch.stack([one, other, one - other]))
 
 
 def credit_of(change: Tensor, per_sample: bool) -> Tensor:
-    """The change of the mean loss that each sample is credited with, or one number for all."""
+    """Each sample's share in the change of the mean loss, or the change itself."""
     return mean_over_samples(change) / len(change) if per_sample else change.mean()
 
 
 def credited(noise: Tensor, credit: Tensor) -> Tensor:
-    """Noise times its credit, in place: each sample's own, or one for all."""
+    """Noise times its credit, of each sample or one for all, in place."""
     return noise.mul_(credit.view(-1, *[1] * (noise.ndim - 1)) if credit.ndim else credit)

@@ -1,4 +1,4 @@
-"""Forward gradients: the derivative of the loss along a random direction, credited to that direction."""
+"""Forward gradients: a random direction is credited with the derivative of the loss along it."""
 
 from __future__ import annotations
 
@@ -33,38 +33,37 @@ class ForwardGradient(NoisyActivity):
         \hat g = \frac{1}{S} \sum_{i=1}^{S} (\nabla L \cdot z_i)\; z_i, \qquad
         \langle z_i z_i^\top \rangle = I, \qquad \Delta w = -\hat g
 
-    with :math:`S` = ``samples`` directions; the directional derivative :math:`\nabla L \cdot z` of the mean loss is
-    carried along by the forward pass itself (forward-mode automatic differentiation). The mean of :math:`\hat g` is
-    the gradient, exactly, whatever :math:`S`; it is what `WeightPerturbation` tends to as its ``sigma`` goes to 0.
+    with :math:`S` = ``samples`` directions; the forward pass computes the directional derivative :math:`\nabla L \cdot
+    z` of the mean loss (forward-mode automatic differentiation). The mean of :math:`\hat g` is the gradient, exactly
+    and for any :math:`S`; `WeightPerturbation` tends to this rule as its ``sigma`` goes to 0.
 
-    ``space="activities"`` draws the direction for every synapse's postsynaptic activity :math:`u` in place of its
-    weights, and credits each sample with its own slope, as `NodePerturbation` does in the limit of small noise:
-    :math:`\Delta W = -\langle (\nabla L \cdot \xi)\,\xi\,x^\top \rangle`. There are fewer neurons than weights, and
-    each sample is an experiment of its own: far less noise in the estimate.
+    ``space="activities"`` draws directions of postsynaptic activity :math:`u` in place of weights, and credits each
+    sample with its own slope, as `NodePerturbation` does in the limit of small noise: :math:`\Delta W = -\langle
+    (\nabla L \cdot \xi)\,\xi\,x^\top \rangle`. There are fewer neurons than weights, and each sample is an experiment,
+    so that the estimate has far less noise.
 
-    Cost a step: ``samples`` forward passes with their derivatives, each of the work of two to three without; with
+    Cost of a step: ``samples`` forward passes with derivatives, each the work of two to three ordinary ones; with
     ``space="activities"`` one local product more. Batch statistics advance once; dropout masks are the same for all
-    directions. Where an operator has no forward derivative, slopes are measured by central differences instead,
-    with one warning.
+    directions. If an operator has no forward derivative, slopes are measured by central differences, with one warning.
 
     Args:
         params: parameters, named parameters, or the model. ``space="activities"`` needs the model (or modules).
         lr: learning rate of ``descent``.
-        samples: :math:`S`, the number of directions a step.
+        samples: :math:`S`, the number of directions per step.
         space: ``"weights"`` or ``"activities"``.
-        credit: of activities: ``"sample"`` (each sample its own slope) or ``"global"``. A scalar loss is global.
+        credit: of activities: ``"sample"`` (each sample its own slope) or ``"global"``. A scalar loss is always global.
         distribution: of the directions' entries: ``"normal"``, or ``"rademacher"``, -1 and 1, drawn in a third of the
             time.
         difference: the step to each side of the central differences, in units of the weights or activities.
         options: the keywords that follow.
-        seed: of the directions; with the step and the sample it fixes each.
+        seed: of the directions; with the step and the sample it determines each.
         descent: the `torch.optim` class that makes the step; its options as further keywords.
-        process_group: split the directions over these ranks, which all see the same batch; only slopes travel.
+        process_group: split the directions over these ranks, which have the same batch; they exchange only slopes.
 
     Raises:
         ValueError: a hyperparameter out of range; with activities, a model without plastic layers.
         TypeError: with activities, bare parameters.
-        RuntimeError: a step without a closure; a non-finite loss, after which nothing has changed.
+        RuntimeError: a step without a closure; a non-finite loss (nothing is changed then).
 
     Sources: A. G. Baydin, B. A. Pearlmutter, D. Syme, F. Wood & P. Torr (2022), *Gradients without backpropagation*;
     of activities: M. Ren, S. Kornblith, R. Liao & G. Hinton (2023), *Scaling forward gradient with local losses*.
@@ -94,7 +93,7 @@ class ForwardGradient(NoisyActivity):
         self.difference = difference
         self._by_differences = False  # an operator without a forward derivative was met
         with warnings.catch_warnings(), forward_ad.dual_level():
-            warnings.simplefilter("ignore", FutureWarning)  # torch's own, at its first dual tensor
+            warnings.simplefilter("ignore", FutureWarning)  # torch's own, at the first dual tensor
             forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
 
     def _select(self, group: dict[str, Any]) -> tuple[list[Any], list[Synapse]]:
@@ -110,7 +109,7 @@ class ForwardGradient(NoisyActivity):
 
         def exact(sample: int) -> tuple[Tensor, Tensor | None]:
             for p, z in zip(params, self._directions(sample, params, fill=fill), strict=True):
-                # In place, so that any model and closure can be given; adding -0 changes no bit.
+                # In place, for any model and closure; adding -0 changes no bit.
                 p.add_(forward_ad.make_dual(torch.full_like(p, -0.0), z))
             return probe.along_tangents()
 
@@ -131,7 +130,7 @@ class ForwardGradient(NoisyActivity):
                 self._compare(probe, total, outcome[0])  # at the same weights
             found[sample] = mean_loss(outcome)
             total = outcome[0].clone() if total is None else total + outcome[0]
-        assert total is not None  # no rank is without a sample
+        assert total is not None  # every rank has a sample
         slopes = self._gathered(found, self.samples, ("the loss", "the slope of the loss"), total)[:, 1]
         grads = [torch.zeros_like(p) for p in params]
         for sample, slope in enumerate((slopes / self.samples).tolist()):
@@ -203,7 +202,7 @@ class ForwardGradient(NoisyActivity):
                     losses, slopes = exact(sample)
                     if slopes is not None:
                         return torch.stack([losses, slopes])
-            except RuntimeError as error:  # NotImplementedError is one
+            except RuntimeError as error:  # or NotImplementedError
                 if "forward AD" not in str(error) and "jvp" not in str(error):
                     raise
                 reason = str(error).splitlines()[0]
@@ -214,12 +213,12 @@ class ForwardGradient(NoisyActivity):
             self._require_repeatable(probe)
             warn(
                 f"ForwardGradient: no forward derivative here ({reason}); slopes are measured by central differences "
-                f"of difference={self.difference}, at two to three passes each"
+                f"of difference={self.difference}, in two to three passes each"
             )
         return torch.stack(differences(sample))
 
 
 def _leave_dual_level() -> None:
-    """After an interrupt between opening and closing it."""
+    """Close a level that an interrupt has left open."""
     if in_dual_level():
         forward_ad.exit_dual_level()

@@ -1,4 +1,4 @@
-"""Weight perturbation of rank one: each sample of a batch carries its own direction, at the price of one pass."""
+"""Weight perturbation of rank one: one pass tries a direction for each sample of the batch."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from .base import HALF, MICRO_BATCHES, NoisyActivity, Record, credit_of
 
 
 class _Members(NamedTuple):
-    """The directions of one synapse, one a sample: ``a bᵀ`` of its weights (in each pool), ``c`` of its bias."""
+    """The directions of one synapse, one per sample: ``a bᵀ`` of its weights (in each pool), ``c`` of its bias."""
 
     a: Tensor  # N × neurons
     b: Tensor  # N × pools × inputs of a neuron
     c: Tensor | None  # N × neurons
-    seen: Tensor  # N, whether the synapse ran on the sample
+    ran: Tensor  # N, whether the synapse ran on the sample
 
 
 @final
 class RankOnePerturbation(NoisyActivity):
-    r"""Weight perturbation with a rank-one direction of its own for each sample of the batch.
+    r"""Weight perturbation with a separate rank-one direction for each sample of the batch.
 
     .. math::
         \hat g = \frac{1}{N S} \sum_{n, i}
@@ -38,45 +38,45 @@ class RankOnePerturbation(NoisyActivity):
         a_{ni} b_{ni}^\top, \qquad \Delta W = -\hat g
 
     with the loss :math:`L_n` of sample :math:`n` of :math:`N`, :math:`S` = ``samples``, and vectors :math:`a` (one
-    entry a neuron) and :math:`b` (one an input) of independent entries of mean 0 and variance 1, normal or
-    (``distribution="rademacher"``) -1 and 1; biases get a vector of their own. As :math:`a b^\top x = a\,(b^\top x)`,
-    a pass over the batch tries :math:`N` directions, where `WeightPerturbation` tries one, and :math:`\hat g` is one
-    matrix product. In grouped convolutions each group has a direction of its own.
+    entry per neuron) and :math:`b` (one per input) of independent entries of mean 0 and variance 1, normal or
+    (``distribution="rademacher"``) -1 and 1; biases have another vector. As :math:`a b^\top x = a\,(b^\top x)`, a pass
+    over the batch tries :math:`N` directions, where `WeightPerturbation` tries one, and :math:`\hat g` is one matrix
+    product. In grouped convolutions each group has its own direction.
 
     The entries of :math:`a b^\top` are uncorrelated and of variance 1, so that the mean of :math:`\hat g` is the
-    gradient of the mean loss, but for :math:`O(\sigma^2)`. They are not normal (their fourth moment is 9, with
-    ``"rademacher"`` 1), so it is the gradient of the loss smoothed by this distribution, not of a Gaussian's. The
-    variance grows with the number of weights, and with the gradients of the single samples in place of their mean's.
+    gradient of the mean loss up to :math:`O(\sigma^2)`. They are not normal (their fourth moment is 9, with
+    ``"rademacher"`` 1): it is the gradient of the loss smoothed by this distribution, not by a Gaussian. The variance
+    grows with the number of weights and with the gradients of single samples, not with that of their mean.
 
-    Cost a step: ``2 samples`` forward passes, two more at the very first (to see that the closure is repeatable), and
-    as many local products; a convolution's sums :math:`b^\top x` cost more than that, since each sample has a filter
-    of its own. Memory: vectors, none of the size of the weights but ``.grad``. Batch statistics advance once, dropout
-    masks are the same in all evaluations. Where samples of a batch influence each other (batch norm), ``"sample"``
-    leaves that influence out.
+    Cost of a step: ``2 samples`` forward passes (two more in the first, to check that the closure is repeatable) and as
+    many local products; the sums :math:`b^\top x` of a convolution cost more, since each sample has its own filter.
+    Memory: vectors, nothing of the size of the weights but ``.grad``. Batch statistics advance once, dropout masks are
+    the same in all evaluations. If samples of a batch influence each other (batch norm), ``"sample"`` ignores that
+    influence.
 
     Args:
-        params: the model (or modules, or groups whose ``"params"`` are modules). Bare parameters are refused: the
-            rule must see what enters a layer. Weight and bias of each synapse learn; other parameters stay frozen.
+        params: the model (or modules, or groups whose ``"params"`` are modules). Bare parameters are refused, because
+            the rule needs presynaptic activity. Weight and bias of each synapse learn; other parameters stay frozen.
         lr: learning rate of ``descent``.
         sigma: :math:`\sigma`, the standard deviation of the change of each weight, in units of the weights.
-        samples: :math:`S`, pairs of passes a step, each with new directions.
+        samples: :math:`S`, pairs of passes per step, each with new directions.
         credit: ``"sample"``, or ``"global"``: one scalar loss credits all directions of a pass. A scalar loss is
-            global by itself.
+            always global.
         distribution: of the entries of :math:`a`, :math:`b` and the bias's vector: ``"normal"`` or ``"rademacher"``.
         options: the keywords that follow.
-        seed: of the directions; with the step and the pass it fixes them all.
+        seed: of the directions; with the step and the pass it determines them all.
         descent: the `torch.optim` class that makes the step; its options as further keywords.
-        process_group: split the pairs of passes over these ranks, which all see the same batch; only losses travel.
+        process_group: split the pairs of passes over these ranks, which have the same batch; they exchange only losses.
 
     Raises:
         ValueError: a hyperparameter out of range; a model without plastic layers, or with plastic layers other than
             Linear, Conv1d, Conv2d and Conv3d.
         TypeError: bare parameters.
         RuntimeError: a step without a closure, or with one that is not repeatable; a layer whose first dimension is not
-            the sample; a non-finite loss, after which nothing has changed.
+            the sample; a non-finite loss (nothing is changed then).
 
-    Source: B. Sarkar et al. (2025), *Evolution strategies at the hyperscale* (EGGROLL), whose members each take a
-    slice of the batch; here the slices are single samples, which for one cost gives the least variance.
+    Source: B. Sarkar et al. (2025), *Evolution strategies at the hyperscale* (EGGROLL), where each member has a slice
+    of the batch; here the slices are single samples, which gives the least variance for the cost.
     """
 
     constraints: ClassVar[dict[str, Constraint]] = {"sigma": POSITIVE}
@@ -101,14 +101,14 @@ class RankOnePerturbation(NoisyActivity):
 
     def _select(self, group: dict[str, Any]) -> tuple[list[Any], list[Synapse]]:
         named, synapses = self._select_synapses(group)
-        way_out = "train it by another rule through bioopt.Mixed, or freeze it"
-        self._require_plain("RankOnePerturbation", synapses, way_out)
+        remedy = "train it by another rule through bioopt.Mixed, or freeze it"
+        self._require_built_in("RankOnePerturbation", synapses, remedy)
         return named, synapses
 
     def _estimate(self, probe: Probe) -> Estimate:
         self._prepare(probe)
         losses: dict[int, Tensor] = {}
-        seen: dict[int, Tensor] = {}
+        ran: dict[int, Tensor] = {}
         records: list[Record] = []
         kept: tuple[int, dict[Synapse, _Members]] = (-1, {})
         for sample in self._share("samples", self.samples):
@@ -121,14 +121,14 @@ class RankOnePerturbation(NoisyActivity):
             losses[sample] = torch.stack(sides)
             routed = list(dict.fromkeys(record.synapse for record in records if record.rows is not None))
             if routed:
-                seen[sample] = torch.stack([kept[1][synapse].seen for synapse in routed]).double()
+                ran[sample] = torch.stack([kept[1][synapse].ran for synapse in routed]).double()
         per_sample = self._per_sample(records, losses[next(iter(losses))][0], probe)
         outcomes = self._gathered(losses, self.samples)
         changes = outcomes[:, 0] - outcomes[:, 1]
         require_finite(self, "the loss", [changes])
         sizes = {record.synapse: record.samples for record in records}
-        # A direction tried on a sample that took another pathway did not change its loss: it would only add noise.
-        took = dict(zip(routed, self._gathered(seen, self.samples).unbind(1), strict=True)) if routed else {}
+        # On a sample that took another pathway, a direction did not change the loss: its credit would be mere noise.
+        took = dict(zip(routed, self._gathered(ran, self.samples).unbind(1), strict=True)) if routed else {}
         grads: dict[Tensor, Tensor] = {}
         for sample, change in enumerate(changes):
             members = kept[1]
@@ -149,7 +149,7 @@ class RankOnePerturbation(NoisyActivity):
     def _disturbance(
         self, sample: int, sign: int, members: dict[Synapse, _Members], records: list[Record] | None
     ) -> Visit:
-        """What hands on the activity of disturbed weights; draws ``members`` and takes records in where they lack."""
+        """A visitor that adds the effect of each sample's direction; fills ``members`` and ``records`` on first use."""
         draw = self._draws(sample)
 
         def disturb(firing: Firing, u: Tensor) -> Tensor | None:
@@ -161,15 +161,15 @@ class RankOnePerturbation(NoisyActivity):
                 )
             record = Record.of(firing, u)
             if records is not None:
-                records.append(record._replace(u=torch.empty_like(u, device="meta")))  # for its shape
+                records.append(record._replace(u=torch.empty_like(u, device="meta")))  # only for its shape
             if synapse not in members:
                 members[synapse] = self._drawn(synapse, record.samples, draw)
             elif (size := len(members[synapse].a)) != record.samples:
                 raise RuntimeError(
                     f"RankOnePerturbation: layer '{synapse.name}' ran on {size} samples and then on {record.samples}, "
-                    f"but each sample has a direction of its own; {MICRO_BATCHES}"
+                    f"but each sample has its own direction; {MICRO_BATCHES}"
                 )
-            members[synapse].seen[slice(None) if record.rows is None else record.rows.index] = True
+            members[synapse].ran[slice(None) if record.rows is None else record.rows.index] = True
             if not len(u):
                 return None
             a, b, c, _ = members[synapse]
@@ -190,7 +190,7 @@ class RankOnePerturbation(NoisyActivity):
 
 
 def _added(synapse: Synapse, x: Tensor, a: Tensor, b: Tensor, c: Tensor | None) -> Tensor:
-    """What each sample's direction adds to the postsynaptic activity: ``a (bᵀ x) + c``."""
+    """The effect of each sample's direction on postsynaptic activity: ``a (bᵀ x) + c``."""
     layer: Any = synapse.layer
     size = len(x)
     if isinstance(layer, nn.Linear):
@@ -208,7 +208,7 @@ def _added(synapse: Synapse, x: Tensor, a: Tensor, b: Tensor, c: Tensor | None) 
 
 
 def _gradients(synapse: Synapse, members: _Members, credit: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """``Σ credit a bᵀ`` over samples, and of the bias ``Σ credit c``."""
+    """``Σ credit a bᵀ`` over samples, and ``Σ credit c`` for the bias."""
     a, b, c = members[:3]
     credit = credit.to(a.dtype)
     signal = (a * credit.unsqueeze(1)).view(len(a), synapse.pools, -1)

@@ -1,4 +1,4 @@
-"""Perturbation of weights: all at once along random directions, or one after another."""
+"""Perturbation of weights: all at once along random directions, or one at a time."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from .base import DISTRIBUTION, FILL, Perturbation, compared
 
 
 def _zscore(losses: Tensor) -> Tensor:
-    away = losses - losses.mean()
-    return away / away.square().mean().sqrt().clamp(min=torch.finfo(losses.dtype).tiny)
+    centred = losses - losses.mean()
+    return centred / centred.square().mean().sqrt().clamp(min=torch.finfo(losses.dtype).tiny)
 
 
 def _winsorised(losses: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ SHAPE: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-_Place = tuple[Tensor, tuple[int, ...], float]  # a parameter, where in it, and the width of its change
+_Place = tuple[Tensor, tuple[int, ...], float]  # a parameter, an index in it, and the size of the change
 
 
 @final
@@ -60,33 +60,33 @@ class WeightPerturbation(Perturbation):
     :math:`(L(w + \sigma z_m) - L(w)) / \sigma`. The mean of :math:`\hat g` is the gradient of :math:`L` smoothed over
     the width :math:`\sigma`; its variance grows with the number of weights.
 
-    ``shaping`` puts in the place of the losses of a step what they are among each other: ``"zscore"``, their distance
-    from the mean in standard deviations; ``"winsorised"``, the same with the outermost twentieths of them drawn in to
-    the 5th and 95th percentile first; ``"ranks"``, their ranks, spread evenly from -1/2 to 1/2. The step is then as
-    long on a plateau as on a slope, and :math:`\hat g` no gradient any more; it wants a ``population`` of many.
+    ``shaping`` replaces the losses of a step by a relative measure: ``"zscore"``, their distance from the mean in
+    standard deviations; ``"winsorised"``, the same after clipping at the 5th and 95th percentile; ``"ranks"``, their
+    ranks, spread evenly from -1/2 to 1/2. The step is then as long on a plateau as on a slope, and :math:`\hat g` is no
+    longer a gradient; use a large ``population``.
 
-    Cost a step: ``2 population`` forward passes (``population + 1`` with ``antithetic=False``), two more at the very
-    first, to see that the closure is repeatable. Memory: one copy of
-    the weights, from which they are restored bit for bit and which then becomes ``.grad``; directions are drawn
-    again from their seed. Batch statistics advance once, dropout masks are the same in all evaluations.
+    Cost of a step: ``2 population`` forward passes (``population + 1`` with ``antithetic=False``), two more in the
+    first, to check that the closure is repeatable. Memory: one copy of the weights, from which they are restored bit
+    for bit and which then becomes ``.grad``; directions are drawn again from their seed. Batch statistics advance once,
+    dropout masks are the same in all evaluations.
 
     Args:
         params: parameters, named parameters, or the model: all that require grad are perturbed.
         lr: learning rate of ``descent``.
         sigma: :math:`\sigma`, the standard deviation of the change of each weight, in units of the weights.
-        population: :math:`M`, the number of directions a step.
-        antithetic: evaluate each direction at both signs, which removes the even orders of the error.
-        distribution: ``"normal"`` or ``"rademacher"``, whose steps are all of one length.
+        population: :math:`M`, the number of directions per step.
+        antithetic: evaluate each direction with both signs, which removes the even orders of the error.
+        distribution: ``"normal"`` or ``"rademacher"``, whose directions all have the same length.
         shaping: ``"none"``, ``"zscore"``, ``"winsorised"`` or ``"ranks"``.
         options: the keywords that follow.
-        seed: of the noise; with the step and the member it fixes every direction.
+        seed: of the noise; with the step and the member it determines every direction.
         descent: the `torch.optim` class that makes the step; its options as further keywords.
-        process_group: split the population over these ranks, which all see the same batch; only losses travel.
+        process_group: split the population over these ranks, which have the same batch; they exchange only losses.
 
     Raises:
         ValueError: a hyperparameter out of range.
-        RuntimeError: a step without a closure, or with one that is not repeatable; a non-finite loss, after which
-            nothing has changed; ``sigma`` too small to change any weight in its precision, at the first step.
+        RuntimeError: a step without a closure, or with one that is not repeatable; a non-finite loss (nothing is
+            changed then); in the first step, ``sigma`` too small to change any weight in its precision.
 
     Sources: J. C. Spall (1992), *Multivariate stochastic approximation using a simultaneous perturbation gradient
     approximation*; with a population: I. Rechenberg (1973), T. Salimans et al. (2017), *Evolution strategies*;
@@ -155,7 +155,7 @@ class WeightPerturbation(Perturbation):
             shaped = SHAPE[self.shaping](sides.flatten()).view(sides.shape)
             change = shaped[:, 0] - shaped[:, 1] if clean is None else shaped[:, 0]
         factors = (change / (self.population * (1 if clean is not None else 2))).tolist()
-        # Credit goes to the change that a weight's precision really allowed.
+        # Credit goes to the change that the weight's precision preserved.
         grads = [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in saved]
         del saved
         for member, factor in enumerate(factors):
@@ -179,36 +179,36 @@ class SerialPerturbation(Perturbation):
     .. math::
         \hat g_i = \frac{L(w + \sigma e_i) - L(w - \sigma e_i)}{2 \sigma}, \qquad \Delta w_i = -\hat g_i
 
-    for ``coordinates`` weights :math:`i` a step, all measured at the step's base point; the others get zero. With
-    ``central=False`` it is :math:`(L(w + \sigma e_i) - L(w)) / \sigma`, for half the passes and a larger error. The
-    weights are visited in random order without repetition, in a new order each sweep; the last step of a sweep
-    takes what is left. The position in the sweep is part of the state. A sweep over all weights measures the whole
-    gradient, exact but for :math:`O(\sigma^2)` (:math:`O(\sigma)` with ``central=False``).
+    for ``coordinates`` weights :math:`i` per step, all measured from the weights before the step; the others get zero.
+    With ``central=False`` it is :math:`(L(w + \sigma e_i) - L(w)) / \sigma`, for half the passes and a larger error.
+    The weights are visited in random order without repetition, in a new order each sweep; the last step of a sweep
+    visits the rest. The position in the sweep is part of the state. A sweep over all weights measures the whole
+    gradient up to :math:`O(\sigma^2)` (:math:`O(\sigma)` with ``central=False``).
 
-    Cost a step: ``2 coordinates`` forward passes (``coordinates + 1`` with ``central=False``), two more at the very
-    first, to see that the closure is repeatable: the plainest of all rules, and the slowest.
+    Cost of a step: ``2 coordinates`` forward passes (``coordinates + 1`` with ``central=False``), two more in the
+    first, to check that the closure is repeatable. It is the simplest rule, and the slowest.
 
     Args:
         params: parameters, named parameters, or the model: all that require grad are visited.
-        lr: learning rate of ``descent``. As a step moves few weights, it is far larger than that of the others.
+        lr: learning rate of ``descent``. As a step changes few weights, it is far larger than for other rules.
         sigma: :math:`\sigma`, the change of a weight, in units of the weights.
-        coordinates: weights a step.
-        central: measure a weight's change to both sides, or to one.
-        batched: measure all changes of a process in one evaluation (`torch.func.vmap` over the closure), each as what
-            it adds to its neuron's activity, with the activities of all in memory. For models whose plastic parameters
-            are weights and biases of Linear layers; 256 weights of a small network were measured 7 times as fast. A
-            closure that vmap cannot run (batch norm in training mode, ``loss.item()``, ``loss.backward()``) is run
-            change by change, with one warning.
+        coordinates: weights per step.
+        central: change a weight in both directions, or in one.
+        batched: measure all changes of a process in one evaluation (`torch.func.vmap` over the closure), each by its
+            effect on its neuron's activity, with all activities in memory. For models whose plastic parameters are
+            weights and biases of Linear layers; 256 weights of a small network were measured 7 times as fast. A closure
+            that vmap cannot run (batch norm in training mode, ``loss.item()``, ``loss.backward()``) is run change by
+            change, with one warning.
         options: the keywords that follow.
         seed: of the order of visits.
         descent: the `torch.optim` class that makes the step; its options as further keywords.
-        process_group: split the coordinates over these ranks, which all see the same batch; only losses travel.
+        process_group: split the coordinates over these ranks, which have the same batch; they exchange only losses.
 
     Raises:
         ValueError: a hyperparameter out of range; with ``batched``, plastic parameters other than of Linear layers.
         TypeError: with ``batched``, bare parameters.
-        RuntimeError: a step without a closure, or with one that is not repeatable; a non-finite loss, after which
-            nothing has changed; ``sigma`` too small to change a weight in its precision.
+        RuntimeError: a step without a closure, or with one that is not repeatable; a non-finite loss (nothing is
+            changed then); ``sigma`` too small to change a weight in its precision.
 
     Sources: M. Jabri & B. Flower (1992), *Weight perturbation*, IEEE Trans. Neural Networks 3; the serial form as
     in J. Werfel, X. Xie & H. S. Seung (2005), *Learning curves for stochastic gradient descent in linear
@@ -253,7 +253,7 @@ class SerialPerturbation(Perturbation):
         return named, synapses
 
     def _visits(self, total: int) -> list[int]:
-        """The order of the current sweep, made once a sweep."""
+        """The order of the current sweep, drawn once per sweep."""
         key = (self._own_state["seed"], self._own_state["sweep"], total)
         if self._order[0] != key:
             stream = self._noise.stream(torch.device("cpu"), *key[:2])
@@ -266,7 +266,6 @@ class SerialPerturbation(Perturbation):
         ends = list(accumulate(p.numel() for p, _ in plastic))
         order, position = self._visits(ends[-1]), self._own_state["position"]
         visited = order[position : position + self.coordinates]
-        found: dict[int, Tensor] = {}
         places: list[_Place] = []
         for visit in visited:
             which = bisect_right(ends, visit)
@@ -274,16 +273,17 @@ class SerialPerturbation(Perturbation):
             places.append((p, _unravel(visit - ends[which] + p.numel(), p.shape), group["sigma"]))
         clean = None if self.central else self._base_point(probe)
         mine = {i: places[i] for i in self._share("coordinates", self.coordinates) if i < len(places)}
-        together = self._at_once(probe, mine, clean) if self.batched and mine and not probe.always_grad else None
+        batched = self.batched and mine and not probe.always_grad
+        together = self._in_one_evaluation(probe, mine, clean) if batched else None
         found, total = together or self._one_by_one(probe, mine, clean)
-        if total is None:  # one-sided, or a rank with nothing to do in the last step of a sweep, which is short
+        if total is None:  # one-sided, or a rank without work in the short last step of a sweep
             total = torch.zeros_like(probe() if clean is None else clean)
         changes = self._gathered(found, len(places), total=total)[:, 2].tolist()
         grads = {p: torch.zeros_like(p) for p, _ in plastic}
         for (p, at, sigma), change in zip(places, changes, strict=True):
             if together is not None:
                 width = 2 * sigma if self.central else sigma
-            else:  # what the weight's precision really allowed
+            else:  # the change that the weight's precision preserved
                 width = ((p[at] + sigma) - (p[at] - sigma if clean is None else p[at])).item()
             if width == 0:
                 raise RuntimeError(f"SerialPerturbation: sigma={sigma} changes nothing at a weight of {p[at].item()}")
@@ -298,7 +298,7 @@ class SerialPerturbation(Perturbation):
     def _one_by_one(
         self, probe: Probe, places: dict[int, _Place], clean: Tensor | None
     ) -> tuple[dict[int, Tensor], Tensor | None]:
-        """What each change did to the loss, and the sum of the losses to both sides."""
+        """The losses of each change, and the sum of the losses over both signs."""
         found: dict[int, Tensor] = {}
         total: Tensor | None = None
         # Layers that are watched, for changes at once, fire here as well.
@@ -315,28 +315,30 @@ class SerialPerturbation(Perturbation):
                 p[at] = value
         return found, total
 
-    def _at_once(
+    def _in_one_evaluation(
         self, probe: Probe, places: dict[int, _Place], clean: Tensor | None
     ) -> tuple[dict[int, Tensor], Tensor | None] | None:
-        """The same from one evaluation: a changed weight adds its presynaptic activity to one neuron's activity."""
+        """The same in one evaluation: a changed weight adds its presynaptic activity to one neuron's activity."""
         signs = (1, -1) if clean is None else (1,)
         changes = [(p, at, sign * sigma) for sign in signs for p, at, sigma in places.values()]
         count = len(changes)
-        changed: dict[Synapse, tuple[Tensor, Tensor, Tensor]] = {}  # which input; of it, and without it, to whom
+        changed: dict[
+            Synapse, tuple[Tensor, Tensor, Tensor]
+        ] = {}  # index of the input; change of each neuron by it, and by its bias
         for synapse in self._recorder.synapses.values():
             if synapse.layer in self._readout.layers:
                 continue
             weight = synapse.weight
             source = torch.zeros(count, 1, dtype=torch.int64, device=weight.device)
-            of_input, alone = weight.new_zeros(2, count, len(weight))
-            for param, widths in ((weight, of_input), (synapse.bias, alone)):
+            by_input, by_bias = weight.new_zeros(2, count, len(weight))
+            for param, widths in ((weight, by_input), (synapse.bias, by_bias)):
                 mine = [(k, at, width) for k, (p, at, width) in enumerate(changes) if p is param]
                 which = torch.tensor([k for k, _, _ in mine], dtype=torch.int64, device=weight.device)
                 neuron = torch.tensor([at[0] for _, at, _ in mine], dtype=torch.int64, device=weight.device)
                 widths[which, neuron] = weight.new_tensor([width for _, _, width in mine])
                 if param is weight:
                     source[which, 0] = source.new_tensor([at[1] for _, at, _ in mine])
-            changed[synapse] = (source, of_input, alone)
+            changed[synapse] = (source, by_input, by_bias)
         fired: set[Synapse] = set()
 
         def evaluate(parts: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
@@ -344,8 +346,8 @@ class SerialPerturbation(Perturbation):
 
             def change(firing: Firing, u: Tensor) -> Tensor:
                 fired.add(firing.synapse)
-                source, of_input, alone = of_synapse[firing.synapse]
-                return u.detach() + (firing.x.detach().index_select(-1, source) * of_input + alone).to(u.dtype)
+                source, by_input, by_bias = of_synapse[firing.synapse]
+                return u.detach() + (firing.x.detach().index_select(-1, source) * by_input + by_bias).to(u.dtype)
 
             with self._cutting(change):
                 return probe(copies=count)
@@ -370,26 +372,26 @@ class HillClimbing(Perturbation):
         w' = \begin{cases} w + \mathrm{lr}\, z & \text{if } L(w + \mathrm{lr}\, z) < L(w) \\
         w & \text{otherwise} \end{cases}, \qquad z \sim \mathcal N(0, I)
 
-    with the mean loss :math:`L`. Of several ``tries`` the best is kept. The caricature of learning by trial and error:
-    it uses one bit of the change of the loss, and nothing of a change for the worse. Both losses are those of one
-    batch; small batches make it keep what only looks better.
+    with the mean loss :math:`L`. Of several ``tries`` the best is kept. A caricature of learning by trial and error: it
+    uses one bit of the change of the loss, and learns nothing from a change for the worse. Both losses are those of one
+    batch; with small batches, changes are kept that are better by chance.
 
-    Cost a step: ``1 + tries`` forward passes, two more at the very first, to see that the closure is repeatable.
+    Cost of a step: ``1 + tries`` forward passes, two more in the first, to check that the closure is repeatable.
     Memory: one copy of the weights, from which they are restored bit for bit. Batch statistics advance once, dropout
     masks are the same in all evaluations.
 
     Args:
         params: parameters, named parameters, or the model: all that require grad are changed.
         lr: the standard deviation of a change, in units of the weights.
-        tries: changes to try a step.
-        seed: of the changes; with the step and the try it fixes each.
-        exclude: what to leave alone: module types, modules, or names of modules or parameters.
-        process_group: split the tries over these ranks, which all see the same batch; only losses travel.
+        tries: changes to try per step.
+        seed: of the changes; with the step and the try it determines each.
+        exclude: module types, modules, or names of modules or parameters to leave out.
+        process_group: split the tries over these ranks, which have the same batch; they exchange only losses.
 
     Raises:
         ValueError: a hyperparameter out of range.
-        RuntimeError: a step without a closure, or with one that is not repeatable; a non-finite loss, after which
-            nothing has changed.
+        RuntimeError: a step without a closure, or with one that is not repeatable; a non-finite loss (nothing is
+            changed then).
 
     Sources: L. A. Rastrigin (1963), *The convergence of the random search method in the extremal control of a many
     parameter system*; several tries: H.-P. Schwefel (1965), *Kybernetische Evolution*.
@@ -451,6 +453,7 @@ class HillClimbing(Perturbation):
 
 
 def _unravel(index: int, shape: torch.Size) -> tuple[int, ...]:
+    """The index in a tensor of this shape for an index in its flat version."""
     place = []
     for size in reversed(shape):
         index, i = divmod(index, size)

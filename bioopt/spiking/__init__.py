@@ -1,6 +1,6 @@
-"""The spiking family: what a synapse learns depends on when the two neurons that it joins spike.
+"""The spiking family: the change of a synapse depends on the spike times of its two neurons.
 
-What turns inputs into spikes is in `bioopt.nn`; neurons are the user's own modules, or snntorch's.
+Encodings of inputs as spikes are in `bioopt.nn`; neurons are the user's own modules, or snntorch's.
 """
 
 from .reward_stdp import RewardSTDP

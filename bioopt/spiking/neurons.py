@@ -1,4 +1,4 @@
-"""Which module holds the spiking neurons that a layer drives."""
+"""Finds the module with the spiking neurons that a layer drives."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from torch import nn
 from ..core.params import named_modules_of
 from ..core.synapse import Synapse
 
-#: the neurons of layers, by the layers' names: a module, or its name
+#: name of a layer -> its neurons, as a module or by name
 Neurons: TypeAlias = Mapping[str, str | nn.Module]
 
 
 class NeuronFinder:
-    """Which module holds the neurons of each synapse."""
+    """Finds the module with the neurons of each synapse."""
 
     def __init__(self, rule: str, named: Neurons | None) -> None:
         self.rule = rule
         self.named = dict(named or {})
-        self.places: dict[nn.Module, str] = {}  # all modules given, in registration order
+        self.modules: dict[nn.Module, str] = {}  # all modules given, in registration order, with their names
 
     def find(self, synapses: list[Synapse], params: Any) -> None:
-        """Set the neurons of the synapses of a group, whose ``"params"`` are these modules."""
+        """Set the neurons of a group's synapses; ``params``: the modules of the group."""
         for prefix, module in named_modules_of(params):
             for name, inner in module.named_modules(prefix=prefix):
-                self.places.setdefault(inner, name)
+                self.modules.setdefault(inner, name)
         layers = {synapse.layer for synapse in synapses}
         for synapse in synapses:
             synapse.neurons = self._named(synapse) if synapse.name in self.named else self._following(synapse, layers)
 
     def require_known(self, synapses: Any) -> None:
-        """Raise where ``neurons`` names a layer that does not exist."""
+        """Raise if ``neurons`` names a layer that does not exist."""
         known = [synapse.name for synapse in synapses]
         for name in self.named:
             if name not in known:
@@ -42,7 +42,7 @@ class NeuronFinder:
         given = self.named[synapse.name]
         if isinstance(given, nn.Module):
             return given
-        for module, name in self.places.items():
+        for module, name in self.modules.items():
             if name == given:
                 return module
         raise ValueError(
@@ -52,13 +52,13 @@ class NeuronFinder:
 
     def _following(self, synapse: Synapse, layers: set[nn.Module]) -> nn.Module:
         after = False
-        for module in self.places:
+        for module in self.modules:
             if module is synapse.layer:
                 after = True
             elif after and not type(module).__module__.startswith("torch.nn.") and layers.isdisjoint(module.modules()):
                 return module
         raise ValueError(
-            f"{self.rule}: layer '{synapse.name}' has no spiking neurons after it. Any module serves that is not of "
-            "torch.nn and returns 0 or 1 for each of its outputs, such as snntorch.Leaky; if it stands elsewhere, name "
-            f"it: neurons={{'{synapse.name}': ...}}"
+            f"{self.rule}: layer '{synapse.name}' has no spiking neurons after it. Neurons are any module that is not "
+            "of torch.nn and returns 0 or 1 for each output of the layer, such as snntorch.Leaky; if they are "
+            f"elsewhere, name them: neurons={{'{synapse.name}': ...}}"
         )

@@ -1,4 +1,4 @@
-"""Spike-timing-dependent plasticity that a reward lets count."""
+"""Spike-timing-dependent plasticity gated by reward."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..core.rule import Estimate, LearningRule
 from ..core.synapse import Synapse
 from ..perturbation.base import CREDIT, MICRO_BATCHES, ambiguous
 from .neurons import NeuronFinder, Neurons
-from .traces import WINDOW, Moment, Traces, add_product, advance, bounded, check_bounds
+from .traces import WINDOW, TimeStep, Traces, add_product, advance, bounded, check_bounds
 
 
 @final
@@ -32,24 +32,24 @@ class RewardSTDP(LearningRule):
         \bar R \leftarrow \bar R + r\,(\langle R \rangle - \bar R)
 
     with spikes :math:`x, s` and traces :math:`p, q` as in `STDP`, an eligibility :math:`e` of each sample and synapse
-    that fades with :math:`\tau_e`, and the reward :math:`R` (dopamine), which comes at the end of the sequence, at
-    :math:`T`: minus what the closure returns. :math:`\bar R` is the running mean of the reward (in the first step,
-    that step's own). No error signal and no gradient; what varies from trial to trial is up to the neurons, so give
-    them, or their inputs, some noise.
+    that fades with :math:`\tau_e`, and the reward :math:`R` (dopamine) at the end of the sequence, :math:`T`: minus the
+    result of the closure. :math:`\bar R` is the running mean of the reward (in the first step, the reward of that
+    step). There is no error signal or gradient. The rule adds no noise: for trials to differ, the neurons or their
+    inputs must be noisy.
 
-    With ``credit="sample"`` each sample has its own reward, so that a batch of :math:`N` samples is as many trials;
-    :math:`\langle\cdot\rangle` is the mean over samples and positions. With ``credit="global"`` one reward credits
-    all. Bounds act on the whole change: ``"soft"`` multiplies what strengthens by :math:`w_{max} - W` and what weakens
-    by :math:`W - w_{min}`, ``"hard"`` and ``None`` as in `STDP`.
+    With ``credit="sample"`` each sample has its own reward, so that a batch of :math:`N` samples makes :math:`N`
+    trials; :math:`\langle\cdot\rangle` is the mean over samples and positions. With ``credit="global"`` one reward
+    credits all. Bounds act on the whole change: ``"soft"`` multiplies increases by :math:`w_{max} - W` and decreases by
+    :math:`W - w_{min}`, ``"hard"`` and ``None`` are as in `STDP`.
 
-    Eligibilities of all samples would take a matrix each. Spikes and traces are kept in their place until the reward
-    is known: memory grows with the length of a sequence. Every synapse follows the rule, the last too, so the network
-    ends in spiking neurons, which are found as in `STDP`. Only weights learn.
+    Spikes and traces are kept until the reward is known, in place of eligibilities, a matrix for each sample: memory
+    grows with the length of a sequence. By default the last synapse follows the rule as well, so that the network ends
+    in spiking neurons, which are found as in `STDP`. Only weights learn.
 
     Args:
         params: the model (or modules, or groups whose ``"params"`` are modules). Bare parameters are refused.
         lr: learning rate of ``descent``.
-        tau_e: :math:`\tau_e`, of the eligibility, in ms; infinite: it does not fade.
+        tau_e: :math:`\tau_e`, of the eligibility, in ms; with an infinite one it does not fade.
         tau_plus: :math:`\tau_+`, in ms.
         tau_minus: :math:`\tau_-`, in ms.
         dt: :math:`\delta`, time between two firings of a layer, in ms.
@@ -58,19 +58,19 @@ class RewardSTDP(LearningRule):
         bounds: ``"soft"``, ``"hard"`` or ``None``.
         w_min: :math:`w_{min}`.
         w_max: :math:`w_{max}`.
-        reward_rate: :math:`r` in (0, 1], how fast the expected reward follows.
-        credit: ``"sample"`` or ``"global"``. A scalar loss is global by itself.
+        reward_rate: :math:`r` in (0, 1], of the running mean of the reward.
+        credit: ``"sample"`` or ``"global"``. A scalar loss is always global.
         neurons: as in `STDP`.
         readout: ``None``, ``"delta"`` or ``"teacher"``, as in `LearningRule`; a readout needs no spiking neurons.
         options: further options of the readout, ``exclude``, ``descent``, its options and ``process_group`` (average
-            over these ranks, each of which has its share of the batch), as in `LearningRule`.
+            over these ranks, each with its share of the batch), as in `LearningRule`.
 
     Raises:
         ValueError: a hyperparameter out of range; a model without plastic layers; a layer without spiking neurons
             after it.
         TypeError: bare parameters.
         RuntimeError: as `STDP`; a step without a closure; a layer whose first dimension is not the sample (with
-            ``credit="sample"``); a non-finite loss, after which nothing has changed.
+            ``credit="sample"``); a non-finite loss (nothing is changed then).
 
     Sources: E. M. Izhikevich (2007), *Solving the distal reward problem through linkage of STDP and dopamine
     signaling*; R. V. Florian (2007), *Reinforcement learning through modulation of spike-timing-dependent synaptic
@@ -104,8 +104,8 @@ class RewardSTDP(LearningRule):
         name = type(self).__name__
         self._check_value("credit", credit, CREDIT)
         self.credit = credit
-        self._trains: dict[Synapse, Traces] = {}
-        self._moments: dict[Synapse, list[Moment]] = {}
+        self._traces: dict[Synapse, Traces] = {}
+        self._steps: dict[Synapse, list[TimeStep]] = {}
         self._finder = NeuronFinder(name, neurons)
         defaults = {
             "lr": lr,
@@ -138,12 +138,12 @@ class RewardSTDP(LearningRule):
     def _keep(self, firing: Firing, spikes: Tensor) -> Tensor:
         synapse, group = firing.synapse, self.param_groups[firing.synapse.group]
         with torch.no_grad(), torch.autocast(spikes.device.type, enabled=False):
-            before = self._trains.get(synapse)
-            moment, self._trains[synapse] = advance(
+            before = self._traces.get(synapse)
+            now, self._traces[synapse] = advance(
                 type(self).__name__, firing, spikes.detach(), before, group, MICRO_BATCHES.capitalize()
             )
-            kept = moment._replace(x=moment.x.clone(), s=moment.s.clone())  # a network may use their memory again
-            self._moments.setdefault(synapse, []).append(kept)
+            kept = now._replace(x=now.x.clone(), s=now.s.clone())  # a network may reuse their memory
+            self._steps.setdefault(synapse, []).append(kept)
         return spikes
 
     def _estimate(self, probe: Probe) -> Estimate:
@@ -156,12 +156,13 @@ class RewardSTDP(LearningRule):
             require_finite(self, "the loss", [losses])
             if missing := self._recorder.missing():
                 raise RuntimeError(f"{name}: {missing}")
-            if not self._moments:
+            if not self._steps:
                 raise RuntimeError(self._coverage.none_fired())
             per_sample = self.credit == "sample" and losses.ndim > 0
             error, expected = reward_prediction_error(self, losses, per_sample, self.reward_rate)
             grads: dict[Tensor, Tensor] = {}
-            changes = {s: self._change(s, moments, error) for s, moments in self._moments.items()}
+            changes = {s: self._change(s, steps, error) for s, steps in self._steps.items()}
+            self._require_same_on_ranks([synapse.name for synapse in changes])
             self._sum_over_ranks(list(changes.values()))
             for synapse, change in changes.items():
                 weight, group = synapse.weight, self.param_groups[synapse.group]
@@ -170,30 +171,30 @@ class RewardSTDP(LearningRule):
                 grads[weight] = grads[weight] + grad if weight in grads else grad
             return losses, grads, {"reward": expected}
         finally:
-            self._trains.clear()
-            self._moments.clear()
+            self._traces.clear()
+            self._steps.clear()
 
-    def _change(self, synapse: Synapse, moments: list[Moment], error: Tensor) -> Tensor:
+    def _change(self, synapse: Synapse, steps: list[TimeStep], error: Tensor) -> Tensor:
         """``⟨(R - R̄) e(T)⟩`` of one synapse, before bounds."""
-        group, last = self.param_groups[synapse.group], moments[-1].s
+        group, last = self.param_groups[synapse.group], steps[-1].s
         if error.ndim and (last.ndim < 2 or len(last) != len(error)):
             raise RuntimeError(
                 f"{type(self).__name__}(credit='sample'): the neurons of layer '{synapse.name}' gave spikes of shape "
-                f"{tuple(last.shape)} where there are {len(error)} losses, one a sample, so their first dimension "
+                f"{tuple(last.shape)} where there are {len(error)} losses, one per sample, so their first dimension "
                 f"is not the sample. Use credit='global'; or, {MICRO_BATCHES}"
             )
         if error.ndim and ambiguous(synapse, last.shape, len(error)):
             raise RuntimeError(
                 f"{type(self).__name__}(credit='sample'): the neurons of layer '{synapse.name}' gave spikes of shape "
                 f"{tuple(last.shape)}, in which more than one dimension is as long as the batch of {len(error)}, so "
-                "that it is unclear which of them counts the samples. Take a batch of another size, or credit='global'"
+                "that any of them may be the samples. Use a batch of another size, or credit='global'"
             )
         fading = math.exp(-group["dt"] / group["tau_e"])
-        gate = error.to(moments[-1].pre.dtype) / (last.numel() // len(synapse.weight))
+        gate = error.to(steps[-1].pre.dtype) / (last.numel() // len(synapse.weight))
         gate = gate.view(-1, *[1] * (last.ndim - 1)) if gate.ndim else gate
         change = last.new_zeros(synapse.weight.shape)
-        for age, moment in enumerate(reversed(moments)):
+        for age, now in enumerate(reversed(steps)):
             gated = gate * fading**age
-            add_product(change, synapse, moment.s * gated, moment.pre, group["a_plus"])
-            add_product(change, synapse, moment.post * gated, moment.x, -group["a_minus"])
+            add_product(change, synapse, now.s * gated, now.pre, group["a_plus"])
+            add_product(change, synapse, now.post * gated, now.x, -group["a_minus"])
         return change

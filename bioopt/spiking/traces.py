@@ -1,4 +1,4 @@
-"""Traces of spikes, the products of spikes and traces, and the bounds of weights that learn from them."""
+"""Traces of spikes, products of spikes and traces, and bounds of weights."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ WINDOW: dict[str, Constraint] = {
 
 
 class Traces(NamedTuple):
-    """What is left, at one synapse, of the spikes of a sequence."""
+    """The traces of the spikes of a sequence at one synapse."""
 
     pre: Tensor  #: of the presynaptic spikes, of their shape
     post: Tensor  #: of the postsynaptic ones
 
 
-class Moment(NamedTuple):
-    """One time step at one synapse: all that its plasticity needs to know."""
+class TimeStep(NamedTuple):
+    """The spikes and traces of one time step at one synapse."""
 
     x: Tensor  #: presynaptic spikes
-    s: Tensor  #: the spikes that the neurons then emitted
-    pre: Tensor  #: presynaptic trace, the spikes of this step included
-    post: Tensor  #: postsynaptic trace, the spikes of this step not yet included
+    s: Tensor  #: postsynaptic spikes
+    pre: Tensor  #: presynaptic trace, including the spikes of this step
+    post: Tensor  #: postsynaptic trace, without the spikes of this step
 
 
 def check_bounds(rule: str, group: dict[str, Any]) -> None:
-    """Raise where the bounds of a group's weights are no interval."""
+    """Raise if the bounds of a group's weights are no interval."""
     low, high = group["w_min"], group["w_max"]
     for name, value in (("w_min", low), ("w_max", high)):
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
@@ -50,9 +50,9 @@ def check_bounds(rule: str, group: dict[str, Any]) -> None:
 
 
 def advance(
-    rule: str, firing: Firing, s: Tensor, before: Traces | None, group: dict[str, Any], way_out: str
-) -> tuple[Moment, Traces]:
-    """One time step: what plasticity sees of it, and the traces after it."""
+    rule: str, firing: Firing, s: Tensor, before: Traces | None, group: dict[str, Any], remedy: str
+) -> tuple[TimeStep, Traces]:
+    """One time step, and the traces after it; ``before``: the traces before it; ``remedy``: for another batch size."""
     synapse, x = firing.synapse, firing.x.detach()
     for what, spikes in (("what enters", x), ("what follows", s)):
         if not bool(((spikes == 0) | (spikes == 1)).all()):
@@ -60,13 +60,13 @@ def advance(
             raise RuntimeError(
                 f"{rule}: {what} layer '{synapse.name}' is not spikes, 0 or 1, but values from {low:.3g} to "
                 f"{high:.3g}. Encode inputs as spikes (bioopt.nn has encodings), put no dropout, normalisation or "
-                "average pooling between neurons and layer, and name the neurons after it if they are others: "
+                "average pooling between neurons and layer, and if other neurons follow the layer, name them: "
                 f"neurons={{'{synapse.name}': ...}}"
             )
     dtype = torch.promote_types(synapse.weight.dtype, torch.float32)
     x, s = x.to(dtype), s.to(dtype)
     rows = firing.rows_of(s)
-    if rows is not None:  # samples that take another way are silent here, while their traces fade
+    if rows is not None:  # samples on other pathways are silent here, and their traces fade
         x, s = rows.among_all(x), rows.among_all(s)
     if before is None:
         pre, post = x.clone(), torch.zeros_like(s)
@@ -74,15 +74,15 @@ def advance(
         if before.pre.shape != x.shape or before.post.shape != s.shape:
             raise RuntimeError(
                 f"{rule}: layer '{synapse.name}' was given spikes of shape {tuple(x.shape)} in a sequence that began "
-                f"with {tuple(before.pre.shape)}. {way_out}"
+                f"with {tuple(before.pre.shape)}. {remedy}"
             )
         pre = torch.add(x, before.pre, alpha=math.exp(-group["dt"] / group["tau_plus"]))
         post = before.post * math.exp(-group["dt"] / group["tau_minus"])
-    return Moment(x, s, pre, post), Traces(pre, post + s)
+    return TimeStep(x, s, pre, post), Traces(pre, post + s)
 
 
 def add_product(total: Tensor, synapse: Synapse, post: Tensor, pre: Tensor, scale: float) -> None:
-    """Add ``scale Σ post preᵀ``, the sum over samples and positions, to ``total``, of the weight's shape."""
+    """Add ``scale Σ post preᵀ``, summed over samples and positions, to ``total``, of the weight's shape."""
     if not scale:
         return
     if type(synapse.layer) is not nn.Linear:
@@ -95,12 +95,12 @@ def add_product(total: Tensor, synapse: Synapse, post: Tensor, pre: Tensor, scal
     event, neuron = post.nonzero(as_tuple=True)
     if len(event) * 16 > post.numel():
         total.addmm_(post.T, pre, alpha=scale)
-    else:  # few have fired
+    else:  # few neurons have fired
         total.index_add_(0, neuron, pre[event].mul_(post[event, neuron].unsqueeze(1)), alpha=scale)
 
 
 def bounded(up: Tensor, down: Tensor, weight: Tensor, group: dict[str, Any], scaling: bool = False) -> Tensor:
-    """What strengthens less what weakens (both >= 0), as far as the bounds let them, in the weight's type."""
+    """Strengthening less weakening (both >= 0), within the bounds, in the weight's dtype."""
     low, high, bounds, lr = group["w_min"], group["w_max"], group["bounds"], group["lr"]
     dtype, weight = weight.dtype, weight.to(up.dtype)
     change = up - down

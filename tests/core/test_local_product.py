@@ -108,7 +108,7 @@ def test_a_step_that_is_captured_reads_nothing_off_the_device(case: Case, monkey
     for module in (bioopt.core.rule, bioopt.core.errors):
         monkeypatch.setattr(module, "is_captured", lambda tensors: True)
     if case.rule is bioopt.BCM:  # which keeps thresholds
-        with pytest.raises(RuntimeError, match="has a memory"):
+        with pytest.raises(RuntimeError, match="keeps running state"):
             step()
     else:
         devices = _Devices()
@@ -150,7 +150,7 @@ def test_models_that_cannot_be_trained_are_refused() -> None:
         bioopt.Hebbian(mlp().parameters(), 0.1)
     with pytest.raises(TypeError, match="needs the model"):
         bioopt.Hebbian(list(mlp().named_parameters()), 0.1)
-    with pytest.raises(ValueError, match=r"no plastic layer.* Lazy layers are such after"):
+    with pytest.raises(ValueError, match=r"no plastic layer.* Lazy layers become one in the first"):
         bioopt.Hebbian(nn.Sequential(nn.Flatten(), nn.ReLU()), 0.1)
     with pytest.raises(ValueError, match="no plastic layer"):
         bioopt.Hebbian(mlp().requires_grad_(False), 0.1)
