@@ -268,7 +268,7 @@ def test_a_teacher_sets_the_target_in_the_place_of_the_readouts_activity(variant
             torch.manual_seed(5)
             seen.clear()
             hooks_before = hooks(model)
-            with optimizer._recorder.asleep():
+            with optimizer._recorder.paused():
                 model(X)
             assert hooks(model) == hooks_before
             events = [(seen[0], targets)]
