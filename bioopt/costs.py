@@ -1,4 +1,4 @@
-"""Per-sample costs with one interface, for a whole network or for one of its areas.
+"""Per-sample costs with one interface, for a whole network or for one of its blocks.
 
 No single cost suits all tasks, and different areas of a brain seem to optimise different ones (A. H. Marblestone,
 G. Wayne & K. P. Kording, 2016, *Toward an integration of deep learning and neuroscience*). All costs here have the same
@@ -74,13 +74,13 @@ def _alias(old: str, new: str, value: Any) -> property:
 
 
 class Cost(nn.Module, ABC):
-    """Base class of per-sample costs of the outputs of a network or of one of its areas.
+    """Base class of per-sample costs of the outputs of a network or of one of its blocks.
 
     A subclass implements `per_sample`, and sets `target_kind` if its targets are not class labels.
 
     Args:
-        readout: a module between the activity and the cost, trained with the area: for example a `torch.nn.Linear` that
-            computes class scores or a reconstruction from hidden neurons. ``None``: the cost is of the activity itself.
+        readout: a module between the activity and the cost, trained with the block: for example a `torch.nn.Linear`
+            that computes class scores or a reconstruction from hidden neurons. ``None``: the cost is of the activity itself.
     """
 
     #: the targets of the cost: ``"labels"``, ``"inputs"`` or ``"nothing"``
@@ -118,9 +118,9 @@ class Cost(nn.Module, ABC):
         """The cost of each sample.
 
         Args:
-            outputs: outputs of a network or an area, N × any shape; the steps of a sequence are successive rows.
+            outputs: outputs of a network or a block, N × any shape; the steps of a sequence are successive rows.
             labels: class of each sample, N; `UNLABELLED` for a sample without one.
-            inputs: inputs of the network or area, N × any shape.
+            inputs: inputs of the network or block, N × any shape.
             steps: length of each sequence; divides N.
 
         Returns:

@@ -104,7 +104,7 @@ def build_cost(spec: Any, option: str = "cost") -> Cost:
     elif "_target_" not in options:
         known = ", ".join(sorted(file.stem for file in COSTS.glob("*.yaml")))
         raise ValueError(f"{option}={spec} is not a cost, or lacks its name; there are {known}")
-    kept = {key: value for key, value in options.items() if key not in ("name", "areas")}
+    kept = {key: value for key, value in options.items() if key not in ("name", "blocks")}
     if name == "mixture":
         if not isinstance(kept["weights"], dict):
             raise ValueError(

@@ -90,7 +90,7 @@ class Classification(Task):
         if len(self.learner.blocks) > 1 and every is not None:
             raise ValueError(
                 f"diagnostics.every={every} compares a rule with the gradient of one cost, and "
-                "cost.areas gives several; leave one of them out"
+                "cost.blocks gives several; leave one of them out"
             )
 
     def round(self, number: int) -> dict[str, Any] | None:

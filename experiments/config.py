@@ -22,6 +22,7 @@ RESULT_INDEPENDENT = LOCAL | {"optimizer.seed", "seed"}
 # Names that have changed, accepted for one release: of options (those of optimizers in rules as well), and of classes.
 RENAMED = {
     "afterwards": "final_analysis",
+    "cost.areas": "cost.blocks",
     "final_analysis.dream": "final_analysis.gibbs_steps",
     "optimizer.losers": "optimizer.loser_strength",
     "optimizer.wants": "optimizer.requires",

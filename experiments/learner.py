@@ -127,7 +127,9 @@ class Learner:
                     loss: Any = block.optimizer.step(closure)  # type: ignore[arg-type]
             except RuntimeError as error:
                 where = ", ".join(part for part in (self.moment, self.rate) if part)
-                error.args = (f"{f'area {block.name}: ' if block.name else ''}{error}{f' ({where})' if where else ''}",)
+                error.args = (
+                    f"{f'block {block.name}: ' if block.name else ''}{error}{f' ({where})' if where else ''}",
+                )
                 raise
             losses.append(loss.detach().mean())
             if self.check:

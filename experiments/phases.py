@@ -24,26 +24,26 @@ ENDS = ("trunk", "head")  # the two blocks that every network has which `split` 
 def plastic_learner(
     config: DictConfig, model: nn.Module, images: data.Images, group: dist.ProcessGroup | None = None
 ) -> Learner:
-    """The learner of the first phase: the blocks of ``cost.areas``, or the whole network with ``cost``.
+    """The learner of the first phase: the blocks of ``cost.blocks``, or the whole network with ``cost``.
 
     Raises:
-        ValueError: areas that do not exist, overlap or leave a part out; a cost that does not fit.
+        ValueError: blocks that do not exist, overlap or leave a part out; a cost that does not fit.
     """
     frames = int(config.data.augment.frames)
-    if config.cost.areas is None:
+    if config.cost.blocks is None:
         cost = build_cost(config.cost)
         inputs = images.prepare(images.train_images[:2])
         fit_cost(cost, "", model, inputs, images.classes, frames, last=True)
         blocks = [Block(model, cost, build_optimizer(config, model, group))]
     elif config.optimizer.name == "random_trunk":
         raise ValueError(
-            "optimizer=random_trunk freezes the trunk, which then learns from no cost: leave cost.areas out; without "
-            "it, this is the control of areas too"
+            "optimizer=random_trunk freezes the trunk, which then learns from no cost: leave cost.blocks out; without "
+            "it, this is the control of blocks too"
         )
     else:
-        specs = {str(name): spec for name, spec in config.cost.areas.items()}
+        specs = {str(name): spec for name, spec in config.cost.blocks.items()}
         parts = split_into_blocks(model, list(specs))
-        with_costs = {name: (part, build_cost(specs[name], f"cost.areas.{name}")) for name, part in parts.items()}
+        with_costs = {name: (part, build_cost(specs[name], f"cost.blocks.{name}")) for name, part in parts.items()}
         blocks = assemble(config, model, with_costs, images, group)
     return _learner(config, model, blocks)
 
@@ -140,12 +140,12 @@ def fit_cost(
     cost: Cost, block: str, network: nn.Module, inputs: Tensor, classes: int, frames: int, *, last: bool
 ) -> Tensor:
     """Check that a cost suits a block, and give it the readouts that it needs; returns the block's outputs."""
-    option = f"cost.areas.{block}" if block else "cost"
+    option = f"cost.blocks.{block}" if block else "cost"
     name = _name(cost)
     if last and not cost.scores:
         raise ValueError(
-            f"{option}={name} returns no class scores, which the network's outputs must be: give it to an area "
-            f"below them, cost.areas='{{trunk: {name}, head: cross_entropy}}'"
+            f"{option}={name} returns no class scores, which the network's outputs must be: give it to a block "
+            f"below them, cost.blocks='{{trunk: {name}, head: cross_entropy}}'"
         )
     if cost.sequences and frames < 2:
         raise ValueError(
@@ -158,7 +158,7 @@ def fit_cost(
             if not part.scores and part.target_kind != "nothing":
                 raise ValueError(
                     f"{option}: {_name(part)} cannot apply to the network's outputs, which are class scores: give "
-                    f"it to an area below them, cost.areas={{trunk: {_name(part)}, head: cross_entropy}}"
+                    f"it to a block below them, cost.blocks={{trunk: {_name(part)}, head: cross_entropy}}"
                 )
         return inputs  # the outputs are class scores already, and need no readout
     network.eval()
@@ -181,25 +181,25 @@ def split_into_blocks(model: nn.Module, names: list[str]) -> dict[str, nn.Sequen
     children = [name for name, _ in model.named_children()]
     if not isinstance(model, nn.Sequential):
         raise ValueError(
-            f"cost.areas={names} needs a model that is an nn.Sequential, whose parts run one after another"
+            f"cost.blocks={names} needs a model that is an nn.Sequential, whose parts run one after another"
         )
     starts: dict[str, int] = {}
     ends = {"trunk": 0, "head": len(split(model)[0])} if set(names) & set(ENDS) else {}
     for name in map(str, names):
         if name not in ends and name not in children:
             known = ", ".join([*ENDS, *(child for child in children if child not in ENDS)])
-            raise ValueError(f"cost.areas has '{name}', which is not an area of the model; there are {known}")
+            raise ValueError(f"cost.blocks has '{name}', which is not a block of the model; there are {known}")
         starts[name] = ends[name] if name in ends else children.index(name)
     ordered = sorted(starts, key=lambda name: starts[name])
     for one, other in pairwise(ordered):
         if starts[one] == starts[other] or (one == "trunk" and starts[other] < ends["head"]) or one == "head":
-            raise ValueError(f"cost.areas: '{one}' and '{other}' overlap: '{other}' lies inside '{one}'")
+            raise ValueError(f"cost.blocks: '{one}' and '{other}' overlap: '{other}' lies inside '{one}'")
     if ordered[-1] == "trunk":
-        raise ValueError("cost.areas: the head has no cost to learn from; add head: cross_entropy")
+        raise ValueError("cost.blocks: the head has no cost to learn from; add head: cross_entropy")
     before = model[: starts[ordered[0]]]
     if [*before.parameters()]:
         learns = next(name for name, child in before.named_children() if [*child.parameters()])
-        raise ValueError(f"cost.areas: '{learns}' is in no area and would not learn; add an area for it, or trunk")
+        raise ValueError(f"cost.blocks: '{learns}' is in no block and would not learn; add a block for it, or trunk")
     bounds = [0, *(starts[name] for name in ordered[1:]), len(children)]
     return {name: model[a:b] for name, (a, b) in zip(ordered, pairwise(bounds), strict=True)}
 
@@ -210,7 +210,7 @@ def split(model: nn.Module) -> tuple[nn.Sequential, nn.Sequential]:
     linear = [i for i, child in enumerate(children) if isinstance(child, nn.Linear)]
     if not isinstance(model, nn.Sequential) or not linear or linear[-1] != len(children) - 1:
         raise ValueError(
-            "plastic_epochs and cost.areas need a model with a trunk and a head: an nn.Sequential that ends with its "
+            "plastic_epochs and cost.blocks need a model with a trunk and a head: an nn.Sequential that ends with its "
             "readout, a Linear"
         )
     first = linear[-1]

@@ -46,7 +46,7 @@ def test_plain_loop(run: Run) -> None:
 
 
 def test_areas(run: Run) -> None:
-    before, by_gradient, perturbed = run("areas.py")
+    before, by_gradient, perturbed = run("blocks.py")
     assert before < 25
     assert by_gradient > 90
     assert perturbed > 80

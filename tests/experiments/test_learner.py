@@ -125,6 +125,6 @@ def test_a_loss_that_is_not_finite_is_an_error_that_names_it(check: bool) -> Non
 def test_an_error_in_a_step_names_the_block_and_the_rate_and_keeps_its_type() -> None:
     fitted = two_blocks(lr=1e30)
     fitted.moment = "epoch 2"
-    with pytest.raises(bioopt.Diverged, match=r"^area (trunk|head): .* \(epoch 2, lr=1\)$"):
+    with pytest.raises(bioopt.Diverged, match=r"^block (trunk|head): .* \(epoch 2, lr=1\)$"):
         fitted.fit(batches(20))
     fitted.close()

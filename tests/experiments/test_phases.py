@@ -28,7 +28,7 @@ IMAGES = data.load("digits", "")
 def one_step(run: DictConfig, **cost: Any) -> tuple[list[Any], list[bool]]:
     """The blocks after a step of each, and whether it has changed them."""
     run = run.copy()
-    run.cost = {"name": "cross_entropy", "areas": None, **cost}
+    run.cost = {"name": "cross_entropy", "blocks": None, **cost}
     torch.manual_seed(0)
     model = building.build_model(run, IMAGES)
     blocks = plastic_learner(run, model, IMAGES).blocks
@@ -62,27 +62,27 @@ def test_every_optimizer_learns_from_every_cost_that_fits(rule: str) -> None:
             assert one_step(run, name=cost)[1] == [True], cost
             continue
         run.data.augment.frames = 2 if build_cost(cost).sequences else 1
-        areas = {"trunk": cost, "head": "cross_entropy"}
+        blocks = {"trunk": cost, "head": "cross_entropy"}
         if rule in ("random_trunk", "reward_stdp"):  # the second's network has no readout that would be a head
             with pytest.raises(
                 ValueError, match=r"random_trunk freezes the trunk|need a model with a trunk and a head"
             ):
-                one_step(run, areas=areas)
+                one_step(run, blocks=blocks)
         else:
-            assert one_step(run, areas=areas)[1] == [True, True], cost
+            assert one_step(run, blocks=blocks)[1] == [True, True], cost
 
 
 def test_no_error_passes_between_blocks() -> None:
     """A block learns the same as alone, for every cost of the head and every rule."""
     trunks = []
     for head in ("cross_entropy", "hinge"):
-        blocks, _ = one_step(config(*tiny("node_perturbation")), areas={"trunk": "contrastive", "head": head})
+        blocks, _ = one_step(config(*tiny("node_perturbation")), blocks={"trunk": "contrastive", "head": head})
         trunks.append([*blocks[0].network.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*trunks, strict=True))
 
 
 def test_a_trunk_learns_only_from_its_own_cost() -> None:
-    blocks, _ = one_step(config(*tiny("sgd")), areas={"trunk": "contrastive", "head": "cross_entropy"})
+    blocks, _ = one_step(config(*tiny("sgd")), blocks={"trunk": "contrastive", "head": "cross_entropy"})
     run = config("optimizer=sgd", *TINY)
     torch.manual_seed(0)
     model = building.build_model(run, IMAGES)
@@ -115,28 +115,28 @@ def test_blocks_reach_from_one_name_to_the_next() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["cost.areas={trunk: contrastive, brain: hinge}"], r"'brain', which is not an area of the model; there are"),
-        (["cost.areas={trunk: contrastive, 4: hinge, head: hinge}"], r"'trunk' and '4' overlap"),
-        (["cost.areas={0: contrastive, trunk: contrastive, head: hinge}"], r"overlap"),
-        (["cost.areas={head: hinge, 9: hinge}"], r"'head' and '9' overlap"),
-        (["cost.areas={trunk: hinge}"], r"the head has no cost to learn from"),
-        (["cost.areas={head: hinge}"], r"'0' is in no area and would not learn"),
-        (["cost.areas={trunk: hinge, head: contrastive}"], r"cost.areas.head=contrastive returns no class scores"),
-        (["cost.areas={trunk: wishes, head: hinge}"], r"cost.areas.trunk=wishes is not a cost.*squared_error"),
-        (["cost.areas={trunk: {name: focal, gama: 1}, head: hinge}"], r"cost.areas.trunk=focal: .*gama"),
-        (["cost.areas={trunk: {name: focal, gamma: -1}, head: hinge}"], r"cost.areas.trunk=focal: .*gamma=-1"),
+        (["cost.blocks={trunk: contrastive, brain: hinge}"], r"'brain', which is not a block of the model; there are"),
+        (["cost.blocks={trunk: contrastive, 4: hinge, head: hinge}"], r"'trunk' and '4' overlap"),
+        (["cost.blocks={0: contrastive, trunk: contrastive, head: hinge}"], r"overlap"),
+        (["cost.blocks={head: hinge, 9: hinge}"], r"'head' and '9' overlap"),
+        (["cost.blocks={trunk: hinge}"], r"the head has no cost to learn from"),
+        (["cost.blocks={head: hinge}"], r"'0' is in no block and would not learn"),
+        (["cost.blocks={trunk: hinge, head: contrastive}"], r"cost.blocks.head=contrastive returns no class scores"),
+        (["cost.blocks={trunk: wishes, head: hinge}"], r"cost.blocks.trunk=wishes is not a cost.*squared_error"),
+        (["cost.blocks={trunk: {name: focal, gama: 1}, head: hinge}"], r"cost.blocks.trunk=focal: .*gama"),
+        (["cost.blocks={trunk: {name: focal, gamma: -1}, head: hinge}"], r"cost.blocks.trunk=focal: .*gamma=-1"),
         (
-            ["cost.areas={trunk: {name: mixture}, head: hinge}"],
-            r"cost.areas.trunk.weights=None must give the weight",
+            ["cost.blocks={trunk: {name: mixture}, head: hinge}"],
+            r"cost.blocks.trunk.weights=None must give the weight",
         ),
         (["cost=mixture", "cost.weights={wishes: 1}"], r"cost.weights=wishes is not a cost"),
         (["cost=mixture", "cost.weights={hinge: 1, denoising: 1}"], r"denoising cannot apply to the network's outputs"),
-        (["cost=denoising"], r"cost=denoising returns no class scores.*cost.areas='\{trunk: denoising"),
+        (["cost=denoising"], r"cost=denoising returns no class scores.*cost.blocks='\{trunk: denoising"),
         (["cost=sparsity"], r"cost=sparsity returns no class scores"),
-        (["cost.areas={trunk: slowness, head: hinge}"], r"data.augment.frames=1 gives single ones"),
+        (["cost.blocks={trunk: slowness, head: hinge}"], r"data.augment.frames=1 gives single ones"),
         (["data.augment.frames=4", "data.augment.crop=0"], r"nowhere to move"),
-        (["cost.areas={trunk: hinge, head: hinge}", "diagnostics.every=2"], r"diagnostics.every=2 compares"),
-        (["cost.areas={trunk: hinge, head: hinge}", "optimizer=random_trunk"], r"leave cost.areas out"),
+        (["cost.blocks={trunk: hinge, head: hinge}", "diagnostics.every=2"], r"diagnostics.every=2 compares"),
+        (["cost.blocks={trunk: hinge, head: hinge}", "optimizer=random_trunk"], r"leave cost.blocks out"),
     ],
 )
 def test_impossible_areas_raise_clear_errors(options: list[str], message: str, tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_impossible_areas_raise_clear_errors(options: list[str], message: str, t
 
 @pytest.mark.usefixtures("undrawn")
 def test_the_summary_lists_the_rule_of_each_area(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["optimizer=node_perturbation", *TINY, "cost.areas={trunk: denoising, head: {name: hinge, margin: 2}}"]
+    options = ["optimizer=node_perturbation", *TINY, "cost.blocks={trunk: denoising, head: {name: hinge, margin: 2}}"]
     summary = run(config(*options, "optimizer.samples=2", "epochs=2", "plastic_epochs=1", f"run_dir={tmp_path}/run"))
     printed = capsys.readouterr().out
     assert "NodePerturbation, trunk" in printed
@@ -160,8 +160,8 @@ def test_the_summary_lists_the_rule_of_each_area(tmp_path: Path, capsys: pytest.
 
 @pytest.mark.usefixtures("undrawn")
 def test_an_interrupted_run_in_areas_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    areas = "cost.areas={trunk: {name: mixture, weights: {denoising: 1, contrastive: 0.1}}, head: focal}"
-    options = ["optimizer=sgd", *TINY, areas, "epochs=3", "data.augment.crop=1"]
+    blocks = "cost.blocks={trunk: {name: mixture, weights: {denoising: 1, contrastive: 0.1}}, head: focal}"
+    options = ["optimizer=sgd", *TINY, blocks, "epochs=3", "data.augment.crop=1"]
     run(config(*options, f"run_dir={tmp_path}/whole"))
     evaluate, seen = Learner.evaluate, []
 

@@ -14,26 +14,26 @@ from bioopt.costs import CrossEntropy, SupervisedContrastive
 def train(model: torch.nn.Sequential, trunk_rule: torch.optim.Optimizer, epochs: int = 10) -> float:
     """The trunk learns from its own cost, and the head by SGD from the trunk's output."""
     trunk, head = model[:-1], model[-1:]
-    areas = [
+    blocks = [
         (trunk, SupervisedContrastive(), trunk_rule),
         (head, CrossEntropy(), torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9)),
     ]
     for _ in range(epochs):
         for batch in batches():
             x, y = images[batch], labels[batch]
-            for area, cost, optimizer in areas:
+            for block, cost, optimizer in blocks:
 
-                def closure(x=x, y=y, area=area, cost=cost, optimizer=optimizer) -> torch.Tensor:
+                def closure(x=x, y=y, block=block, cost=cost, optimizer=optimizer) -> torch.Tensor:
                     optimizer.zero_grad()
-                    losses = cost(area(x), y, inputs=x)
+                    losses = cost(block(x), y, inputs=x)
                     if losses.requires_grad:
                         losses.mean().backward()
                     return losses
 
                 optimizer.step(closure)
                 with torch.no_grad():
-                    x = area.eval()(x)  # the next part gets values without a graph
-                area.train()
+                    x = block.eval()(x)  # the next part gets values without a graph
+                block.train()
     return accuracy(model)
 
 
