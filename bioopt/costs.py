@@ -80,7 +80,8 @@ class Cost(nn.Module, ABC):
 
     Args:
         readout: a module between the activity and the cost, trained with the block: for example a `torch.nn.Linear`
-            that computes class scores or a reconstruction from hidden neurons. ``None``: the cost is of the activity itself.
+            that computes class scores or a reconstruction from hidden neurons. ``None``: the cost is of the activity
+            itself.
     """
 
     #: the targets of the cost: ``"labels"``, ``"inputs"`` or ``"nothing"``
