@@ -47,6 +47,11 @@ class FeedbackRule(OnePass):
         own: dict[str, Any] | None = None,
         **options: Unpack[RuleOptions],
     ) -> None:
+        if (readout := dict(options).get("readout")) is not None:
+            raise TypeError(
+                f"{type(self).__name__}: readout={readout!r} is not possible, because the rule brings an error to "
+                "every layer; for other options of the last layer, give it a param group of its own"
+            )
         super().__init__(params, {"lr": lr, **(own or {})}, **options)
         self._recorder.act(self._enter, self._leave)
 

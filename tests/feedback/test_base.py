@@ -109,3 +109,8 @@ def test_it_shares_the_pass_of_mixed() -> None:
     plain.step(ordinary(plain, twin, *batch()))
     assert mixed.forward_passes == 1
     assert same(weights(model), weights(twin))
+
+
+def test_a_readout_apart_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"Backpropagation: readout='delta' is not possible.* param group of its own"):
+        Backpropagation(cnn(), 0.1, readout="delta")  # type: ignore[call-arg]
