@@ -176,10 +176,10 @@ class _ScoreCost(Cost):
                     f"{name}: labels are between {smallest} and {largest}, but there are scores of {outputs.shape[1]} "
                     f"classes; use labels 0 to {outputs.shape[1] - 1}, or {UNLABELLED} for samples without a label"
                 )
-        return self._score_losses(outputs, targets)
+        return self.of_labels(outputs, targets)
 
     @abstractmethod
-    def _score_losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
+    def of_labels(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """The cost of each sample, from checked scores and labels."""
 
 
@@ -197,7 +197,7 @@ class CrossEntropy(_ScoreCost):
         require_in_range(type(self).__name__, "label_smoothing", label_smoothing, FRACTION)
         self.label_smoothing = label_smoothing
 
-    def _score_losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
+    def of_labels(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """N costs, in nats."""
         return F.cross_entropy(
             outputs, labels, reduction="none", ignore_index=UNLABELLED, label_smoothing=self.label_smoothing
@@ -207,7 +207,7 @@ class CrossEntropy(_ScoreCost):
 class SquaredError(_ScoreCost):
     r"""``⟨(o_k - t_k)²⟩`` over classes, by `torch.nn.functional.mse_loss`, with one-hot targets."""
 
-    def _score_losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
+    def of_labels(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """N costs."""
         known = labels != UNLABELLED
         targets = F.one_hot(labels.where(known, 0), outputs.shape[1]).to(outputs.dtype)
@@ -229,7 +229,7 @@ class Hinge(_ScoreCost):
         require_in_range(type(self).__name__, "margin", margin, POSITIVE)
         self.margin = margin
 
-    def _score_losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
+    def of_labels(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """N costs."""
         known = labels != UNLABELLED
         right = labels.where(known, 0).unsqueeze(1)
@@ -253,7 +253,7 @@ class Focal(_ScoreCost):
         require_in_range(type(self).__name__, "gamma", gamma, NON_NEGATIVE)
         self.gamma = gamma
 
-    def _score_losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
+    def of_labels(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """N costs, in nats."""
         log_loss = F.cross_entropy(outputs, labels, reduction="none", ignore_index=UNLABELLED)
         # 1 - p, kept above 0, where the derivative of a power below 1 is infinite

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hydra.utils import instantiate
 
 from experiments.run import run
-from experiments.tasks.delayed_recall import MODELS, DelayedRecall
+from experiments.tasks.delayed_recall import MODELS, DelayedRecall, MeanCrossEntropy
 
 from ..commands import config
 from .test_tasks import interrupted, resumed
@@ -56,6 +57,11 @@ def test_fast_weights_confuse_similar_keys() -> None:
     few, many = task("task.sequences=2000"), task("task.sequences=2000", "task.size=64")
     assert few.accuracies(12, 0)["fast_weights"] < many.accuracies(12, 0)["fast_weights"]
     assert few.accuracies(3, 30)["fast_weights"] < few.accuracies(3, 5)["fast_weights"] - 0.2
+
+
+def test_the_gru_learns_from_torch_s_own_mean_of_the_loss() -> None:
+    scores, labels = torch.randn(64, 10, generator=torch.Generator().manual_seed(0)), torch.arange(64) % 10
+    assert torch.equal(MeanCrossEntropy()(scores, labels), F.cross_entropy(scores, labels))
 
 
 def test_the_gru_learns_what_it_is_trained_on() -> None:
