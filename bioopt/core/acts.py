@@ -137,11 +137,6 @@ class OutputGate:
         return leaf.clone()
 
     @property
-    def leaves(self) -> list[Tensor]:
-        """The leaves in place of the outputs, whose ``.grad`` a backward pass fills."""
-        return [leaf for _, leaf in self._outputs]
-
-    @property
     def errors(self) -> list[tuple[Tensor, Tensor]]:
         """Each output with its graph, and the gradient of the loss with respect to it."""
         return [(u, leaf.grad) for u, leaf in self._outputs if leaf.grad is not None]

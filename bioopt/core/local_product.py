@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ._torch_private import backward_pass
-from .acts import Isolated, cut, isolate
+from .acts import cut
 from .errors import require_finite, warn
 from .one_pass import OnePass
 from .params import Params, no_plastic_layer, surveyed, synapses_of, unique
@@ -88,7 +88,7 @@ class LocalRule(OnePass):
         super().__init__(params, {"lr": lr, **(own or {})}, readout=readout, **options)
         self._recorder.reach.linked = self._readout.by_loss
         self._recorder.reach.arrive = self._confirm
-        self._recorder.act(self._enter, self._leave)
+        self._recorder.act(self._readout.enter, self._leave)
         self._recorder.on_neurons = self._on_neurons
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -170,9 +170,6 @@ class LocalRule(OnePass):
         """Start an evaluation that alone will count."""
         self._clear()
         super().begin()
-
-    def _enter(self, synapse: Synapse, x: Tensor) -> Tensor | Isolated:
-        return self._readout.enter(synapse, x) if synapse.layer in self._readout.layers else isolate(synapse, x)
 
     def _leave(self, firing: Firing, u: Tensor) -> Tensor:
         synapse, reach = firing.synapse, self._recorder.reach

@@ -201,8 +201,8 @@ class Readout:
         self._sums.clear()
 
     def enter(self, synapse: Synapse, x: Tensor) -> Tensor | Isolated:
-        """Presynaptic activity without its graph."""
-        return detached(x) if self.by_loss else isolate(synapse, x)
+        """The entry of every synapse of a rule: that of a cut, but for a readout that learns from the loss."""
+        return detached(x) if synapse.is_readout else isolate(synapse, x)
 
     def leave(self, firing: Firing, u: Tensor, target: Tensor | None = None) -> Tensor:
         """The activity of the readout, with the graph of its own parameters if it learns from the loss.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -140,12 +140,12 @@ class Recorder:
             leave_no_trace(type(synapse.neurons))
             self.watched.add(synapse.neurons)
 
-    def act(self, enter: Enter, leave: Leave) -> None:
-        """Call these as a synapse fires. Bound methods are held weakly."""
+    def act(self, enter: Enter | None, leave: Leave | None) -> None:
+        """Call these as a synapse fires; ``None``: nothing. Bound methods are held weakly."""
         self._enter, self._leave = weakly(enter), weakly(leave)
 
     @contextmanager
-    def acting(self, enter: Enter, leave: Leave) -> Iterator[None]:
+    def acting(self, enter: Enter | None, leave: Leave | None) -> Iterator[None]:
         """Call these inside a ``with`` block."""
         before = self._enter, self._leave
         self.act(enter, leave)
@@ -154,15 +154,9 @@ class Recorder:
         finally:
             self._enter, self._leave = before
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> AbstractContextManager[None]:
         """Call nothing inside a ``with`` block."""
-        before = self._enter, self._leave
-        self._enter = self._leave = None
-        try:
-            yield
-        finally:
-            self._enter, self._leave = before
+        return self.acting(None, None)
 
     @property
     def active(self) -> bool:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from ._torch_private import mark_as_stepped, unhooked_step
-from .acts import Isolated, cut, isolate
+from .acts import cut
 from .constraints import NON_NEGATIVE, Constraint, require_in_range
 from .coverage import Coverage
 from .errors import is_captured, require_finite, warn
@@ -429,16 +429,13 @@ class LearningRule(ModelGroups, Optimizer):
         """
         reach, layers = self._recorder.reach, self._readout.layers
 
-        def enter(synapse: Synapse, x: Tensor) -> Tensor | Isolated:
-            return self._readout.enter(synapse, x) if synapse.layer in layers else isolate(synapse, x)
-
         def leave(firing: Firing, u: Tensor) -> Tensor:
             if firing.synapse.layer in layers:
                 return u if leave_readout is None else leave_readout(firing, u)
             other = None if visit is None or firing.replay else visit(firing, u)
             return cut(firing, u if other is None else other, reach)
 
-        return self._recorder.acting(enter, leave)
+        return self._recorder.acting(self._readout.enter, leave)
 
     def _next_state(self) -> dict[str, Any]:
         """The rule's own state after this step, with the count of steps raised."""
