@@ -14,11 +14,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.checkpoint import load, save
 from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
     get_optimizer_state_dict,
-    set_optimizer_state_dict,
 )
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -26,6 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import bioopt
 
+from .distributed import by_distributed_checkpoint
 from .rules import (
     CASES,
     MIXED,
@@ -257,17 +255,8 @@ def test_goes_on_bit_for_bit_from_a_distributed_checkpoint(case: Case, way: str,
     optimizers = [case.make(model, momentum=0.9) for model in models]
     steps(optimizers[0], models[0], 3)
     before = weights(models[0])
-    options = StateDictOptions(flatten_optimizer_state_dict=way == "flat")
-    state = copy.deepcopy(get_optimizer_state_dict(models[0], optimizers[0], options=options))
+    by_distributed_checkpoint(models, optimizers, way, tmp_path)
     assert same(before, weights(models[0]))
-
-    models[1].load_state_dict(models[0].state_dict())
-    if way == "saved":
-        save({"optimizer": state}, checkpoint_id=tmp_path, no_dist=True)
-        loaded = {"optimizer": get_optimizer_state_dict(models[1], optimizers[1])}
-        load(loaded, checkpoint_id=tmp_path, no_dist=True)
-        state = loaded["optimizer"]
-    set_optimizer_state_dict(models[1], optimizers[1], state, options=options)
     assert same(before, weights(models[1]))
     for model, optimizer in zip(models, optimizers, strict=True):
         steps(optimizer, model, 2, first=3)

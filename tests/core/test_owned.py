@@ -10,12 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.checkpoint import load, save
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
@@ -23,6 +17,7 @@ import bioopt
 from bioopt.core.acts import Isolated, cut, isolate
 from bioopt.core.params import synapses_of
 
+from ..distributed import by_distributed_checkpoint
 from ..rules import same, weights
 
 X = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
@@ -222,16 +217,8 @@ def test_it_goes_on_bit_for_bit_from_a_distributed_checkpoint(lazy: bool, way: s
             built.append(Heads(model, 0.1, lazy=lazy, seed=seed, momentum=0.9))
     steps(built[0], models[0], 2)
     before = values(built[0])
-    options = StateDictOptions(flatten_optimizer_state_dict=way == "flat")
-    state = copy.deepcopy(get_optimizer_state_dict(models[0], built[0], options=options))
+    by_distributed_checkpoint(models, built, way, tmp_path)
     assert same(before, values(built[0]))
-    models[1].load_state_dict(models[0].state_dict())
-    if way == "saved":
-        save({"optimizer": state}, checkpoint_id=tmp_path, no_dist=True)
-        loaded = {"optimizer": get_optimizer_state_dict(models[1], built[1])}
-        load(loaded, checkpoint_id=tmp_path, no_dist=True)
-        state = loaded["optimizer"]
-    set_optimizer_state_dict(models[1], built[1], state, options=options)
     assert same(*map(values, built))
     for model, optimizer in zip(models, built, strict=True):
         steps(optimizer, model, 2)
