@@ -19,6 +19,7 @@ from .core.integrations import (
     for_distributed_checkpoint,
     in_distributed_checkpoint,
     needs_estimate,
+    params_in,
     parts_of_checkpoint,
     read_checkpoint,
     refuse_scaler,
@@ -63,7 +64,7 @@ class Mixed(ModelGroups, Optimizer):
             name = f"{type(optimizer).__name__} ({i})"
             if not isinstance(optimizer, Optimizer) or isinstance(optimizer, Mixed):
                 raise TypeError(f"Mixed: member {name} is not a bioopt rule or a torch.optim optimizer")
-            for p in _params(optimizer):
+            for p in params_in(optimizer):
                 if p in owners:
                     raise ValueError(
                         f"Mixed: {owners[p]} and {name} train the same parameter of shape {tuple(p.shape)}"
@@ -169,13 +170,11 @@ class Mixed(ModelGroups, Optimizer):
         """The members' own state dicts, in order, and their names."""
         if in_distributed_checkpoint():  # which expects one list of groups
             self._link()
-            first = accumulate((len(member.param_groups) for member in self.optimizers), initial=0)
-            rules = {i: m for m, i in zip(self.optimizers, first, strict=False) if isinstance(m, LearningRule)}
             return for_distributed_checkpoint(
                 super().state_dict(),
                 {
                     i: (type(rule).__name__, rule._checkpoint_state(), [i + j for j in rule._owned_groups()])
-                    for i, rule in rules.items()
+                    for i, rule in self._rules_by_group().items()
                 },
             )
         return {
@@ -211,12 +210,12 @@ class Mixed(ModelGroups, Optimizer):
             if isinstance(member, LearningRule):
                 own = member.coverage(model)
             elif model is not None:
-                trained = set(_params(member))
+                trained = set(params_in(member))
                 own = {n: type(member).__name__ if p in trained else "frozen" for n, p in model.named_parameters()}
             else:
                 named = [n for g in member.param_groups for n in g.get("param_names", [])]
                 own = dict.fromkeys(
-                    named or [f"optimizers[{i}].params[{j}]" for j in range(len(_params(member)))],
+                    named or [f"optimizers[{i}].params[{j}]" for j in range(len(params_in(member)))],
                     type(member).__name__,
                 )
             learned = {name for name, label in own.items() if label not in ("frozen", "excluded")}
@@ -240,15 +239,18 @@ class Mixed(ModelGroups, Optimizer):
         return refuse_scaler(self)
 
     def _owned_groups(self) -> list[int]:
+        return [i + j for i, rule in self._rules_by_group().items() for j in rule._owned_groups()]
+
+    def _rules_by_group(self) -> dict[int, LearningRule]:
+        """The rules by the numbers of their first groups."""
         first = accumulate((len(member.param_groups) for member in self.optimizers), initial=0)
-        members = zip(first, self.optimizers, strict=False)
-        return [i + j for i, member in members if isinstance(member, LearningRule) for j in member._owned_groups()]
+        return {i: m for i, m in zip(first, self.optimizers, strict=False) if isinstance(m, LearningRule)}
 
     def _rules(self) -> list[LearningRule]:
         return [member for member in self.optimizers if isinstance(member, LearningRule)]
 
     def _trained(self) -> list[Tensor]:
-        return [p for member in self.optimizers for p in _params(member)]
+        return [p for member in self.optimizers for p in params_in(member)]
 
     def _estimate(self, probe: Probe) -> tuple[Tensor, dict[Tensor, Tensor], dict[LearningRule, dict[str, Any]]]:
         plain = [m for m in self.optimizers if not isinstance(m, LearningRule)]
@@ -262,7 +264,7 @@ class Mixed(ModelGroups, Optimizer):
         if sharing or plain:
             for rule in sharing:
                 rule.begin()
-            params = [p for m in plain for p in _params(m)] + [p for r in sharing for p in r.gradient_parameters()]
+            params = [p for m in plain for p in params_in(m)] + [p for r in sharing for p in r.gradient_parameters()]
             anchors = [r._recorder.reach.anchor for r in sharing if r.gradient_parameters()]
             loss, _ = probe.gradients(params, anchors)
             require_finite(self, "the loss", [loss])
@@ -290,7 +292,7 @@ class Mixed(ModelGroups, Optimizer):
         # Without a backward pass, `collect` raises.
         passed = [rule for rule in tracing if _has_grad(rule.gradient_parameters())]
         for member in self.optimizers:
-            by_gradients = member.gradient_parameters() if isinstance(member, LearningRule) else _params(member)
+            by_gradients = member.gradient_parameters() if isinstance(member, LearningRule) else params_in(member)
             without = {p for p in by_gradients if p.grad is None}
             above = [rule for rule in passed if rule is not member and not without.isdisjoint(rule._recorder.beneath)]
             if above:
@@ -312,9 +314,5 @@ def _has_grad(params: list[Tensor]) -> bool:
     return not params or any(p.grad is not None for p in params)
 
 
-def _params(optimizer: Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
 def _grads(optimizer: Optimizer) -> dict[Tensor, Tensor]:
-    return {p: p.grad for p in _params(optimizer) if p.grad is not None}
+    return {p: p.grad for p in params_in(optimizer) if p.grad is not None}

@@ -63,7 +63,7 @@ def refuse_scaler(optimizer: Any) -> bool:
             f"{type(optimizer).__name__}: torch.amp.GradScaler would divide what estimate() has written by its scale. "
             "Call optimizer.descend() in place of scaler.step(optimizer), or use bfloat16, which needs no scaler"
         )
-    if all(p.grad is None for p in _params(optimizer)):
+    if all(p.grad is None for p in params_in(optimizer)):
         raise RuntimeError(
             f"{type(optimizer).__name__}: torch.amp.GradScaler scales the gradients of a backward pass, and none has "
             "reached a parameter here. If nothing learns from a backward pass (readout=None or 'teacher', "
@@ -123,7 +123,7 @@ def needs_estimate(optimizer: Any, closure: Callable[[], Any] | None, rules: Ite
         if in_distributed_checkpoint():
             return False
         new = any(rule._recorder.fired for rule in rules)
-        if optimizer._estimated and not new and any(p.grad is not None for p in _params(optimizer)):
+        if optimizer._estimated and not new and any(p.grad is not None for p in params_in(optimizer)):
             return False
     _refuse_options_of_the_caller(type(optimizer).__name__, closure)
     return True
@@ -232,7 +232,8 @@ def parts_of_checkpoint(state_dict: dict[str, Any], sizes: Sequence[int]) -> lis
     ]
 
 
-def _params(optimizer: Optimizer) -> list[torch.Tensor]:
+def params_in(optimizer: Optimizer) -> list[torch.Tensor]:
+    """The parameters of all groups."""
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 

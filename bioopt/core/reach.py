@@ -18,6 +18,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from ._torch_private import is_node_of, is_view
+from .errors import is_captured
 from .synapse import Synapse
 
 _TOKEN = "bioopt"  # in a node's metadata: the token of all firings behind it
@@ -186,8 +187,7 @@ class Reach:
         synapse = pending.synapse
         if pending.window != self.window or synapse in self.bypassed:
             return
-        captured = gradient.is_cuda and torch.cuda.is_current_stream_capturing()
-        if not captured and bool(gradient.any()):  # a user's own function may turn None into zeros
+        if not is_captured([gradient]) and bool(gradient.any()):  # a user's own function may turn None into zeros
             self.bypassed[synapse] = self._leads_to_readout(synapse)
 
     def _leads_to_readout(self, synapse: Synapse) -> bool:

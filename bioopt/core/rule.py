@@ -33,6 +33,7 @@ from .integrations import (
     ModelGroups,
     for_checkpoint,
     needs_estimate,
+    params_in,
     read_checkpoint,
     recipe,
     refuse_scaler,
@@ -447,7 +448,7 @@ class LearningRule(ModelGroups, Optimizer):
         return self._coverage.names(self.param_groups)
 
     def _trained(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
+        return params_in(self)
 
     def _pop_renamed(self, options: dict[str, Any]) -> dict[str, Any]:
         """Remove options with former names from ``options``, and return them with their present names."""
@@ -532,3 +533,10 @@ class LearningRule(ModelGroups, Optimizer):
         dist.all_reduce(flat, group=self.process_group)
         for tensor, total in zip(tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True):
             tensor.copy_(total.view_as(tensor))
+
+    def _average_over_ranks(self, tensors: list[Tensor]) -> None:
+        """Replace each tensor by its mean over the ranks, in one message."""
+        self._sum_over_ranks(tensors)
+        if (ranks := self._ranks[1]) > 1:
+            for tensor in tensors:
+                tensor.div_(ranks)

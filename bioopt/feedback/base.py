@@ -101,8 +101,7 @@ class FeedbackRule(OnePass):
             names = self._names()
             self._require_same_on_ranks([names[p] for p in grads])
         loss = torch.zeros((), device=self._trained()[0].device) if losses is None else losses.mean()
-        self._sum_over_ranks([loss, *grads.values()])
+        self._average_over_ranks([loss, *grads.values()])
         if losses is not None:
             require_finite(self, "the loss", [loss])
-        ranks = self._ranks[1]
-        return {p: g / ranks if ranks > 1 else g for p, g in grads.items()}, self._next_state()
+        return grads, self._next_state()

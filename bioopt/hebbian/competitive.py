@@ -140,11 +140,10 @@ class Hebbian(LocalRule):
     def measure(self, firing: Firing, u: Tensor) -> Sums:
         """``Σ s xᵀ`` and ``Σ s`` of the signal ``s = m y u``, and whether a modulator was negative."""
         activity, group = u.detach(), self.param_groups[firing.synapse.group]
-        if not u.numel():
-            sums = product_sums(firing, u, torch.zeros_like(activity))
-            sums.counts["reversed"] = 0.0
-            return sums
-        s, negative = self._modulated(self._shared(activity, firing.synapse, group), activity, firing)
+        s: Tensor | SparseSignal = activity
+        negative = False
+        if u.numel():
+            s, negative = self._modulated(self._shared(activity, firing.synapse, group), activity, firing)
         sums = product_sums(firing, u, s)
         sums.counts["reversed"] = float(negative)
         return sums

@@ -96,7 +96,7 @@ class RewardHebbian(NoisyActivity):
     def _estimate(self, probe: Probe) -> Estimate:
         for p in self._trained():
             p.grad = None
-        rank, ranks = self._ranks
+        rank, _ = self._ranks
         noise: list[Tensor] = []
         records: list[Record] = []
         with self._cutting(self._injection(rank, noise, records)):
@@ -116,9 +116,7 @@ class RewardHebbian(NoisyActivity):
             credited(n, factor)
         grads = self._products(records, noise)
         self._require_same_on_ranks(list(dict.fromkeys(record.synapse.name for record in records)))
-        self._sum_over_ranks(list(grads.values()))
-        if ranks > 1:
-            grads = {p: g / ranks for p, g in grads.items()}
+        self._average_over_ranks(list(grads.values()))
         state = self._next_state()
         state["reward"] = expected
         return losses, grads, state

@@ -163,10 +163,9 @@ class RewardSTDP(LearningRule):
             grads: dict[Tensor, Tensor] = {}
             changes = {s: self._change(s, steps, error) for s, steps in self._steps.items()}
             self._require_same_on_ranks([synapse.name for synapse in changes])
-            self._sum_over_ranks(list(changes.values()))
+            self._average_over_ranks(list(changes.values()))
             for synapse, change in changes.items():
                 weight, group = synapse.weight, self.param_groups[synapse.group]
-                change /= self._ranks[1]
                 grad = -bounded(change.clamp(min=0), (-change).clamp(min=0), weight.detach(), group)
                 grads[weight] = grads[weight] + grad if weight in grads else grad
             return losses, grads, {"reward": expected}
