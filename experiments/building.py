@@ -21,6 +21,7 @@ from bioopt.registry import in_groups
 
 from . import data
 from .checks import unknown
+from .config import by_part
 from .learner import Block, Learner
 from .options import OF_TASKS
 
@@ -182,7 +183,7 @@ def build_learner(run: DictConfig, model: nn.Module, name: str, of: str, schedul
 
 def groups(model: nn.Module, parts: Any, whole: nn.Module) -> Any:
     """The model, or groups of its modules where there are options for parts; each module is in its nearest part's."""
-    parts = _flat(parts)
+    parts = by_part(parts or {})
     present = dict(model.named_modules())
     for name in parts:
         if name not in dict(whole.named_modules()):
@@ -201,17 +202,6 @@ def parameters(given: Any) -> list[dict[str, Any]]:
         seen |= set(found)
         result.append({**group, "params": found})
     return result
-
-
-def _flat(parts: Any, prefix: str = "") -> dict[str, dict[str, Any]]:
-    """``{"trunk": {"block1": {"lr": 1}}}`` as ``{"trunk.block1": {"lr": 1}}``; options outside of parts are dropped."""
-    found: dict[str, dict[str, Any]] = {}
-    for name, value in (parts or {}).items():
-        if isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{name}.")
-            if own := {key: option for key, option in value.items() if not isinstance(option, dict)}:
-                found[prefix + name] = own
-    return found
 
 
 def build_schedule(

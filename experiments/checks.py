@@ -11,20 +11,23 @@ from pathlib import Path
 from typing import Any
 
 
-def require_counts(least: int = 1, of: str = "task.", **options: Any) -> None:
+def require_counts(least: int = 1, of: str = "task.", null: bool = False, **options: Any) -> None:
     """Raise where one of these options is not an integer, or too small.
 
     Args:
         least: the smallest value allowed.
         of: the options' prefix.
+        null: whether ``None`` is allowed too.
         **options: by name.
 
     Raises:
         ValueError: names the option and its value.
     """
     for name, value in options.items():
+        if null and value is None:
+            continue
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{of}{name}={value} must be an integer >= {least}")
+            raise ValueError(f"{of}{name}={value} must be an integer >= {least}{', or null' if null else ''}")
 
 
 def check_inside_runs(option: str, name: Any) -> None:

@@ -122,6 +122,21 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def by_part(options: Any, prefix: str = "") -> dict[str, dict[str, Any]]:
+    """``{"trunk": {"lr": 1, "block1": {"lr": 2}}}`` as ``{"trunk": {"lr": 1}, "trunk.block1": {"lr": 2}}``.
+
+    Options outside of parts are dropped.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name, value in options.items():
+        if isinstance(value, dict):
+            part = f"{prefix}{name}"
+            if own := {str(key): option for key, option in value.items() if not isinstance(option, dict)}:
+                found[part] = own
+            found |= by_part(value, f"{part}.")
+    return found
+
+
 def name_of(options: list[str]) -> str:
     """A name for a folder, made of options as they were typed; long names are cut and end with a hash of all."""
     name = ",".join(sorted(options)).replace("/", "_").replace("'", "").replace('"', "").replace(" ", "") or "defaults"

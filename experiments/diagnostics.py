@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import bioopt
 
 from . import pictures
+from .checks import require_counts
 from .data import Augment, Images
 from .files import write_lines
 from .models import Triangle
@@ -51,10 +52,9 @@ class Diagnostics:
         images: Images,
     ) -> None:
         every, samples, of = options["every"], options["samples"], options["images"]
-        for name, value, least in (("every", every, 1), ("samples", samples, 2), ("images", of, 1)):
-            if (value is not None or name != "every") and (not isinstance(value, int) or value < least):
-                null = ", or null" if name == "every" else ""
-                raise ValueError(f"diagnostics.{name}={value} must be an integer >= {least}{null}")
+        require_counts(of="diagnostics.", null=True, every=every)
+        require_counts(2, of="diagnostics.", samples=samples)
+        require_counts(of="diagnostics.", images=of)
         self.every: int | None = every
         self.samples, self.model, self.optimizer, self.images = samples, model, optimizer, images
         self.layers = {synapse.layer: synapse for synapse in layers}

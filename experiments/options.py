@@ -59,10 +59,7 @@ def check(config: DictConfig) -> None:
     for name in ("amp", "data.augment.flip"):
         if not isinstance(value := OmegaConf.select(config, name, default=False), bool):
             raise ValueError(f"{name}={value} must be true or false")
-    for name in ("threads", "plastic_epochs"):
-        value = config[name]
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise ValueError(f"{name}={value} must be an integer >= 1, or null")
+    require_counts(of="", null=True, threads=config.threads, plastic_epochs=config.plastic_epochs)
     if config.sweep is not None:
         check_inside_runs("sweep", config.sweep)
     refuse_interpolations(plain, "")

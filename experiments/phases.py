@@ -16,6 +16,7 @@ from bioopt.costs import Cost
 
 from . import data
 from .building import COSTS, build_cost, build_optimizer, build_schedule, instantiated
+from .checks import require_counts
 from .learner import Block, Learner
 
 ENDS = ("trunk", "head")  # the two blocks that every network has which `split` accepts
@@ -85,10 +86,9 @@ def _learner(config: DictConfig, network: nn.Module, blocks: list[Block]) -> Lea
 
 def plastic_epochs(config: DictConfig, learner: Learner) -> int:
     """The number of epochs in which everything learns; in the others the trunk is frozen and the readout learns."""
+    require_counts(of="", null=True, plastic_epochs=config.plastic_epochs)  # a resumed run's file may have changed
     if config.plastic_epochs is None:
         return int(config.epochs)
-    if not isinstance(config.plastic_epochs, int) or config.plastic_epochs < 1:
-        raise ValueError(f"plastic_epochs={config.plastic_epochs} must be an integer >= 1, or null")
     if config.plastic_epochs >= config.epochs:
         return int(config.epochs)
     head = set(split(learner.network)[1].parameters())

@@ -27,11 +27,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import bioopt
 from bioopt.registry import family_of, rule_classes, summary_of
+from experiments.building import NOT_KEYWORDS
+from experiments.config import by_part
 
 ROOT = Path(__file__).parent.parent
 MARKERS = {".md": "<!-- {} -->", ".rst": ".. {}"}
 # Options in an optimizer's YAML file that belong to the run and are not keywords of the rule.
-OF_THE_RUN = {"_target_", "name", "per_data", "per_model", "requires", "schedule", "seed", "wants"}
+OF_THE_RUN = NOT_KEYWORDS | {"_target_", "seed"}
 
 
 class Rule(NamedTuple):
@@ -121,7 +123,7 @@ def all_rules() -> list[Rule]:
                 f"{cls.__name__} needs a file in conf/optimizer with _target_: bioopt.{cls.__name__}, whose name is "
                 "that of the class in lower case, with or without underscores"
             )
-        required = spec.get("requires") or spec.get("wants") or {}
+        required = spec.get("requires") or {}
         requires = {str(option).removesuffix(".name"): str(value) for option, value in required.items()}
         page, presets = page_of(path.stem, cls), presets_of(path.stem, networks)
         found.append(Rule(path.stem, family_of(cls), summary_of(cls), sources_of(cls), requires, page, presets, cls))
@@ -195,7 +197,7 @@ def options_for(name: str, network: str) -> dict[str, Any]:
     config = OmegaConf.create({"optimizer": load(yaml_file(name)), "model": {"name": network}, "seed": 0})
     resolved = plain(config.optimizer, resolve=True)
     options = {key: as_json(f"{name}.{key}", value) for key, value in resolved.items() if key not in OF_THE_RUN}
-    parts = parts_of((resolved.get("per_model") or {}).get(network) or {})
+    parts = by_part((resolved.get("per_model") or {}).get(network) or {})
     if options.get("readout") is not None and "readout" in parts:
         # Its rate has an option, so that a keyword `lr` for the other layers leaves it alone.
         options["readout_lr"] = parts["readout"].pop("lr")
@@ -214,18 +216,6 @@ def plain(config: Any, resolve: bool = False) -> dict[str, Any]:
     found = OmegaConf.to_container(config, resolve=resolve)
     assert isinstance(found, dict)
     return {str(key): value for key, value in found.items()}
-
-
-def parts_of(row: dict[Any, Any], prefix: str = "") -> dict[str, dict[str, Any]]:
-    """``{"trunk": {"lr": 1, "block1": {"lr": 2}}}`` as ``{"trunk": {"lr": 1}, "trunk.block1": {"lr": 2}}``."""
-    found: dict[str, dict[str, Any]] = {}
-    for name, value in row.items():
-        if isinstance(value, dict):
-            part = f"{prefix}{name}"
-            if own := {str(key): option for key, option in value.items() if not isinstance(option, dict)}:
-                found[part] = own
-            found |= parts_of(value, f"{part}.")
-    return found
 
 
 def as_json(option: str, value: Any) -> Any:

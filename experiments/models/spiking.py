@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bioopt.nn import PoissonEncoding, RateEncoding
 
+from ..checks import require_counts
 from .shapes import Shape
 
 ENCODINGS = {"poisson": PoissonEncoding, "rate": RateEncoding}
@@ -146,10 +147,9 @@ def spiking(
     """
     if readout not in ("linear", "groups"):
         raise ValueError(f"model.readout={readout} must be linear or groups")
-    if readout == "groups" and isinstance(neurons, int) and neurons % classes:
+    require_counts(of="model.", neurons=neurons)
+    if readout == "groups" and neurons % classes:
         raise ValueError(f"model.neurons={neurons} must be a multiple of the {classes} classes with readout=groups")
-    if isinstance(neurons, bool) or not isinstance(neurons, int) or neurons < 1:
-        raise ValueError(f"model.neurons={neurons} must be an integer >= 1")
     competition = {"beta": beta, "threshold": threshold, "adaptation": adaptation}
     head = nn.Linear(neurons, classes) if readout == "linear" else ClassGroups(classes)
     layer = SpikingLayer(math.prod(shape), neurons, steps, spikes, encoding, competition)
