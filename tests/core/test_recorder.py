@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -100,37 +102,28 @@ def test_inference_mode_is_refused_in_training_only() -> None:
     optimizer.step()
 
 
+def after_two_steps(forward: Callable[[nn.Sequential, Tensor], Tensor]) -> list[Tensor]:
+    """The weights of a network after two steps, whose outputs are computed by ``forward(model, x)``."""
+    model = mlp(sizes=(6, 5, 5, 4))
+    optimizer = bioopt.Hebbian(model, 0.1)
+    x, y = torch.randn(8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 4
+    for _ in range(2):
+        F.cross_entropy(forward(model, x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return weights(model)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_activation_checkpointing_counts_an_event_once(reentrant: bool) -> None:
-    results = []
-    for checkpointed in (False, True):
-        model = mlp(sizes=(6, 5, 5, 4))
-        optimizer = bioopt.Hebbian(model, 0.1)
-        x, y = torch.randn(8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 4
-        for _ in range(2):
-            trunk = checkpoint(model[:4], x, use_reentrant=reentrant) if checkpointed else model[:4](x)
-            loss = F.cross_entropy(model[4](trunk), y)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        results.append(weights(model))
-    assert same(*results)
+    plain = after_two_steps(lambda model, x: model(x))
+    assert same(plain, after_two_steps(lambda model, x: model[4](checkpoint(model[:4], x, use_reentrant=reentrant))))
 
 
 def test_activation_checkpointing_with_the_readout_inside() -> None:
-    results = []
-    for checkpointed in (False, True):
-        model = mlp(sizes=(6, 5, 5, 4))
-        optimizer = bioopt.Hebbian(model, 0.1)
-        x, y = torch.randn(8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 4
-        for _ in range(2):
-            out = checkpoint(model, x, use_reentrant=False) if checkpointed else model(x)
-            F.cross_entropy(out, y).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        results.append(weights(model))
-    assert same(*results)
+    plain = after_two_steps(lambda model, x: model(x))
+    assert same(plain, after_two_steps(lambda model, x: checkpoint(model, x, use_reentrant=False)))
 
 
 def test_a_layer_that_raises_leaves_everything_as_it_was() -> None:

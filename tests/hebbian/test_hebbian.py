@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import bioopt
 
@@ -21,19 +21,29 @@ from .twins import (
     softhebb_twin,
 )
 
+#: names of layers, each also in channels-last memory where it has images
+IN_EITHER_MEMORY = [
+    pytest.param(name, last, id=f"{name}{', channels last' * last}")
+    for name, (_, shape) in LAYERS.items()
+    for last in (False, True)[: 1 + (len(shape) == 4)]
+]
 
-@pytest.mark.parametrize("name", LAYERS)
+
+def built(name: str, seed: int, channels_last: bool = False, samples: int | None = None) -> tuple[nn.Module, Tensor]:
+    """A layer of `LAYERS` and its input, in double precision."""
+    build, shape = LAYERS[name]
+    torch.manual_seed(seed)
+    layer, x = build().double(), torch.randn(shape if samples is None else (samples, *shape[1:]), dtype=torch.float64)
+    if channels_last:
+        layer, x = layer.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    return layer, x
+
+
+@pytest.mark.parametrize(("name", "channels_last"), IN_EITHER_MEMORY)
 @pytest.mark.parametrize("lr", [0.01, 5.0])
 @pytest.mark.parametrize("t", [0.7, 3.0])
-@pytest.mark.parametrize("channels_last", [False, True])
 def test_hebbian_equals_its_twin(name: str, lr: float, t: float, channels_last: bool) -> None:
-    build, shape = LAYERS[name]
-    torch.manual_seed(1)
-    layer, x = build().double(), torch.randn(shape, dtype=torch.float64)
-    if channels_last:
-        if x.ndim != 4:
-            return
-        layer, x = layer.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    layer, x = built(name, 1, channels_last)
     optimizer = bioopt.Hebbian(layer, lr, inverse_temperature=t, readout=None)
     before = layer.weight.detach().clone()
     change = hebbian_twin(layer, x, t, lr)
@@ -43,9 +53,7 @@ def test_hebbian_equals_its_twin(name: str, lr: float, t: float, channels_last: 
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_oja_equals_its_twin(name: str) -> None:
-    build, shape = LAYERS[name]
-    torch.manual_seed(2)
-    layer, x = build().double(), torch.randn(shape, dtype=torch.float64)
+    layer, x = built(name, 2)
     optimizer = bioopt.Oja(layer, 0.3, readout=None)
     before = layer.weight.detach().clone()
     change = oja_twin(layer, x, 0.3)
@@ -53,17 +61,10 @@ def test_oja_equals_its_twin(name: str) -> None:
     torch.testing.assert_close(layer.weight.detach(), before + 0.3 * change, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(("name", "channels_last"), IN_EITHER_MEMORY)
 @pytest.mark.parametrize("rule", ["softhebb", "softhebb, k", "krotov_hopfield", "sanger", "anti_hebbian", "bcm"])
-@pytest.mark.parametrize("channels_last", [False, True])
 def test_each_rule_equals_its_twin(rule: str, name: str, channels_last: bool) -> None:
-    build, shape = LAYERS[name]
-    torch.manual_seed(3)
-    layer, x = build().double(), torch.randn(shape, dtype=torch.float64)
-    if channels_last:
-        if x.ndim != 4:
-            return
-        layer, x = layer.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    layer, x = built(name, 3, channels_last)
     lr = 0.2
     optimizer, twin = {
         "softhebb": lambda: (
@@ -108,9 +109,7 @@ def test_each_rule_equals_its_twin(rule: str, name: str, channels_last: bool) ->
 )
 @pytest.mark.parametrize("modulator", [None, [0.5, 2.0], [-1.0, 0.3]])
 def test_hebbian_options_equal_their_twin(options: dict, name: str, modulator: list[float] | None) -> None:
-    build, shape = LAYERS[name]
-    torch.manual_seed(4)
-    layer, x = build().double(), torch.randn((2, *shape[1:]), dtype=torch.float64)
+    layer, x = built(name, 4, samples=2)
     optimizer = bioopt.Hebbian(layer, 0.4, inverse_temperature=1.5, readout=None, **options)
     if modulator is not None:
         optimizer.modulator = torch.tensor(modulator, dtype=torch.float64)
