@@ -26,7 +26,7 @@ from .core.rule import LearningRule
 from .core.synapse import Synapse, find_synapses, register_synapse
 from .diagnosis import diagnose
 from .feedback import FeedbackRule
-from .hebbian import BCM, AntiHebbian, Hebbian, KrotovHopfield, Oja, RewardHebbian, Sanger, SoftHebb
+from .hebbian import BCM, AntiHebbian, Hebbian, Homeostasis, KrotovHopfield, Oja, RewardHebbian, Sanger, SoftHebb
 from .mixed import Mixed
 from .perturbation import (
     ForwardGradient,
@@ -52,6 +52,7 @@ __all__ = [
     "ForwardGradient",
     "Hebbian",
     "HillClimbing",
+    "Homeostasis",
     "KrotovHopfield",
     "LearningRule",
     "LocalProductRule",

@@ -5,17 +5,21 @@ from __future__ import annotations
 import weakref
 from abc import abstractmethod
 from collections import deque
-from typing import Any, Unpack
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor
 
 from ._torch_private import backward_pass
 from .acts import cut
+from .constraints import NON_NEGATIVE, Constraint
 from .errors import require_finite, warn
+from .homeostasis import RATE, WARM_UP, Level, Regulator, along_neurons, norms, overlap, rotation, tensors_of
 from .one_pass import OnePass
 from .params import Params, no_plastic_layer, surveyed, synapses_of, unique
-from .products import SparseSignal
+from .products import SparseSignal, in_pools, weight_shaped
 from .reach import Pending
 from .readout import ReadoutOptions, Survey, as_grad
 from .recorder import Firing
@@ -27,8 +31,22 @@ __all__ = ["LocalProductRule", "LocalRule", "SynapticRule"]
 
 UNPROVEN = 64  # firings of a layer that are kept until a backward pass first reaches the layer
 
+#: ranges of the options of homeostasis
+REGULATED: dict[str, Constraint] = {
+    "inhibition": NON_NEGATIVE,
+    "settle": NON_NEGATIVE,
+}
+
 #: methods of rules in earlier versions
 FORMER_METHODS = ("statistic", "advance", "others", "follow", "forget", "kept")
+
+
+class LocalOptions(ReadoutOptions, total=False):
+    """Options of local rules; `LocalRule` describes them."""
+
+    homeostasis: bool
+    inhibition: float
+    settle: float
 
 
 class LocalRule(OnePass):
@@ -62,6 +80,9 @@ class LocalRule(OnePass):
         TypeError: bare parameters; a model wrapped in DistributedDataParallel.
     """
 
+    #: defaults of ``homeostasis``, ``inhibition`` and ``settle``; empty for rules without homeostasis
+    regulated: ClassVar[dict[str, Any]] = {}
+
     def __init__(
         self,
         params: Params,
@@ -69,8 +90,10 @@ class LocalRule(OnePass):
         *,
         own: dict[str, Any] | None = None,
         readout: str | None = "delta",
-        **options: Unpack[ReadoutOptions],
+        **options: Unpack[LocalOptions],
     ) -> None:
+        given: dict[str, Any] = dict(options)
+        regulated = {name: given.pop(name, default) for name, default in self.regulated.items()}
         self._sums: dict[Synapse, Sums] = {}  # of firings that counted at once
         self._confirmed: dict[Synapse, Sums] = {}  # of firings that a backward pass has reached
         self._waiting: list[weakref.ref[Pending]] = []  # firings since the last step that no backward pass has reached
@@ -85,7 +108,8 @@ class LocalRule(OnePass):
         self._warned_of: set[Synapse] = set()
         self._warned_of_grad = False
         self._warned_of_drop = False
-        super().__init__(params, {"lr": lr, **(own or {})}, readout=readout, **options)
+        self._regulator = Regulator(lambda: self._own_state.get("homeostasis", {}), self._sum_over_ranks)
+        super().__init__(params, {"lr": lr, **(own or {}), **regulated}, readout=readout, **given)
         self._recorder.reach.linked = self._readout.by_loss
         self._recorder.reach.arrive = self._confirm
         self._recorder.act(self._readout.enter, self._leave)
@@ -93,6 +117,8 @@ class LocalRule(OnePass):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        if cls.regulated:
+            cls.constraints = {**REGULATED, **cls.constraints}
         if found := [name for name in FORMER_METHODS if name in vars(cls)]:
             raise TypeError(
                 f"{cls.__name__} defines {', '.join(found)}, which bioopt no longer calls: subclass bioopt.LocalRule "
@@ -125,13 +151,38 @@ class LocalRule(OnePass):
         """
 
     @optional
+    def drive(self, product: Tensor, direction: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor:
+        """Under homeostasis: the change of the neurons' unit weight vectors, of which only the rotation is taken.
+
+        Args:
+            product: ``⟨s (x - μ)ᵀ⟩``, pools × neurons × inputs, with the signal of standardised activity.
+            direction: the unit vectors, of the same shape.
+            synapse: the layer.
+            group: its param group.
+
+        Returns:
+            of the same shape; by default the product itself.
+        """
+        return product
+
+    @optional
+    def homeostatic_rate(self, group: dict[str, Any]) -> float:
+        """The rate of homeostasis in a group, per step; 0: none."""
+        return RATE if group.get("homeostasis") else 0.0
+
+    @optional
     def least_neurons(self, group: dict[str, Any]) -> tuple[int, str]:
         """The least number of neurons in a pool, and the option or reason that requires it."""
         return 1, ""
 
     @optional
     def trained(self, synapses: list[Synapse], group: dict[str, Any]) -> list[tuple[Synapse, list[tuple[str, Tensor]]]]:
-        """The synapses of a group that learn, with their learning parameters; by default the weights of all."""
+        """The synapses of a group that learn, with their learning parameters.
+
+        By default the weights of all, and under homeostasis also the biases.
+        """
+        if self.homeostatic_rate({**self.defaults, **group}):
+            return [(s, [*s.named_parameters()]) for s in synapses]
         return [(s, [(f"{s.name}.weight", s.weight)]) for s in synapses]
 
     @optional
@@ -179,13 +230,25 @@ class LocalRule(OnePass):
             return cut(firing, u, reach)
         pending = reach.pending(synapse)
         token = reach.token(firing.x, pending)
+        handed_on = u
         if synapse.neurons is None:
             with torch.no_grad():
-                sums = self.measure(firing, u)
+                sums, handed_on = self._measured(firing, u)
             self._count(pending, token, sums)
         else:
             self._awaiting[synapse] = pending, token
-        return reach.cut(u, firing.x, pending, token)
+        return reach.cut(handed_on, firing.x, pending, token)
+
+    def _measured(self, firing: Firing, u: Tensor) -> tuple[Sums, Tensor]:
+        """The sums of a firing, and the activity that the network receives."""
+        synapse, regulator = firing.synapse, self._regulator
+        if not self.homeostatic_rate(self.param_groups[synapse.group]):
+            return self.measure(firing, u), u
+        firing = replace(firing, standardised=regulator.standardised(firing, u))
+        acts = regulator.acts(synapse)
+        sums = self.measure(firing, u) if acts else Sums({}, {"events": u.numel() // len(synapse.weight)})
+        sums.values |= regulator.moments(firing, firing.activity(u), with_input=acts)
+        return sums, firing.activity(u).to(u.dtype) if regulator.hands_on(synapse) else u
 
     def _on_neurons(self, firing: Firing, spikes: Tensor) -> Tensor:
         pending, token = self._awaiting[firing.synapse]
@@ -239,6 +302,7 @@ class LocalRule(OnePass):
                     )
         if pending.synapse.is_readout:
             self._by_readout = True
+            self._readout.confirm(pending)
             return
         self._proven.add(pending.synapse)
         self._unreachable.discard(pending.synapse)
@@ -258,6 +322,7 @@ class LocalRule(OnePass):
         self._confirmed.clear()
         self._gathering.dropped, self._gathering = not self._gathering.learned, Gathering()
         self._by_readout = False
+        self._readout.drop()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; also drops the firings that backward passes have reached since the last step."""
@@ -277,6 +342,7 @@ class LocalRule(OnePass):
         self._waiting.clear()
         self._latest.clear()
         self._awaiting.clear()
+        self._regulator.clear()
         self._readout.clear()
         self._drop()
         self.reset()
@@ -298,22 +364,54 @@ class LocalRule(OnePass):
             self._sum_over_ranks([loss, counts, *values])
             if losses is not None:
                 require_finite(self, "the loss", [loss])
-            grads = self._readout.collect(self._sum_over_ranks, self._ranks[1])
             state = self._next_state()
+            grads = self._readout.collect(self._sum_over_ranks, self._ranks[1], state)
             for (synapse, sums), row in zip(gathered, counts.tolist(), strict=True):
                 sums.counts = dict(zip(sums.counts, row, strict=True))
                 if not sums.events:  # it ran, but on no sample
                     continue
                 with torch.autocast(device.type, enabled=False):
-                    changes = self.changes(sums, synapse, self.param_groups[synapse.group], state)
+                    changes = self._changes(sums, synapse, state)
                 for p, change in changes.items():  # one weight in two layers learns from both
                     grad = as_grad(change, p)
                     grads[p] = grads[p] + grad if p in grads else grad
             self._gathering.end()
+            require_finite(self, "the activity of a layer", tensors_of(state.get("homeostasis", {}).values()))
             return grads, state
         finally:
             self._clear()
             self.target = None  # must not teach the next batch
+
+    def _changes(self, sums: Sums, synapse: Synapse, state: dict[str, Any]) -> dict[Tensor, Tensor]:
+        """`changes`, or under homeostasis a rotation by `drive`, with the new level of activity as state."""
+        group = self.param_groups[synapse.group]
+        rate = self.homeostatic_rate(group)
+        if not rate or "z" not in sums.values:
+            return self.changes(sums, synapse, group, state)
+        level = self._regulator.followed(sums, synapse, rate)
+        state["homeostasis"] = {**state.get("homeostasis", {}), synapse.index: level}
+        if "product" not in sums.values:
+            return {}
+        product, signal = means(sums)
+        assert signal is not None
+        weight, length = synapse.weight.detach(), norms(synapse.weight)
+        direction = in_pools(weight / along_neurons(length, weight).clamp(min=1e-30).to(weight.dtype), synapse)
+        centred = in_pools(product.sub_(along_neurons(signal, product) * level["input"].to(product)), synapse)
+        size = centred.norm(dim=-1)
+        drive = self.drive(centred, direction, synapse, group)
+        if group["inhibition"]:
+            drive = drive - group["inhibition"] * size.mean() * overlap(direction)
+        turn = rotation(drive, direction)
+        largest = torch.maximum(size.amax(), turn.norm(dim=-1).amax()).clamp(min=1e-30)
+        settled = 1 / (1 + (level["steps"] - WARM_UP) / group["settle"]) if group["settle"] else 1.0
+        turn = turn * (settled * length.view(*size.shape, 1) / largest)
+        return {synapse.weight: weight_shaped(turn.to(weight.dtype), synapse)}
+
+    def _around_descent(self) -> AbstractContextManager[None]:
+        def commit(levels: dict[int, Level]) -> None:
+            self._own_state = {**self._own_state, "homeostasis": levels}
+
+        return self._regulator.descending(commit)
 
     def _settle(self) -> None:
         """Add up all firings that count, after a check of the passes."""
@@ -421,7 +519,7 @@ class LocalProductRule(LocalRule):
 
     def measure(self, firing: Firing, u: Tensor) -> Sums:
         """``Σ s xᵀ`` and ``Σ s``."""
-        synapse, activity = firing.synapse, u.detach()
+        synapse, activity = firing.synapse, firing.activity(u)
         group = self.param_groups[synapse.group]
         s = self.signal(activity, synapse, group) if u.numel() else torch.zeros_like(activity)
         return product_sums(firing, u, s)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .recorder import Firing
-from .synapse import padded
+from .synapse import Synapse, padded
 
 
 class SparseSignal(NamedTuple):
@@ -42,6 +42,36 @@ def over_events(values: Tensor, channel: int, dtype: torch.dtype | None = None) 
     """The sum over samples and positions for each neuron."""
     events = [d for d in range(values.ndim) if d != channel]
     return values.sum(events, dtype=dtype) if events else values.to(dtype or values.dtype)  # sum([]) is over all
+
+
+def rows_of(tensor: Tensor, synapse: Synapse) -> Tensor:
+    """A tensor of the weight's shape as neurons × inputs: a view, if it has the weight's memory format."""
+    return tensor.permute(_memory_order(synapse)).flatten(1)
+
+
+def weight_shaped(rows: Tensor, synapse: Synapse) -> Tensor:
+    """The inverse of `rows_of`."""
+    order, shape = _memory_order(synapse), synapse.weight.shape
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return rows.reshape([shape[d] for d in order]).permute(back)
+
+
+def _memory_order(synapse: Synapse) -> list[int]:
+    weight = synapse.weight
+    return [0, *sorted(range(1, weight.ndim), key=lambda d: (weight.stride(d), weight.size(d)), reverse=True)]
+
+
+def in_pools(tensor: Tensor, synapse: Synapse) -> Tensor:
+    """`rows_of` as pools × neurons × inputs, in single precision at least, which solvers require."""
+    rows = rows_of(tensor, synapse)
+    rows = rows.view(synapse.pools, -1, rows.shape[1])
+    return in_full(rows)
+
+
+def squares_over_events(values: Tensor, channel: int) -> Tensor:
+    """The sum of squares over samples and positions for each neuron."""
+    events = [d for d in range(values.ndim) if d != channel]
+    return torch.linalg.vector_norm(values, dim=events).square() if events else values.square()
 
 
 def local_product(firing: Firing, u: Tensor, s: Tensor | SparseSignal) -> Tensor:

@@ -175,6 +175,10 @@ class Reach:
         self._ends = [end for end in self._ends if end() is not None] + [weakref.ref(linked.grad_fn)]
         return linked
 
+    def waits_at(self, end: Tensor) -> bool:
+        """Whether a backward pass through the output of a readout will be noticed."""
+        return is_node_of(end.grad_fn, _Cut)
+
     def arrived(self, pending: Pending) -> None:
         """Take note that a backward pass has reached a firing, through a readout or past it."""
         arrive = self.arrive

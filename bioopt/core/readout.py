@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypedDict
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 
 from .acts import Isolated, cut, detached, isolate
 from .constraints import NON_NEGATIVE, require_in_range
+from .homeostasis import RATE, Level, along_neurons, in_weight_form, kept_in_place
 from .params import RuleOptions, named_modules_of, no_plastic_layer, surveyed
-from .products import over_events
-from .reach import Reach
+from .products import in_full, over_events
+from .reach import Pending, Reach
 from .recorder import Firing
 from .sums import Sums, product_sums
 from .synapse import Exclusion, Synapse, Unwatchable, refusal, survey
@@ -21,6 +23,11 @@ from .synapse import Exclusion, Synapse, Unwatchable, refusal, survey
 __all__ = ["Readout", "ReadoutOptions"]
 
 KINDS = ("delta", "teacher", None)
+#: of a readout on standardised activity: with momentum 0.9, less than half of the largest rate at which cross-entropy
+#: and squared error are sure to be stable, whatever the activity
+LR = 3.0
+MOMENTUM = 0.9
+FLOOR = 0.1  # of the variance of an input, as a share of the mean variance: rare inputs are not blown up
 
 
 class _Choice(TypedDict, total=False):
@@ -39,6 +46,8 @@ class ReadoutChoice(NamedTuple):
     lr: float | None
     layer: str | nn.Module | Sequence[str | nn.Module] | None
     options: dict[str, Any] | None
+    standardise: bool = False  # unless a rate is given
+    momentum: float = MOMENTUM
 
 
 Survey = tuple[list[Synapse], list[Unwatchable]]
@@ -64,6 +73,7 @@ class Readout:
             raise ValueError(f"{rule}: readout={kind!r} must be 'delta', 'teacher' or None")
         self.kind = kind
         self.layers: dict[nn.Module, Synapse] = {}
+        self._standardised: dict[nn.Module, Synapse] = {}  # those that learn on standardised activity
         self.by_loss = kind == "delta"
         self._rule = rule
         self._reach = reach
@@ -71,6 +81,9 @@ class Readout:
         self._in_order = False  # whether it was seen to fire last
         self._target: Tensor | None = None
         self._sums: dict[Synapse, Sums] = {}  # of a teacher
+        # Presynaptic activity of the firings whose loss still exists, and of those that a backward pass has reached.
+        self._pending: weakref.WeakKeyDictionary[Pending, Sums] = weakref.WeakKeyDictionary()
+        self._reached: dict[Synapse, Sums] = {}
 
     def __bool__(self) -> bool:
         return self.kind is not None
@@ -101,7 +114,7 @@ class Readout:
         if choice.lr is not None:
             require_in_range(name, "readout_lr", choice.lr, NON_NEGATIVE)
         if self.kind is None:
-            if any(option is not None for option in choice):
+            if any(option is not None for option in choice[:3]):
                 raise ValueError(
                     f"{name}: readout_lr, readout_layer and readout_options need a readout, not readout=None"
                 )
@@ -130,9 +143,14 @@ class Readout:
         for one in readouts:
             home, near = next((g, f) for g, f in zip(groups, synapses, strict=True) if one in f)
             rate = choice.lr
-            if rate is None or (all(s.layer in self.layers for s in near) and "lr" in home):
+            alone = all(s.layer in self.layers for s in near) and "lr" in home
+            if rate is None or alone:
                 rate = home.get("lr", lr)
-            kept.append({**home, "lr": rate, **(choice.options or {}), "params": one.layer, "readout": self.kind})
+            free = {"lr": rate}
+            if choice.standardise and choice.lr is None and not alone:
+                free = {"lr": LR, "momentum": home.get("momentum", choice.momentum), "standardised": True}
+                self._standardised[one.layer] = one
+            kept.append({**home, **free, **(choice.options or {}), "params": one.layer, "readout": self.kind})
         return kept
 
     def _chosen(self, synapses: list[Synapse], given: Any) -> list[Synapse]:
@@ -199,6 +217,8 @@ class Readout:
     def clear(self) -> None:
         """Drop the sums of all passes."""
         self._sums.clear()
+        self._pending.clear()
+        self._reached.clear()
 
     def enter(self, synapse: Synapse, x: Tensor) -> Tensor | Isolated:
         """The entry of every synapse of a rule: that of a cut, but for a readout that learns from the loss."""
@@ -210,7 +230,14 @@ class Readout:
         ``target``: of a teacher, by default that of `begin`.
         """
         if self.by_loss:
-            return self._reach.end(u, firing.x, self._reach.pending(firing.synapse))
+            pending = self._reach.pending(firing.synapse)
+            end = self._reach.end(u, firing.x, pending)
+            if firing.synapse.layer in self._standardised and not firing.replay:
+                with torch.no_grad():
+                    self._pending[pending] = _input_sums(firing)
+                if not self._reach.linked or not self._reach.waits_at(end):
+                    self.confirm(pending)
+            return end
         if not firing.replay:
             with torch.no_grad():
                 s = self._taught(u, firing.synapse, self._target if target is None else target)
@@ -219,6 +246,17 @@ class Readout:
             known = self._sums.get(firing.synapse)
             self._sums[firing.synapse] = sums if known is None else known.plus(sums)
         return cut(firing, u, self._reach)
+
+    def confirm(self, pending: Pending) -> None:
+        """Count a firing of a readout that a backward pass has reached."""
+        sums = self._pending.pop(pending, None)
+        if sums is not None:
+            known = self._reached.get(pending.synapse)
+            self._reached[pending.synapse] = sums if known is None else known.plus(sums)
+
+    def drop(self) -> None:
+        """Drop the firings that backward passes have reached."""
+        self._reached.clear()
 
     def _taught(self, u: Tensor, synapse: Synapse, target: Tensor | None) -> Tensor:
         """The target, of the shape of the readout's activity."""
@@ -299,23 +337,82 @@ class Readout:
             if s in self._sums or (self.by_loss and any(p.grad is not None for p in s.parameters()))
         ]
 
-    def collect(self, sum_over_ranks: Callable[[list[Tensor]], None], ranks: int) -> dict[Tensor, Tensor]:
-        """The new ``.grad`` of each parameter from the last passes, averaged over ranks."""
+    def collect(
+        self, sum_over_ranks: Callable[[list[Tensor]], None], ranks: int, state: dict[str, Any]
+    ) -> dict[Tensor, Tensor]:
+        """The new ``.grad`` of each parameter from the last passes, averaged over ranks.
+
+        Args:
+            sum_over_ranks: replaces tensors by their sums.
+            ranks: how many there are.
+            state: the rule's own state after the step, to which the levels of presynaptic activity are added.
+        """
         found = {p: p.grad for p in self.parameters() if p.grad is not None}
-        sums = sorted(self._sums.items(), key=lambda item: item[0].index)
+        sums = sorted({**self._sums, **self._reached}.items(), key=lambda item: item[0].index)
         device = next((s.weight.device for s in self.layers.values()), None)
         counts = torch.tensor([float(s.events) for _, s in sums], device=device if ranks > 1 else None)
         tensors = [value for _, s in sums for value in s.values.values()]
         sum_over_ranks([*found.values(), *tensors, *([counts] if sums else [])])
         grads = {p: g / ranks if ranks > 1 else g for p, g in found.items()}
         for (synapse, gathered), count in zip(sums, counts.tolist(), strict=True):
-            if count:
-                weight = synapse.weight.detach()
-                product, squares = gathered.values["product"].div_(count), gathered.values["squares"] / count
-                decay = squares.to(weight.dtype).view(-1, *[1] * (weight.ndim - 1)) * weight
-                grads[synapse.weight] = as_grad(product - decay, synapse.weight)
+            if not count:
+                continue
+            if self.by_loss:
+                level = _followed(state.get("readout", {}).get(synapse.index), gathered, count)
+                state["readout"] = {**state.get("readout", {}), synapse.index: level}
+                continue
+            weight = synapse.weight.detach()
+            product, squares = gathered.values["product"].div_(count), gathered.values["squares"] / count
+            decay = squares.to(weight.dtype).view(-1, *[1] * (weight.ndim - 1)) * weight
+            grads[synapse.weight] = as_grad(product - decay, synapse.weight)
+        for synapse in self._standardised.values():
+            if synapse.index in state.get("readout", {}) and synapse.weight in grads:
+                grads |= _standardised(grads, synapse, state["readout"][synapse.index])
         self.clear()
         return grads
+
+
+def _input_sums(firing: Firing) -> Sums:
+    """The sums of presynaptic activity and of its square, for each input channel."""
+    x, channel = in_full(firing.x.detach()), firing.x.ndim + firing.synapse.channel_dim
+    total = over_events(x, channel)
+    return Sums({"input": total, "square": over_events(x.square(), channel)}, {"events": x.numel() // len(total)})
+
+
+def _followed(level: Level | None, sums: Sums, count: float) -> Level:
+    """The running mean and variance of presynaptic activity after these firings."""
+    mean, square = sums.values["input"] / count, sums.values["square"] / count
+    steps = 0 if level is None else level["steps"]
+    r = max(RATE, 1 / (1 + steps))
+    known = mean if level is None else level["mean"].to(mean.device)
+    of_batch = (square - mean.square()).clamp(min=0)
+    variance = of_batch if level is None else level["variance"].to(mean.device)
+    shift = mean - known
+    new = {
+        "mean": known + r * shift,
+        "variance": torch.lerp(variance, of_batch, r) + r * (1 - r) * shift.square(),
+        "steps": steps + 1,
+    }
+    return new if level is None else kept_in_place(level, new)
+
+
+def _standardised(grads: dict[Tensor, Tensor], synapse: Synapse, level: Level) -> dict[Tensor, Tensor]:
+    r"""The gradients of ``w σ`` and ``b + w μ`` in place of those of ``w`` and ``b``, as changes of ``w`` and ``b``."""
+    weight, bias = synapse.weight, synapse.bias
+    mean, variance = level["mean"].to(weight), level["variance"].to(weight)
+    centred = bias is not None and bias in grads
+    if not centred:
+        variance, mean = variance + mean.square(), torch.zeros_like(mean)
+    power = variance + FLOOR * variance.mean() + torch.finfo(weight.dtype).tiny
+    size = weight[0].numel() + 1
+    mean, power = in_weight_form(mean, synapse), in_weight_form(power, synapse)
+    grad = grads[weight]
+    if not centred:
+        return {weight: grad / power / size}
+    assert bias is not None
+    of_bias = grads[bias]
+    change = (grad - along_neurons(of_bias, weight) * mean) / power / size
+    return {weight: change, bias: of_bias / size - (change * mean).flatten(1).sum(1)}
 
 
 def as_grad(change: Tensor, p: Tensor) -> Tensor:

@@ -50,12 +50,18 @@ class Firing:
         x: presynaptic activity, with its graph.
         rows: which samples the layer ran on; ``None``: all.
         replay: whether activation checkpointing runs the layer again, in the backward pass.
+        standardised: under homeostasis, postsynaptic activity of mean 0 and deviation 1, in single precision at least.
     """
 
     synapse: Synapse
     x: Tensor
     rows: Rows | None
     replay: bool
+    standardised: Tensor | None = None
+
+    def activity(self, u: Tensor) -> Tensor:
+        """The postsynaptic activity that a rule reads: under homeostasis standardised, else ``u`` itself."""
+        return u.detach() if self.standardised is None else self.standardised
 
     def rows_of(self, u: Tensor) -> Rows | None:
         """The samples that the rows of the output belong to; ``None``: all, in order.

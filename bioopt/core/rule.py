@@ -12,7 +12,7 @@ import inspect
 import zlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, ClassVar, TypeAlias, TypeVar, Unpack
 
@@ -41,7 +41,7 @@ from .integrations import (
 from .owned import OWNED, Owned
 from .params import DescentOptions, Params, ProcessGroup, groups_of, named_modules_of
 from .probe import Closure, Known, Probe, restoring_grad_mode, settled
-from .readout import Readout, ReadoutChoice
+from .readout import MOMENTUM, Readout, ReadoutChoice
 from .recorder import Firing, Leave, Recorder
 from .synapse import Exclusion, Synapse, Unwatchable
 
@@ -51,6 +51,9 @@ __all__ = ["LearningRule", "optional"]
 Estimate: TypeAlias = tuple[Tensor, dict[Tensor, Tensor], dict[str, Any]]
 #: called with a firing and its output; may return a tensor for the network to receive in its place
 Visit: TypeAlias = Callable[[Firing, Tensor], Tensor | None]
+
+#: options that groups of earlier versions lack, with what these did
+NEW_OPTIONS = {"readout": None, "standardised": False, "homeostasis": False}
 
 SCHEDULERS = ("initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr", "params", "param_names")
 
@@ -138,7 +141,13 @@ class LearningRule(ModelGroups, Optimizer):
             groups,
             defaults["lr"],
             self._exclusion,
-            ReadoutChoice(readout_lr, readout_layer, readout_options),
+            ReadoutChoice(
+                readout_lr,
+                readout_layer,
+                readout_options,
+                standardise=readout == "delta" and issubclass(descent, SGD),
+                momentum=given_options.get("momentum", MOMENTUM),
+            ),
             lambda groups, surveys: self._require_trainable(groups, surveys, defaults),
         )
         self._known = Known()
@@ -149,6 +158,7 @@ class LearningRule(ModelGroups, Optimizer):
         self.forward_passes = 0
         self._check(defaults)
         self._readout_grads: dict[Tensor, Tensor] | None = None  # of the estimate in progress
+        self._readout_state: dict[str, Any] = {}  # after it
         if inspect.signature(descent.step).parameters["closure"].default is inspect.Parameter.empty:
             raise TypeError(
                 f"{name}(descent={descent.__name__}): {descent.__name__} evaluates the closure itself; "
@@ -160,7 +170,7 @@ class LearningRule(ModelGroups, Optimizer):
             own_defaults = descent([torch.zeros(1, 1)], **options).defaults
         except TypeError as error:
             raise TypeError(f"{name}(descent={descent.__name__}): {error}") from None
-        super().__init__(groups, {**own_defaults, **defaults, "readout": None, PACKED: None})
+        super().__init__(groups, {**own_defaults, **defaults, "readout": None, "standardised": False, PACKED: None})
         self._descent = descent([{"params": group["params"]} for group in self.param_groups], **options)
         self.state.update(self._descent.state)  # some optimizers create it here
 
@@ -215,6 +225,7 @@ class LearningRule(ModelGroups, Optimizer):
             if self._readout_grads is None:
                 self._base_point(probe)
             grads = {**grads, **(self._readout_grads or {})}
+            state = {**state, **self._readout_state}
             self._readout_grads = self.target = None  # an old target must not teach a new batch
         return losses, grads, state
 
@@ -264,7 +275,7 @@ class LearningRule(ModelGroups, Optimizer):
             with torch.no_grad():
                 loss, grads, own_state = probe.run(type(self).__name__, self.evaluate)
             loss = loss if probe.returns_tensor else loss.item()
-        if own_state and is_captured(self._trained()):
+        if own_state.keys() - {"homeostasis", "readout"} and is_captured(self._trained()):
             raise RuntimeError(
                 f"{type(self).__name__} keeps running state, which the replay of a CUDA graph would not update: take "
                 "ordinary steps"
@@ -293,7 +304,8 @@ class LearningRule(ModelGroups, Optimizer):
         self._estimated = False
         # load_state_dict replaces both. Without hooks: those on all optimizers must fire once per step.
         self._descent.param_groups, self._descent.state = self.param_groups, self.state
-        unhooked_step(self._descent)
+        with self._around_descent():
+            unhooked_step(self._descent)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as in torch, after a check of its options; its ``"params"`` may be a module."""
@@ -343,7 +355,7 @@ class LearningRule(ModelGroups, Optimizer):
         owned = own_state.pop(OWNED, {})
         groups = [
             # Earlier versions of some rules had no readout.
-            {"readout": None, **{self.renamed.get(key, key): value for key, value in group.items()}}
+            {**NEW_OPTIONS, **{self.renamed.get(key, key): value for key, value in group.items()}}
             for group in state_dict["param_groups"]
         ]
         state_dict = {**state_dict, "param_groups": groups}
@@ -415,7 +427,8 @@ class LearningRule(ModelGroups, Optimizer):
             require_finite(self, "the loss", [losses])
             readout.require_fired_last(self._recorder.fired)
             readout.require_gradient()
-            self._readout_grads = readout.collect(self._sum_over_ranks, self._ranks[1])
+            self._readout_state = {"readout": levels} if (levels := self._own_state.get("readout")) else {}
+            self._readout_grads = readout.collect(self._sum_over_ranks, self._ranks[1], self._readout_state)
             for p in self._trained():  # the next evaluation must not change these gradients
                 p.grad = None
         return losses
@@ -437,6 +450,11 @@ class LearningRule(ModelGroups, Optimizer):
             return cut(firing, u if other is None else other, reach)
 
         return self._recorder.acting(self._readout.enter, leave)
+
+    @optional
+    def _around_descent(self) -> AbstractContextManager[None]:
+        """What encloses the step of the descent."""
+        return nullcontext()
 
     def _next_state(self) -> dict[str, Any]:
         """The rule's own state after this step, with the count of steps raised."""

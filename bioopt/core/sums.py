@@ -83,7 +83,7 @@ def product_sums(firing: Firing, u: Tensor, s: Tensor | SparseSignal, **values: 
     synapse, channel = firing.synapse, u.ndim + firing.synapse.channel_dim
     product = local_product(firing, u, s) if u.numel() else torch.zeros_like(synapse.weight)
     own = {"product": product}
-    if synapse.bias is not None:
+    if synapse.bias is not None or firing.standardised is not None:  # a product is centred by ``Σ s``
         size = u.shape[channel]
         own["signal"] = s.total(size) if isinstance(s, SparseSignal) else over_events(s, channel, product.dtype)
     return Sums(own | values, {"events": u.numel() // u.shape[channel]})

@@ -14,7 +14,18 @@ A decay of Oja's kind needs no further pass over the activities: with ``u = W x 
 
 from .competitive import Hebbian, KrotovHopfield, SoftHebb
 from .components import AntiHebbian, Oja, Sanger
+from .homeostasis import Homeostasis
 from .reward import RewardHebbian
 from .threshold import BCM
 
-__all__ = ["BCM", "AntiHebbian", "Hebbian", "KrotovHopfield", "Oja", "RewardHebbian", "Sanger", "SoftHebb"]
+__all__ = [
+    "BCM",
+    "AntiHebbian",
+    "Hebbian",
+    "Homeostasis",
+    "KrotovHopfield",
+    "Oja",
+    "RewardHebbian",
+    "Sanger",
+    "SoftHebb",
+]

@@ -62,30 +62,6 @@ def along_channels(values: Tensor, u: Tensor, synapse: Synapse) -> Tensor:
     return values.view(-1, *[1] * (-synapse.channel_dim - 1)).to(u.dtype)
 
 
-def rows_of(tensor: Tensor, synapse: Synapse) -> Tensor:
-    """A tensor of the weight's shape as neurons × inputs: a view, if it has the weight's memory format."""
-    return tensor.permute(_memory_order(synapse)).flatten(1)
-
-
-def weight_shaped(rows: Tensor, synapse: Synapse) -> Tensor:
-    """The inverse of `rows_of`."""
-    order, shape = _memory_order(synapse), synapse.weight.shape
-    back = sorted(range(len(order)), key=order.__getitem__)
-    return rows.reshape([shape[d] for d in order]).permute(back)
-
-
-def _memory_order(synapse: Synapse) -> list[int]:
-    weight = synapse.weight
-    return [0, *sorted(range(1, weight.ndim), key=lambda d: (weight.stride(d), weight.size(d)), reverse=True)]
-
-
-def in_pools(tensor: Tensor, synapse: Synapse) -> Tensor:
-    """`rows_of` as pools × neurons × inputs, in single precision at least, which solvers require."""
-    rows = rows_of(tensor, synapse)
-    rows = rows.view(synapse.pools, -1, rows.shape[1])
-    return in_full(rows)
-
-
 def signal_activity_product(rows: Tensor, weight: Tensor, signal: Tensor | None, synapse: Synapse) -> Tensor:
     """``⟨s_k u_j⟩`` for the neurons k, j of each pool."""
     products = rows @ weight.mT

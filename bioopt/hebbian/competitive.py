@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from ..core.constraints import NON_NEGATIVE, POSITIVE, POSITIVE_INT, Constraint, one_of
-from ..core.local_product import LocalProductRule, LocalRule, means
+from ..core.local_product import LocalOptions, LocalProductRule, LocalRule, means
 from ..core.params import Params
-from ..core.products import SparseSignal, in_full
-from ..core.readout import ReadoutOptions
+from ..core.products import SparseSignal, in_full, in_pools, rows_of, weight_shaped
 from ..core.recorder import Firing
 from ..core.sums import Sums, product_sums
 from ..core.synapse import Synapse
@@ -20,14 +19,11 @@ from .arithmetic import (
     clip_update_norm,
     compete,
     decay_own_,
-    in_pools,
     largest,
-    rows_of,
     signal_activity_product,
     softmax_,
     sparse_signal,
     strongest,
-    weight_shaped,
 )
 
 COMPETITIONS = ("soft", "hard", "k", "none")
@@ -107,11 +103,12 @@ class Hebbian(LocalRule):
         "loser_strength": NON_NEGATIVE,
         "decay": one_of(*DECAYS),
     }
+    regulated: ClassVar[dict[str, Any]] = {"homeostasis": True, "inhibition": 1.0, "settle": 50.0}
 
     def __init__(
         self,
         params: Params,
-        lr: float,  # η
+        lr: float = 0.1,  # η
         *,
         inverse_temperature: float = 1.0,  # t
         competition: str = "soft",
@@ -119,7 +116,7 @@ class Hebbian(LocalRule):
         loser_strength: float = 0.0,  # λ
         decay: str = "subspace",
         readout: str | None = "delta",
-        **options: Unpack[ReadoutOptions],
+        **options: Unpack[LocalOptions],
     ) -> None:
         own = {
             "inverse_temperature": inverse_temperature,
@@ -139,7 +136,7 @@ class Hebbian(LocalRule):
 
     def measure(self, firing: Firing, u: Tensor) -> Sums:
         """``Σ s xᵀ`` and ``Σ s`` of the signal ``s = m y u``, and whether a modulator was negative."""
-        activity, group = u.detach(), self.param_groups[firing.synapse.group]
+        activity, group = firing.activity(u), self.param_groups[firing.synapse.group]
         s: Tensor | SparseSignal = activity
         negative = False
         if u.numel():
@@ -148,14 +145,21 @@ class Hebbian(LocalRule):
         sums.counts["reversed"] = float(negative)
         return sums
 
+    def drive(self, product: Tensor, direction: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor:
+        """``P - C V``; without a decay, or with a neuron's own, which turns no weight vector, ``P``."""
+        return product - product @ direction.mT @ direction if group["decay"] == "subspace" else product
+
     def _shared(self, u: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor | SparseSignal:
         """``y u``."""
         kind, losers = group["competition"], group["loser_strength"]
         if kind == "none":
             return u
-        scale = group["inverse_temperature"] / synapse.weight.flatten(1).norm(dim=1).clamp(min=1e-12)
-        wide = in_full(u)
-        strength = wide * along_channels(scale, wide, synapse)
+        wide, t = in_full(u), group["inverse_temperature"]
+        if group["homeostasis"]:  # which has made the neurons comparable
+            strength = wide * t
+        else:
+            scale = t / synapse.weight.flatten(1).norm(dim=1).clamp(min=1e-12)
+            strength = wide * along_channels(scale, wide, synapse)
         if kind == "k" or (kind == "hard" and not losers):
             best, which = strongest(strength, synapse, group["k"] if kind == "k" else 1)
             s = sparse_signal(which, _first_wins(softmax_(best, -1), losers), synapse)
@@ -265,16 +269,17 @@ class SoftHebb(LocalProductRule):
         "inverse_temperature": POSITIVE,
         "k": (lambda v: v is None or (isinstance(v, int) and v >= 2), "an integer >= 2, or None for all"),
     }
+    regulated: ClassVar[dict[str, Any]] = {"homeostasis": True, "inhibition": 10.0, "settle": 20.0}
 
     def __init__(
         self,
         params: Params,
-        lr: float,  # η
+        lr: float = 0.02,  # η
         *,
-        inverse_temperature: float = 1.0,  # t
+        inverse_temperature: float = 8.0,  # t
         k: int | None = None,
         readout: str | None = "delta",
-        **options: Unpack[ReadoutOptions],
+        **options: Unpack[LocalOptions],
     ) -> None:
         own = {"inverse_temperature": inverse_temperature, "k": k}
         super().__init__(params, lr, readout=readout, own=own, **options)
@@ -330,16 +335,17 @@ class KrotovHopfield(LocalProductRule):
         "rank": (lambda v: isinstance(v, int) and v >= 2, "an integer >= 2"),
         "anti_hebbian": NON_NEGATIVE,
     }
+    regulated: ClassVar[dict[str, Any]] = {"homeostasis": True, "inhibition": 10.0, "settle": 20.0}
 
     def __init__(
         self,
         params: Params,
-        lr: float,  # ε
+        lr: float = 0.02,  # ε
         *,
         rank: int = 2,  # k
         anti_hebbian: float = 0.4,  # Δ
         readout: str | None = "delta",
-        **options: Unpack[ReadoutOptions],
+        **options: Unpack[LocalOptions],
     ) -> None:
         super().__init__(params, lr, readout=readout, own={"rank": rank, "anti_hebbian": anti_hebbian}, **options)
 

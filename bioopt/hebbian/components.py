@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, final
+from typing import Any, ClassVar, Unpack, final
 
 import torch
 from torch import Tensor
 
-from ..core.local_product import LocalProductRule
+from ..core.constraints import Constraint
+from ..core.local_product import LocalOptions, LocalProductRule
+from ..core.params import Params
+from ..core.products import in_pools, rows_of, weight_shaped
 from ..core.synapse import Synapse
-from .arithmetic import clip_update_norm, decay_own_, in_pools, rows_of, signal_activity_product, weight_shaped
+from .arithmetic import clip_update_norm, decay_own_, signal_activity_product
 
 
 @final
@@ -29,6 +32,18 @@ class Oja(LocalProductRule):
 
     Source: E. Oja (1982), *Simplified neuron model as a principal component analyzer*, J. Math. Biology 15.
     """
+
+    regulated: ClassVar[dict[str, Any]] = {"homeostasis": True, "inhibition": 30.0, "settle": 20.0}
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 0.02,  # η
+        *,
+        readout: str | None = "delta",
+        **options: Unpack[LocalOptions],
+    ) -> None:
+        super().__init__(params, lr, readout=readout, **options)
 
     def signal(self, u: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor:
         """``u`` itself."""
@@ -62,9 +77,25 @@ class Sanger(LocalProductRule):
     Neural Networks 2.
     """
 
+    regulated: ClassVar[dict[str, Any]] = {"homeostasis": True, "inhibition": 0.0, "settle": 20.0}
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 0.02,  # η
+        *,
+        readout: str | None = "delta",
+        **options: Unpack[LocalOptions],
+    ) -> None:
+        super().__init__(params, lr, readout=readout, **options)
+
     def signal(self, u: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor:
         """``u`` itself."""
         return u
+
+    def drive(self, product: Tensor, direction: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor:
+        """``P - L V``."""
+        return product - (product @ direction.mT).tril() @ direction
 
     def update(self, product: Tensor, signal: Tensor | None, synapse: Synapse, group: dict[str, Any]) -> Tensor:
         """``(I + lr L)⁻¹ (P - L W)`` in each pool."""
@@ -96,6 +127,20 @@ class AntiHebbian(LocalProductRule):
     principle for learning*.
     """
 
+    constraints: ClassVar[dict[str, Constraint]] = {"tolerance": (lambda v: 0 <= v < 1, "a number in [0, 1)")}
+    regulated: ClassVar[dict[str, Any]] = {"homeostasis": True, "inhibition": 0.0, "settle": 20.0}
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 0.02,  # η
+        *,
+        tolerance: float = 0.5,
+        readout: str | None = "delta",
+        **options: Unpack[LocalOptions],
+    ) -> None:
+        super().__init__(params, lr, own={"tolerance": tolerance}, readout=readout, **options)
+
     def least_neurons(self, group: dict[str, Any]) -> tuple[int, str]:
         """Two."""
         return 2, "decorrelation"
@@ -103,6 +148,15 @@ class AntiHebbian(LocalProductRule):
     def signal(self, u: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor:
         """``u`` itself."""
         return u
+
+    def drive(self, product: Tensor, direction: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor:
+        """``-Σ_j r_kj w_j`` over the neurons whose correlation with the neuron is not tolerated."""
+        covariance = product @ direction.mT
+        size = covariance.diagonal(dim1=-2, dim2=-1).clamp(min=1e-12).unsqueeze(-1)  # activity of a unit vector
+        correlation = covariance / size.mT
+        correlation.diagonal(dim1=-2, dim2=-1).zero_()
+        beyond = torch.nn.functional.softshrink(correlation, group["tolerance"])
+        return -size * (beyond @ (direction / size))
 
     def update(self, product: Tensor, signal: Tensor | None, synapse: Synapse, group: dict[str, Any]) -> Tensor:
         """``-(C - diag C) W`` in each pool, no step longer than ``‖W‖``."""

@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from ..core.constraints import RATE, Constraint
-from ..core.local_product import LocalRule, means
+from ..core.local_product import LocalOptions, LocalRule, means
 from ..core.params import Params
-from ..core.products import in_full, over_events
-from ..core.readout import ReadoutOptions
+from ..core.products import in_full, over_events, rows_of, weight_shaped
 from ..core.recorder import Firing
 from ..core.sums import Sums, product_sums
 from ..core.synapse import Synapse
-from .arithmetic import along_channels, rows_of, weight_shaped
+from .arithmetic import along_channels
 
 
 @final
@@ -45,20 +44,24 @@ class BCM(LocalRule):
     """
 
     constraints: ClassVar[dict[str, Constraint]] = {"threshold_rate": RATE}
+    regulated: ClassVar[dict[str, Any]] = {"homeostasis": True, "inhibition": 30.0, "settle": 20.0}
 
     def __init__(
         self,
         params: Params,
-        lr: float,  # η
+        lr: float = 0.02,  # η
         *,
         threshold_rate: float = 0.1,  # r
         readout: str | None = "delta",
-        **options: Unpack[ReadoutOptions],
+        **options: Unpack[LocalOptions],
     ) -> None:
         super().__init__(params, lr, readout=readout, own={"threshold_rate": threshold_rate}, **options)
 
     def measure(self, firing: Firing, u: Tensor) -> Sums:
         """The sums of ``s = u (u - θ) / θ`` and ``x``, and ``Σ u²``."""
+        if firing.standardised is not None:  # whose mean square, the threshold, is 1
+            activity = firing.standardised.clamp(min=0)
+            return product_sums(firing, u, activity * (activity - 1))
         activity, synapse = in_full(u.detach()), firing.synapse
         power = over_events(activity.square(), u.ndim + synapse.channel_dim)
         threshold = self.threshold(synapse)

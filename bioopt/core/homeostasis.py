@@ -1,0 +1,250 @@
+r"""Homeostasis: each neuron keeps its activity at mean 0 and deviation 1 through its own weights and bias.
+
+With running mean :math:`m_k` and deviation :math:`s_k` of a neuron's activity :math:`u_k`, after each step
+
+.. math::
+    w_k \leftarrow s_k^{-r}\, w_k, \qquad b_k \leftarrow b_k - \langle u_k \rangle
+
+where :math:`r` falls from 1 in the first step to ``rate``: synaptic scaling (Turrigiano & Nelson, 2004), and intrinsic
+plasticity (Triesch, 2005). In the first step, layers above already receive :math:`(u - m) / s`, as they will after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from .errors import is_captured, warn
+from .products import in_full, over_events, squares_over_events
+from .sums import Sums
+from .synapse import BUILT_IN, Synapse
+
+if TYPE_CHECKING:
+    from .recorder import Firing
+
+RATE = 0.05  # of homeostasis, per step
+EVENTS = 16  # of a layer, before its activity is regulated: the deviation of fewer is mostly chance
+WARM_UP = 10  # regulated steps before a rule acts: until then the statistics of its input move
+NOT_MOVING = 1e-6  # a deviation below this share of the mean is rounding
+
+#: of a synapse: ``"mean"`` and ``"variance"`` of each neuron, ``"input"``, the mean of presynaptic activity, in the
+#: form of a weight, ``"events"`` that were seen, and ``"steps"`` in which it was regulated
+Level: TypeAlias = dict[str, Any]
+
+
+class Regulator:
+    """The running activity of the neurons of a rule, and what keeps it at mean 0 and deviation 1.
+
+    Args:
+        levels: returns the present levels by the index of the synapse; they are the rule's own state.
+        sum_over_ranks: replaces tensors by their sums over ranks.
+    """
+
+    def __init__(self, levels: Callable[[], dict[int, Level]], sum_over_ranks: Callable[[list[Tensor]], None]) -> None:
+        self._levels = levels
+        self._sum_over_ranks = sum_over_ranks
+        self._starts: dict[Synapse, tuple[Tensor, Tensor]] = {}  # mean and deviation in the first firing
+        self._fresh: dict[Synapse, float] = {}  # synapses with new levels since the last descent, and their rates
+        self._still: set[Synapse] = set()  # layers whose constant activity was warned of
+
+    def level(self, synapse: Synapse) -> Level | None:
+        """The present level of a synapse; ``None`` before its first step."""
+        return self._levels().get(synapse.index)
+
+    def acts(self, synapse: Synapse) -> bool:
+        """Whether the activity of a synapse has settled, so that a rule may act."""
+        level = self.level(synapse)
+        return level is not None and level["steps"] >= WARM_UP
+
+    def clear(self) -> None:
+        """Drop what the firings since the last step have left."""
+        self._starts.clear()
+
+    # -- as a synapse fires -------------------------------------------------------------------------------------
+
+    def standardised(self, firing: Firing, u: Tensor) -> Tensor:
+        """``(u - m) / s`` by the levels of the last step, or in the first by those of the first firing."""
+        synapse, channel = firing.synapse, u.ndim + firing.synapse.channel_dim
+        mean, deviation = self._reference(synapse, in_full(u.detach()), channel)
+        shape = [-1 if d == channel else 1 for d in range(u.ndim)]
+        return torch.addcmul((-mean / deviation).view(shape), u.detach(), (1 / deviation).view(shape))  # in one pass
+
+    def hands_on(self, synapse: Synapse) -> bool:
+        """Whether the network receives standardised activity: until the first descent has made it the layer's own."""
+        level = self.level(synapse)
+        return synapse in self._starts or (level is not None and not level["steps"] and level["events"] >= EVENTS)
+
+    def moments(self, firing: Firing, z: Tensor, with_input: bool) -> dict[str, Tensor]:
+        """The sums over events that `followed` needs."""
+        synapse, channel = firing.synapse, z.ndim + firing.synapse.channel_dim
+        sums = {"z": over_events(z, channel), "z_squared": squares_over_events(z, channel)}
+        if with_input:
+            x = firing.x.detach()
+            sums["input"] = over_events(x, x.ndim + synapse.channel_dim, z.dtype)
+            sums["inputs"] = z.new_tensor(float(x.numel() // x.shape[synapse.channel_dim]))
+        return sums
+
+    def _reference(self, synapse: Synapse, u: Tensor, channel: int) -> tuple[Tensor, Tensor]:
+        level = self.level(synapse)
+        if level is not None:
+            mean = level["mean"].to(u.device)
+            return mean, moving(mean, level["variance"].to(u.device))[0]
+        if synapse in self._starts:
+            return self._starts[synapse]
+        size = u.shape[channel]
+        mean, count = over_events(u, channel), u.new_tensor(float(u.numel() // size))
+        self._sum_over_ranks([mean, count])
+        if count < EVENTS:
+            return u.new_zeros(size), u.new_ones(size)
+        mean /= count
+        shape = [-1 if d == channel else 1 for d in range(u.ndim)]
+        variance = over_events((u - mean.view(shape)).square(), channel)
+        self._sum_over_ranks([variance])
+        deviation, still = moving(mean, variance.div_(count))
+        if bool(still.all()) and synapse not in self._still:
+            self._still.add(synapse)
+            warn(
+                f"the activity of layer '{synapse.name}' is the same for all {int(count)} events of the first batch: "
+                "is its input constant? Homeostasis leaves it as it is until it varies"
+            )
+        self._starts[synapse] = mean, deviation
+        return mean, deviation
+
+    # -- at the step --------------------------------------------------------------------------------------------
+
+    def followed(self, sums: Sums, synapse: Synapse, rate: float) -> Level:
+        """The level of a synapse after these firings."""
+        n, level = sums.events, self.level(synapse)
+        seen = 0 if level is None else level["events"]
+        r = max(rate, n / (seen + n))
+        shift, square = sums.values["z"] / n, sums.values["z_squared"] / n
+        if level is None:
+            mean, deviation = self._starts.get(synapse, (torch.zeros_like(shift), torch.ones_like(shift)))
+        else:
+            mean = level["mean"].to(shift.device)
+            deviation = moving(mean, level["variance"].to(shift.device))[0]
+        new = {
+            "mean": mean + r * deviation * shift,
+            "variance": deviation.square() * ((1 - r) + r * (square - shift.square()) + r * (1 - r) * shift.square()),
+            "events": seen + n,
+            "steps": 0 if level is None else level["steps"],
+        }
+        if "input" in sums.values:
+            own = in_weight_form(sums.values["input"] / sums.values["inputs"], synapse)
+            known = None if level is None else level.get("input")
+            new["input"] = own if known is None else torch.lerp(known.to(own.device), own, r)
+        elif level is not None and "input" in level:
+            new["input"] = level["input"]
+        self._fresh[synapse] = rate
+        return new if level is None else kept_in_place(level, new)
+
+    @contextmanager
+    def descending(self, commit: Callable[[dict[int, Level]], None]) -> Iterator[None]:
+        """Regulate weights and biases after the descent that is made inside the ``with`` block."""
+        fresh, self._fresh = self._fresh, {}
+        levels = self._levels()
+        ready = {s: levels[s.index] for s in fresh if s.index in levels and levels[s.index]["events"] >= EVENTS}
+        before = {s: (norms(s.weight), expected(s.weight, level)) for s, level in ready.items()}
+        yield
+        if not ready:
+            return
+        new, done = dict(levels), set[Tensor]()
+        for synapse, level in ready.items():
+            tied = synapse.weight in done  # two layers share it: the first regulates
+            new[synapse.index] = self._regulate(synapse, level, *before[synapse], 0.0 if tied else fresh[synapse])
+            done.add(synapse.weight)
+        commit(new)
+
+    def _regulate(self, synapse: Synapse, level: Level, norm: Tensor, of_input: Tensor, rate: float) -> Level:
+        weight, steps = synapse.weight, level["steps"]
+        mean, variance = (level[name].to(weight.device) for name in ("mean", "variance"))
+        deviation, still = moving(mean, variance)
+        r = max(rate, 1 / (1 + steps)) if rate else 0.0
+        gain = deviation.pow(-r).masked_fill(still, 1)
+        if steps:
+            gain.clamp_(0.1, 10)
+        scale = gain
+        if weight.grad is not None:
+            scale = gain * norm / norms(weight).clamp(min=1e-30)
+        if rate:
+            weight.mul_(along_neurons(scale.to(weight.dtype), weight))
+        bias = synapse.bias
+        b = torch.zeros_like(mean) if bias is None else bias.detach().to(mean.dtype)
+        mean = gain * (mean - b - of_input) + expected(weight, level)
+        if bias is not None and bias.requires_grad and not synapse.fixed_bias and rate:
+            bias.copy_(-mean)
+            mean = torch.zeros_like(mean)
+        else:
+            mean = mean + b
+        new = {**level, "mean": mean, "variance": variance * gain.square(), "steps": steps + 1}
+        return kept_in_place(level, new)
+
+
+def moving(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+    """The deviation of each neuron, 1 where it does not move, and where that is."""
+    deviation = variance.clamp(min=0).sqrt()
+    still = deviation <= NOT_MOVING * mean.abs() + 1e-20
+    return deviation.masked_fill(still, 1), still
+
+
+def norms(weight: Tensor) -> Tensor:
+    """The length of each neuron's weights, in single precision at least."""
+    return torch.linalg.vector_norm(in_full(weight.detach()).flatten(1), dim=1)
+
+
+def along_neurons(values: Tensor, weight: Tensor) -> Tensor:
+    """One value per neuron, shaped to multiply its weights."""
+    return values.view(-1, *[1] * (weight.ndim - 1))
+
+
+def in_weight_form(channels: Tensor, synapse: Synapse) -> Tensor:
+    """A value for each input channel, shaped to multiply the weights."""
+    weight, pools = synapse.weight, synapse.pools
+    if type(synapse.layer) in BUILT_IN[1:]:
+        rows = channels.view(pools, -1)
+        rows = rows if pools == 1 else rows.repeat_interleave(len(weight) // pools, 0)
+        return rows.view(*rows.shape, *[1] * (weight.ndim - 2))
+    return channels.view(1, -1)
+
+
+def expected(weight: Tensor, level: Level) -> Tensor:
+    """The activity of each neuron for the mean input; 0 before that is known."""
+    if "input" not in level:
+        return level["mean"].new_zeros(len(weight), device=weight.device)
+    weight = in_full(weight.detach())
+    of_input: Tensor = level["input"].to(weight)
+    return torch.mul(weight, of_input).flatten(1).sum(1)
+
+
+def kept_in_place(old: Level, new: Level) -> Level:
+    """``new``; in a CUDA graph, whose replays write to the same memory, in the tensors of ``old``."""
+    if not is_captured([old["mean"]]):
+        return new
+    if old["steps"] * RATE < 1:
+        raise RuntimeError(
+            f"homeostasis settles in the first {round(1 / RATE)} steps, and the replay of a CUDA graph would repeat "
+            "one of them: take these as ordinary steps before the capture"
+        )
+    for name, value in old.items():
+        if isinstance(value, Tensor):
+            value.copy_(new[name])
+    return {**new, **{name: value for name, value in old.items() if isinstance(value, Tensor)}}
+
+
+def rotation(drive: Tensor, direction: Tensor) -> Tensor:
+    """The part of ``drive`` that turns unit vectors."""
+    return drive - torch.linalg.vecdot(drive, direction).unsqueeze(-1) * direction
+
+
+def overlap(direction: Tensor) -> Tensor:
+    """``Σ_{j≠k} (v_k · v_j) v_j`` for the unit vectors of each pool."""
+    return torch.matmul(direction @ direction.mT, direction) - direction
+
+
+def tensors_of(levels: Iterable[Level]) -> list[Tensor]:
+    """All tensors of some levels."""
+    return [value for level in levels for value in level.values() if isinstance(value, Tensor)]
