@@ -417,7 +417,7 @@ class Bars(Part):
 
 #: other rules on the bars, with the best of the options that were tried
 OTHERS: dict[str, Callable[[nn.Module], bioopt.LocalRule] | None] = {
-    "hebbian": lambda layer: published(bioopt.Hebbian, layer, lr=0.1, inverse_temperature=32.0),
+    "hebbian": lambda layer: published(bioopt.Hebbian, layer, lr=0.1, inverse_temperature=16.0),
     "krotov_hopfield": lambda layer: published(bioopt.KrotovHopfield, layer, lr=0.02, anti_hebbian=0.0),
     "random_weights": None,
 }
