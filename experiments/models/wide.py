@@ -23,33 +23,41 @@ class CompetingLayer(nn.Module):
         radius: L2 norm of a neuron's initial weights.
         unit_images: whether each image is scaled to length 1 before the layer.
         activation: ``"power"``: the cosine between image and weights, where it is above 0, to this power;
-            ``"softmax"``: a softmax over neurons of this inverse temperature. Either is scaled to mean square 1 in
-            each image.
+            ``"softmax"``: a softmax over neurons of this inverse temperature.
         sharpness: the power, or the inverse temperature.
+        gain: multiplies the activity.
     """
 
     def __init__(
-        self, inputs: int, neurons: int, radius: float, unit_images: bool, activation: str, sharpness: float
+        self,
+        inputs: int,
+        neurons: int,
+        radius: float,
+        unit_images: bool,
+        activation: str,
+        sharpness: float,
+        gain: float,
     ) -> None:
         super().__init__()
         self.fc = nn.Linear(inputs, neurons, bias=False)
         nn.init.normal_(self.fc.weight, std=radius / math.sqrt(inputs))
-        self.unit_images, self.activation, self.sharpness = unit_images, activation, sharpness
+        self.unit_images, self.activation, self.sharpness, self.gain = unit_images, activation, sharpness, gain
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images N×pixels to activity N×neurons."""
-        u = self.fc(F.normalize(x, dim=1) if self.unit_images else x).float()
+        u: torch.Tensor = self.fc(F.normalize(x, dim=1) if self.unit_images else x).float()
         if self.activation == "softmax":
             y = (self.sharpness * u).softmax(1)
         else:
             lengths = x.norm(dim=1, keepdim=True) if not self.unit_images else 1
             cosine = u / (self.fc.weight.detach().norm(dim=1) * lengths).clamp(min=1e-12)
             y = torch.relu(cosine).pow(self.sharpness)
-        return y * y.square().mean(1, keepdim=True).clamp(min=1e-12).rsqrt()
+        return y * self.gain
 
     def extra_repr(self) -> str:
         """Its options."""
-        return f"unit_images={self.unit_images}, activation={self.activation}, sharpness={self.sharpness:g}"
+        activity = f"activation={self.activation}, sharpness={self.sharpness:g}, gain={self.gain:g}"
+        return f"unit_images={self.unit_images}, {activity}"
 
 
 def wide(
@@ -61,6 +69,7 @@ def wide(
     unit_images: bool,
     activation: str,
     sharpness: float,
+    gain: float = 1.0,
     dropout: float = 0.0,
 ) -> nn.Module:
     """One wide layer of neurons that compete, on pixels in [0, 1], and a linear readout.
@@ -73,15 +82,16 @@ def wide(
         unit_images: as of `CompetingLayer`.
         activation: as of `CompetingLayer`.
         sharpness: as of `CompetingLayer`.
+        gain: as of `CompetingLayer`.
         dropout: before the readout.
     """
     require_counts(of="model.", hidden=hidden)
     if activation not in ("power", "softmax"):
         raise ValueError(f"model.activation={activation} must be power or softmax")
-    for name, value in {"radius": radius, "sharpness": sharpness}.items():
+    for name, value in {"radius": radius, "sharpness": sharpness, "gain": gain}.items():
         if not value > 0:
             raise ValueError(f"model.{name}={value} must be > 0")
-    layer = CompetingLayer(math.prod(shape), hidden, radius, unit_images, activation, sharpness)
+    layer = CompetingLayer(math.prod(shape), hidden, radius, unit_images, activation, sharpness, gain)
     return nn.Sequential(
         OrderedDict(
             flatten=nn.Flatten(),
