@@ -25,7 +25,9 @@ class CompetingLayer(nn.Module):
         activation: ``"power"``: the cosine between image and weights, where it is above 0, to this power;
             ``"softmax"``: a softmax over neurons of this inverse temperature.
         sharpness: the power, or the inverse temperature.
-        gain: multiplies the activity.
+
+    Activity is scaled to mean 0 and deviation 1 over all neurons together, so that the readout's rate fits any power,
+    and an image that no neuron knows stays weak.
     """
 
     def __init__(
@@ -36,12 +38,12 @@ class CompetingLayer(nn.Module):
         unit_images: bool,
         activation: str,
         sharpness: float,
-        gain: float,
     ) -> None:
         super().__init__()
         self.fc = nn.Linear(inputs, neurons, bias=False)
         nn.init.normal_(self.fc.weight, std=radius / math.sqrt(inputs))
-        self.unit_images, self.activation, self.sharpness, self.gain = unit_images, activation, sharpness, gain
+        self.unit_images, self.activation, self.sharpness = unit_images, activation, sharpness
+        self.scale = nn.BatchNorm1d(1, eps=1e-20, affine=False)  # activity of random weights to a power is minute
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images N×pixels to activity N×neurons."""
@@ -52,12 +54,12 @@ class CompetingLayer(nn.Module):
             lengths = x.norm(dim=1, keepdim=True) if not self.unit_images else 1
             cosine = u / (self.fc.weight.detach().norm(dim=1) * lengths).clamp(min=1e-12)
             y = torch.relu(cosine).pow(self.sharpness)
-        return y * self.gain
+        scaled: torch.Tensor = self.scale(y.unsqueeze(1)).squeeze(1)
+        return scaled
 
     def extra_repr(self) -> str:
         """Its options."""
-        activity = f"activation={self.activation}, sharpness={self.sharpness:g}, gain={self.gain:g}"
-        return f"unit_images={self.unit_images}, {activity}"
+        return f"unit_images={self.unit_images}, activation={self.activation}, sharpness={self.sharpness:g}"
 
 
 def wide(
@@ -69,7 +71,6 @@ def wide(
     unit_images: bool,
     activation: str,
     sharpness: float,
-    gain: float = 1.0,
     dropout: float = 0.0,
 ) -> nn.Module:
     """One wide layer of neurons that compete, on pixels in [0, 1], and a linear readout.
@@ -82,16 +83,15 @@ def wide(
         unit_images: as of `CompetingLayer`.
         activation: as of `CompetingLayer`.
         sharpness: as of `CompetingLayer`.
-        gain: as of `CompetingLayer`.
         dropout: before the readout.
     """
     require_counts(of="model.", hidden=hidden)
     if activation not in ("power", "softmax"):
         raise ValueError(f"model.activation={activation} must be power or softmax")
-    for name, value in {"radius": radius, "sharpness": sharpness, "gain": gain}.items():
+    for name, value in {"radius": radius, "sharpness": sharpness}.items():
         if not value > 0:
             raise ValueError(f"model.{name}={value} must be > 0")
-    layer = CompetingLayer(math.prod(shape), hidden, radius, unit_images, activation, sharpness, gain)
+    layer = CompetingLayer(math.prod(shape), hidden, radius, unit_images, activation, sharpness)
     return nn.Sequential(
         OrderedDict(
             flatten=nn.Flatten(),
