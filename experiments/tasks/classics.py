@@ -27,7 +27,10 @@ Rule = TypeVar("Rule", bound=bioopt.LocalRule)
 
 
 def published(rule: type[Rule], network: nn.Module, **options: Any) -> Rule:
-    """A rule by its published formula, without a readout: the one place where this experiment builds rules."""
+    """A rule of bioopt by its published formula, without a readout.
+
+    This is the one place where the experiment builds rules of bioopt: an option that adds to a formula is off here.
+    """
     return rule(network, readout=None, **options)
 
 
@@ -299,17 +302,14 @@ class Foldiak(bioopt.LocalRule):
         lateral_lr: :math:`\alpha`.
         threshold_lr: :math:`\gamma`.
         active: :math:`p`, the share of inputs for which each neuron is to fire.
-        options: as in `bioopt.LocalRule`.
 
     Source: P. Földiák (1990), *Forming sparse representations by local anti-Hebbian learning*, Biol. Cybernetics 64.
     """
 
-    def __init__(
-        self, params: Any, lr: float, *, lateral_lr: float, threshold_lr: float, active: float, **options: Any
-    ) -> None:
+    def __init__(self, params: Any, lr: float, *, lateral_lr: float, threshold_lr: float, active: float) -> None:
         # Each parameter has a rate of its own, so that the descent takes whole steps.
         own = {"forward_lr": lr, "lateral_lr": lateral_lr, "threshold_lr": threshold_lr, "active": active}
-        super().__init__(params, 1.0, own=own, **options)
+        super().__init__(params, 1.0, own=own, readout=None)
 
     def trained(
         self, synapses: list[bioopt.Synapse], group: dict[str, Any]
@@ -364,13 +364,12 @@ class Bars(Part):
         count, pixels = 2 * self.size, self.size**2
         single = single_bars(self.size).to(device)
         network = Inhibited(pixels, count).to(device)
-        rates = {"lr": self.lr, "lateral_lr": self.lateral_lr, "threshold_lr": self.threshold_lr}
-        quiet = published(
-            Foldiak, network, lr=0.0, lateral_lr=0.0, threshold_lr=5 * self.threshold_lr, active=self.probability
-        )
+        quiet = Foldiak(network, 0.0, lateral_lr=0.0, threshold_lr=5 * self.threshold_lr, active=self.probability)
         learn(quiet, network, (self.images(1, device) for _ in range(self.settling)))
         quiet.close()
-        rule = published(Foldiak, network, **rates, active=self.probability)
+        rule = Foldiak(
+            network, self.lr, lateral_lr=self.lateral_lr, threshold_lr=self.threshold_lr, active=self.probability
+        )
         course, every = [], max(1, self.presentations // 60)
         for presented in range(self.presentations + 1):
             if presented % every == 0 or presented == self.presentations:

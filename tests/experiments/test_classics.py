@@ -126,7 +126,7 @@ def foldiak(steps: int, seed: int = 0) -> tuple[Inhibited, float]:
     torch.manual_seed(seed)
     part = Bars(4, 0.25, 1, 1, 0.02, 0.1, 0.02)
     network = Inhibited(16, 8)
-    rule = classics.published(Foldiak, network, lr=0.02, lateral_lr=0.1, threshold_lr=0.02, active=0.25)
+    rule = Foldiak(network, 0.02, lateral_lr=0.1, threshold_lr=0.02, active=0.25)
     classics.learn(rule, network, (part.images(4, CPU) for _ in range(steps)))
     rule.close()
     return network, network(part.images(1000, CPU)).mean().item()
@@ -148,7 +148,7 @@ def test_foldiaks_rule_is_that_of_the_paper() -> None:
         network.lateral.uniform_(-0.5, 0).fill_diagonal_(0)
         network.threshold.uniform_(0, 0.8)
     w, lateral, threshold = (p.detach().clone() for p in (network.weight, network.lateral, network.threshold))
-    rule = classics.published(Foldiak, network, lr=0.03, lateral_lr=0.2, threshold_lr=0.05, active=0.25)
+    rule = Foldiak(network, 0.03, lateral_lr=0.2, threshold_lr=0.05, active=0.25)
     y = network(x).detach()
     assert 0 < y.mean() < 1
     rule.step()
