@@ -43,7 +43,10 @@ class CompetingLayer(nn.Module):
         self.fc = nn.Linear(inputs, neurons, bias=False)
         nn.init.normal_(self.fc.weight, std=radius / math.sqrt(inputs))
         self.unit_images, self.activation, self.sharpness = unit_images, activation, sharpness
-        self.scale = nn.BatchNorm1d(1, eps=1e-20, affine=False)  # activity of random weights to a power is minute
+        self.scale = nn.BatchNorm1d(1, eps=1e-20, affine=False)
+        # The variance of random weights' activity to a power is minute, so that its running mean starts at 0, not at 1.
+        assert self.scale.running_var is not None
+        nn.init.zeros_(self.scale.running_var)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images N×pixels to activity N×neurons."""

@@ -233,6 +233,14 @@ def test_a_wide_layer_is_read_out_by_the_power_of_cosines(unit_images: bool) -> 
     assert torch.isfinite(layer.eval()(torch.zeros(1, 12))).all()
 
 
+def test_a_wide_layer_of_random_weights_has_the_same_scale_in_evaluation() -> None:
+    torch.manual_seed(0)
+    layer, x = models.CompetingLayer(784, 200, 28.0, True, "power", 4.5), torch.rand(64, 784) - 0.5
+    for _ in range(60):
+        trained = layer(x)
+    torch.testing.assert_close(layer.eval()(x), trained, rtol=0.05, atol=0.05)
+
+
 def test_a_wide_layer_is_read_out_by_a_softmax() -> None:
     torch.manual_seed(0)
     model = models.wide((1, 3, 4), 10, hidden=6, radius=5.0, unit_images=False, activation="softmax", sharpness=2.0)
