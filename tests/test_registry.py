@@ -188,7 +188,7 @@ def test_a_network_without_a_row_has_the_default() -> None:
 
 @pytest.mark.parametrize(("preset", "hint"), [("cmn", r"; did you mean 'cnn'\?"), ("zzz", "$")])
 def test_a_misspelt_preset_names_those_there_are(preset: str, hint: str) -> None:
-    with pytest.raises(ValueError, match=rf"hebbian: preset='{preset}' must be one of 'default', .*'spiking'{hint}"):
+    with pytest.raises(ValueError, match=rf"hebbian: preset='{preset}' must be one of 'default', .*'wide'{hint}"):
         bioopt.create_optimizer("hebbian", mlp(), preset=preset)
 
 

@@ -17,9 +17,11 @@ from .shapes import Shape
 from .softhebb import softhebb
 from .spiking import spiking
 from .whitening import Whiten
+from .wide import CompetingLayer, wide
 
 __all__ = [
     "Binarize",
+    "CompetingLayer",
     "InContext",
     "Patches",
     "PositionalEncoding",
@@ -39,4 +41,5 @@ __all__ = [
     "rbm",
     "softhebb",
     "spiking",
+    "wide",
 ]

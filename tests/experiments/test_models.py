@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 from torch import Tensor, nn
@@ -212,3 +213,53 @@ def test_an_impossible_option_raises_a_clear_error() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             build_model(config(*options), images)
+
+
+@pytest.mark.parametrize("unit_images", [True, False])
+def test_a_wide_layer_is_read_out_by_the_power_of_cosines(unit_images: bool) -> None:
+    torch.manual_seed(0)
+    layer = models.CompetingLayer(12, 5, 3.0, unit_images, "power", 4.5)
+    x = torch.rand(4, 12)
+    assert abs(layer.fc.weight.norm(dim=1).mean() - 3) < 0.6
+    expected = F.cosine_similarity(x.unsqueeze(1), layer.fc.weight.unsqueeze(0), dim=2).clamp(min=0) ** 4.5
+    y = layer(x)
+    torch.testing.assert_close(y, (expected - expected.mean()) / expected.std(correction=0))
+    seen = []
+    layer.fc.register_forward_hook(lambda module, inputs, u: seen.append((inputs[0], u)))
+    layer(x)
+    (into, u) = seen[0]
+    torch.testing.assert_close(into.norm(dim=1), torch.ones(4) if unit_images else x.norm(dim=1))
+    torch.testing.assert_close(u, into @ layer.fc.weight.T)  # the rule sees the plain product
+    assert torch.isfinite(layer.eval()(torch.zeros(1, 12))).all()
+
+
+def test_a_wide_layer_of_random_weights_has_the_same_scale_in_evaluation() -> None:
+    torch.manual_seed(0)
+    layer, x = models.CompetingLayer(784, 200, 28.0, True, "power", 4.5), torch.rand(64, 784) - 0.5
+    for _ in range(60):
+        trained = layer(x)
+    torch.testing.assert_close(layer.eval()(x), trained, rtol=0.05, atol=0.05)
+
+
+def test_a_wide_layer_is_read_out_by_a_softmax() -> None:
+    torch.manual_seed(0)
+    model = models.wide((1, 3, 4), 10, hidden=6, radius=5.0, unit_images=False, activation="softmax", sharpness=2.0)
+    x = torch.rand(3, 1, 3, 4)
+    grey = model[:2](x)
+    assert (grey.min(), grey.max()) == (0, 1)
+    shares = (2 * grey @ model.layer.fc.weight.T).softmax(1)
+    torch.testing.assert_close(model[:3](x), (shares - shares.mean()) / shares.std(correction=0))
+    assert model(x).shape == (3, 10)
+    assert split(model)[1].readout.weight.shape == (10, 6)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [("hidden=0", "model.hidden=0 must be"), ("radius=0", "model.radius=0 must be > 0"),
+     ("sharpness=-1", "model.sharpness=-1 must be > 0"),
+     ("activation=relu", "model.activation=relu must be power or")],
+)  # fmt: skip
+def test_options_of_a_wide_layer_are_checked(option: str, message: str) -> None:
+    images = data.from_config(config("data=digits").data, torch.device("cpu"))
+    with pytest.raises(ValueError, match=message):
+        build_model(config("model=wide", f"model.{option}"), images)
