@@ -142,6 +142,10 @@ def keywords(call: Callable[..., Any]) -> set[str]:
     return names - {"self"}
 
 
+def is_rate(lr: Any) -> bool:
+    return isinstance(lr, float) and lr >= 0
+
+
 def required(rule: type) -> list[str]:
     """The options that a rule cannot be built without, besides its parameters and lr."""
     parameters = inspect.signature(rule).parameters.values()
@@ -217,28 +221,48 @@ class Case:
         """Build the optimizer, without options of ``descent`` where the rule makes its step itself."""
         if not self.takes("descent") and self.build is None:
             options = {name: value for name, value in options.items() if name not in ("descent", "momentum")}
-        return (self.build or self.rule)(params, lr, **{**self.options, **options})
+        options = {**self.options, **options}
+        by_default = inspect.signature(self.rule).parameters.get("readout")
+        if by_default is not None and options.get("readout", by_default.default) == "delta" and is_rate(lr):
+            options.setdefault("readout_lr", lr)  # its own default is measured by tests of the readout
+        return (self.build or self.rule)(params, lr, **options)
 
 
+class Published:
+    """Local rules in their published form, without homeostasis, and with a readout of the same rate."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        rule = getattr(bioopt, name)
+
+        def build(params: Any, lr: float = 0.01, **options: Any) -> Any:
+            if options.get("readout", "delta") == "delta":
+                options.setdefault("readout_lr", lr)
+            return rule(params, lr, homeostasis=False, **options)
+
+        return build
+
+
+published = Published()
+PUBLISHED = {"homeostasis": False}
 SIGMA = {"sigma": 1e-2}
 CASES = [
-    Case(bioopt.BCM),
+    Case(bioopt.BCM, PUBLISHED),
     Case(bioopt.STDP, cnn=spiking_cnn, mlp=spiking_mlp),
-    Case(bioopt.AntiHebbian),
+    Case(bioopt.AntiHebbian, PUBLISHED),
     Case(bioopt.ContrastiveDivergence, cnn=machines, mlp=machine),
     Case(bioopt.ForwardGradient, evaluates_once=True),
-    Case(bioopt.Hebbian),
+    Case(bioopt.Hebbian, PUBLISHED),
     Case(bioopt.HillClimbing, {"tries": 20}),  # one of 20 is nearly always kept
-    Case(bioopt.KrotovHopfield),
+    Case(bioopt.KrotovHopfield, PUBLISHED),
     Case(bioopt.NodePerturbation, SIGMA),
-    Case(bioopt.Oja),
+    Case(bioopt.Oja, PUBLISHED),
     Case(bioopt.RankOnePerturbation, SIGMA, perturbs_first=True),
     # Without a clean pass to compare with, it explores further.
     Case(bioopt.RewardHebbian, {"sigma": 1.0}, evaluates_once=True, perturbs_first=True),
     Case(bioopt.RewardSTDP, cnn=spiking_cnn, mlp=spiking_mlp, evaluates_once=True),
-    Case(bioopt.Sanger),
+    Case(bioopt.Sanger, PUBLISHED),
     Case(bioopt.SerialPerturbation, SIGMA, perturbs_first=True),
-    Case(bioopt.SoftHebb),
+    Case(bioopt.SoftHebb, {**PUBLISHED, "inverse_temperature": 1.0}),
     Case(bioopt.WeightPerturbation, SIGMA, perturbs_first=True),
 ]
 OF_RULE = {case.rule: case for case in CASES}
@@ -254,7 +278,7 @@ ORDINARY = [case for case in CASES if case.ordinary]
 
 def mixed(model: nn.Sequential, lr: float = 0.01, descent: type = torch.optim.SGD, **options: Any) -> bioopt.Mixed:
     """Hebbian learning of the layers beneath, and torch's optimizer for those above."""
-    rule = bioopt.Hebbian(model[:5], lr, readout=None, descent=descent, **options)
+    rule = bioopt.Hebbian(model[:5], lr, readout=None, homeostasis=False, descent=descent, **options)
     return bioopt.Mixed(rule, descent(model[5:].parameters(), lr, **options))
 
 

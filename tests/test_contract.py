@@ -37,6 +37,7 @@ from .rules import (
     name_of,
     ordinary,
     per_sample,
+    published,
     same,
     steps,
     weights,
@@ -239,8 +240,8 @@ def test_the_state_of_another_rule_is_refused_by_both_names(case: Case) -> None:
 
 def test_mixed_refuses_the_state_of_other_members() -> None:
     model, other = cnn(), cnn()
-    one = bioopt.Mixed(bioopt.Oja(model[:5], 0.1, readout=None), torch.optim.Adam(model[5:].parameters(), lr=0.1))
-    two = bioopt.Mixed(bioopt.Sanger(other[:5], 0.1, readout=None), torch.optim.Adam(other[5:].parameters(), lr=0.1))
+    one = bioopt.Mixed(published.Oja(model[:5], 0.1, readout=None), torch.optim.Adam(model[5:].parameters(), lr=0.1))
+    two = bioopt.Mixed(published.Sanger(other[:5], 0.1, readout=None), torch.optim.Adam(other[5:].parameters(), lr=0.1))
     with pytest.raises(
         ValueError, match=r"state is that of \['Sanger', 'Adam'\], this optimizer has \['Oja', 'Adam'\]"
     ):

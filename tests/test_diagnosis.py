@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import bioopt
 
-from .rules import CASES, OF_RULE, Case, batch, cnn, make, mlp, ordinary, per_sample, same, steps, weights
+from .rules import CASES, OF_RULE, Case, batch, cnn, make, mlp, ordinary, per_sample, published, same, steps, weights
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -26,7 +26,7 @@ def test_a_diagnosis_before_the_first_step_leaves_no_state(case: Case) -> None:
 
 def test_a_taught_readout_keeps_its_target() -> None:
     model, (x, y) = cnn(), batch()
-    optimizer = bioopt.Hebbian(model, 0.1, readout="teacher")
+    optimizer = published.Hebbian(model, 0.1, readout="teacher")
     optimizer.target = y
     bioopt.diagnose(optimizer, per_sample(optimizer, model, x, y), samples=2)
     assert optimizer.target is y

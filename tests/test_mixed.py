@@ -9,15 +9,15 @@ from torch import Tensor, nn
 
 import bioopt
 
-from .rules import batch, cnn, per_sample, same, steps, weights
+from .rules import batch, cnn, per_sample, published, same, steps, weights
 
 
 def test_each_part_moves_as_it_would_alone() -> None:
     model, trunk, head = cnn(dropout=0.0), cnn(dropout=0.0), cnn(dropout=0.0)
     optimizer = bioopt.Mixed(
-        bioopt.Hebbian(model[:5], 0.05, readout=None), torch.optim.Adam(model[5:].parameters(), lr=0.01)
+        published.Hebbian(model[:5], 0.05, readout=None), torch.optim.Adam(model[5:].parameters(), lr=0.01)
     )
-    alone = bioopt.Hebbian(trunk[:5], 0.05, readout=None)
+    alone = published.Hebbian(trunk[:5], 0.05, readout=None)
     plain = torch.optim.Adam(head[5:].parameters(), lr=0.01)
     for i in range(3):
         x, y = batch(i)
@@ -42,7 +42,7 @@ def test_every_member_sees_the_same_point() -> None:
     for order in (1, -1):
         model = cnn(dropout=0.0)
         members = [
-            bioopt.Hebbian(model[:1], 0.05, readout=None),
+            published.Hebbian(model[:1], 0.05, readout=None),
             bioopt.NodePerturbation(model[4:5], 0.05, sigma=0.01),
             bioopt.WeightPerturbation(model[5:], 0.05, sigma=0.01),
         ][::order]
@@ -63,8 +63,8 @@ def test_members_that_need_one_pass_share_it() -> None:
         return per_sample(optimizer, model, *batch())()
 
     optimizer = bioopt.Mixed(
-        bioopt.Hebbian(model[:4], 0.05, readout=None),
-        bioopt.Oja(model[4:6], 0.05, readout=None),
+        published.Hebbian(model[:4], 0.05, readout=None),
+        published.Oja(model[4:6], 0.05, readout=None),
         torch.optim.SGD(model[6:].parameters(), 0.05),
     )
     optimizer.step(closure)
@@ -73,7 +73,7 @@ def test_members_that_need_one_pass_share_it() -> None:
 
 def test_a_part_beneath_a_cut_is_refused() -> None:
     model = cnn()
-    optimizer = bioopt.Mixed(torch.optim.SGD(model[:2].parameters(), 0.1), bioopt.Hebbian(model[4:], 0.1))
+    optimizer = bioopt.Mixed(torch.optim.SGD(model[:2].parameters(), 0.1), published.Hebbian(model[4:], 0.1))
     before = weights(model)
     with pytest.raises(RuntimeError, match=r"SGD trains parameters by gradients \(shapes .*beneath layers of Hebbian"):
         optimizer.step(per_sample(optimizer, model, *batch()))
@@ -94,7 +94,7 @@ def test_a_part_beside_a_cut_is_not() -> None:
 
     model = Net()
     optimizer = bioopt.Mixed(
-        bioopt.Oja(model.plastic, 0.1, readout=None),
+        published.Oja(model.plastic, 0.1, readout=None),
         torch.optim.SGD([*model.stem.parameters(), *model.head.parameters()], 0.1),
     )
     before = weights(model)
@@ -105,7 +105,7 @@ def test_a_part_beside_a_cut_is_not() -> None:
 def test_the_classic_loop() -> None:
     model = cnn()
     optimizer = bioopt.Mixed(
-        bioopt.Hebbian(model[:5], 0.05, readout=None), torch.optim.Adam(model[5:].parameters(), lr=0.01)
+        published.Hebbian(model[:5], 0.05, readout=None), torch.optim.Adam(model[5:].parameters(), lr=0.01)
     )
     x, y = batch()
     before = weights(model)
@@ -126,7 +126,7 @@ def test_mistakes_are_explained() -> None:
     with pytest.raises(TypeError, match="not a bioopt rule or a torch"):
         bioopt.Mixed(model)
     with pytest.raises(ValueError, match=r"Hebbian \(0\) and SGD \(1\) train the same parameter"):
-        bioopt.Mixed(bioopt.Hebbian(model, 0.1), torch.optim.SGD(model.parameters(), 0.1))
+        bioopt.Mixed(published.Hebbian(model, 0.1), torch.optim.SGD(model.parameters(), 0.1))
     one = bioopt.Mixed(torch.optim.SGD(model.parameters(), 0.1))
     with pytest.raises(TypeError):
         bioopt.Mixed(one)
@@ -142,7 +142,7 @@ def test_mistakes_are_explained() -> None:
 def test_coverage_without_a_model() -> None:
     model = cnn()
     optimizer = bioopt.Mixed(
-        bioopt.Hebbian(model[:5], 0.1, readout=None), torch.optim.SGD(model[5:].named_parameters(), 0.1)
+        published.Hebbian(model[:5], 0.1, readout=None), torch.optim.SGD(model[5:].named_parameters(), 0.1)
     )
     assert optimizer.coverage() == {
         "0.weight": "Hebbian", "0.bias": "frozen", "1.weight": "frozen", "1.bias": "frozen", "4.weight": "Hebbian",
@@ -155,7 +155,7 @@ def test_a_head_of_another_member_beside_a_readout_is_no_mistake() -> None:
     torch.manual_seed(0)
     model = nn.ModuleDict({"trunk": nn.Linear(6, 5), "readout": nn.Linear(5, 4), "head": nn.Linear(5, 1)})
     optimizer = bioopt.Mixed(
-        bioopt.Hebbian([model["trunk"], model["readout"]], 0.1), torch.optim.SGD(model["head"].parameters(), 0.1)
+        published.Hebbian([model["trunk"], model["readout"]], 0.1), torch.optim.SGD(model["head"].parameters(), 0.1)
     )
     x, y = torch.randn(8, 6), torch.arange(8) % 4
     before = weights(model)

@@ -353,9 +353,9 @@ class LearningRule(ModelGroups, Optimizer):
         state_dict, own_state = read_checkpoint(state_dict)
         self._require_own(state_dict, own_state)
         owned = own_state.pop(OWNED, {})
+        former = {name: value for name, value in NEW_OPTIONS.items() if name in self.defaults}
         groups = [
-            # Earlier versions of some rules had no readout.
-            {**NEW_OPTIONS, **{self.renamed.get(key, key): value for key, value in group.items()}}
+            {**former, **{self.renamed.get(key, key): value for key, value in group.items()}}
             for group in state_dict["param_groups"]
         ]
         state_dict = {**state_dict, "param_groups": groups}

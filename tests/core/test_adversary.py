@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 import bioopt
 
+from ..rules import published
+
 X = torch.randn(12, 6, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(12) % 3
 
@@ -159,7 +161,7 @@ def test_discard_drops_gradients_of_the_loss_too(rule: Any) -> None:
 
 def test_discard_drops_an_estimate() -> None:
     model = network()
-    optimizer = bioopt.Hebbian(model, 0.1)
+    optimizer = published.Hebbian(model, 0.1)
     optimizer.estimate(lambda: loss_of(model))
     optimizer.discard()
     assert all(p.grad is None for p in model.parameters())
@@ -177,9 +179,9 @@ def test_learning_by_gradients_beneath_a_cut_is_refused(below: str, loop: str) -
     lower = {
         "SGD": lambda: torch.optim.SGD(model[:3].parameters(), 0.1),
         "Backprop": lambda: Backprop(model[:3], 0.1),
-        "Hebbian": lambda: bioopt.Hebbian(model[:3], 0.1),
+        "Hebbian": lambda: published.Hebbian(model[:3], 0.1),
     }[below]()
-    middle = bioopt.Oja(model[3:5], 0.1, readout=None)
+    middle = published.Oja(model[3:5], 0.1, readout=None)
     optimizer = bioopt.Mixed(lower, middle, torch.optim.SGD(model[5:].parameters(), 0.1))
     closure = (lambda: loss_of(model)) if loop == "closure" else None
     if closure is None:
@@ -196,9 +198,9 @@ def test_a_feedback_rule_shares_a_network(above: str) -> None:
         optimizer: Any = bioopt.Mixed(Backprop(model[:4], 0.1), torch.optim.SGD(model[4:].parameters(), 0.1))
         reference: Any = torch.optim.SGD(twin.parameters(), 0.1)
     else:
-        optimizer = bioopt.Mixed(bioopt.Hebbian(model[:4], 0.1, readout=None), Backprop(model[4:], 0.1))
+        optimizer = bioopt.Mixed(published.Hebbian(model[:4], 0.1, readout=None), Backprop(model[4:], 0.1))
         reference = bioopt.Mixed(
-            bioopt.Hebbian(twin[:4], 0.1, readout=None), torch.optim.SGD(twin[4:].parameters(), 0.1)
+            published.Hebbian(twin[:4], 0.1, readout=None), torch.optim.SGD(twin[4:].parameters(), 0.1)
         )
     for _ in range(2):
         optimizer.step(lambda: loss_of(model))
@@ -270,7 +272,7 @@ def worker(rank: int, folder: str) -> None:
     errors = []
     for build in (
         lambda model: Backprop(model, 0.1, process_group=group),
-        lambda model: bioopt.Hebbian(model, 0.1, process_group=group),
+        lambda model: published.Hebbian(model, 0.1, process_group=group),
         lambda model: bioopt.RewardHebbian(model, 0.1, sigma=0.1, process_group=group),
     ):
         model = Alternative()

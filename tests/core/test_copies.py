@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import bioopt
 
-from ..rules import CASES, Case, batch, cnn, hooks, steps
+from ..rules import CASES, Case, batch, cnn, hooks, published, steps
 
 WATCHING = [case for case in CASES if not case.takes_parameters or case.takes("space")]
 every_watching_rule = pytest.mark.parametrize("case", WATCHING, ids=str)
@@ -61,7 +61,7 @@ def test_a_saved_model_does_not_name_bioopt(case: Case) -> None:
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 def test_scripts_exports_and_whole_graphs_of_a_copy() -> None:
     model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4))
-    optimizer = bioopt.Hebbian(model, 0.1)
+    optimizer = published.Hebbian(model, 0.1)
     other, x = copy.deepcopy(model), torch.randn(3, 6)
     wanted = other(x)
     assert torch.equal(torch.jit.script(other)(x), wanted)
@@ -103,7 +103,7 @@ def test_hooks_of_other_people_stay_and_can_be_removed() -> None:
 
 def test_two_watchers_of_one_layer() -> None:
     model = cnn()
-    first, second = bioopt.Hebbian(model, 0.1), bioopt.NodePerturbation(model, 0.1, sigma=0.1)
+    first, second = published.Hebbian(model, 0.1), bioopt.NodePerturbation(model, 0.1, sigma=0.1)
     first.close()
     assert not traces(copy.deepcopy(model))
     second.close()
@@ -112,7 +112,7 @@ def test_two_watchers_of_one_layer() -> None:
 
 def test_a_copy_of_a_watched_module_learns_as_any() -> None:
     model = cnn()
-    optimizer = bioopt.Hebbian(model, 0.1)
+    optimizer = published.Hebbian(model, 0.1)
     other = copy.deepcopy(model)
     other(batch()[0]).sum().backward()
     assert other[0].weight.grad is not None
@@ -122,7 +122,7 @@ def test_a_copy_of_a_watched_module_learns_as_any() -> None:
 def test_a_module_that_took_over_what_another_holds_is_copied_as_itself() -> None:
     """As libraries of meta-learning clone modules."""
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
-    optimizer = bioopt.Hebbian(model, 0.1)
+    optimizer = published.Hebbian(model, 0.1)
     other = nn.Linear(4, 3)
     other.__dict__.update(model[0].__dict__)
     other._parameters = {name: nn.Parameter(torch.zeros_like(p)) for name, p in model[0]._parameters.items()}
@@ -145,6 +145,6 @@ class Tupled(nn.Linear):
 def test_a_state_of_a_layers_own_form_is_left_to_it() -> None:
     bioopt.register_synapse(Tupled, channel_dim=-1)
     model = nn.Sequential(Tupled(4, 3), nn.Linear(3, 2))
-    optimizer = bioopt.Hebbian(model, 0.1)
+    optimizer = published.Hebbian(model, 0.1)
     assert copy.deepcopy(model)[0].seven == 7
     optimizer.close()

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations, prune
 
 import bioopt
 
-from ..rules import ONE_PASS, ORDINARY, Case, mlp
+from ..rules import ONE_PASS, ORDINARY, Case, mlp, published
 
 FIRING = [case for case in ORDINARY if not case.takes_parameters or case.takes("space")]
 X, Y = torch.randn(8, 6, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 4
@@ -176,8 +176,8 @@ def test_depthwise_layers_are_named_together() -> None:
         nn.Flatten(), nn.Linear(6, 4),
     )  # fmt: skip
     with pytest.raises(ValueError, match=r"it has 1 in each group.*exclude=\[torch.nn.Embedding, '1', '2'\]"):
-        bioopt.SoftHebb(model, 0.1)
-    bioopt.SoftHebb(model, 0.1, exclude=[nn.Embedding, "1", model[2]])
+        published.SoftHebb(model, 0.1)
+    published.SoftHebb(model, 0.1, exclude=[nn.Embedding, "1", model[2]])
 
 
 @every_rule
@@ -205,20 +205,20 @@ def test_excluding_the_readout_asks_for_another(case: Case) -> None:
 def test_what_cannot_be_excluded_is_explained() -> None:
     model = network()
     with pytest.raises(ValueError, match="Hebbian: exclude has 'fc', which is no module or parameter"):
-        bioopt.Hebbian(model, 0.1, exclude=["fc"])
+        published.Hebbian(model, 0.1, exclude=["fc"])
     with pytest.raises(ValueError, match="exclude has a Linear, which is no module"):
-        bioopt.Hebbian(model, 0.1, exclude=[nn.Linear(2, 2)])
+        published.Hebbian(model, 0.1, exclude=[nn.Linear(2, 2)])
     with pytest.raises(TypeError, match=r"exclude has 3\.5; it takes module types"):
-        bioopt.Hebbian(model, 0.1, exclude=[3.5])
+        published.Hebbian(model, 0.1, exclude=[3.5])
     with pytest.raises(TypeError, match=r"WeightPerturbation: exclude=\['0'\] needs modules to look in"):
         bioopt.WeightPerturbation(model.parameters(), 0.1, sigma=0.1, exclude=["0"])
     with pytest.raises(ValueError, match="no plastic layer"):
-        bioopt.Hebbian(model, 0.1, exclude=nn.Linear)
+        published.Hebbian(model, 0.1, exclude=nn.Linear)
 
 
 def test_excluded_types_hold_for_later_groups() -> None:
     model = nn.ModuleList([nn.Linear(6, 5), nn.Sequential(nn.Linear(5, 5), nn.MultiheadAttention(4, 2))])
-    optimizer = bioopt.Hebbian([model[0]], 0.1, readout=None, exclude=[nn.MultiheadAttention])
+    optimizer = published.Hebbian([model[0]], 0.1, readout=None, exclude=[nn.MultiheadAttention])
     optimizer.add_param_group({"params": model[1]})
     assert list(optimizer.coverage(model).values()).count("excluded") == 4
 
@@ -293,9 +293,9 @@ def test_types_cover_their_subclasses_and_modules_all_their_names() -> None:
     bioopt.register_synapse(Own, channel_dim=-1)
     model = nn.ModuleDict({"first": Own(6, 5), "last": nn.Conv1d(2, 3, 1), "out": nn.Conv1d(3, 3, 1)})
     model["again"] = model["first"]
-    assert bioopt.Hebbian(model, 0.1, exclude=nn.Linear).coverage()["first.weight"] == "excluded"
-    assert bioopt.Hebbian(model, 0.1, exclude="again").coverage()["first.weight"] == "excluded"
-    assert bioopt.Hebbian(network(), 0.1, exclude=0, readout_layer=4).coverage()["0.weight"] == "excluded"
+    assert published.Hebbian(model, 0.1, exclude=nn.Linear).coverage()["first.weight"] == "excluded"
+    assert published.Hebbian(model, 0.1, exclude="again").coverage()["first.weight"] == "excluded"
+    assert published.Hebbian(network(), 0.1, exclude=0, readout_layer=4).coverage()["0.weight"] == "excluded"
 
 
 def test_a_layer_replaced_later_is_warned_of_and_experts_in_turn_are_not() -> None:

@@ -28,6 +28,7 @@ from ..rules import (
     make,
     mixed,
     per_sample,
+    published,
     same,
     steps,
     weights,
@@ -68,7 +69,7 @@ def test_a_scaler_is_refused_where_a_closure_is_needed(case: Case) -> None:
 
 
 @pytest.mark.parametrize("build", [lambda m: make(bioopt.Hebbian, m, readout=None),
-                                   lambda m: bioopt.Mixed(bioopt.Oja(m, 0.1, readout=None))])  # fmt: skip
+                                   lambda m: bioopt.Mixed(published.Oja(m, 0.1, readout=None))])  # fmt: skip
 def test_a_scaler_is_refused_where_nothing_learns_from_a_gradient(build) -> None:
     model, scaler = cnn(), torch.amp.GradScaler("cpu")
     optimizer = build(model)
@@ -95,7 +96,7 @@ def test_the_product_of_many_events_in_half_precision() -> None:
     for enabled in (False, True):
         torch.manual_seed(0)
         model = nn.Conv2d(1, 8, 3)
-        optimizer = bioopt.Hebbian(model, 0.1, readout=None)
+        optimizer = published.Hebbian(model, 0.1, readout=None)
         with torch.autocast("cpu", torch.float16, enabled=enabled):
             model(3 * torch.rand(256, 1, 32, 32))
         optimizer.estimate()
@@ -103,7 +104,7 @@ def test_the_product_of_many_events_in_half_precision() -> None:
     torch.testing.assert_close(*grads, rtol=0.02, atol=0.01)
 
 
-@pytest.mark.parametrize("build", [lambda m: bioopt.Hebbian(m, 0.01), mixed], ids=["Hebbian", "Mixed"])
+@pytest.mark.parametrize("build", [lambda m: published.Hebbian(m, 0.01), mixed], ids=["Hebbian", "Mixed"])
 def test_schedulers_count_a_descent_as_a_step(build) -> None:
     model = cnn()
     optimizer = build(model)
@@ -239,7 +240,7 @@ class TestLightning:
     @pytest.mark.parametrize("option", [{"accumulate_grad_batches": 2}, {"gradient_clip_val": 0.5}])
     @pytest.mark.parametrize(
         "build",
-        [lambda m: bioopt.Hebbian(m, 0.01), lambda m: make(bioopt.WeightPerturbation, m), mixed],
+        [lambda m: published.Hebbian(m, 0.01), lambda m: make(bioopt.WeightPerturbation, m), mixed],
         ids=["Hebbian", "WeightPerturbation", "Mixed"],
     )
     def test_options_that_would_be_lost_are_refused(self, build, option: dict) -> None:
@@ -274,7 +275,7 @@ class TestLightning:
         with pytest.raises(RuntimeError, match=r"step\(closure\), where.*'bf16-mixed'.*examples/lightning_fit\.py"):
             self.fit(partial(make, bioopt.NodePerturbation), own_step=False, plugins=[precision])
 
-    @pytest.mark.parametrize("build", [lambda m: bioopt.Hebbian(m, 0.1), mixed], ids=["Hebbian", "Mixed"])
+    @pytest.mark.parametrize("build", [lambda m: published.Hebbian(m, 0.1), mixed], ids=["Hebbian", "Mixed"])
     def test_a_step_of_ones_own_accumulates_and_clips(self, build) -> None:
         by_lightning = self.fit(build, own_step=True, accumulate_grad_batches=2, gradient_clip_val=0.1)
         model = cnn(dropout=0.0)

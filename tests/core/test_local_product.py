@@ -19,7 +19,7 @@ from scripts import bench_hebbian
 from scripts.bench_step import allocated
 
 from ..hebbian.twins import oja_twin
-from ..rules import ONE_PASS, Case, mlp
+from ..rules import ONE_PASS, Case, mlp, published
 
 
 def test_passes_add_up_to_one_batch() -> None:
@@ -28,7 +28,7 @@ def test_passes_add_up_to_one_batch() -> None:
     layer, x = nn.Linear(5, 6).double(), torch.randn(12, 5, dtype=torch.float64)
     change = oja_twin(layer, x, 0.1)
     before = layer.weight.detach().clone()
-    optimizer = bioopt.Oja(layer, 0.1, readout=None)
+    optimizer = published.Oja(layer, 0.1, readout=None)
     layer(x[:3])
     optimizer.zero_grad()
     with torch.no_grad():
@@ -45,7 +45,7 @@ def test_one_weight_in_two_layers_gathers_from_both() -> None:
     x = torch.randn(7, 5, dtype=torch.float64)
     change = oja_twin(one, x, 0.1) + oja_twin(two, one(x).detach(), 0.1)
     before = one.weight.detach().clone()
-    optimizer = bioopt.Oja(model, 0.1, readout=None)
+    optimizer = published.Oja(model, 0.1, readout=None)
     assert sum(len(g["params"]) for g in optimizer.param_groups) == 1
     model(x)
     optimizer.step()
@@ -147,18 +147,18 @@ class _Devices(TorchDispatchMode):
 
 def test_models_that_cannot_be_trained_are_refused() -> None:
     with pytest.raises(TypeError, match=r"Hebbian\(model, ...\).*not Hebbian\(model\.parameters\(\)"):
-        bioopt.Hebbian(mlp().parameters(), 0.1)
+        published.Hebbian(mlp().parameters(), 0.1)
     with pytest.raises(TypeError, match="needs the model"):
-        bioopt.Hebbian(list(mlp().named_parameters()), 0.1)
+        published.Hebbian(list(mlp().named_parameters()), 0.1)
     with pytest.raises(ValueError, match=r"no plastic layer.* Lazy layers become one in the first"):
-        bioopt.Hebbian(nn.Sequential(nn.Flatten(), nn.ReLU()), 0.1)
+        published.Hebbian(nn.Sequential(nn.Flatten(), nn.ReLU()), 0.1)
     with pytest.raises(ValueError, match="no plastic layer"):
-        bioopt.Hebbian(mlp().requires_grad_(False), 0.1)
+        published.Hebbian(mlp().requires_grad_(False), 0.1)
     attention = nn.Sequential(nn.Linear(4, 4), nn.MultiheadAttention(4, 2))
     with pytest.raises(
         ValueError, match=r"layer '1' of type MultiheadAttention.*register_synapse.*Mixed.*requires_grad_"
     ):
-        bioopt.Hebbian(attention, 0.1)
+        published.Hebbian(attention, 0.1)
     for made_anew in (
         l1_unstructured(nn.Linear(4, 4), "weight", 0.5),
         nn.utils.spectral_norm(nn.Linear(4, 4)),
@@ -166,18 +166,18 @@ def test_models_that_cannot_be_trained_are_refused() -> None:
         with pytest.raises(
             ValueError, match=r"layer '1' of type Linear .*is computed from other parameters.*undo.*Mixed.*freeze"
         ):
-            bioopt.Hebbian(nn.Sequential(nn.Linear(4, 4), made_anew), 0.1)
+            published.Hebbian(nn.Sequential(nn.Linear(4, 4), made_anew), 0.1)
         frozen = nn.Sequential(nn.Linear(4, 4), made_anew.requires_grad_(False))
-        assert len(bioopt.Hebbian(frozen, 0.1, readout=None).param_groups[0]["params"]) == 1
+        assert len(published.Hebbian(frozen, 0.1, readout=None).param_groups[0]["params"]) == 1
     attention[1].requires_grad_(False)
-    assert len(bioopt.Hebbian(attention, 0.1, readout=None).param_groups[0]["params"]) > 0
+    assert len(published.Hebbian(attention, 0.1, readout=None).param_groups[0]["params"]) > 0
     with pytest.raises(ValueError, match=r"only plastic layer, '0', is the readout.*readout=None"):
-        bioopt.Hebbian(attention, 0.1)
+        published.Hebbian(attention, 0.1)
 
 
 def test_a_layer_that_never_fires_is_named() -> None:
     model = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
-    optimizer = bioopt.Hebbian(model, 0.1, readout=None)
+    optimizer = published.Hebbian(model, 0.1, readout=None)
     with pytest.warns(UserWarning, match="did not fire and learn nothing: '1'"):
         optimizer.step(lambda: model[0](torch.randn(3, 4)).sum())
 

@@ -21,14 +21,14 @@ from torch.optim import Optimizer
 import bioopt
 
 from ..commands import ROOT
-from ..rules import batch, cnn, make, mixed, mlp, same, weights
+from ..rules import batch, cnn, make, mixed, mlp, published, same, weights
 
 PAGE = (ROOT / "docs" / "other_loops.md").read_text()
 NEEDS_CLOSURE = r"NodePerturbation.*step\(closure\), where.*"
 
 
 def hebbian(model: nn.Module) -> bioopt.Hebbian:
-    return bioopt.Hebbian(model, 0.1, readout_lr=0.05)
+    return published.Hebbian(model, 0.1, readout_lr=0.05)
 
 
 def perturbation(model: nn.Module) -> bioopt.LearningRule:

@@ -18,7 +18,7 @@ from bioopt.core.acts import Isolated, cut, isolate
 from bioopt.core.params import synapses_of
 
 from ..distributed import by_distributed_checkpoint
-from ..rules import same, weights
+from ..rules import published, same, weights
 
 X = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(8) % 4
@@ -349,7 +349,7 @@ def test_the_state_of_another_rule_is_named_first() -> None:
     model = network()
     optimizer = Heads(model, 0.1, lazy=False)
     with pytest.raises(ValueError, match="Heads: the state is that of Hebbian; load it into Hebbian"):
-        optimizer.load_state_dict(bioopt.Hebbian(network(), 0.1, readout=None).state_dict())
+        optimizer.load_state_dict(published.Hebbian(network(), 0.1, readout=None).state_dict())
 
 
 def test_repr_and_zero_grad_before_the_first_pass() -> None:

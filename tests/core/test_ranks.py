@@ -14,6 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import bioopt
 
+from ..rules import published
+
 X = torch.randn(12, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(12) % 4
 
@@ -35,7 +37,7 @@ def machine() -> nn.Sequential:
 
 def modulated(model: nn.Module, group: dist.ProcessGroup | None) -> bioopt.Hebbian:
     """The modulator of one sample is negative, on one of the ranks: all must take the same decay."""
-    rule = bioopt.Hebbian(model, 0.1, readout=None, process_group=group)
+    rule = published.Hebbian(model, 0.1, readout=None, process_group=group)
     modulator = torch.ones(len(X)).double()
     modulator[1] = -0.5
     rule.modulator = modulator if group is None else modulator[dist.get_rank(group) :: 2]
@@ -44,11 +46,11 @@ def modulated(model: nn.Module, group: dist.ProcessGroup | None) -> bioopt.Hebbi
 
 # rule -> (network, does each rank see a share of the batch?)
 CASES = {
-    "Hebbian": (plain, True, lambda m, g: bioopt.Hebbian(m, 0.1, readout_lr=0.5, process_group=g)),
+    "Hebbian": (plain, True, lambda m, g: published.Hebbian(m, 0.1, readout_lr=0.5, process_group=g)),
     "Hebbian, modulated": (plain, True, modulated),
-    "SoftHebb": (plain, True, lambda m, g: bioopt.SoftHebb(m, 0.1, process_group=g)),
-    "BCM": (plain, True, lambda m, g: bioopt.BCM(m, 0.1, process_group=g)),
-    "Oja": (plain, True, lambda m, g: bioopt.Oja(m, 0.1, readout=None, process_group=g)),
+    "SoftHebb": (plain, True, lambda m, g: published.SoftHebb(m, 0.1, process_group=g)),
+    "BCM": (plain, True, lambda m, g: published.BCM(m, 0.1, process_group=g)),
+    "Oja": (plain, True, lambda m, g: published.Oja(m, 0.1, readout=None, process_group=g)),
     "ContrastiveDivergence, persistent": (
         machine, True, lambda m, g: bioopt.ContrastiveDivergence(
             m, 0.1, persistent=True, readout="delta", process_group=g)),
@@ -124,10 +126,10 @@ def worker(rank: int, folder: str) -> None:
     group = dist.group.WORLD
     results = {case: train(case, group, rank, 2) for case in CASES}
     model, other = plain(), plain()
-    wrapped, watching = DistributedDataParallel(other), bioopt.Hebbian(other, 0.1)
+    wrapped, watching = DistributedDataParallel(other), published.Hebbian(other, 0.1)
     errors = []
     for build in (
-        lambda: bioopt.Hebbian(DistributedDataParallel(model), 0.1),
+        lambda: published.Hebbian(DistributedDataParallel(model), 0.1),
         lambda: bioopt.WeightPerturbation(model, 0.1, sigma=0.1, process_group=group).step(
             lambda: F.cross_entropy(model(X), Y)
         ),
@@ -137,7 +139,7 @@ def worker(rank: int, folder: str) -> None:
         ),
         lambda: F.cross_entropy(wrapped(X), Y).backward() or watching.step(),
         # A loss that is not finite on one rank alone stops both.
-        lambda: bioopt.Oja(model, 0.1, readout=None, process_group=group).step(
+        lambda: published.Oja(model, 0.1, readout=None, process_group=group).step(
             lambda: model(X).sum() * (float("nan") if rank == 0 else 1.0)
         ),
     ):

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import bioopt
 
-from ..rules import ONE_PASS, Case, batch, mlp, same, spiking_mlp, weights
+from ..rules import ONE_PASS, Case, batch, mlp, published, same, spiking_mlp, weights
 
 X, Y = torch.randn(8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 4
 one_pass = pytest.mark.parametrize("case", ONE_PASS, ids=str)
@@ -183,7 +183,7 @@ class Recurrent(nn.Module):
 @pytest.mark.parametrize("steps", [[2], [0, 1, 2]])
 def test_a_loss_on_some_steps_of_a_recurrent_network_reaches_all_before(steps: list[int]) -> None:
     model = Recurrent()
-    optimizer = bioopt.Hebbian(model, 0.1)
+    optimizer = published.Hebbian(model, 0.1)
 
     def loss() -> Tensor:
         scores = model(X)
@@ -203,7 +203,7 @@ def test_a_loss_on_some_steps_of_a_recurrent_network_reaches_all_before(steps: l
 
 def test_a_loss_on_an_early_step_alone() -> None:
     model = Recurrent()
-    optimizer = bioopt.Hebbian(model, 0.1)
+    optimizer = published.Hebbian(model, 0.1)
     F.cross_entropy(model(X)[0], Y).backward()
     (sums,) = optimizer._confirmed.values()
     assert sums.events == 8  # the later firings had no part in it
@@ -212,7 +212,7 @@ def test_a_loss_on_an_early_step_alone() -> None:
 
 def test_without_gradients_a_firing_counts_at_once() -> None:
     model, twin = mlp(sizes=(6, 5, 5, 4)), mlp(sizes=(6, 5, 5, 4))
-    optimizer, other = bioopt.Hebbian(model, 0.1), bioopt.Hebbian(twin, 0.1)
+    optimizer, other = published.Hebbian(model, 0.1), published.Hebbian(twin, 0.1)
     with torch.no_grad():
         hidden = model[:4](X)
     optimizer.zero_grad()  # does not drop it
@@ -225,7 +225,7 @@ def test_without_gradients_a_firing_counts_at_once() -> None:
 @pytest.mark.parametrize("readout", [None, "frozen"])
 def test_where_nothing_learns_from_a_loss_all_counts_at_once(readout: str | None) -> None:
     model = mlp(sizes=(6, 5, 5, 4))
-    optimizer = bioopt.Hebbian(model, 0.1, **({"readout": None} if readout is None else {}))
+    optimizer = published.Hebbian(model, 0.1, **({"readout": None} if readout is None else {}))
     if readout == "frozen":
         model[4].requires_grad_(False)
     model(X)
@@ -246,7 +246,7 @@ def test_layers_that_no_gradient_reaches_count_at_once_with_one_warning() -> Non
 
     model = nn.Sequential(nn.Linear(6, 5), Steps(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 4)).double()
     twin = copy.deepcopy(model)
-    optimizer, other = bioopt.Hebbian(model, 0.1), bioopt.Hebbian(twin[:3], 0.1, readout=None)
+    optimizer, other = published.Hebbian(model, 0.1), published.Hebbian(twin[:3], 0.1, readout=None)
     with pytest.warns(UserWarning, match=r"did not reach layer '0': between it and the readout '4' .* counts at once"):
         good(model, optimizer)
     with warnings.catch_warnings():
@@ -270,7 +270,7 @@ def test_a_layer_that_a_loss_reaches_later_waits_from_then_on() -> None:
             return self.head(two if second else one)
 
     model = Branches()
-    optimizer = bioopt.Hebbian(model, 0.1)
+    optimizer = published.Hebbian(model, 0.1)
     with pytest.warns(UserWarning, match="did not reach layer 'two'"):
         optimizer.step(lambda: F.cross_entropy(model(X, False), Y))
     optimizer.step(lambda: F.cross_entropy(model(X, True), Y))
@@ -286,7 +286,7 @@ def test_reentrant_checkpointing_counts_at_once() -> None:
     results = []
     for checkpointed in (False, True):
         model = mlp(sizes=(6, 5, 5, 4))
-        optimizer = bioopt.Hebbian(model, 0.1)
+        optimizer = published.Hebbian(model, 0.1)
         for _ in range(2):
             x = X.clone().requires_grad_()
             hidden = checkpoint(model[:4], x, use_reentrant=True) if checkpointed else model[:4](x)
@@ -302,8 +302,8 @@ def test_no_gradient_crosses_a_cut() -> None:
     model = nn.Sequential(
         nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(inplace=True), nn.Linear(5, 5), nn.BatchNorm1d(5), nn.Linear(5, 4)
     ).double()
-    bioopt.Hebbian(model, 0.1)
-    optimizer = bioopt.Hebbian(model, 0.1)
+    published.Hebbian(model, 0.1)
+    optimizer = published.Hebbian(model, 0.1)
     x = X.clone().requires_grad_()
     F.cross_entropy(model(x), Y).backward()
     assert x.grad is None
@@ -333,7 +333,7 @@ def both(model: nn.Module) -> Tensor:
 def test_a_second_head_is_named_and_learns_where_it_is_a_readout() -> None:
     model = ActorCritic()
     before = weights(model)
-    optimizer = bioopt.Hebbian(model, 0.1)
+    optimizer = published.Hebbian(model, 0.1)
     with pytest.raises(
         RuntimeError,
         match=r"reaches layer 'policy' past the readout 'value'.*readout_layer=\['policy', 'value'\].*Mixed",
@@ -341,7 +341,7 @@ def test_a_second_head_is_named_and_learns_where_it_is_a_readout() -> None:
         optimizer.step(lambda: both(model))
     assert same(before, weights(model))
     optimizer.close()
-    optimizer = bioopt.Hebbian(model, 0.1, readout_layer=["policy", model.value], readout_lr=0.2)
+    optimizer = published.Hebbian(model, 0.1, readout_layer=["policy", model.value], readout_lr=0.2)
     assert optimizer.coverage(model) == {
         "trunk.weight": "Hebbian", "trunk.bias": "frozen",
         "policy.weight": "Hebbian readout (delta)", "policy.bias": "Hebbian readout (delta)",
@@ -359,7 +359,7 @@ def test_a_second_head_is_named_and_learns_where_it_is_a_readout() -> None:
 
 def test_a_head_may_be_frozen_and_mistakes_are_explained() -> None:
     model = ActorCritic()
-    optimizer = bioopt.Hebbian(model, 0.1, readout_layer=["policy", "value"])
+    optimizer = published.Hebbian(model, 0.1, readout_layer=["policy", "value"])
     for head in (0, 1):
         optimizer.step(lambda head=head: model(X)[head].square().mean())
     optimizer.zero_grad()
@@ -367,13 +367,13 @@ def test_a_head_may_be_frozen_and_mistakes_are_explained() -> None:
     with pytest.raises(RuntimeError, match=r"readouts 'policy', 'value' learn from the loss, but no gradient"):
         optimizer.step()
     with pytest.raises(ValueError, match=r"readout_layer='critic' is not one of the synapses: trunk, policy, value"):
-        bioopt.Hebbian(model, 0.1, readout_layer=["policy", "critic"])
+        published.Hebbian(model, 0.1, readout_layer=["policy", "critic"])
     with pytest.raises(ValueError, match=r"readout_layer=\[\] names no layer"):
-        bioopt.Hebbian(model, 0.1, readout_layer=[])
+        published.Hebbian(model, 0.1, readout_layer=[])
     with pytest.raises(ValueError, match="the only plastic layer, all, are readouts"):
-        bioopt.Hebbian(model, 0.1, readout_layer=["trunk", "policy", "value"])
+        published.Hebbian(model, 0.1, readout_layer=["trunk", "policy", "value"])
     with pytest.raises(ValueError, match="readout='teacher' takes one readout"):
-        bioopt.Hebbian(model, 0.1, readout="teacher", readout_layer=["policy", "value"])
+        published.Hebbian(model, 0.1, readout="teacher", readout_layer=["policy", "value"])
 
 
 def test_auxiliary_heads_of_a_torchvision_model() -> None:
@@ -387,18 +387,18 @@ def test_auxiliary_heads_of_a_torchvision_model() -> None:
         out = model(x)
         return sum(F.cross_entropy(scores, y) for scores in (out.logits, out.aux_logits1, out.aux_logits2))
 
-    optimizer = bioopt.Oja(model, 1e-4)
+    optimizer = published.Oja(model, 1e-4)
     with pytest.raises(RuntimeError, match=r"readout_layer=\['aux1.fc2', 'aux2.fc2', 'fc'\]"):
         optimizer.step(closure)
     optimizer.close()
-    optimizer = bioopt.Oja(model, 1e-4, readout_layer=["aux1.fc2", "aux2.fc2", "fc"])
+    optimizer = published.Oja(model, 1e-4, readout_layer=["aux1.fc2", "aux2.fc2", "fc"])
     optimizer.step(closure)
     assert all(p.grad is not None for p in model.aux1.fc2.parameters())
 
 
 def test_a_penalty_on_activity_is_warned_of_once() -> None:
     model = mlp(sizes=(6, 5, 5, 4))
-    optimizer = bioopt.Hebbian(model, 0.1)
+    optimizer = published.Hebbian(model, 0.1)
 
     def closure() -> Tensor:
         hidden = model[:2](X)
@@ -425,7 +425,7 @@ def test_zeros_that_a_function_makes_of_no_gradient_are_no_second_loss() -> None
             return 2 * grad
 
     model = mlp(sizes=(6, 5, 5, 4))
-    optimizer = bioopt.Hebbian(model, 0.1)
+    optimizer = published.Hebbian(model, 0.1)
     optimizer.step(lambda: F.cross_entropy(model[2:](Double.apply(model[:2](X))), Y))
     assert not optimizer._unreachable
 
@@ -491,13 +491,13 @@ class Blocks(nn.Module):
 def test_two_rules_with_losses_of_their_own(order: tuple[int, int]) -> None:
     """The loss of the upper block reaches the lower block as well, which is not its to teach."""
     model, twin = Blocks(), Blocks()
-    rules = [bioopt.Hebbian([model.one, model.head1], 0.1), bioopt.Oja([model.two, model.head2], 0.1)]
+    rules = [published.Hebbian([model.one, model.head1], 0.1), published.Oja([model.two, model.head2], 0.1)]
     scores = model(X)
     for i in order:
         F.cross_entropy(scores[i], Y).backward()  # no retain_graph: nothing between the layers runs twice
     for rule in rules:
         rule.step()
-    alone = bioopt.Hebbian([twin.one, twin.head1], 0.1)
+    alone = published.Hebbian([twin.one, twin.head1], 0.1)
     F.cross_entropy(twin(X)[0], Y).backward()
     alone.step()
     assert not torch.equal(model.two.weight, twin.two.weight)
@@ -545,7 +545,7 @@ class Stateful(nn.Module):
 
 def test_a_state_kept_between_steps_needs_no_detach_and_does_not_grow() -> None:
     model, twin = Stateful(), Stateful()
-    optimizer, other = bioopt.Hebbian(model, 0.1), bioopt.Hebbian(twin, 0.1)
+    optimizer, other = published.Hebbian(model, 0.1), published.Hebbian(twin, 0.1)
     for _ in range(5):
         good(model, optimizer)
         good(twin, other)
@@ -591,7 +591,7 @@ class Custom(nn.Module):
 def test_what_lies_between_layers_needs_no_derivative(between: type) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5), between(), nn.Linear(5, 5), between(), nn.Linear(5, 4)).double()
-    optimizer = bioopt.Hebbian(model, 0.1)
+    optimizer = published.Hebbian(model, 0.1)
     model[1].register_full_backward_hook(lambda *of: pytest.fail("it runs backward"))
     before = weights(model)
     good(model, optimizer, 2)
@@ -612,7 +612,7 @@ def test_layers_keep_nothing_of_each_other() -> None:
     model = mlp(sizes=(6, 5, 5, 5, 5, 4))
     for layer in model[1::2]:
         layer.register_forward_hook(lambda m, args, out: seen.append(weakref.ref(out)))
-    optimizer = bioopt.Hebbian(model, 0.1)
+    optimizer = published.Hebbian(model, 0.1)
     loss = F.cross_entropy(model(X), Y)
     assert [ref() is None for ref in seen] == [True] * 4
     loss.backward()
@@ -693,7 +693,7 @@ def edges(tensor: Tensor) -> int:
 
 def test_links_grow_with_the_length_of_a_sequence_not_with_its_square() -> None:
     model = Leaky()
-    optimizer = bioopt.Hebbian(model, 0.1)
+    optimizer = published.Hebbian(model, 0.1)
     counts = []
     for steps in (20, 40, 80):
         model.kept = 0.0
@@ -707,7 +707,7 @@ def test_links_grow_with_the_length_of_a_sequence_not_with_its_square() -> None:
 
 def test_a_state_carried_linearly_keeps_no_products_and_no_links() -> None:
     model = Leaky()
-    optimizer = bioopt.Hebbian(model, 1e-3)
+    optimizer = published.Hebbian(model, 1e-3)
     counts, first = [], None
     for _ in range(30):
         optimizer.zero_grad()
@@ -738,7 +738,7 @@ def test_functions_of_a_users_own_may_have_tokens() -> None:
             return Own.apply(x)
 
     model = nn.Sequential(nn.Linear(6, 5), Between(), nn.Linear(5, 5), Between(), nn.Linear(5, 4)).double()
-    optimizer = bioopt.Hebbian(model, 0.1)
+    optimizer = published.Hebbian(model, 0.1)
     good(model, optimizer)
     assert not optimizer._unreachable
 
@@ -747,7 +747,7 @@ def test_backward_with_inputs_is_warned_of_and_the_last_pass_counts() -> None:
     results = []
     for chosen in (False, True):
         model = mlp(sizes=(6, 5, 5, 4))
-        optimizer = bioopt.Hebbian(model, 0.1)
+        optimizer = published.Hebbian(model, 0.1)
         good(model, optimizer)
         with pytest.warns(UserWarning, match="no backward pass") if chosen else warnings.catch_warnings():
             for _ in range(3):
@@ -761,7 +761,7 @@ def test_backward_with_inputs_is_warned_of_and_the_last_pass_counts() -> None:
 
 def test_a_resting_readout_is_no_mistake() -> None:
     model = ActorCritic()
-    optimizer = bioopt.Hebbian(model, 0.1, readout_layer=["policy", "value"])
+    optimizer = published.Hebbian(model, 0.1, readout_layer=["policy", "value"])
     model.value.requires_grad_(False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

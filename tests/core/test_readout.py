@@ -7,9 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import bioopt
-
-from ..rules import ONE_PASS, Case, mlp
+from ..rules import ONE_PASS, Case, mlp, published
 
 
 @pytest.mark.parametrize("form", ["labels", "activity"])
@@ -25,7 +23,7 @@ def test_a_readout_with_a_teacher_learns_the_target_for_its_own_activity(form: s
     for t, h in zip(targets, seen, strict=True):
         for k in range(3):
             change[k] += t[k] * (h - t[k] * before[0][k]) / 5
-    optimizer = bioopt.Hebbian(model, 0.0, readout="teacher", readout_lr=0.3)
+    optimizer = published.Hebbian(model, 0.0, readout="teacher", readout_lr=0.3)
     optimizer.target = labels if form == "labels" else torch.tensor(targets, dtype=torch.float64)
     with torch.no_grad():
         model(x)
@@ -47,7 +45,7 @@ def test_a_readout_with_a_teacher_learns_the_target_for_its_own_activity(form: s
 )
 def test_targets_that_do_not_fit_the_readout_are_refused(target: Tensor, message: str) -> None:
     model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3))
-    optimizer = bioopt.Hebbian(model, 0.1, readout="teacher")
+    optimizer = published.Hebbian(model, 0.1, readout="teacher")
     optimizer.target = target
     with pytest.raises(ValueError, match=message):
         model(torch.randn(5, 6))
@@ -59,7 +57,7 @@ def test_a_taught_readout_tells_classes_apart() -> None:
     labels = torch.arange(200) % 4
     x = means[labels] + torch.randn(200, 20)
     model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 4))
-    optimizer = bioopt.Hebbian(model, 0.01, readout="teacher", readout_lr=1.0)
+    optimizer = published.Hebbian(model, 0.01, readout="teacher", readout_lr=1.0)
     for _ in range(60):
         optimizer.target = labels
         with torch.no_grad():
@@ -86,7 +84,7 @@ def test_the_delta_readout_learns_as_by_backpropagation(case: Case) -> None:
 def test_a_teacher_of_an_empty_batch_teaches_nothing() -> None:
     model = mlp()
     before = [p.detach().clone() for p in model.parameters()]
-    optimizer = bioopt.Hebbian(model, 0.1, readout="teacher")
+    optimizer = published.Hebbian(model, 0.1, readout="teacher")
     optimizer.target = torch.zeros(0, dtype=torch.long)
     model(torch.zeros(0, 6, dtype=torch.float64))
     optimizer.step()
@@ -95,7 +93,7 @@ def test_a_teacher_of_an_empty_batch_teaches_nothing() -> None:
 
 def test_a_readout_frozen_later_rests_while_the_others_learn() -> None:
     model, x = mlp(), torch.randn(5, 6, dtype=torch.float64)
-    optimizer = bioopt.Hebbian(model, 0.1)
+    optimizer = published.Hebbian(model, 0.1)
     model[-1].requires_grad_(False)
     before = [p.detach().clone() for p in (model[0].weight, model[-1].weight)]
     optimizer.step(lambda: model(x).square().mean())
@@ -106,16 +104,16 @@ def test_a_readout_frozen_later_rests_while_the_others_learn() -> None:
 def test_readout_by_name_module_and_group() -> None:
     model = mlp(sizes=(6, 5, 5, 4))
     for wanted in ("4", model[4], None):
-        optimizer = bioopt.Hebbian(model, 0.1, readout_layer=wanted, readout_lr=0.3)
+        optimizer = published.Hebbian(model, 0.1, readout_layer=wanted, readout_lr=0.3)
         assert optimizer.coverage() == {
             "0.weight": "Hebbian", "0.bias": "frozen", "2.weight": "Hebbian", "2.bias": "frozen",
             "4.weight": "Hebbian readout (delta)", "4.bias": "Hebbian readout (delta)",
         }  # fmt: skip
         assert [g["lr"] for g in optimizer.param_groups] == [0.1, 0.3]
         optimizer.close()
-    optimizer = bioopt.Hebbian([{"params": model[:4]}, {"params": model[4], "lr": 0.7}], 0.1)
+    optimizer = published.Hebbian([{"params": model[:4]}, {"params": model[4], "lr": 0.7}], 0.1)
     assert [g["lr"] for g in optimizer.param_groups] == [0.1, 0.7]  # the group that holds it gives its rate
-    optimizer = bioopt.Hebbian(model, 0.1, readout_options={"momentum": 0.9})
+    optimizer = published.Hebbian(model, 0.1, readout_options={"momentum": 0.9})
     assert [g["momentum"] for g in optimizer.param_groups] == [0, 0.9]
 
 
@@ -123,18 +121,18 @@ def test_readout_mistakes_are_explained() -> None:
     model = mlp(sizes=(6, 5, 5, 4))
     x = torch.randn(3, 6, dtype=torch.float64)
     with pytest.raises(ValueError, match="readout='oops' must be 'delta', 'teacher' or None"):
-        bioopt.Hebbian(model, 0.1, readout="oops")
+        published.Hebbian(model, 0.1, readout="oops")
     with pytest.raises(ValueError, match="readout_lr=-1"):
-        bioopt.Hebbian(model, 0.1, readout_lr=-1)
+        published.Hebbian(model, 0.1, readout_lr=-1)
     with pytest.raises(ValueError, match=r"readout_layer='head' is not one of the synapses: 0, 2, 4"):
-        bioopt.Hebbian(model, 0.1, readout_layer="head")
+        published.Hebbian(model, 0.1, readout_layer="head")
     with pytest.raises(ValueError, match="need a readout, not readout=None"):
-        bioopt.Hebbian(model, 0.1, readout=None, readout_lr=0.1)
-    optimizer = bioopt.Hebbian(model, 0.1, readout_layer="2")
+        published.Hebbian(model, 0.1, readout=None, readout_lr=0.1)
+    optimizer = published.Hebbian(model, 0.1, readout_layer="2")
     with pytest.raises(RuntimeError, match=r"'4' fires after the readout '2'.*readout_layer='4'"):
         optimizer.step(lambda: model(x).sum())
     optimizer.close()
-    optimizer = bioopt.Hebbian(model, 0.1)
+    optimizer = published.Hebbian(model, 0.1)
     model(x)
     with pytest.raises(RuntimeError, match=r"no gradient has reached it: call loss\.backward\(\)"):
         optimizer.step()

@@ -14,7 +14,7 @@ import bioopt
 from bioopt import find_synapses
 from bioopt.core.acts import isolate
 
-from ..rules import CASES, ORDINARY, Case, hooks, mlp, same, weights
+from ..rules import CASES, ORDINARY, Case, hooks, mlp, published, same, weights
 
 
 def test_backprop_reassembled_from_cut_layers_equals_autograd() -> None:
@@ -89,7 +89,7 @@ def test_residual_and_shared_layers(case: Case) -> None:
 
 def test_inference_mode_is_refused_in_training_only() -> None:
     model = mlp()
-    optimizer = bioopt.Hebbian(model, 0.1, readout=None)
+    optimizer = published.Hebbian(model, 0.1, readout=None)
     x = torch.randn(3, 6, dtype=torch.float64)
     with torch.inference_mode():
         with pytest.raises(RuntimeError, match=r"layer '0'.*inference_mode.*torch\.no_grad\(\).*model\.eval\(\)"):
@@ -105,7 +105,7 @@ def test_inference_mode_is_refused_in_training_only() -> None:
 def after_two_steps(forward: Callable[[nn.Sequential, Tensor], Tensor]) -> list[Tensor]:
     """The weights of a network after two steps, whose outputs are computed by ``forward(model, x)``."""
     model = mlp(sizes=(6, 5, 5, 4))
-    optimizer = bioopt.Hebbian(model, 0.1)
+    optimizer = published.Hebbian(model, 0.1)
     x, y = torch.randn(8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 4
     for _ in range(2):
         F.cross_entropy(forward(model, x), y).backward()
@@ -128,7 +128,7 @@ def test_activation_checkpointing_with_the_readout_inside() -> None:
 
 def test_a_layer_that_raises_leaves_everything_as_it_was() -> None:
     model = mlp()
-    optimizer = bioopt.Hebbian(model, 0.1, readout=None)
+    optimizer = published.Hebbian(model, 0.1, readout=None)
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
             with pytest.raises(RuntimeError, match="shape"):
@@ -165,7 +165,7 @@ def test_no_graph_and_no_activity_outlives_the_step() -> None:
 
 def test_two_rules_at_one_layer_are_refused_until_one_is_closed() -> None:
     model, x, y = mlp(), torch.randn(5, 6, dtype=torch.float64), torch.randint(4, (5,))
-    first, second = bioopt.Hebbian(model, lr=0.1), bioopt.Hebbian(model, lr=0.1)
+    first, second = published.Hebbian(model, lr=0.1), published.Hebbian(model, lr=0.1)
     with pytest.raises(RuntimeError, match=r"layer '0' is watched by two rules at once: close\(\)"):
         model(x)
     model.eval()

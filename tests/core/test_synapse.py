@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import bioopt
 
-from ..rules import make, same, weights
+from ..rules import make, published, same, weights
 
 
 def test_a_user_registers_a_layer_of_their_own() -> None:
@@ -19,12 +19,12 @@ def test_a_user_registers_a_layer_of_their_own() -> None:
 
     model = nn.Sequential(Scaled(4, 3), nn.Linear(3, 2))
     with pytest.raises(ValueError, match="layer '0' of type Scaled"):
-        bioopt.Hebbian(model, 0.1)
+        published.Hebbian(model, 0.1)
     with pytest.raises(ValueError, match="channel_dim=1 must be negative"):
         bioopt.register_synapse(Scaled, channel_dim=1)
     bioopt.register_synapse(Scaled, channel_dim=-1)
     before = weights(model)
-    optimizer = bioopt.Hebbian(model, 0.1, readout=None)
+    optimizer = published.Hebbian(model, 0.1, readout=None)
     optimizer.step(lambda: model(torch.randn(5, 4)).sum())
     assert not torch.equal(before[0], model[0].weight)
 
@@ -92,7 +92,7 @@ def test_registered_layers_that_are_affine_are_taken_and_left_as_they_are() -> N
     bioopt.register_synapse(Shared, channel_dim=-3)
     torch.manual_seed(0)
     model = nn.Sequential(Shared(2, 3, 3, padding=1), nn.ReLU(), nn.Flatten(), Masked(48, 6), nn.Linear(6, 3))
-    optimizer = bioopt.Hebbian(model, 0.1)
+    optimizer = published.Hebbian(model, 0.1)
     x, y = torch.randn(4, 2, 4, 4), torch.arange(4) % 3
     for i in (1, 2):
         optimizer.step(lambda: F.cross_entropy(model(x), y))
@@ -106,6 +106,6 @@ def test_a_wrong_dimension_of_neurons_is_found() -> None:
 
     bioopt.register_synapse(Wide, channel_dim=-1)
     model = nn.Sequential(Wide(2, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
-    optimizer = bioopt.Oja(model, 0.1)
+    optimizer = published.Oja(model, 0.1)
     with pytest.raises(RuntimeError, match=r"neurons along dimension -1 .* but it computes something else"):
         optimizer.step(lambda: F.cross_entropy(model(torch.randn(4, 2, 4, 4)), torch.arange(4) % 3))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import bioopt
 
-from ..rules import mlp
+from ..rules import mlp, published
 from .twins import (
     LAYERS,
     anti_hebbian_twin,
@@ -44,7 +44,7 @@ def built(name: str, seed: int, channels_last: bool = False, samples: int | None
 @pytest.mark.parametrize("t", [0.7, 3.0])
 def test_hebbian_equals_its_twin(name: str, lr: float, t: float, channels_last: bool) -> None:
     layer, x = built(name, 1, channels_last)
-    optimizer = bioopt.Hebbian(layer, lr, inverse_temperature=t, readout=None)
+    optimizer = published.Hebbian(layer, lr, inverse_temperature=t, readout=None)
     before = layer.weight.detach().clone()
     change = hebbian_twin(layer, x, t, lr)
     optimizer.step(lambda: layer(x).sum())
@@ -54,7 +54,7 @@ def test_hebbian_equals_its_twin(name: str, lr: float, t: float, channels_last: 
 @pytest.mark.parametrize("name", LAYERS)
 def test_oja_equals_its_twin(name: str) -> None:
     layer, x = built(name, 2)
-    optimizer = bioopt.Oja(layer, 0.3, readout=None)
+    optimizer = published.Oja(layer, 0.3, readout=None)
     before = layer.weight.detach().clone()
     change = oja_twin(layer, x, 0.3)
     optimizer.step(lambda: layer(x).sum())
@@ -68,16 +68,16 @@ def test_each_rule_equals_its_twin(rule: str, name: str, channels_last: bool) ->
     lr = 0.2
     optimizer, twin = {
         "softhebb": lambda: (
-            bioopt.SoftHebb(layer, lr, inverse_temperature=0.7, readout=None), lambda: softhebb_twin(layer, x, 0.7)),
+            published.SoftHebb(layer, lr, inverse_temperature=0.7, readout=None), lambda: softhebb_twin(layer, x, 0.7)),
         "softhebb, k": lambda: (
-            bioopt.SoftHebb(layer, lr, inverse_temperature=0.7, k=2, readout=None),
+            published.SoftHebb(layer, lr, inverse_temperature=0.7, k=2, readout=None),
             lambda: softhebb_twin(layer, x, 0.7, 2)),
         "krotov_hopfield": lambda: (
-            bioopt.KrotovHopfield(layer, lr, rank=3, anti_hebbian=0.3, readout=None),
+            published.KrotovHopfield(layer, lr, rank=3, anti_hebbian=0.3, readout=None),
             lambda: krotov_hopfield_twin(layer, x, 3, 0.3)),
-        "sanger": lambda: (bioopt.Sanger(layer, lr, readout=None), lambda: sanger_twin(layer, x, lr)),
-        "anti_hebbian": lambda: (bioopt.AntiHebbian(layer, lr, readout=None), lambda: anti_hebbian_twin(layer, x, lr)),
-        "bcm": lambda: (bioopt.BCM(layer, lr, threshold_rate=0.3, readout=None), None),
+        "sanger": lambda: (published.Sanger(layer, lr, readout=None), lambda: sanger_twin(layer, x, lr)),
+        "anti_hebbian": lambda: (published.AntiHebbian(layer, lr, readout=None), lambda: anti_hebbian_twin(layer, x, lr)),
+        "bcm": lambda: (published.BCM(layer, lr, threshold_rate=0.3, readout=None), None),
     }[rule]()  # fmt: skip
     threshold = [1.0] * len(layer.weight)
     for step in range(3):
@@ -110,7 +110,7 @@ def test_each_rule_equals_its_twin(rule: str, name: str, channels_last: bool) ->
 @pytest.mark.parametrize("modulator", [None, [0.5, 2.0], [-1.0, 0.3]])
 def test_hebbian_options_equal_their_twin(options: dict, name: str, modulator: list[float] | None) -> None:
     layer, x = built(name, 4, samples=2)
-    optimizer = bioopt.Hebbian(layer, 0.4, inverse_temperature=1.5, readout=None, **options)
+    optimizer = published.Hebbian(layer, 0.4, inverse_temperature=1.5, readout=None, **options)
     if modulator is not None:
         optimizer.modulator = torch.tensor(modulator, dtype=torch.float64)
     before = layer.weight.detach().clone()
@@ -122,7 +122,7 @@ def test_hebbian_options_equal_their_twin(options: dict, name: str, modulator: l
 def test_a_global_modulator_gates_learning() -> None:
     layer, x = nn.Linear(4, 5), torch.randn(3, 4)
     before = layer.weight.detach().clone()
-    optimizer = bioopt.Hebbian(layer, 0.1, readout=None)
+    optimizer = published.Hebbian(layer, 0.1, readout=None)
     optimizer.modulator = 0.0
     optimizer.step(lambda: layer(x).sum())
     assert torch.equal(layer.weight, before)
@@ -136,7 +136,7 @@ def test_a_global_modulator_gates_learning() -> None:
 
 def test_the_sign_of_the_modulator_counts_where_the_pass_was_made() -> None:
     layer, x = nn.Linear(6, 8), 3 * torch.randn(50, 6)
-    optimizer = bioopt.Hebbian(layer, 0.5, readout=None)
+    optimizer = published.Hebbian(layer, 0.5, readout=None)
     grads = []
     for at_step in (-1.0, 1.0):
         optimizer.modulator = -1.0
@@ -160,16 +160,16 @@ def test_competitions_that_cannot_be_are_refused() -> None:
         with pytest.raises(ValueError, match=r"layer 'Linear' .*takes at least 2 neurons, but it has 1"):
             rule(lonely, 0.1, readout=None)
     with pytest.raises(ValueError, match="SoftHebb: k=1 must be an integer >= 2, or None"):
-        bioopt.SoftHebb(nn.Linear(4, 5), 0.1, k=1, readout=None)
+        published.SoftHebb(nn.Linear(4, 5), 0.1, k=1, readout=None)
     with pytest.raises(ValueError, match=r"SoftHebb .*layer 'Linear' .*k=6 takes at least 6 neurons, but it has 5"):
-        bioopt.SoftHebb(nn.Linear(4, 5), 0.1, k=6, readout=None)
-    assert bioopt.Hebbian(lonely, 0.1, competition="none", readout=None)
+        published.SoftHebb(nn.Linear(4, 5), 0.1, k=6, readout=None)
+    assert published.Hebbian(lonely, 0.1, competition="none", readout=None)
     with pytest.raises(ValueError, match=r"layer 'Linear' .*k=6 takes at least 6 neurons, but it has 5"):
-        bioopt.Hebbian(nn.Linear(4, 5), 0.1, competition="k", k=6, readout=None)
+        published.Hebbian(nn.Linear(4, 5), 0.1, competition="k", k=6, readout=None)
     with pytest.raises(ValueError, match="k=6 takes at least 6 neurons"):  # in a group, too
-        bioopt.Hebbian([{"params": nn.Linear(4, 5), "competition": "k", "k": 6}], 0.1, readout=None)
+        published.Hebbian([{"params": nn.Linear(4, 5), "competition": "k", "k": 6}], 0.1, readout=None)
     with pytest.raises(ValueError, match=r"layer 'Conv2d' .*rank=4 takes at least 4 neurons, but it has 3 in each"):
-        bioopt.KrotovHopfield(nn.Conv2d(2, 6, 3, groups=2), 0.1, rank=4, readout=None)
+        published.KrotovHopfield(nn.Conv2d(2, 6, 3, groups=2), 0.1, rank=4, readout=None)
     for option in (
         {"competition": "fierce"},
         {"decay": "slow"},
@@ -178,7 +178,7 @@ def test_competitions_that_cannot_be_are_refused() -> None:
         {"inverse_temperature": 0},
     ):
         with pytest.raises(ValueError, match=f"Hebbian: {next(iter(option))}="):
-            bioopt.Hebbian(nn.Linear(4, 5), 0.1, readout=None, **option)
+            published.Hebbian(nn.Linear(4, 5), 0.1, readout=None, **option)
 
 
 def test_sanger_finds_the_principal_components_of_patches_in_order() -> None:
@@ -188,7 +188,7 @@ def test_sanger_finds_the_principal_components_of_patches_in_order() -> None:
     layer = nn.Conv2d(2, 3, 2, bias=False).double()
     patches = F.unfold(images, 2).transpose(1, 2).reshape(-1, 8)
     values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
-    optimizer = bioopt.Sanger(layer, 1.0 / values[-1].item(), readout=None)
+    optimizer = published.Sanger(layer, 1.0 / values[-1].item(), readout=None)
     for _ in range(600):
         layer(images)
         optimizer.step()
@@ -203,7 +203,7 @@ def test_anti_hebbian_decorrelates() -> None:
     x = (x - x.mean(0)) / x.std(0)
     layer = nn.Linear(5, 5, bias=False).double()
     nn.init.eye_(layer.weight)
-    optimizer = bioopt.AntiHebbian(layer, 0.2, readout=None)
+    optimizer = published.AntiHebbian(layer, 0.2, readout=None)
     for _ in range(600):
         layer(x)
         optimizer.step()
@@ -217,7 +217,7 @@ def test_bcm_neurons_become_selective() -> None:
     patterns = torch.tensor([[1.0, 0.2, 0.1], [0.1, 0.3, 1.0]])
     layer = nn.Linear(3, 6, bias=False)
     nn.init.uniform_(layer.weight, 0.1, 0.5)
-    optimizer = bioopt.BCM(layer, 0.02, threshold_rate=0.5, readout=None)
+    optimizer = published.BCM(layer, 0.02, threshold_rate=0.5, readout=None)
     for _ in range(1500):
         layer(patterns)
         optimizer.step()
@@ -231,7 +231,7 @@ def test_softhebb_brings_every_neuron_to_unit_length() -> None:
     layer = nn.Linear(10, 4, bias=False)
     with torch.no_grad():
         layer.weight.mul_(5 / layer.weight.norm(dim=1, keepdim=True))
-    optimizer = bioopt.SoftHebb(layer, 0.05, readout=None)
+    optimizer = published.SoftHebb(layer, 0.05, readout=None)
     start = (layer.weight.norm(dim=1) - 1).abs().max().item()
     for _ in range(500):
         layer(torch.randn(32, 10))
@@ -246,7 +246,7 @@ def test_the_strongest_of_an_event_without_a_batch(options: dict) -> None:
     for event in (x, x.unsqueeze(0)):
         torch.manual_seed(0)
         layer = nn.Linear(6, 5)
-        bioopt.Hebbian(layer, 0.1, readout=None, **options).step(lambda layer=layer, event=event: layer(event).sum())
+        published.Hebbian(layer, 0.1, readout=None, **options).step(lambda layer=layer, event=event: layer(event).sum())
         results.append(layer.weight.detach())
     torch.testing.assert_close(*results)
 
@@ -255,7 +255,7 @@ def test_bcm_measures_its_threshold_in_single_precision() -> None:
     """Squares of half precision are 0 below 2e-4 and infinite above 256."""
     torch.manual_seed(0)
     layer, x = nn.Linear(6, 5, bias=False), torch.randn(64, 6)
-    optimizer = bioopt.BCM(layer, 0.0, readout=None)
+    optimizer = published.BCM(layer, 0.0, readout=None)
     for scale in (1e-3, 1e-3):  # one step makes the threshold, the next divides by it
         with torch.autocast("cpu", torch.float16):
             layer(scale * x)
@@ -268,13 +268,13 @@ def test_bcm_measures_its_threshold_in_single_precision() -> None:
 def test_a_large_inverse_temperature_is_one_in_half_precision(competition: str) -> None:
     torch.manual_seed(0)
     layer, x = nn.Linear(6, 5, bias=False), torch.randn(64, 6)
-    optimizer = bioopt.Hebbian(layer, 0.1, inverse_temperature=1e6, competition=competition, readout=None)
+    optimizer = published.Hebbian(layer, 0.1, inverse_temperature=1e6, competition=competition, readout=None)
     with torch.autocast("cpu", torch.float16):
         layer(x)
     optimizer.estimate()
     half = layer.weight.grad
     optimizer.close()
-    sharp = bioopt.Hebbian(layer, 0.1, competition="hard", readout=None)
+    sharp = published.Hebbian(layer, 0.1, competition="hard", readout=None)
     layer(x)
     sharp.estimate()
     torch.testing.assert_close(half, layer.weight.grad, rtol=0, atol=2e-3)
@@ -286,7 +286,7 @@ def test_oja_finds_the_principal_component() -> None:
     x -= x.mean(0)
     values, vectors = torch.linalg.eigh(x.T @ x / len(x))
     layer = nn.Linear(6, 3, bias=False).double()
-    optimizer = bioopt.Oja(layer, 0.5 / values[-1].item(), readout=None)
+    optimizer = published.Oja(layer, 0.5 / values[-1].item(), readout=None)
     for _ in range(300):
         layer(x)
         optimizer.step()
@@ -315,7 +315,7 @@ def test_winners_become_the_clusters() -> None:
     layer = nn.Linear(4, 4, bias=False)
     with torch.no_grad():
         layer.weight.copy_(torch.eye(4) * 0.5 + 0.05 * torch.randn(4, 4))
-    optimizer = bioopt.Hebbian(layer, 0.1, inverse_temperature=5.0, readout=None)
+    optimizer = published.Hebbian(layer, 0.1, inverse_temperature=5.0, readout=None)
     for _ in range(300):
         layer(centres[torch.randint(4, (32,))] + 0.1 * torch.randn(32, 4))
         optimizer.step()
@@ -325,7 +325,7 @@ def test_winners_become_the_clusters() -> None:
 def test_temperature_may_differ_between_groups() -> None:
     model = mlp(sizes=(6, 5, 5))
     twin = mlp(sizes=(6, 5, 5))
-    optimizer = bioopt.Hebbian(
+    optimizer = published.Hebbian(
         [{"params": model[0], "inverse_temperature": 2.0}, {"params": model[2]}],
         0.1,
         inverse_temperature=0.5,

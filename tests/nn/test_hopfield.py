@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import bioopt
 from bioopt.nn import Hopfield, ModernHopfield, SpikingHopfield
+
+from ..rules import published
 
 PLAIN = {"competition": "none", "decay": "none", "readout": None}
 
@@ -71,7 +72,7 @@ def test_hebbian_storage_is_a_step_of_the_optimizer(kind: type) -> None:
     for parts in (x.split(1), x.split([4, 1]), [x]):  # online, in batches of any size, or all at once
         other = kind(12, dtype=torch.float64).train()
         for part in parts:
-            optimizer = bioopt.Hebbian(other, len(part) / 12, **PLAIN)
+            optimizer = published.Hebbian(other, len(part) / 12, **PLAIN)
             assert torch.equal(other(part), part)  # clamped
             optimizer.step()
             optimizer.close()
@@ -85,7 +86,7 @@ def test_hebbian_storage_is_a_step_of_the_optimizer(kind: type) -> None:
 
 def test_storing_affects_neither_other_optimizers_nor_the_global_generator() -> None:
     memory, state = Hopfield(8, dtype=torch.float64), torch.get_rng_state()
-    watching = bioopt.Hebbian(memory, 1 / 8, **PLAIN)
+    watching = published.Hebbian(memory, 1 / 8, **PLAIN)
     memory.train()
     for rule in ("hebbian", "storkey", "pseudo_inverse"):
         memory.store(patterns(2, 8), rule)
@@ -341,7 +342,7 @@ def test_a_memory_at_the_end_of_a_network_stores_its_input() -> None:
     torch.manual_seed(0)
     layer, memory, x = nn.Linear(10, 40), Hopfield(40), torch.randn(3, 10)
     model = nn.Sequential(layer, Binary(), memory).train()
-    optimizer = bioopt.Hebbian(memory, 3 / 40, **PLAIN)
+    optimizer = published.Hebbian(memory, 3 / 40, **PLAIN)
     model(x)
     optimizer.step()
     codes = Binary()(layer(x))

@@ -9,6 +9,7 @@ from torch import nn
 
 import bioopt
 
+from ..rules import published
 from .machines import HIDDEN, VISIBLE, data, energies, log_z, machine, states
 
 # -- the machine ------------------------------------------------------------------------------------------------
@@ -66,7 +67,7 @@ def test_input_that_does_not_fit_is_refused(use: str) -> None:
 def test_other_rules_see_an_ordinary_synapse_in_it() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(bioopt.nn.RBM(6, 5), nn.Linear(5, 3))
-    optimizer = bioopt.Hebbian(model, lr=0.1)
+    optimizer = published.Hebbian(model, lr=0.1)
     assert optimizer.coverage() == {
         "0.visible_bias": "frozen",
         "0.synapse.weight": "Hebbian",
