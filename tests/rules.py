@@ -217,10 +217,11 @@ class Case:
         """Build the optimizer, without options of ``descent`` where the rule makes its step itself."""
         if not self.takes("descent") and self.build is None:
             options = {name: value for name, value in options.items() if name not in ("descent", "momentum")}
+        if "momentum" in options:  # which Adam, the default of perturbation rules, does not have
+            options = {"descent": torch.optim.SGD, **options}
         return (self.build or self.rule)(params, lr, **{**self.options, **options})
 
 
-SIGMA = {"sigma": 1e-2}
 CASES = [
     Case(bioopt.BCM),
     Case(bioopt.STDP, cnn=spiking_cnn, mlp=spiking_mlp),
@@ -230,16 +231,15 @@ CASES = [
     Case(bioopt.Hebbian),
     Case(bioopt.HillClimbing, {"tries": 20}),  # one of 20 is nearly always kept
     Case(bioopt.KrotovHopfield),
-    Case(bioopt.NodePerturbation, SIGMA),
+    Case(bioopt.NodePerturbation),
     Case(bioopt.Oja),
-    Case(bioopt.RankOnePerturbation, SIGMA, perturbs_first=True),
-    # Without a clean pass to compare with, it explores further.
-    Case(bioopt.RewardHebbian, {"sigma": 1.0}, evaluates_once=True, perturbs_first=True),
+    Case(bioopt.RankOnePerturbation, perturbs_first=True),
+    Case(bioopt.RewardHebbian, evaluates_once=True, perturbs_first=True),
     Case(bioopt.RewardSTDP, cnn=spiking_cnn, mlp=spiking_mlp, evaluates_once=True),
     Case(bioopt.Sanger),
-    Case(bioopt.SerialPerturbation, SIGMA, perturbs_first=True),
+    Case(bioopt.SerialPerturbation, perturbs_first=True),
     Case(bioopt.SoftHebb),
-    Case(bioopt.WeightPerturbation, SIGMA, perturbs_first=True),
+    Case(bioopt.WeightPerturbation, perturbs_first=True),
 ]
 OF_RULE = {case.rule: case for case in CASES}
 RULES = [

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from typing import ClassVar, Unpack, final
 
+import torch
 from torch import Tensor
 
-from ..core.constraints import POSITIVE, RATE, Constraint
+from ..core.constraints import POSITIVE, POSITIVE_INT, RATE, Constraint
 from ..core.errors import require_finite
+from ..core.losses import mean_over_samples
 from ..core.params import Params
 from ..core.probe import Probe
 from ..core.readout import ReadoutOptions
 from ..core.reward import reward_prediction_error
 from ..core.rule import Estimate
 from ..core.synapse import Synapse
-from ..perturbation.base import NoisyActivity, Record, credited
+from ..perturbation.base import NoisyActivity, Record, credited, powers_of
 
 
 @final
@@ -52,7 +54,8 @@ class RewardHebbian(NoisyActivity):
         credit: ``"sample"`` or ``"global"``. A scalar loss is always global.
         options: the keywords that follow.
         seed: of the noise; with the step it determines all noise.
-        descent: the `torch.optim` class that makes the step; its options as further keywords.
+        descent: the `torch.optim` class that makes the step, by default Adam, or SGD with ``relative=False``; its
+            options as further keywords.
         process_group: average over these ranks, each with its share of the batch and its own noise.
 
     Raises:
@@ -76,9 +79,11 @@ class RewardHebbian(NoisyActivity):
     def __init__(
         self,
         params: Params,
-        lr: float,  # η
+        lr: float = 1e-3,  # η
         *,
-        sigma: float,  # σ
+        sigma: float = 0.5,  # σ
+        relative: bool = True,
+        trials: int = 1,  # S
         trace_decay: float = 1.0,  # λ
         reward_rate: float = 0.1,  # r
         credit: str = "sample",
@@ -87,7 +92,9 @@ class RewardHebbian(NoisyActivity):
         **options: Unpack[ReadoutOptions],
     ) -> None:
         defaults = {"lr": lr, "sigma": sigma, "trace_decay": trace_decay}
-        super().__init__(params, defaults, credit, seed=seed, readout=readout, **options)
+        super().__init__(params, defaults, credit, relative=relative, seed=seed, readout=readout, **options)
+        self._check_value("trials", trials, POSITIVE_INT)
+        self.trials = trials
         self._check_value("reward_rate", reward_rate, RATE)
         self.reward_rate = reward_rate
 
@@ -96,27 +103,54 @@ class RewardHebbian(NoisyActivity):
     def _estimate(self, probe: Probe) -> Estimate:
         for p in self._trained():
             p.grad = None
-        rank, _ = self._ranks
-        noise: list[Tensor] = []
-        records: list[Record] = []
-        with self._cutting(self._injection(rank, noise, records)):
-            losses = probe()
+        if self.trials > 1 and not self._own_state["step"]:
+            self._require_repeatable(probe)
+        rank, ranks = self._ranks
+        powers = self._own_state.get("activity", {})
+        known = {s.index: s for s in self._recorder.synapses.values()}
+        self._sizes = {known[i]: power**0.5 or 1.0 for i, power in powers.items()}
+        made: list[tuple[list[Record], list[Tensor]]] = []
+        results: list[Tensor] = []
+        for trial in range(self.trials):
+            made.append(([], []))
+            with self._cutting(self._injection(rank + trial * ranks, made[-1][1], made[-1][0])):
+                results.append(probe())
+        losses = torch.stack(results)
         require_finite(self, "the loss", [losses])
-        per_sample = self._per_sample(records, losses, probe)
-        error, expected = reward_prediction_error(self, losses, per_sample, self.reward_rate)
-        error = error / len(error) if per_sample else error
+        records = [record for found, _ in made for record in found]
+        per_sample = self._per_sample(records, losses[0], probe)
+        state = self._next_state()
+        if self.trials == 1:
+            error, state["reward"] = reward_prediction_error(self, losses[0], per_sample, self.reward_rate)
+            errors = error.unsqueeze(0)
+        else:  # the mean reward of the other trials is what was to be expected
+            rewards = torch.stack([-mean_over_samples(one) if per_sample else -one.mean() for one in losses])
+            errors = (rewards - rewards.mean(0)) / (self.trials - 1)
+        errors = errors / errors.shape[1] if per_sample else errors
 
-        firings: dict[Synapse, int] = {}
-        for record, n in zip(reversed(records), reversed(noise), strict=True):  # the trace of the last firing is 1
-            synapse = record.synapse
-            group = self.param_groups[synapse.group]
-            age = firings.get(synapse, 0)
-            firings[synapse] = age + 1
-            factor = error * (-(group["trace_decay"] ** age) / group["sigma"])  # .grad is -Δw
-            credited(n, factor)
-        grads = self._products(records, noise)
+        for error, (found, noise) in zip(errors, made, strict=True):
+            firings: dict[Synapse, int] = {}
+            for record, n in zip(reversed(found), reversed(noise), strict=True):  # the trace of the last firing is 1
+                synapse = record.synapse
+                age = firings.get(synapse, 0)
+                firings[synapse] = age + 1
+                decay = self.param_groups[synapse.group]["trace_decay"] ** age
+                credited(n, error * (-decay / self._width(synapse)))  # .grad is -Δw
+        grads = self._products(records, [n for _, noise in made for n in noise])
         self._require_same_on_ranks(list(dict.fromkeys(record.synapse.name for record in records)))
         self._average_over_ranks(list(grads.values()))
-        state = self._next_state()
-        state["reward"] = expected
-        return losses, grads, state
+        if self.relative:
+            state["activity"] = self._running_activity(powers, records)
+        return losses.mean(0), grads, state
+
+    def _running_activity(self, before: dict[int, float], records: list[Record]) -> dict[int, float]:
+        """The running mean square of each layer's activity, after the firings of a step."""
+        now = powers_of(records)
+        self._sum_over_ranks(list(now.values()))
+        after = dict(before)
+        for synapse, found in now.items():
+            power, count = found.tolist()
+            if count:
+                old = after.setdefault(synapse.index, power / count)
+                after[synapse.index] = old + self.reward_rate * (power / count - old)
+        return after
