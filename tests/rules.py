@@ -227,7 +227,7 @@ CASES = [
     Case(bioopt.STDP, cnn=spiking_cnn, mlp=spiking_mlp),
     Case(bioopt.AntiHebbian),
     Case(bioopt.ContrastiveDivergence, cnn=machines, mlp=machine),
-    Case(bioopt.ForwardGradient, evaluates_once=True),
+    Case(bioopt.ForwardGradient),
     Case(bioopt.Hebbian),
     Case(bioopt.HillClimbing, {"tries": 20}),  # one of 20 is nearly always kept
     Case(bioopt.KrotovHopfield),

@@ -16,7 +16,7 @@ from ..core.readout import ReadoutOptions
 from ..core.reward import reward_prediction_error
 from ..core.rule import Estimate
 from ..core.synapse import Synapse
-from ..perturbation.base import NoisyActivity, Record, credited, powers_of
+from ..perturbation.base import NoisyActivity, Record, add_power, credited
 
 
 @final
@@ -145,7 +145,9 @@ class RewardHebbian(NoisyActivity):
 
     def _running_activity(self, before: dict[int, float], records: list[Record]) -> dict[int, float]:
         """The running mean square of each layer's activity, after the firings of a step."""
-        now = powers_of(records)
+        now: dict[Synapse, Tensor] = {}
+        for record in records:  # noise was added to a copy of u, so that it stands as it was
+            add_power(now, record.synapse, record.u)
         self._sum_over_ranks(list(now.values()))
         after = dict(before)
         for synapse, found in now.items():

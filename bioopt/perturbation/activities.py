@@ -17,7 +17,7 @@ from ..core.readout import ReadoutOptions
 from ..core.recorder import Firing
 from ..core.rule import Estimate
 from ..core.synapse import Synapse, convolve
-from .base import NoisyActivity, Record, count_of, credit_of
+from .base import NoisyActivity, Record, add_power, count_of, credit_of, sizes_of
 
 OTHER_LAYERS = "NodePerturbation: the closure ran other layers in the noisy pass than in the clean one"
 
@@ -130,16 +130,19 @@ class NodePerturbation(NoisyActivity):
         self._prepare(probe)
         records: list[Record] = []
         inputs: dict[Synapse, list[Tensor]] = {}
+        powers: dict[Synapse, Tensor] = {}
 
         def record(firing: Firing, u: Tensor) -> None:
             records.append(Record.of(firing, u))
             synapse = firing.synapse
+            if self.relative:
+                add_power(powers, synapse, u)
             if self.param_groups[synapse.group]["decorrelation"] and synapse.weight.requires_grad:
                 inputs.setdefault(synapse, []).append(firing.x.detach())
 
         clean = self._base_point(probe, record)
         per_sample = self._per_sample(records, clean, probe)
-        self._measure(records)
+        self._sizes = sizes_of(powers)
 
         mine, alone = self._share("samples", self.samples), self._ranks[1] == 1
         signals: list[Tensor] = []

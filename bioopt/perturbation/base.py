@@ -324,7 +324,7 @@ class NoisyActivity(Perturbation):
         self.distribution = distribution
         self._coarse: set[Synapse] = set()  # layers whose precision was warned of
         self._first_is_sample: set[Synapse] = set()  # layers whose first dimension was found to be the sample
-        self._sizes: dict[Synapse, float] = {}  # of the activity of each layer in this step, for relative widths
+        self._sizes: dict[Synapse, float] = {}  # of each layer's activity, for relative widths; replaced in each step
 
     def _draws(self, sample: int) -> Callable[[Tensor], Tensor]:
         """A function that fills one tensor after another with the noise of one pass."""
@@ -371,7 +371,9 @@ class NoisyActivity(Perturbation):
             if records is not None:
                 records.append(record)
             if self.relative and firing.synapse not in self._sizes:  # a rule without a clean pass, in its first step
-                self._sizes |= sizes_of(powers_of([record]))
+                alone: dict[Synapse, Tensor] = {}
+                add_power(alone, firing.synapse, u)
+                self._sizes |= sizes_of(alone)
             sigma = self._width(firing.synapse, width)
             noisy = inject(u, record.own(drawn), sigma)
             if u.dtype in HALF and record.rows is None:  # credit the noise that the precision preserved
@@ -424,11 +426,6 @@ class NoisyActivity(Perturbation):
         """The width of a layer's noise: ``sigma`` of its group, or another, times the size of its activity."""
         width = float(self.param_groups[synapse.group]["sigma"]) if width is None else width
         return width * self._sizes.get(synapse, 1.0)
-
-    def _measure(self, records: list[Record]) -> None:
-        """Measure the activity of each layer in a clean pass, to which widths are relative."""
-        if self.relative:
-            self._sizes = sizes_of(powers_of(records))
 
     def _products(self, records: list[Record], signals: list[Tensor]) -> dict[Tensor, Tensor]:
         """The local products of presynaptic activity and teaching signals, summed over each weight's firings."""
@@ -505,16 +502,16 @@ def ambiguous(synapse: Synapse, shape: torch.Size, samples: int) -> bool:
     return samples in others and type(synapse.layer) not in BUILT_IN[1:]  # convolutions take samples first
 
 
-def powers_of(records: list[Record]) -> dict[Synapse, Tensor]:
-    """The sum of squares of each layer's activity over all its firings, and the number of its entries."""
-    powers: dict[Synapse, Tensor] = {}
-    for record in records:
-        u = record.u.detach()
-        exact = torch.promote_types(u.dtype, torch.float32)
-        power = torch.linalg.vector_norm(u, dtype=exact).double().square()
-        found = torch.stack([power, torch.full_like(power, u.numel())])
-        powers[record.synapse] = powers[record.synapse] + found if record.synapse in powers else found
-    return powers
+def add_power(powers: dict[Synapse, Tensor], synapse: Synapse, u: Tensor) -> None:
+    """Add a firing to the sum of squares of a layer's activity and to the number of its entries.
+
+    To be called as the layer fires: an activation in place may overwrite ``u``.
+    """
+    u = u.detach()
+    exact = torch.promote_types(u.dtype, torch.float32)
+    power = torch.linalg.vector_norm(u, dtype=exact).double().square()
+    found = torch.stack([power, torch.full_like(power, u.numel())])
+    powers[synapse] = powers[synapse] + found if synapse in powers else found
 
 
 def sizes_of(powers: dict[Synapse, Tensor]) -> dict[Synapse, float]:

@@ -20,7 +20,7 @@ from ..core.readout import ReadoutOptions
 from ..core.recorder import Firing
 from ..core.rule import Estimate
 from ..core.synapse import Synapse
-from .base import FILL, NoisyActivity, Record, count_of, credit_of
+from .base import FILL, NoisyActivity, Record, add_power, count_of, credit_of, sizes_of
 
 SPACES = ("weights", "activities")
 
@@ -163,8 +163,9 @@ class ForwardGradient(NoisyActivity):
         records: list[Record] = []
         noise: list[Tensor] = []
         if self.relative:
-            self._base_point(probe, lambda firing, u: records.append(Record.of(firing, u)))
-            self._measure(records)
+            powers: dict[Synapse, Tensor] = {}
+            clean = self._base_point(probe, lambda firing, u: add_power(powers, firing.synapse, u))
+            self._sizes = sizes_of(powers)
 
         def exact(sample: int) -> tuple[Tensor, Tensor | None]:
             records.clear()
@@ -201,6 +202,8 @@ class ForwardGradient(NoisyActivity):
             return clean, (sides[0] - sides[1]) / (2 * self.difference)
 
         mine = {i: self._slope(probe, i, exact, differences) for i in self._share("samples", self.samples)}
+        if self.relative and not self._own_state["step"]:
+            self._compare(probe, clean, next(iter(mine.values()))[0])
         outcomes = self._gathered(mine, self.samples, ("the loss", "the slope of the loss"))
         losses = outcomes[0, 0]
         per_sample = self._per_sample(records, losses, probe)
