@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Unpack, final
+from typing import Any, ClassVar, Unpack, cast, final
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +64,8 @@ class NodePerturbation(NoisyActivity):
     Args:
         params: the model (or modules, or groups whose ``"params"`` are modules). Bare parameters are refused. Weight
             and bias of each synapse learn; other parameters stay frozen.
-        lr: learning rate of ``descent``.
+        lr: learning rate of ``descent``; by default 5e-4, and with a readout 2e-4 (with ``readout_lr`` 1e-3). With
+            ``relative=False`` it must be given.
         sigma: the noise's standard deviation, in units of the root mean square of each layer's activity, or with
             ``relative=False`` in units of :math:`u`.
         relative: whether ``sigma`` is relative to the size of the activity.
@@ -98,7 +99,7 @@ class NodePerturbation(NoisyActivity):
     def __init__(
         self,
         params: Params,
-        lr: float = 3e-4,  # η
+        lr: float | None = None,  # η
         *,
         sigma: float = 0.1,  # σ
         relative: bool = True,
@@ -111,6 +112,7 @@ class NodePerturbation(NoisyActivity):
         readout: str | None = None,
         **options: Unpack[ReadoutOptions],
     ) -> None:
+        lr = self._rate(lr, 5e-4, relative, readout, cast(dict[str, Any], options))
         defaults = {"lr": lr, "sigma": sigma, "decorrelation": decorrelation}
         super().__init__(
             params, defaults, credit, distribution, relative=relative, seed=seed, readout=readout, **options

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, Unpack, final
+from typing import Any, ClassVar, NamedTuple, Unpack, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,8 @@ class RankOnePerturbation(NoisyActivity):
     Args:
         params: the model (or modules, or groups whose ``"params"`` are modules). Bare parameters are refused, because
             the rule needs presynaptic activity. Weight and bias of each synapse learn; other parameters stay frozen.
-        lr: learning rate of ``descent``.
+        lr: learning rate of ``descent``; by default 3e-3, and with a readout 2e-4 (with ``readout_lr`` 1e-3). With
+            ``relative=False`` it must be given.
         sigma: the standard deviation of the change of each weight, in units of the root mean square of its tensor, or
             with ``relative=False`` in units of the weights.
         relative: whether ``sigma`` is relative to the size of the weights.
@@ -92,7 +93,7 @@ class RankOnePerturbation(NoisyActivity):
     def __init__(
         self,
         params: Params,
-        lr: float = 3e-3,  # η
+        lr: float | None = None,  # η
         *,
         sigma: float = 0.1,  # σ
         relative: bool = True,
@@ -103,6 +104,7 @@ class RankOnePerturbation(NoisyActivity):
         readout: str | None = None,
         **options: Unpack[ReadoutOptions],
     ) -> None:
+        lr = self._rate(lr, 3e-3, relative, readout, cast(dict[str, Any], options))
         defaults = {"lr": lr, "sigma": sigma}
         super().__init__(
             params, defaults, credit, distribution, relative=relative, seed=seed, readout=readout, **options

@@ -84,7 +84,7 @@ class RewardSTDP(LearningRule):
     def __init__(
         self,
         params: Params,
-        lr: float,  # η
+        lr: float = 0.1,  # η
         *,
         tau_e: float = 500.0,  # τe
         tau_plus: float = 20.0,  # τ+
