@@ -171,6 +171,10 @@ class Probe:
         value, tangent = forward_ad.unpack_dual(self._evaluate(False))
         return value.detach(), None if tangent is None else tangent.detach()
 
+    def redraw(self) -> None:
+        """Let the next evaluation draw new random numbers: another trial under the same conditions."""
+        self._random = []
+
     def restart(self) -> None:
         """Restore the state before the first evaluation."""
         _restore(self._before)

@@ -9,11 +9,10 @@ from torch import Tensor
 
 from ..core.constraints import POSITIVE, POSITIVE_INT, RATE, Constraint
 from ..core.errors import require_finite
-from ..core.losses import mean_over_samples
 from ..core.params import Params
 from ..core.probe import Probe
 from ..core.readout import ReadoutOptions
-from ..core.reward import reward_prediction_error
+from ..core.reward import reward_prediction_errors
 from ..core.rule import Estimate
 from ..core.synapse import Synapse
 from ..perturbation.base import NoisyActivity, Record, add_power, credited
@@ -37,18 +36,30 @@ class RewardHebbian(NoisyActivity):
     gradient: on average and for small :math:`\sigma`, :math:`\Delta W` is the gradient of the expected reward (with
     :math:`\lambda = 1`).
 
+    With ``trials`` :math:`> 1` the closure is evaluated that often with other noise, :math:`\Delta W` is the mean over
+    trials, and :math:`\bar R` is the mean reward of the same sample in the other trials. So the reward's differences
+    between samples, which exploration does not explain, drop out: far fewer trials are needed in all.
+
+    By default :math:`\sigma` is ``sigma`` times the root mean square of the layer's activity, a running value with the
+    rate :math:`r` (in the first step, that of the first firing; 1 for a layer without activity), and the step is that
+    of Adam. With ``relative=False`` it is ``sigma`` itself, and the step is that of SGD.
+
     With ``credit="sample"`` each sample has its own reward, so that a batch of :math:`N` samples makes :math:`N`
     trials; :math:`\langle\cdot\rangle` is the mean over samples and the sum over positions. With ``credit="global"``
     one reward credits all noise of the batch. The bias learns as a weight whose presynaptic activity is 1. By default
     the last layer follows the rule as well.
 
-    Cost of a step: one forward pass and one local product for each firing, whose activities and noise are kept.
+    Cost of a step: ``trials`` forward passes (two more in the first step, if several, to check that the closure is
+    repeatable) and one local product for each firing, whose activities and noise are kept.
 
     Args:
         params: the model (or modules, or groups whose ``"params"`` are modules). Bare parameters are refused. Weight
             and bias of each synapse learn; other parameters stay frozen.
         lr: learning rate of ``descent``.
-        sigma: :math:`\sigma`, the exploration's standard deviation in units of :math:`u`.
+        sigma: the exploration's standard deviation, in units of the root mean square of each layer's activity, or with
+            ``relative=False`` in units of :math:`u`.
+        relative: whether ``sigma`` is relative to the size of the activity.
+        trials: the number of evaluations of the closure per step, each with its own noise.
         trace_decay: :math:`\lambda` in [0, 1], the share of a trace that remains after the next firing.
         reward_rate: :math:`r` in (0, 1], of the running mean of the reward.
         credit: ``"sample"`` or ``"global"``. A scalar loss is always global.
@@ -120,12 +131,9 @@ class RewardHebbian(NoisyActivity):
         records = [record for found, _ in made for record in found]
         per_sample = self._per_sample(records, losses[0], probe)
         state = self._next_state()
-        if self.trials == 1:
-            error, state["reward"] = reward_prediction_error(self, losses[0], per_sample, self.reward_rate)
-            errors = error.unsqueeze(0)
-        else:  # the mean reward of the other trials is what was to be expected
-            rewards = torch.stack([-mean_over_samples(one) if per_sample else -one.mean() for one in losses])
-            errors = (rewards - rewards.mean(0)) / (self.trials - 1)
+        errors, reward = reward_prediction_errors(self, losses, per_sample, self.reward_rate)
+        if reward is not None:
+            state["reward"] = reward
         errors = errors / errors.shape[1] if per_sample else errors
 
         for error, (found, noise) in zip(errors, made, strict=True):
