@@ -36,7 +36,7 @@ print(f"Hebbian, accumulated: {accuracy(model):.1f} %")
 
 # All other rules
 model = network()
-rule = bioopt.NodePerturbation(model, lr=0.01, sigma=0.01, samples=4, momentum=0.9)
+rule = bioopt.NodePerturbation(model, lr=0.01, sigma=0.01, relative=False, samples=4, momentum=0.9)
 model, optimizer, scheduler = accelerator.prepare(model, rule, CosineAnnealingLR(rule, EPOCHS * len(loader)))
 for _ in range(EPOCHS):
     for x, y in loader:

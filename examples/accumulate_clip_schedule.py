@@ -35,7 +35,7 @@ print(f"Hebbian: {accuracy(model):.1f} % of the unseen digits, learning rate now
 # All other rules
 model = network()
 params = list(model.parameters())
-rule = bioopt.NodePerturbation(model, lr=0.02, sigma=0.01, samples=4, momentum=0.9)
+rule = bioopt.NodePerturbation(model, lr=0.02, sigma=0.01, relative=False, samples=4, momentum=0.9)
 scheduler = CosineAnnealingLR(rule, EPOCHS)
 longest = 0.0
 for _ in range(EPOCHS):

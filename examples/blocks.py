@@ -45,5 +45,5 @@ by_gradient = train(model, torch.optim.SGD(model[:-1].parameters(), lr=0.1, mome
 print(f"trunk by gradients of its own cost: {by_gradient:.1f} %")
 
 model = network(hidden=64)
-perturbation = bioopt.NodePerturbation(model[:-1], lr=0.05, sigma=0.01, samples=4, momentum=0.9)
+perturbation = bioopt.NodePerturbation(model[:-1], lr=0.05, sigma=0.01, relative=False, samples=4, momentum=0.9)
 print(f"trunk by node perturbation, no backward pass in it: {train(model, perturbation):.1f} %")

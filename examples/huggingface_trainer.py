@@ -83,6 +83,6 @@ if __name__ == "__main__":
     print(f"Hebbian, in bfloat16 and clipped: {fit(RuleTrainer, model, rule, bf16=True, max_grad_norm=0.5):.1f} %")
 
     model = Digits(reduction="none")  # the loss of each sample, so that each gets its own credit
-    rule = bioopt.NodePerturbation(model, lr=0.02, sigma=0.01, samples=4, momentum=0.9)
+    rule = bioopt.NodePerturbation(model, lr=0.02, sigma=0.01, relative=False, samples=4, momentum=0.9)
     accumulated = fit(RuleTrainer, model, rule, max_grad_norm=2.0, gradient_accumulation_steps=2)
     print(f"node perturbation, clipped and accumulated: {accumulated:.1f} %")

@@ -29,7 +29,7 @@ print(f"Hebbian: {accuracy(model):.1f} %")
 
 # All rules
 model = network()
-rule = bioopt.NodePerturbation(model, lr=0.02, sigma=0.01, samples=4, momentum=0.9)
+rule = bioopt.NodePerturbation(model, lr=0.02, sigma=0.01, relative=False, samples=4, momentum=0.9)
 
 
 def update(engine: Engine, batch: list[Tensor]) -> float:

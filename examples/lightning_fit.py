@@ -63,7 +63,7 @@ class Perturbed(Digits):
 
     def configure_optimizers(self) -> Any:
         """A rule that evaluates `training_step` several times a step."""
-        return bioopt.NodePerturbation(self.model, lr=0.01, sigma=0.01, samples=4, momentum=0.9)
+        return bioopt.NodePerturbation(self.model, lr=0.01, sigma=0.01, relative=False, samples=4, momentum=0.9)
 
 
 def fit(module: Digits, **options: Any) -> float:

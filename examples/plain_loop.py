@@ -51,7 +51,7 @@ random = train(model, torch.optim.SGD(model[-1].parameters(), lr=0.05, momentum=
 print(f"random trunk, the same readout: {random:.1f} %")
 
 model = network()
-perturbed = train_by_closure(model, bioopt.NodePerturbation(model, lr=0.01, sigma=0.01, samples=4, momentum=0.9))
+perturbed = train_by_closure(model, bioopt.NodePerturbation(model, lr=2e-3))
 print(f"node perturbation, without a backward pass: {perturbed:.1f} %")
 
 model = network()

@@ -81,6 +81,11 @@ if __name__ == "__main__":
     search = GridSearchCV(net(RuleNet, bioopt.Hebbian, max_epochs=5, **readout), {"lr": [0.1, 1.0]}, cv=2).fit(x, y)
     print(f"Hebbian, the better of two rates, lr={search.best_params_['lr']}: {score(search):.1f} %")
 
-    perturbation = {"optimizer__sigma": 0.01, "optimizer__samples": 4, "optimizer__momentum": 0.9}
+    perturbation = {
+        "optimizer__sigma": 0.01,
+        "optimizer__relative": False,
+        "optimizer__samples": 4,
+        "optimizer__momentum": 0.9,
+    }
     perturbed = net(ClippedNet, bioopt.NodePerturbation, lr=0.02, max_epochs=10, **perturbation).fit(x, y)
     print(f"node perturbation, clipped: {score(perturbed):.1f} %, loss {perturbed.history[-1, 'train_loss']:.2f}")

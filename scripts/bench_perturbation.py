@@ -67,7 +67,7 @@ def steps(kind: str, batch: int, count: int, device: torch.device) -> dict[str, 
 
     watched = network(kind).to(device)
     hebbian = bioopt.Oja(watched, 1e-6, readout=None)
-    options: dict[str, Any] = {"sigma": 1e-2}
+    options: dict[str, Any] = {"sigma": 1e-2, "relative": False}
     found: dict[str, tuple[Step, int]] = {
         FORWARD: (inference, 1),
         "forward pass and local products (Oja)": (product, 1),
@@ -115,8 +115,8 @@ def pairs_per_second(device: torch.device, population: int, seconds: float) -> d
     step: dict[str, Step] = {}
     for rule in (bioopt.WeightPerturbation, bioopt.RankOnePerturbation):
         model = mlp(shape, 10, hidden=(128, 128)).to(device)
-        count = {"population": population} if rule is bioopt.WeightPerturbation else {}
-        optimizer = rule(model, 1e-4, sigma=1e-2, **count)  # type: ignore[arg-type]
+        count = {"population": population} if rule is bioopt.WeightPerturbation else {"samples": 1}
+        optimizer = rule(model, 1e-4, sigma=1e-2, relative=False, **count)  # type: ignore[arg-type]
         step[rule.__name__] = lambda optimizer=optimizer, model=model: optimizer.step(
             lambda: F.cross_entropy(model(x), y, reduction="none")
         )

@@ -43,34 +43,34 @@ CASES: dict[str, tuple[str, bool, Callable[..., Any]]] = {
     "WeightPerturbation(population=16)": (
         "mlp",
         False,
-        lambda m, g: bioopt.WeightPerturbation(m, 1e-6, sigma=1e-2, population=16, process_group=g),
+        lambda m, g: bioopt.WeightPerturbation(m, 1e-6, sigma=1e-2, relative=False, population=16, process_group=g),
     ),
     "WeightPerturbation(population=16, distribution='rademacher')": (
         "mlp",
         False,
         lambda m, g: bioopt.WeightPerturbation(
-            m, 1e-6, sigma=1e-2, population=16, distribution="rademacher", process_group=g
+            m, 1e-6, sigma=1e-2, relative=False, population=16, distribution="rademacher", process_group=g
         ),
     ),
     "SerialPerturbation(coordinates=16)": (
         "mlp",
         False,
-        lambda m, g: bioopt.SerialPerturbation(m, 1e-6, sigma=1e-2, coordinates=16, process_group=g),
+        lambda m, g: bioopt.SerialPerturbation(m, 1e-6, sigma=1e-2, relative=False, coordinates=16, process_group=g),
     ),
     "NodePerturbation(samples=16)": (
         "mlp",
         False,
-        lambda m, g: bioopt.NodePerturbation(m, 1e-6, sigma=1e-2, samples=16, process_group=g),
+        lambda m, g: bioopt.NodePerturbation(m, 1e-6, sigma=1e-2, relative=False, samples=16, process_group=g),
     ),
     "ForwardGradient(samples=16)": (
         "mlp",
         False,
-        lambda m, g: bioopt.ForwardGradient(m, 1e-6, samples=16, process_group=g),
+        lambda m, g: bioopt.ForwardGradient(m, 1e-6, samples=16, space="weights", relative=False, process_group=g),
     ),
     "WeightPerturbation(population=4)": (
         "cnn",
         False,
-        lambda m, g: bioopt.WeightPerturbation(m, 1e-6, sigma=1e-2, population=4, process_group=g),
+        lambda m, g: bioopt.WeightPerturbation(m, 1e-6, sigma=1e-2, relative=False, population=4, process_group=g),
     ),
     "Hebbian": ("cnn", True, lambda m, g: bioopt.Hebbian(m, 1e-6, process_group=g)),
     "SoftHebb": ("cnn", True, lambda m, g: bioopt.SoftHebb(m, 1e-6, process_group=g)),

@@ -68,10 +68,10 @@ def problem(hidden: int) -> tuple[nn.Module, Tensor, Tensor]:
     return model, x, torch.randint(3, (12,), generator=generator)
 
 
-def diagnosed(rule: type, hidden: int, samples: int, **options) -> dict[str, float]:
+def diagnosed(rule: type, hidden: int, count: int, **options) -> dict[str, float]:
     model, x, y = problem(hidden)
     optimizer = make(rule, model, **OF_RULE[rule].taking(sigma=1e-4), **options)
-    return bioopt.diagnose(optimizer, lambda: F.cross_entropy(model(x), y, reduction="none"), samples)["all"]
+    return bioopt.diagnose(optimizer, lambda: F.cross_entropy(model(x), y, reduction="none"), count)["all"]
 
 
 @pytest.mark.parametrize("rule", [bioopt.WeightPerturbation, bioopt.ForwardGradient])
@@ -79,7 +79,8 @@ def test_the_variance_of_directions_grows_with_the_number_of_weights(rule: type)
     """E|g - ĝ|² = (n + 1) |g|² for one direction in n dimensions."""
     for hidden in (4, 32):
         n = 4 * hidden + hidden + 3 * hidden + 3
-        found = diagnosed(rule, hidden, 300)
+        options = OF_RULE[rule].taking(population=1, samples=1, space="weights")
+        found = diagnosed(rule, hidden, 300, relative=False, **options)
         assert 0.6 < found["signal_to_noise"] * (n + 1) < 1.6
         assert 0.6 < found["cosine"] * math.sqrt(n * math.pi / 2) < 1.6
 
@@ -91,7 +92,7 @@ def test_the_variance_of_noisy_activity_grows_with_the_number_of_neurons_alone(r
         torch.manual_seed(0)
         model, direction = nn.Linear(inputs, neurons).double(), torch.randn(neurons, dtype=torch.float64)
         x = torch.randn(1, inputs, dtype=torch.float64)
-        optimizer = make(rule, model, **OF_RULE[rule].taking(sigma=1e-5, space="activities"))
+        optimizer = make(rule, model, **OF_RULE[rule].taking(sigma=1e-5, space="activities", samples=1))
         found = bioopt.diagnose(
             optimizer, lambda model=model, x=x, direction=direction: (model(x) * direction).sum(1), 300
         )

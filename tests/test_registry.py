@@ -110,9 +110,9 @@ def test_what_is_no_name_at_all() -> None:
 
 def test_errors_of_options_are_those_of_the_class() -> None:
     with pytest.raises(TypeError) as of_class:
-        bioopt.NodePerturbation(mlp(), 0.1)  # type: ignore[call-arg]
+        bioopt.NodePerturbation(mlp(), sigmas=0.1)
     with pytest.raises(TypeError) as by_name:
-        bioopt.create_optimizer("node_perturbation", mlp(), lr=0.1)
+        bioopt.create_optimizer("node_perturbation", mlp(), sigmas=0.1)
     assert str(by_name.value) == str(of_class.value)
     assert "sigma" in str(by_name.value)
 

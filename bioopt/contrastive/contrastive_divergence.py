@@ -78,7 +78,7 @@ class ContrastiveDivergence(LocalRule):
     def __init__(
         self,
         params: Params,
-        lr: float,  # ε
+        lr: float = 0.05,  # ε
         *,
         steps: int = 1,  # k
         persistent: bool = False,

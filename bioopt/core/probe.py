@@ -135,7 +135,7 @@ class Probe:
         self.made = 0
         self._before: dict[nn.Module, _Buffers] = {}
         self._after: dict[nn.Module, _Buffers] = {}
-        self._attributes: dict[nn.Module, dict[str, Any]] = {}
+        self._attributes: dict[nn.Module, dict[str, tuple[Tensor, int | None]]] = {}
         undo.append(self.close)
 
     @property
@@ -170,6 +170,10 @@ class Probe:
         """Evaluate once: the value, and its derivative along the tangents of the open forward-mode level."""
         value, tangent = forward_ad.unpack_dual(self._evaluate(False))
         return value.detach(), None if tangent is None else tangent.detach()
+
+    def redraw(self) -> None:
+        """Let the next evaluation draw new random numbers: another trial under the same conditions."""
+        self._random = []
 
     def restart(self) -> None:
         """Restore the state before the first evaluation."""
@@ -258,10 +262,10 @@ class Probe:
         """Attributes of modules other than buffers whose tensors have changed since the first evaluation."""
         found = []
         for module, before in self._attributes.items():
-            now = _tensors(module)
-            found += [
-                f"{type(module).__name__}.{name}" for name in now if name not in before or now[name] != before[name]
-            ]
+            for name, (value, version) in _tensors(module).items():
+                old, old_version = before.get(name, (None, None))
+                if value is not old or version != old_version:
+                    found.append(f"{type(module).__name__}.{name}")
         return list(dict.fromkeys(found))
 
     def _restart_random(self) -> None:
@@ -299,9 +303,9 @@ class Probe:
 NO_TANGENT = "a layer runs where forward AD is switched off, as in checkpoint(..., use_reentrant=True)"
 
 
-def _tensors(module: nn.Module) -> dict[str, tuple[int, int | None]]:
-    """Identity and version of the tensors among a module's plain attributes."""
-    return {name: (id(v), version_of(v)) for name, v in vars(module).items() if isinstance(v, Tensor)}
+def _tensors(module: nn.Module) -> dict[str, tuple[Tensor, int | None]]:
+    """The tensors among a module's plain attributes, and their versions."""
+    return {name: (v, version_of(v)) for name, v in vars(module).items() if isinstance(v, Tensor)}
 
 
 class _Buffers:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from typing import ClassVar, Unpack, final
 
+import torch
 from torch import Tensor
 
-from ..core.constraints import POSITIVE, RATE, Constraint
+from ..core.constraints import POSITIVE, POSITIVE_INT, RATE, Constraint
 from ..core.errors import require_finite
 from ..core.params import Params
 from ..core.probe import Probe
 from ..core.readout import ReadoutOptions
-from ..core.reward import reward_prediction_error
+from ..core.reward import reward_prediction_errors
 from ..core.rule import Estimate
 from ..core.synapse import Synapse
-from ..perturbation.base import NoisyActivity, Record, credited
+from ..perturbation.base import NoisyActivity, Record, add_power, credited
 
 
 @final
@@ -35,24 +36,37 @@ class RewardHebbian(NoisyActivity):
     gradient: on average and for small :math:`\sigma`, :math:`\Delta W` is the gradient of the expected reward (with
     :math:`\lambda = 1`).
 
+    With ``trials`` :math:`> 1` the closure is evaluated that often with other noise, :math:`\Delta W` is the mean over
+    trials, and :math:`\bar R` is the mean reward of the same sample in the other trials. So the reward's differences
+    between samples, which exploration does not explain, drop out: far fewer trials are needed in all.
+
+    By default :math:`\sigma` is ``sigma`` times the root mean square of the layer's activity, a running value with the
+    rate :math:`r` (in the first step, that of the first firing; 1 for a layer without activity), and the step is that
+    of Adam. With ``relative=False`` it is ``sigma`` itself, and the step is that of SGD.
+
     With ``credit="sample"`` each sample has its own reward, so that a batch of :math:`N` samples makes :math:`N`
     trials; :math:`\langle\cdot\rangle` is the mean over samples and the sum over positions. With ``credit="global"``
     one reward credits all noise of the batch. The bias learns as a weight whose presynaptic activity is 1. By default
     the last layer follows the rule as well.
 
-    Cost of a step: one forward pass and one local product for each firing, whose activities and noise are kept.
+    Cost of a step: ``trials`` forward passes (two more in the first step, if several, to check that the closure is
+    repeatable) and one local product for each firing, whose activities and noise are kept.
 
     Args:
         params: the model (or modules, or groups whose ``"params"`` are modules). Bare parameters are refused. Weight
             and bias of each synapse learn; other parameters stay frozen.
         lr: learning rate of ``descent``.
-        sigma: :math:`\sigma`, the exploration's standard deviation in units of :math:`u`.
+        sigma: the exploration's standard deviation, in units of the root mean square of each layer's activity, or with
+            ``relative=False`` in units of :math:`u`.
+        relative: whether ``sigma`` is relative to the size of the activity.
+        trials: the number of evaluations of the closure per step, each with its own noise.
         trace_decay: :math:`\lambda` in [0, 1], the share of a trace that remains after the next firing.
         reward_rate: :math:`r` in (0, 1], of the running mean of the reward.
         credit: ``"sample"`` or ``"global"``. A scalar loss is always global.
         options: the keywords that follow.
         seed: of the noise; with the step it determines all noise.
-        descent: the `torch.optim` class that makes the step; its options as further keywords.
+        descent: the `torch.optim` class that makes the step, by default Adam, or SGD with ``relative=False``; its
+            options as further keywords.
         process_group: average over these ranks, each with its share of the batch and its own noise.
 
     Raises:
@@ -76,9 +90,11 @@ class RewardHebbian(NoisyActivity):
     def __init__(
         self,
         params: Params,
-        lr: float,  # η
+        lr: float = 1e-3,  # η
         *,
-        sigma: float,  # σ
+        sigma: float = 0.5,  # σ
+        relative: bool = True,
+        trials: int = 1,  # S
         trace_decay: float = 1.0,  # λ
         reward_rate: float = 0.1,  # r
         credit: str = "sample",
@@ -87,7 +103,9 @@ class RewardHebbian(NoisyActivity):
         **options: Unpack[ReadoutOptions],
     ) -> None:
         defaults = {"lr": lr, "sigma": sigma, "trace_decay": trace_decay}
-        super().__init__(params, defaults, credit, seed=seed, readout=readout, **options)
+        super().__init__(params, defaults, credit, relative=relative, seed=seed, readout=readout, **options)
+        self._check_value("trials", trials, POSITIVE_INT)
+        self.trials = trials
         self._check_value("reward_rate", reward_rate, RATE)
         self.reward_rate = reward_rate
 
@@ -96,27 +114,53 @@ class RewardHebbian(NoisyActivity):
     def _estimate(self, probe: Probe) -> Estimate:
         for p in self._trained():
             p.grad = None
-        rank, _ = self._ranks
-        noise: list[Tensor] = []
-        records: list[Record] = []
-        with self._cutting(self._injection(rank, noise, records)):
-            losses = probe()
+        if self.trials > 1 and not self._own_state["step"]:
+            self._require_repeatable(probe)
+        rank, ranks = self._ranks
+        powers = self._own_state.get("activity", {})
+        known = {s.index: s for s in self._recorder.synapses.values()}
+        self._sizes = {known[i]: power**0.5 or 1.0 for i, power in powers.items()}
+        made: list[tuple[list[Record], list[Tensor]]] = []
+        results: list[Tensor] = []
+        for trial in range(self.trials):
+            made.append(([], []))
+            with self._cutting(self._injection(rank + trial * ranks, made[-1][1], made[-1][0])):
+                results.append(probe())
+        losses = torch.stack(results)
         require_finite(self, "the loss", [losses])
-        per_sample = self._per_sample(records, losses, probe)
-        error, expected = reward_prediction_error(self, losses, per_sample, self.reward_rate)
-        error = error / len(error) if per_sample else error
+        records = [record for found, _ in made for record in found]
+        per_sample = self._per_sample(records, losses[0], probe)
+        state = self._next_state()
+        errors, reward = reward_prediction_errors(self, losses, per_sample, self.reward_rate)
+        if reward is not None:
+            state["reward"] = reward
+        errors = errors / errors.shape[1] if per_sample else errors
 
-        firings: dict[Synapse, int] = {}
-        for record, n in zip(reversed(records), reversed(noise), strict=True):  # the trace of the last firing is 1
-            synapse = record.synapse
-            group = self.param_groups[synapse.group]
-            age = firings.get(synapse, 0)
-            firings[synapse] = age + 1
-            factor = error * (-(group["trace_decay"] ** age) / group["sigma"])  # .grad is -Δw
-            credited(n, factor)
-        grads = self._products(records, noise)
+        for error, (found, noise) in zip(errors, made, strict=True):
+            firings: dict[Synapse, int] = {}
+            for record, n in zip(reversed(found), reversed(noise), strict=True):  # the trace of the last firing is 1
+                synapse = record.synapse
+                age = firings.get(synapse, 0)
+                firings[synapse] = age + 1
+                decay = self.param_groups[synapse.group]["trace_decay"] ** age
+                credited(n, error * (-decay / self._width(synapse)))  # .grad is -Δw
+        grads = self._products(records, [n for _, noise in made for n in noise])
         self._require_same_on_ranks(list(dict.fromkeys(record.synapse.name for record in records)))
         self._average_over_ranks(list(grads.values()))
-        state = self._next_state()
-        state["reward"] = expected
-        return losses, grads, state
+        if self.relative:
+            state["activity"] = self._running_activity(powers, records)
+        return losses.mean(0), grads, state
+
+    def _running_activity(self, before: dict[int, float], records: list[Record]) -> dict[int, float]:
+        """The running mean square of each layer's activity, after the firings of a step."""
+        now: dict[Synapse, Tensor] = {}
+        for record in records:  # noise was added to a copy of u, so that it stands as it was
+            add_power(now, record.synapse, record.u)
+        self._sum_over_ranks(list(now.values()))
+        after = dict(before)
+        for synapse, found in now.items():
+            power, count = found.tolist()
+            if count:
+                old = after.setdefault(synapse.index, power / count)
+                after[synapse.index] = old + self.reward_rate * (power / count - old)
+        return after

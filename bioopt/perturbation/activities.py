@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Unpack, final
+from typing import Any, ClassVar, Unpack, cast, final
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from ..core.readout import ReadoutOptions
 from ..core.recorder import Firing
 from ..core.rule import Estimate
 from ..core.synapse import Synapse, convolve
-from .base import NoisyActivity, Record, credit_of
+from .base import NoisyActivity, Record, add_power, count_of, credit_of, sizes_of
 
 OTHER_LAYERS = "NodePerturbation: the closure ran other layers in the noisy pass than in the clean one"
 
@@ -32,11 +32,16 @@ class NodePerturbation(NoisyActivity):
         \Delta W = \langle s\, x^\top \rangle, \qquad \Delta b = \langle s \rangle
 
     with presynaptic activity :math:`x` of a clean pass, noise :math:`\xi` of mean 0 and variance 1 on the output of
-    all synapses at once, the clean loss :math:`L`, and :math:`S` = ``samples`` noisy passes. With ``credit="sample"``
-    each sample has its own loss, so that a batch of :math:`N` samples makes :math:`N` experiments;
-    :math:`\langle\cdot\rangle` is the mean over samples and the sum over positions. With ``credit="global"`` one
-    scalar loss credits all noise of the batch. The mean of :math:`-\Delta W` tends to the gradient of the mean loss as
-    :math:`\sigma \to 0`; its variance grows with the number of neurons, not of weights.
+    all synapses at once, of a width :math:`\sigma` for each layer, the clean loss :math:`L`, and :math:`S` =
+    ``samples`` noisy passes. With ``credit="sample"`` each sample has its own loss, so that a batch of :math:`N`
+    samples makes :math:`N` experiments; :math:`\langle\cdot\rangle` is the mean over samples and the sum over
+    positions. With ``credit="global"`` one scalar loss credits all noise of the batch. The mean of :math:`-\Delta W`
+    tends to the gradient of the mean loss as :math:`\sigma \to 0`; its variance grows with the number of neurons, not
+    of weights.
+
+    By default :math:`\sigma` is ``sigma`` times the root mean square of the layer's activity in the clean pass, and the
+    step is that of Adam. So the same options suit layers and inputs of any scale. A layer without any activity gets
+    noise of width ``sigma``. ``relative=False`` is the published rule: one width for all layers, and SGD.
 
     With ``decorrelation`` :math:`\epsilon > 0` weights learn from decorrelated presynaptic activity
     :math:`\hat x = R x`, so that correlated inputs do not share the credit of one of them:
@@ -59,9 +64,12 @@ class NodePerturbation(NoisyActivity):
     Args:
         params: the model (or modules, or groups whose ``"params"`` are modules). Bare parameters are refused. Weight
             and bias of each synapse learn; other parameters stay frozen.
-        lr: learning rate of ``descent``.
-        sigma: :math:`\sigma`, the noise's standard deviation in units of :math:`u`.
-        samples: :math:`S`, noisy passes per step.
+        lr: learning rate of ``descent``; by default 5e-4, and with a readout 2e-4 (with ``readout_lr`` 1e-3). With
+            ``relative=False`` it must be given.
+        sigma: the noise's standard deviation, in units of the root mean square of each layer's activity, or with
+            ``relative=False`` in units of :math:`u`.
+        relative: whether ``sigma`` is relative to the size of the activity.
+        samples: :math:`S`, noisy passes per step; by default 8, or 1 with ``relative=False``.
         credit: ``"sample"`` or ``"global"``. A scalar loss is always global.
         distribution: of :math:`\xi`: ``"normal"``, or ``"rademacher"``, -1 and 1, drawn in a third of the time.
         decorrelation: :math:`\epsilon`, of each group, for Linear, Conv1d, Conv2d and Conv3d. 0: none.
@@ -71,7 +79,8 @@ class NodePerturbation(NoisyActivity):
             in training mode above noise, ``loss.item()``, ``loss.backward()``) is run pass by pass, with one warning.
         options: the keywords that follow.
         seed: of the noise; with the step and the pass it determines all noise.
-        descent: the `torch.optim` class that makes the step; its options as further keywords.
+        descent: the `torch.optim` class that makes the step, by default Adam, or SGD with ``relative=False``; its
+            options as further keywords.
         process_group: split the noisy passes over these ranks, which have the same batch; they exchange only losses.
 
     Raises:
@@ -90,10 +99,11 @@ class NodePerturbation(NoisyActivity):
     def __init__(
         self,
         params: Params,
-        lr: float,  # η
+        lr: float | None = None,  # η
         *,
-        sigma: float,  # σ
-        samples: int = 1,  # S
+        sigma: float = 0.1,  # σ
+        relative: bool = True,
+        samples: int | None = None,  # S
         credit: str = "sample",
         distribution: str = "normal",
         decorrelation: float = 0.0,  # ε
@@ -102,8 +112,12 @@ class NodePerturbation(NoisyActivity):
         readout: str | None = None,
         **options: Unpack[ReadoutOptions],
     ) -> None:
+        lr = self._rate(lr, 5e-4, relative, readout, cast(dict[str, Any], options))
         defaults = {"lr": lr, "sigma": sigma, "decorrelation": decorrelation}
-        super().__init__(params, defaults, credit, distribution, seed=seed, readout=readout, **options)
+        super().__init__(
+            params, defaults, credit, distribution, relative=relative, seed=seed, readout=readout, **options
+        )
+        samples = count_of(samples, 8, relative)
         self._check_value("samples", samples, POSITIVE_INT)
         self.samples = samples
         self.batched = batched
@@ -118,15 +132,19 @@ class NodePerturbation(NoisyActivity):
         self._prepare(probe)
         records: list[Record] = []
         inputs: dict[Synapse, list[Tensor]] = {}
+        powers: dict[Synapse, Tensor] = {}
 
         def record(firing: Firing, u: Tensor) -> None:
             records.append(Record.of(firing, u))
             synapse = firing.synapse
+            if self.relative:
+                add_power(powers, synapse, u)
             if self.param_groups[synapse.group]["decorrelation"] and synapse.weight.requires_grad:
                 inputs.setdefault(synapse, []).append(firing.x.detach())
 
         clean = self._base_point(probe, record)
         per_sample = self._per_sample(records, clean, probe)
+        self._sizes = sizes_of(powers)
 
         mine, alone = self._share("samples", self.samples), self._ranks[1] == 1
         signals: list[Tensor] = []

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
+from torch.optim import SGD, Adam
 
 from ..core.acts import inject
 from ..core.constraints import SEED, Constraint, one_of
@@ -26,6 +27,7 @@ from ..core.synapse import BUILT_IN, Synapse
 FILL = {"normal": fill_normal_, "rademacher": fill_rademacher_}
 MICRO_BATCHES = "if the closure runs several micro-batches, estimate each by itself, add up their .grad, and descend"
 HALF = (torch.float16, torch.bfloat16)
+TRUNK_LR, READOUT_LR = 2e-4, 1e-3  # default rates of Adam with a readout
 DISTRIBUTION: Constraint = one_of(*FILL)
 CREDIT: Constraint = (lambda v: v in ("sample", "global"), "'sample' or 'global'")
 
@@ -36,6 +38,8 @@ class Perturbation(LearningRule):
     Args:
         params: as of the rule.
         defaults: the rule's hyperparameters that may differ between groups.
+        relative: whether widths are relative to the size of what they perturb. The default ``descent`` is then Adam,
+            whose steps are as long for small gradients as for large ones, and else SGD, as published.
         seed: of all noise.
         options: as in `LearningRule`. The ranks of a ``process_group`` have the same batch and share the work of a
             step; they exchange only losses.
@@ -46,13 +50,22 @@ class Perturbation(LearningRule):
         params: Params,
         defaults: dict[str, Any],
         *,
+        relative: bool = True,
         seed: int = 0,
         readout: str | None = None,
         **options: Unpack[ReadoutOptions],
     ) -> None:
+        self._require_bool("relative", relative)
         self._noise = NoiseSource()
+        if relative and "momentum" in options and "descent" not in options:
+            raise TypeError(
+                f"{type(self).__name__}(momentum={options['momentum']}): the default step is that of Adam, which has "
+                "betas. Write descent=torch.optim.SGD for momentum, or relative=False for the rule as published"
+            )
+        options.setdefault("descent", Adam if relative else SGD)
         super().__init__(params, defaults, readout=readout, **options)
         self._check_value("seed", seed, SEED)
+        self.relative = relative
         self._own_state = {"seed": seed, "step": 0}
 
     def _select_weights(self, group: dict[str, Any]) -> tuple[list[Any], list[Synapse]]:
@@ -70,6 +83,32 @@ class Perturbation(LearningRule):
         if not plastic:
             raise RuntimeError(f"{type(self).__name__}: every parameter is frozen (requires_grad=False)")
         return plastic
+
+    def _rate(
+        self, lr: float | None, alone: float, relative: bool, readout: str | None, options: dict[str, Any]
+    ) -> float:
+        """``lr``, by default ``alone``; above a readout that learns from its own error, a slower trunk is better.
+
+        A published rule has no default: its rate depends on the network.
+        """
+        if lr is not None:
+            return lr
+        if not relative:
+            raise TypeError(
+                f"{type(self).__name__}(relative=False) needs lr=: with one width for all layers and steps of SGD, the "
+                "rate depends on the network"
+            )
+        if readout == "delta":
+            options["readout_lr"] = options.get("readout_lr") or READOUT_LR
+        return alone if readout is None else TRUNK_LR
+
+    def _require_bool(self, name: str, value: Any) -> None:
+        if not isinstance(value, bool):
+            raise ValueError(f"{type(self).__name__}: {name}={value!r} must be True or False")
+
+    def _weight_sizes(self, params: list[Tensor]) -> list[float]:
+        """The size of each parameter that a width refers to: 1 for widths that are not relative."""
+        return weight_sizes(params) if self.relative else [1.0] * len(params)
 
     def _prepare(self, probe: Probe) -> None:
         """Before the first evaluation of a step; in the first step, check that the closure is repeatable."""
@@ -129,17 +168,19 @@ class Perturbation(LearningRule):
 
         return draw
 
-    def _require_change(self, option: str, plastic: list[tuple[Tensor, dict[str, Any]]], saved: list[Tensor]) -> None:
+    def _require_change(
+        self, option: str, plastic: list[tuple[Tensor, dict[str, Any]]], saved: list[Tensor], sizes: list[float]
+    ) -> None:
         """Raise if a perturbation changes no weight in its precision; warn if it changes too few."""
         count = moved = 0
         worst, least = 0.0, 0.0
-        for (p, group), w in zip(plastic, saved, strict=True):
+        for (p, group), w, size in zip(plastic, saved, sizes, strict=True):
             # Autocast rounds matrices once more.
             seen = self._known.autocast if p.ndim > 1 and self._known.autocast is not None else w.dtype
             kept = int((p.to(seen) == w.to(seen)).sum())
             count, moved = count + p.numel(), moved + p.numel() - kept
             if group[option] > 0 and kept > worst:
-                worst, least = kept, 8 * torch.finfo(seen).eps * w.float().square().mean().sqrt().item()
+                worst, least = kept, 8 * torch.finfo(seen).eps * w.float().square().mean().sqrt().item() / size
                 value, dtype = group[option], seen
         if not worst or count - moved <= count / 10:
             return
@@ -213,6 +254,37 @@ class Perturbation(LearningRule):
         return range(rank, count, ranks)
 
 
+def count_of(given: int | None, default: int, relative: bool) -> int:
+    """The number of evaluations of a step: as given, or by default several, but one for a rule as published."""
+    return (default if relative else 1) if given is None else given
+
+
+def weight_sizes(params: list[Tensor]) -> list[float]:
+    r"""The size of each parameter: the root mean square of its entries.
+
+    A vector that follows a parameter of equally many neurons has at least the size of that parameter, since a bias is a
+    weight whose presynaptic activity is 1: so biases that start at 0 are perturbed like the weights of their layer. A
+    matrix of zeros has the size :math:`1 / \sqrt{inputs}` of a usual initial weight, any other vector of zeros the
+    size 1.
+    """
+    if not params:
+        return []
+    norms = torch.stack([_rms(p).to(params[0].device) for p in params]).tolist()
+    sizes: list[float] = []
+    for i, (p, size) in enumerate(zip(params, norms, strict=True)):
+        if p.ndim < 2 and i and params[i - 1].shape[:1] == p.shape:
+            size = max(size, sizes[-1])
+        sizes.append(size or (p[0].numel() ** -0.5 if p.ndim > 1 and p.numel() else 1.0))
+    return sizes
+
+
+def _rms(tensor: Tensor) -> Tensor:
+    """The root mean square of the entries, in double precision; 0 for no entries."""
+    exact = torch.promote_types(tensor.dtype, torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(tensor.detach(), dtype=exact).double()
+    return norm.div(max(tensor.numel(), 1) ** 0.5)
+
+
 @torch.no_grad()
 def _put_back(params: list[Tensor], saved: list[Tensor]) -> None:
     for p, w in zip(params, saved, strict=True):
@@ -257,12 +329,13 @@ class NoisyActivity(Perturbation):
         credit: str,
         distribution: str = "normal",
         *,
+        relative: bool = True,
         seed: int = 0,
         readout: str | None = None,
         **options: Unpack[ReadoutOptions],
     ) -> None:
         self._check_value("credit", credit, CREDIT)
-        super().__init__(params, defaults, seed=seed, readout=readout, **options)
+        super().__init__(params, defaults, relative=relative, seed=seed, readout=readout, **options)
         if not self._trained():
             raise ValueError(no_plastic_layer(type(self).__name__))
         self._check_value("distribution", distribution, DISTRIBUTION)
@@ -270,6 +343,7 @@ class NoisyActivity(Perturbation):
         self.distribution = distribution
         self._coarse: set[Synapse] = set()  # layers whose precision was warned of
         self._first_is_sample: set[Synapse] = set()  # layers whose first dimension was found to be the sample
+        self._sizes: dict[Synapse, float] = {}  # of each layer's activity, for relative widths; replaced in each step
 
     def _draws(self, sample: int) -> Callable[[Tensor], Tensor]:
         """A function that fills one tensor after another with the noise of one pass."""
@@ -306,7 +380,7 @@ class NoisyActivity(Perturbation):
             sample: the number of the pass.
             noise: to be filled with the noise of each firing.
             records: to be filled with the firings.
-            width: of the noise; by default the ``sigma`` of each group.
+            width: of the noise, in place of the ``sigma`` of each group.
         """
         draw = self._draws(sample)
 
@@ -315,24 +389,29 @@ class NoisyActivity(Perturbation):
             drawn = draw(record.empty())
             if records is not None:
                 records.append(record)
-            sigma = self._width(firing.synapse) if width is None else width
+            if self.relative and firing.synapse not in self._sizes:  # a rule without a clean pass, in its first step
+                alone: dict[Synapse, Tensor] = {}
+                add_power(alone, firing.synapse, u)
+                self._sizes |= sizes_of(alone)
+            sigma = self._width(firing.synapse, width)
             noisy = inject(u, record.own(drawn), sigma)
             if u.dtype in HALF and record.rows is None:  # credit the noise that the precision preserved
                 drawn = noisy.float().sub_(u.detach()).div_(sigma)
-                self._require_noise(firing.synapse, drawn, u, sigma)
+                self._require_noise(firing.synapse, drawn, u, width)
             noise.append(drawn)
             return noisy
 
         return visit
 
-    def _require_noise(self, synapse: Synapse, noise: Tensor, u: Tensor, sigma: float) -> None:
+    def _require_noise(self, synapse: Synapse, noise: Tensor, u: Tensor, width: float | None = None) -> None:
         """Warn, in the first step, if half precision loses more than half of the noise."""
         if self._own_state["step"] or synapse in self._coarse or not noise.numel():
             return
         kept = (noise != 0).float().mean().item()
         if kept < 0.5:
             self._coarse.add(synapse)
-            least = 8 * torch.finfo(u.dtype).eps * u.detach().float().square().mean().sqrt().item()
+            least = 8 * torch.finfo(u.dtype).eps * _rms(u).item() / self._width(synapse, 1.0)
+            sigma = self.param_groups[synapse.group]["sigma"] if width is None else width
             warn(
                 f"{type(self).__name__}: sigma={sigma:g} reaches {kept:.0%} of the activity of layer '{synapse.name}', "
                 f"in the precision of {u.dtype}; try sigma={least:.1g}"
@@ -353,17 +432,19 @@ class NoisyActivity(Perturbation):
             records: the firings.
             noise: on each of them in this pass; overwritten.
             credit: of each sample, or one for all.
-            width: of the noise, by which the credit is divided; by default the ``sigma`` of each group.
+            width: of the noise, by which the credit is divided, in place of the ``sigma`` of each group.
         """
         for i, (n, record) in enumerate(zip(noise, records, strict=True)):
-            signal = credited(n, credit / (self._width(record.synapse) if width is None else width))
+            signal = credited(n, credit / self._width(record.synapse, width))
             if i == len(signals):
                 signals.append(signal)
             else:
                 signals[i] += signal
 
-    def _width(self, synapse: Synapse) -> float:
-        return float(self.param_groups[synapse.group]["sigma"])
+    def _width(self, synapse: Synapse, width: float | None = None) -> float:
+        """The width of a layer's noise: ``sigma`` of its group, or another, times the size of its activity."""
+        width = float(self.param_groups[synapse.group]["sigma"]) if width is None else width
+        return width * self._sizes.get(synapse, 1.0)
 
     def _products(self, records: list[Record], signals: list[Tensor]) -> dict[Tensor, Tensor]:
         """The local products of presynaptic activity and teaching signals, summed over each weight's firings."""
@@ -438,6 +519,31 @@ def ambiguous(synapse: Synapse, shape: torch.Size, samples: int) -> bool:
     channel = len(shape) + synapse.channel_dim
     others = [size for d, size in enumerate(shape) if d not in (0, channel)]
     return samples in others and type(synapse.layer) not in BUILT_IN[1:]  # convolutions take samples first
+
+
+def add_power(powers: dict[Synapse, Tensor], synapse: Synapse, u: Tensor) -> None:
+    """Add a firing to the sum of squares of a layer's activity and to the number of its entries.
+
+    To be called as the layer fires: an activation in place may overwrite ``u``.
+    """
+    u = u.detach()
+    exact = torch.promote_types(u.dtype, torch.float32)
+    power = torch.linalg.vector_norm(u, dtype=exact).double().square()
+    found = torch.stack([power, torch.full_like(power, u.numel())])
+    powers[synapse] = powers[synapse] + found if synapse in powers else found
+
+
+def sizes_of(powers: dict[Synapse, Tensor]) -> dict[Synapse, float]:
+    """The size of each layer's activity, its root mean square.
+
+    A layer without any activity (whose weights are zero, say) has the size 1, so that it can begin to learn.
+    """
+    if not powers:
+        return {}
+    device = next(iter(powers.values())).device
+    found = torch.stack([power.to(device) for power in powers.values()]).tolist()
+    means = [power / count if count else 0.0 for power, count in found]
+    return {synapse: mean**0.5 or 1.0 for synapse, mean in zip(powers, means, strict=True)}
 
 
 def compared(one: Tensor, other: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, Unpack, final
+from typing import Any, Unpack, cast, final
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -14,13 +14,13 @@ from ..core._torch_private import forward_gradients_enabled, in_dual_level
 from ..core.constraints import POSITIVE, POSITIVE_INT
 from ..core.errors import warn
 from ..core.losses import mean_loss
-from ..core.params import Params
+from ..core.params import Params, groups_of, named_modules_of
 from ..core.probe import NO_TANGENT, Probe
 from ..core.readout import ReadoutOptions
 from ..core.recorder import Firing
 from ..core.rule import Estimate
 from ..core.synapse import Synapse
-from .base import FILL, NoisyActivity, Record, credit_of
+from .base import FILL, NoisyActivity, Record, add_power, count_of, credit_of, sizes_of
 
 SPACES = ("weights", "activities")
 
@@ -40,24 +40,35 @@ class ForwardGradient(NoisyActivity):
     ``space="activities"`` draws directions of postsynaptic activity :math:`u` in place of weights, and credits each
     sample with its own slope, as `NodePerturbation` does in the limit of small noise: :math:`\Delta W = -\langle
     (\nabla L \cdot \xi)\,\xi\,x^\top \rangle`. There are fewer neurons than weights, and each sample is an experiment,
-    so that the estimate has far less noise.
+    so that the estimate has far less noise. It is the default where the rule is given modules; bare parameters show no
+    activity, and many more ``samples`` are needed for them.
+
+    By default directions are relative: of a weight tensor, in units of its root mean square (biases as
+    `WeightPerturbation` describes), and of activity, in units of its root mean square in a clean pass. The mean of the
+    estimate stays the gradient; the noise is shared fairly between layers of any scale. With ``relative=False``
+    directions are standard normal, as published, and the step is that of SGD.
 
     Cost of a step: ``samples`` forward passes with derivatives, each the work of two to three ordinary ones; with
-    ``space="activities"`` one local product more. Batch statistics advance once; dropout masks are the same for all
-    directions. If an operator has no forward derivative, slopes are measured by central differences, with one warning.
+    ``space="activities"`` one local product more, and one ordinary pass that measures activities if ``relative``. Batch
+    statistics advance once; dropout masks are the same for all directions. If an operator has no forward derivative,
+    slopes are measured by central differences, with one warning.
 
     Args:
-        params: parameters, named parameters, or the model. ``space="activities"`` needs the model (or modules).
-        lr: learning rate of ``descent``.
-        samples: :math:`S`, the number of directions per step.
-        space: ``"weights"`` or ``"activities"``.
+        params: the model, or parameters, or named parameters. ``space="activities"`` needs the model (or modules).
+        lr: learning rate of ``descent``; by default 5e-4, and with a readout 2e-4 (with ``readout_lr`` 1e-3). With
+            ``relative=False`` it must be given.
+        samples: :math:`S`, the number of directions per step; by default 8, or 1 with ``relative=False``.
+        space: ``"weights"`` or ``"activities"``; by default activities for modules, and weights for
+            parameters and with ``relative=False``.
+        relative: whether directions are relative to the size of weights or activity.
         credit: of activities: ``"sample"`` (each sample its own slope) or ``"global"``. A scalar loss is always global.
         distribution: of the directions' entries: ``"normal"``, or ``"rademacher"``, -1 and 1, drawn in a third of the
             time.
-        difference: the step to each side of the central differences, in units of the weights or activities.
+        difference: the step to each side of the central differences, in units of a direction.
         options: the keywords that follow.
         seed: of the directions; with the step and the sample it determines each.
-        descent: the `torch.optim` class that makes the step; its options as further keywords.
+        descent: the `torch.optim` class that makes the step, by default Adam, or SGD with ``relative=False``; its
+            options as further keywords.
         process_group: split the directions over these ranks, which have the same batch; they exchange only slopes.
 
     Raises:
@@ -72,10 +83,11 @@ class ForwardGradient(NoisyActivity):
     def __init__(
         self,
         params: Params,
-        lr: float,  # η
+        lr: float | None = None,  # η
         *,
-        samples: int = 1,  # S
-        space: str = "weights",
+        samples: int | None = None,  # S
+        space: str | None = None,
+        relative: bool = True,
         credit: str = "sample",
         distribution: str = "normal",
         difference: float = 1e-3,
@@ -83,10 +95,18 @@ class ForwardGradient(NoisyActivity):
         readout: str | None = None,
         **options: Unpack[ReadoutOptions],
     ) -> None:
+        lr = self._rate(lr, 5e-4, relative, readout, cast(dict[str, Any], options))
+        groups = groups_of(params)
+        if space is None:
+            watchable = all(named_modules_of(group["params"]) for group in groups)
+            space = "activities" if relative and watchable else "weights"
         if space not in SPACES:
             raise ValueError(f"ForwardGradient: space={space!r} must be one of {', '.join(SPACES)}")
         self.space = space
-        super().__init__(params, {"lr": lr}, credit, distribution, seed=seed, readout=readout, **options)
+        super().__init__(
+            groups, {"lr": lr}, credit, distribution, relative=relative, seed=seed, readout=readout, **options
+        )
+        samples = count_of(samples, 8, relative)
         self._check_value("samples", samples, POSITIVE_INT)
         self._check_value("difference", difference, POSITIVE)
         self.samples = samples
@@ -106,19 +126,21 @@ class ForwardGradient(NoisyActivity):
 
     def _along_weights(self, probe: Probe) -> Estimate:
         params, fill = [p for p, _ in self._plastic()], FILL[self.distribution]
+        sizes = self._weight_sizes(params)
 
         def exact(sample: int) -> tuple[Tensor, Tensor | None]:
-            for p, z in zip(params, self._directions(sample, params, fill=fill), strict=True):
+            for p, size, z in zip(params, sizes, self._directions(sample, params, fill=fill), strict=True):
                 # In place, for any model and closure; adding -0 changes no bit.
-                p.add_(forward_ad.make_dual(torch.full_like(p, -0.0), z))
+                p.add_(forward_ad.make_dual(torch.full_like(p, -0.0), z.mul_(size)))
             return probe.along_tangents()
 
         def differences(sample: int) -> tuple[Tensor, Tensor]:
             sides = []
             with self._restored(params) as saved:
                 for width in (self.difference, -self.difference):
-                    for p, w, z in zip(params, saved, self._directions(sample, params, fill=fill), strict=True):
-                        p.copy_(torch.add(w, z, alpha=width))
+                    directions = self._directions(sample, params, fill=fill)
+                    for p, w, size, z in zip(params, saved, sizes, directions, strict=True):
+                        p.copy_(torch.add(w, z, alpha=width * size))
                     sides.append(probe())
             return (sides[0] + sides[1]) / 2, (sides[0] - sides[1]) / (2 * self.difference)
 
@@ -134,14 +156,18 @@ class ForwardGradient(NoisyActivity):
         slopes = self._gathered(found, self.samples, ("the loss", "the slope of the loss"), total)[:, 1]
         grads = [torch.zeros_like(p) for p in params]
         for sample, slope in enumerate((slopes / self.samples).tolist()):
-            for g, z in zip(grads, self._directions(sample, params, fill=fill), strict=True):
-                g.add_(z, alpha=slope)
+            for g, size, z in zip(grads, sizes, self._directions(sample, params, fill=fill), strict=True):
+                g.add_(z, alpha=slope / size)
         probe.agree(self.process_group)
         return total / self.samples, dict(zip(params, grads, strict=True)), self._next_state()
 
     def _along_activities(self, probe: Probe) -> Estimate:
         records: list[Record] = []
         noise: list[Tensor] = []
+        if self.relative:
+            powers: dict[Synapse, Tensor] = {}
+            clean = self._base_point(probe, lambda firing, u: add_power(powers, firing.synapse, u))
+            self._sizes = sizes_of(powers)
 
         def exact(sample: int) -> tuple[Tensor, Tensor | None]:
             records.clear()
@@ -155,6 +181,8 @@ class ForwardGradient(NoisyActivity):
                 records.append(Record.of(firing, u))
                 noise.append(draw(records[-1].empty()))
                 added = records[-1].own(noise[-1])
+                if self.relative:
+                    added = added * self._width(firing.synapse, 1.0)
                 tilted: Tensor = forward_ad.make_dual(primal.detach(), added if tangent is None else tangent + added)
                 return tilted
 
@@ -176,6 +204,8 @@ class ForwardGradient(NoisyActivity):
             return clean, (sides[0] - sides[1]) / (2 * self.difference)
 
         mine = {i: self._slope(probe, i, exact, differences) for i in self._share("samples", self.samples)}
+        if self.relative and not self._own_state["step"]:
+            self._compare(probe, clean, next(iter(mine.values()))[0])
         outcomes = self._gathered(mine, self.samples, ("the loss", "the slope of the loss"))
         losses = outcomes[0, 0]
         per_sample = self._per_sample(records, losses, probe)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, Unpack, final
+from typing import Any, ClassVar, NamedTuple, Unpack, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from ..core.readout import ReadoutOptions
 from ..core.recorder import Firing
 from ..core.rule import Estimate, Visit
 from ..core.synapse import Synapse, convolve
-from .base import HALF, MICRO_BATCHES, NoisyActivity, Record, credit_of
+from .base import HALF, MICRO_BATCHES, NoisyActivity, Record, count_of, credit_of
 
 
 class _Members(NamedTuple):
@@ -26,6 +26,7 @@ class _Members(NamedTuple):
     b: Tensor  # N × pools × inputs of a neuron
     c: Tensor | None  # N × neurons
     ran: Tensor  # N, whether the synapse ran on the sample
+    sizes: tuple[float, float]  # of the weights and the bias, included in a and c
 
 
 @final
@@ -48,6 +49,9 @@ class RankOnePerturbation(NoisyActivity):
     ``"rademacher"`` 1): it is the gradient of the loss smoothed by this distribution, not by a Gaussian. The variance
     grows with the number of weights and with the gradients of single samples, not with that of their mean.
 
+    By default :math:`\sigma` is ``sigma`` times the root mean square of the layer's weights (for its bias, of the bias,
+    if that is larger), and the step is that of Adam. ``relative=False``: one width for all weights, and SGD.
+
     Cost of a step: ``2 samples`` forward passes (two more in the first, to check that the closure is repeatable) and as
     many local products; the sums :math:`b^\top x` of a convolution cost more, since each sample has its own filter.
     Memory: vectors, nothing of the size of the weights but ``.grad``. Batch statistics advance once, dropout masks are
@@ -57,15 +61,20 @@ class RankOnePerturbation(NoisyActivity):
     Args:
         params: the model (or modules, or groups whose ``"params"`` are modules). Bare parameters are refused, because
             the rule needs presynaptic activity. Weight and bias of each synapse learn; other parameters stay frozen.
-        lr: learning rate of ``descent``.
-        sigma: :math:`\sigma`, the standard deviation of the change of each weight, in units of the weights.
-        samples: :math:`S`, pairs of passes per step, each with new directions.
+        lr: learning rate of ``descent``; by default 3e-3, and with a readout 2e-4 (with ``readout_lr`` 1e-3). With
+            ``relative=False`` it must be given.
+        sigma: the standard deviation of the change of each weight, in units of the root mean square of its tensor, or
+            with ``relative=False`` in units of the weights.
+        relative: whether ``sigma`` is relative to the size of the weights.
+        samples: :math:`S`, pairs of passes per step, each with new directions; by default 4, or 1 with
+            ``relative=False``.
         credit: ``"sample"``, or ``"global"``: one scalar loss credits all directions of a pass. A scalar loss is
             always global.
         distribution: of the entries of :math:`a`, :math:`b` and the bias's vector: ``"normal"`` or ``"rademacher"``.
         options: the keywords that follow.
         seed: of the directions; with the step and the pass it determines them all.
-        descent: the `torch.optim` class that makes the step; its options as further keywords.
+        descent: the `torch.optim` class that makes the step, by default Adam, or SGD with ``relative=False``; its
+            options as further keywords.
         process_group: split the pairs of passes over these ranks, which have the same batch; they exchange only losses.
 
     Raises:
@@ -84,20 +93,26 @@ class RankOnePerturbation(NoisyActivity):
     def __init__(
         self,
         params: Params,
-        lr: float,  # η
+        lr: float | None = None,  # η
         *,
-        sigma: float,  # σ
-        samples: int = 1,  # S
+        sigma: float = 0.1,  # σ
+        relative: bool = True,
+        samples: int | None = None,  # S
         credit: str = "sample",
         distribution: str = "normal",
         seed: int = 0,
         readout: str | None = None,
         **options: Unpack[ReadoutOptions],
     ) -> None:
+        lr = self._rate(lr, 3e-3, relative, readout, cast(dict[str, Any], options))
         defaults = {"lr": lr, "sigma": sigma}
-        super().__init__(params, defaults, credit, distribution, seed=seed, readout=readout, **options)
+        super().__init__(
+            params, defaults, credit, distribution, relative=relative, seed=seed, readout=readout, **options
+        )
+        samples = count_of(samples, 4, relative)
         self._check_value("samples", samples, POSITIVE_INT)
         self.samples = samples
+        self._synapse_sizes: dict[Synapse, tuple[float, float]] = {}  # of weights and biases in this step
 
     def _select(self, group: dict[str, Any]) -> tuple[list[Any], list[Synapse]]:
         named, synapses = self._select_synapses(group)
@@ -107,6 +122,7 @@ class RankOnePerturbation(NoisyActivity):
 
     def _estimate(self, probe: Probe) -> Estimate:
         self._prepare(probe)
+        self._synapse_sizes.clear()
         losses: dict[int, Tensor] = {}
         ran: dict[int, Tensor] = {}
         records: list[Record] = []
@@ -172,7 +188,7 @@ class RankOnePerturbation(NoisyActivity):
             members[synapse].ran[slice(None) if record.rows is None else record.rows.index] = True
             if not len(u):
                 return None
-            a, b, c, _ = members[synapse]
+            a, b, c = members[synapse][:3]
             added = _added(synapse, firing.x.detach(), record.own(a), record.own(b), c if c is None else record.own(c))
             disturbed = torch.add(u.detach(), added.to(u.dtype), alpha=sign * self._width(synapse))
             if u.dtype in HALF:
@@ -183,10 +199,14 @@ class RankOnePerturbation(NoisyActivity):
 
     def _drawn(self, synapse: Synapse, size: int, draw: Callable[[Tensor], Tensor]) -> _Members:
         weight, bias = synapse.weight, synapse.bias
-        a = draw(weight.new_empty(size, len(weight)))
+        if synapse not in self._synapse_sizes:
+            found = self._weight_sizes([weight] if bias is None else [weight, bias])
+            self._synapse_sizes[synapse] = found[0], found[-1]
+        sizes = self._synapse_sizes[synapse]
+        a = draw(weight.new_empty(size, len(weight))).mul_(sizes[0])
         b = draw(weight.new_empty(size, synapse.pools, weight[0].numel()))
-        c = draw(torch.empty_like(a)) if bias is not None and bias.requires_grad else None
-        return _Members(a, b, c, torch.zeros(size, dtype=torch.bool, device=weight.device))
+        c = draw(torch.empty_like(a)).mul_(sizes[1]) if bias is not None and bias.requires_grad else None
+        return _Members(a, b, c, torch.zeros(size, dtype=torch.bool, device=weight.device), sizes)
 
 
 def _added(synapse: Synapse, x: Tensor, a: Tensor, b: Tensor, c: Tensor | None) -> Tensor:
@@ -211,9 +231,10 @@ def _gradients(synapse: Synapse, members: _Members, credit: Tensor) -> list[tupl
     """``Σ credit a bᵀ`` over samples, and ``Σ credit c`` for the bias."""
     a, b, c = members[:3]
     credit = credit.to(a.dtype)
-    signal = (a * credit.unsqueeze(1)).view(len(a), synapse.pools, -1)
+    of_weight, of_bias = members.sizes
+    signal = (a * (credit / of_weight**2).unsqueeze(1)).view(len(a), synapse.pools, -1)
     product = torch.einsum("ngo,ngi->goi", signal, b).reshape(synapse.weight.shape)
     found: list[tuple[Tensor, Tensor]] = [(synapse.weight, product)]
     if c is not None and synapse.bias is not None:
-        found.append((synapse.bias, credit @ c))
+        found.append((synapse.bias, credit / of_bias**2 @ c))
     return found

@@ -5,10 +5,11 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
-from typing import Any, ClassVar, Unpack, final
+from typing import Any, ClassVar, Unpack, cast, final
 
 import torch
 from torch import Tensor, nn
+from torch.optim import SGD, Adagrad
 
 from ..core.constraints import POSITIVE, POSITIVE_INT, Constraint, one_of
 from ..core.losses import mean_loss
@@ -18,7 +19,7 @@ from ..core.readout import ReadoutOptions
 from ..core.recorder import Firing
 from ..core.rule import Estimate
 from ..core.synapse import Synapse
-from .base import DISTRIBUTION, FILL, Perturbation, compared
+from .base import DISTRIBUTION, FILL, Perturbation, compared, count_of
 
 
 def _zscore(losses: Tensor) -> Tensor:
@@ -60,6 +61,11 @@ class WeightPerturbation(Perturbation):
     :math:`(L(w + \sigma z_m) - L(w)) / \sigma`. The mean of :math:`\hat g` is the gradient of :math:`L` smoothed over
     the width :math:`\sigma`; its variance grows with the number of weights.
 
+    By default :math:`\sigma` is ``sigma`` times the size of each tensor, the root mean square of its entries, and the
+    step is that of Adam, so that the same options suit layers of any scale. A bias or gain has at least the size of the
+    tensor before it, whose neurons it belongs to; so biases that start at 0 are perturbed too. A matrix of zeros has
+    the size :math:`1 / \sqrt{inputs}`. ``relative=False`` is the published rule: one width for all weights, and SGD.
+
     ``shaping`` replaces the losses of a step by a relative measure: ``"zscore"``, their distance from the mean in
     standard deviations; ``"winsorised"``, the same after clipping at the 5th and 95th percentile; ``"ranks"``, their
     ranks, spread evenly from -1/2 to 1/2. The step is then as long on a plateau as on a slope, and :math:`\hat g` is no
@@ -72,15 +78,19 @@ class WeightPerturbation(Perturbation):
 
     Args:
         params: parameters, named parameters, or the model: all that require grad are perturbed.
-        lr: learning rate of ``descent``.
-        sigma: :math:`\sigma`, the standard deviation of the change of each weight, in units of the weights.
-        population: :math:`M`, the number of directions per step.
+        lr: learning rate of ``descent``; by default 2e-3, and with a readout 2e-4 (with ``readout_lr`` 1e-3). With
+            ``relative=False`` it must be given.
+        sigma: the standard deviation of the change of each weight, in units of the size of its tensor, or with
+            ``relative=False`` in units of the weights.
+        relative: whether ``sigma`` is relative to the size of the weights.
+        population: :math:`M`, the number of directions per step; by default 24, or 1 with ``relative=False``.
         antithetic: evaluate each direction with both signs, which removes the even orders of the error.
         distribution: ``"normal"`` or ``"rademacher"``, whose directions all have the same length.
         shaping: ``"none"``, ``"zscore"``, ``"winsorised"`` or ``"ranks"``.
         options: the keywords that follow.
         seed: of the noise; with the step and the member it determines every direction.
-        descent: the `torch.optim` class that makes the step; its options as further keywords.
+        descent: the `torch.optim` class that makes the step, by default Adam, or SGD with ``relative=False``; its
+            options as further keywords.
         process_group: split the population over these ranks, which have the same batch; they exchange only losses.
 
     Raises:
@@ -99,10 +109,11 @@ class WeightPerturbation(Perturbation):
     def __init__(
         self,
         params: Params,
-        lr: float,  # η
+        lr: float | None = None,  # η
         *,
-        sigma: float,  # σ
-        population: int = 1,  # M
+        sigma: float = 0.1,  # σ
+        relative: bool = True,
+        population: int | None = None,  # M
         antithetic: bool = True,
         distribution: str = "normal",
         shaping: str = "none",
@@ -110,7 +121,10 @@ class WeightPerturbation(Perturbation):
         readout: str | None = None,
         **options: Unpack[ReadoutOptions],
     ) -> None:
-        super().__init__(params, {"lr": lr, "sigma": sigma}, seed=seed, readout=readout, **options)
+        lr = self._rate(lr, 2e-3, relative, readout, cast(dict[str, Any], options))
+        defaults = {"lr": lr, "sigma": sigma}
+        super().__init__(params, defaults, relative=relative, seed=seed, readout=readout, **options)
+        population = count_of(population, 24, relative)
         self._check_value("population", population, POSITIVE_INT)
         self._check_value("distribution", distribution, DISTRIBUTION)
         if shaping != "none" and population < 2:
@@ -126,6 +140,7 @@ class WeightPerturbation(Perturbation):
     def _estimate(self, probe: Probe) -> Estimate:
         plastic = self._plastic()
         params = [p for p, _ in plastic]
+        sizes = self._weight_sizes(params)
         self._prepare(probe)
         mine, fill = self._share("population", self.population), FILL[self.distribution]
         clean = None if self.antithetic else self._base_point(probe)
@@ -134,10 +149,10 @@ class WeightPerturbation(Perturbation):
         with self._restored(params) as saved:
             for member in mine:
                 tried = self._directions(member, params, params, fill)
-                for z, w, (_, group) in zip(tried, saved, plastic, strict=True):
-                    z.mul_(group["sigma"]).add_(w)
+                for z, w, size, (_, group) in zip(tried, saved, sizes, plastic, strict=True):
+                    z.mul_(group["sigma"] * size).add_(w)
                 if member == mine[0] and self._own_state["step"] == 0:
-                    self._require_change("sigma", plastic, saved)
+                    self._require_change("sigma", plastic, saved, sizes)
                 plus = probe()
                 if clean is not None:
                     found[member] = compared(plus, clean)
@@ -160,8 +175,8 @@ class WeightPerturbation(Perturbation):
         del saved
         for member, factor in enumerate(factors):
             again = self._directions(member, params, fill=fill)
-            for z, g, (p, group) in zip(again, grads, plastic, strict=True):
-                sigma = group["sigma"]
+            for z, g, size, (p, group) in zip(again, grads, sizes, plastic, strict=True):
+                sigma = group["sigma"] * size
                 moved = z.mul_(sigma).add_(p).neg_()  # minus the weight that was tried
                 width = 2 * sigma if clean is None else sigma
                 other = torch.add(moved, p, alpha=2) if clean is None else p
@@ -185,14 +200,20 @@ class SerialPerturbation(Perturbation):
     visits the rest. The position in the sweep is part of the state. A sweep over all weights measures the whole
     gradient up to :math:`O(\sigma^2)` (:math:`O(\sigma)` with ``central=False``).
 
+    By default :math:`\sigma` is ``sigma`` times the size of the tensor, as in `WeightPerturbation`, and the step is
+    that of Adagrad: a weight moves by ``lr`` on its first visit, by less on later ones, and not in between.
+    ``relative=False`` is the published rule: one width for all weights, and SGD.
+
     Cost of a step: ``2 coordinates`` forward passes (``coordinates + 1`` with ``central=False``), two more in the
     first, to check that the closure is repeatable. It is the simplest rule, and the slowest.
 
     Args:
         params: parameters, named parameters, or the model: all that require grad are visited.
         lr: learning rate of ``descent``. As a step changes few weights, it is far larger than for other rules.
-        sigma: :math:`\sigma`, the change of a weight, in units of the weights.
-        coordinates: weights per step.
+        sigma: the change of a weight, in units of the size of its tensor, or with ``relative=False`` in units of the
+            weights.
+        relative: whether ``sigma`` is relative to the size of the weights.
+        coordinates: weights per step; by default 64, or 1 with ``relative=False``.
         central: change a weight in both directions, or in one.
         batched: measure all changes of a process in one evaluation (`torch.func.vmap` over the closure), each by its
             effect on its neuron's activity, with all activities in memory. For models whose plastic parameters are
@@ -201,7 +222,8 @@ class SerialPerturbation(Perturbation):
             change, with one warning.
         options: the keywords that follow.
         seed: of the order of visits.
-        descent: the `torch.optim` class that makes the step; its options as further keywords.
+        descent: the `torch.optim` class that makes the step, by default Adagrad, or SGD with ``relative=False``; its
+            options as further keywords.
         process_group: split the coordinates over these ranks, which have the same batch; they exchange only losses.
 
     Raises:
@@ -220,10 +242,11 @@ class SerialPerturbation(Perturbation):
     def __init__(
         self,
         params: Params,
-        lr: float,  # η
+        lr: float = 0.02,  # η
         *,
-        sigma: float,  # σ
-        coordinates: int = 1,
+        sigma: float = 0.1,  # σ
+        relative: bool = True,
+        coordinates: int | None = None,
         central: bool = True,
         batched: bool = False,
         seed: int = 0,
@@ -231,7 +254,10 @@ class SerialPerturbation(Perturbation):
         **options: Unpack[ReadoutOptions],
     ) -> None:
         self.batched = batched
-        super().__init__(params, {"lr": lr, "sigma": sigma}, seed=seed, readout=readout, **options)
+        options.setdefault("descent", Adagrad if relative else SGD)
+        defaults = {"lr": lr, "sigma": sigma}
+        super().__init__(params, defaults, relative=relative, seed=seed, readout=readout, **options)
+        coordinates = count_of(coordinates, 64, relative)
         self._check_value("coordinates", coordinates, POSITIVE_INT)
         self.coordinates = coordinates
         self.central = central
@@ -262,6 +288,7 @@ class SerialPerturbation(Perturbation):
 
     def _estimate(self, probe: Probe) -> Estimate:
         plastic = self._plastic()
+        sizes = self._weight_sizes([p for p, _ in plastic])
         self._prepare(probe)
         ends = list(accumulate(p.numel() for p, _ in plastic))
         order, position = self._visits(ends[-1]), self._own_state["position"]
@@ -270,7 +297,8 @@ class SerialPerturbation(Perturbation):
         for visit in visited:
             which = bisect_right(ends, visit)
             p, group = plastic[which]
-            places.append((p, _unravel(visit - ends[which] + p.numel(), p.shape), group["sigma"]))
+            sigma = group["sigma"] * sizes[which]
+            places.append((p, _unravel(visit - ends[which] + p.numel(), p.shape), sigma))
         clean = None if self.central else self._base_point(probe)
         mine = {i: places[i] for i in self._share("coordinates", self.coordinates) if i < len(places)}
         batched = self.batched and mine and not probe.always_grad
@@ -286,7 +314,10 @@ class SerialPerturbation(Perturbation):
             else:  # the change that the weight's precision preserved
                 width = ((p[at] + sigma) - (p[at] - sigma if clean is None else p[at])).item()
             if width == 0:
-                raise RuntimeError(f"SerialPerturbation: sigma={sigma} changes nothing at a weight of {p[at].item()}")
+                raise RuntimeError(
+                    f"SerialPerturbation: a change by {sigma} changes nothing at a weight of {p[at].item()}: raise "
+                    "sigma"
+                )
             grads[p][at] = change / width
         probe.agree(self.process_group)
         state = self._next_state()
@@ -382,7 +413,9 @@ class HillClimbing(Perturbation):
 
     Args:
         params: parameters, named parameters, or the model: all that require grad are changed.
-        lr: the standard deviation of a change, in units of the weights.
+        lr: the standard deviation of a change, in units of the size of each tensor (as in `WeightPerturbation`), or
+            with ``relative=False`` in units of the weights.
+        relative: whether ``lr`` is relative to the size of the weights.
         tries: changes to try per step.
         seed: of the changes; with the step and the try it determines each.
         exclude: module types, modules, or names of modules or parameters to leave out.
@@ -400,8 +433,9 @@ class HillClimbing(Perturbation):
     def __init__(
         self,
         params: Params,
-        lr: float,
+        lr: float = 0.1,
         *,
+        relative: bool = True,
         tries: int = 1,
         seed: int = 0,
         readout: str | None = None,
@@ -413,6 +447,8 @@ class HillClimbing(Perturbation):
         super().__init__(
             params,
             {"lr": lr},
+            relative=relative,
+            descent=SGD,
             seed=seed,
             readout=readout,
             readout_lr=readout_lr,
@@ -428,23 +464,25 @@ class HillClimbing(Perturbation):
     def _estimate(self, probe: Probe) -> Estimate:
         plastic = self._plastic()
         params = [p for p, _ in plastic]
+        sizes = self._weight_sizes(params)
         self._prepare(probe)
         mine = self._share("tries", self.tries)
         clean = self._base_point(probe)
         found: dict[int, Tensor] = {}
         with self._restored(params) as saved:
             for i in mine:
-                for z, w, (_, group) in zip(self._directions(i, params, params), saved, plastic, strict=True):
-                    z.mul_(group["lr"]).add_(w)
+                tried = self._directions(i, params, params)
+                for z, w, size, (_, group) in zip(tried, saved, sizes, plastic, strict=True):
+                    z.mul_(group["lr"] * size).add_(w)
                 if i == mine[0] and self._own_state["step"] == 0:
-                    self._require_change("lr", plastic, saved)
+                    self._require_change("lr", plastic, saved, sizes)
                 found[i] = compared(probe(), clean)
         changes = self._gathered(found, self.tries)[:, 2]
         best = int(changes.argmin())
         grads = saved  # no longer needed
         if changes[best] < 0:
-            for z in self._directions(best, params, grads):
-                z.neg_()
+            for z, size in zip(self._directions(best, params, grads), sizes, strict=True):
+                z.mul_(-size)
         else:
             for g in grads:
                 g.zero_()

@@ -8,13 +8,13 @@ from typing import Any, ClassVar, Unpack, final
 import torch
 from torch import Tensor
 
-from ..core.constraints import RATE, Constraint
+from ..core.constraints import NON_NEGATIVE, POSITIVE_INT, RATE, Constraint
 from ..core.errors import require_finite
 from ..core.params import Params, no_plastic_layer, synapses_of, unique
 from ..core.probe import Probe
 from ..core.readout import ReadoutOptions
 from ..core.recorder import Firing
-from ..core.reward import reward_prediction_error
+from ..core.reward import reward_prediction_errors
 from ..core.rule import Estimate, LearningRule
 from ..core.synapse import Synapse
 from ..perturbation.base import CREDIT, MICRO_BATCHES, ambiguous
@@ -37,6 +37,11 @@ class RewardSTDP(LearningRule):
     step). There is no error signal or gradient. The rule adds no noise: for trials to differ, the neurons or their
     inputs must be noisy.
 
+    With ``trials`` :math:`> 1` the closure is evaluated that often, each time with new random numbers, and
+    :math:`\bar R` is the mean reward of the same sample in the other trials: what was to be expected of that very
+    stimulus. Without that, a sample that is easy strengthens whatever fires (N. Frémaux et al., 2010). With
+    :math:`p_0 > 0` (``x_target``), :math:`p - p_0` takes the place of :math:`p` in the first product, as in `STDP`.
+
     With ``credit="sample"`` each sample has its own reward, so that a batch of :math:`N` samples makes :math:`N`
     trials; :math:`\langle\cdot\rangle` is the mean over samples and positions. With ``credit="global"`` one reward
     credits all. Bounds act on the whole change: ``"soft"`` multiplies increases by :math:`w_{max} - W` and decreases by
@@ -58,7 +63,10 @@ class RewardSTDP(LearningRule):
         bounds: ``"soft"``, ``"hard"`` or ``None``.
         w_min: :math:`w_{min}`.
         w_max: :math:`w_{max}`.
+        x_target: :math:`p_0`, the presynaptic trace at which a postsynaptic spike has no effect.
+        scaling: synaptic scaling, as in `STDP`: the sum of a neuron's weights stays.
         reward_rate: :math:`r` in (0, 1], of the running mean of the reward.
+        trials: the number of evaluations per step.
         credit: ``"sample"`` or ``"global"``. A scalar loss is always global.
         neurons: as in `STDP`.
         readout: ``None``, ``"delta"`` or ``"teacher"``, as in `LearningRule`; a readout needs no spiking neurons.
@@ -79,12 +87,16 @@ class RewardSTDP(LearningRule):
     """
 
     splits_batch = True
-    constraints: ClassVar[dict[str, Constraint]] = {**WINDOW, "tau_e": (lambda v: v > 0, "a number > 0")}
+    constraints: ClassVar[dict[str, Constraint]] = {
+        **WINDOW,
+        "tau_e": (lambda v: v > 0, "a number > 0"),
+        "x_target": NON_NEGATIVE,
+    }
 
     def __init__(
         self,
         params: Params,
-        lr: float,  # η
+        lr: float = 0.1,  # η
         *,
         tau_e: float = 500.0,  # τe
         tau_plus: float = 20.0,  # τ+
@@ -92,10 +104,13 @@ class RewardSTDP(LearningRule):
         dt: float = 1.0,  # δ
         a_plus: float = 1.0,  # A+
         a_minus: float = 1.0,  # A-
+        x_target: float = 0.0,  # p0
         bounds: str | None = "soft",
         w_min: float = 0.0,
         w_max: float = 1.0,
+        scaling: bool = False,
         reward_rate: float = 0.1,  # r
+        trials: int = 1,  # S
         credit: str = "sample",
         neurons: Neurons | None = None,
         readout: str | None = None,
@@ -115,6 +130,8 @@ class RewardSTDP(LearningRule):
             "dt": dt,
             "a_plus": a_plus,
             "a_minus": a_minus,
+            "x_target": x_target,
+            "scaling": scaling,
             "bounds": bounds,
             "w_min": w_min,
             "w_max": w_max,
@@ -124,6 +141,8 @@ class RewardSTDP(LearningRule):
             raise ValueError(no_plastic_layer(name))
         self._check_value("reward_rate", reward_rate, RATE)
         self.reward_rate = reward_rate
+        self._check_value("trials", trials, POSITIVE_INT)
+        self.trials = trials
         self._finder.require_known(self._recorder.synapses.values())
         self._recorder.on_neurons = self._keep
 
@@ -152,23 +171,44 @@ class RewardSTDP(LearningRule):
         for p in self._trained():
             p.grad = None
         try:
-            losses = self._base_point(probe)
+            results: list[Tensor] = []
+            played: list[dict[Synapse, list[TimeStep]]] = []
+            for trial in range(self.trials):
+                if trial:
+                    probe.redraw()
+                self._recorder.reset()
+                self._traces, self._steps = {}, {}
+                if trial:
+                    with self._cutting(None):
+                        results.append(probe())
+                else:
+                    results.append(self._base_point(probe))
+                if missing := self._recorder.missing():
+                    raise RuntimeError(f"{name}: {missing}")
+                if not self._steps:
+                    raise RuntimeError(self._coverage.none_fired())
+                played.append(self._steps)
+            losses = torch.stack(results)
             require_finite(self, "the loss", [losses])
-            if missing := self._recorder.missing():
-                raise RuntimeError(f"{name}: {missing}")
-            if not self._steps:
-                raise RuntimeError(self._coverage.none_fired())
-            per_sample = self.credit == "sample" and losses.ndim > 0
-            error, expected = reward_prediction_error(self, losses, per_sample, self.reward_rate)
+            per_sample = self.credit == "sample" and losses[0].ndim > 0
+            state = self._next_state()
+            errors, reward = reward_prediction_errors(self, losses, per_sample, self.reward_rate)
+            if reward is not None:
+                state["reward"] = reward
             grads: dict[Tensor, Tensor] = {}
-            changes = {s: self._change(s, steps, error) for s, steps in self._steps.items()}
+            changes: dict[Synapse, Tensor] = {}
+            for error, spikes in zip(errors, played, strict=True):
+                for synapse, steps in spikes.items():
+                    change = self._change(synapse, steps, error)
+                    changes[synapse] = changes[synapse] + change if synapse in changes else change
             self._require_same_on_ranks([synapse.name for synapse in changes])
             self._average_over_ranks(list(changes.values()))
             for synapse, change in changes.items():
                 weight, group = synapse.weight, self.param_groups[synapse.group]
-                grad = -bounded(change.clamp(min=0), (-change).clamp(min=0), weight.detach(), group)
+                up, down = change.clamp(min=0), (-change).clamp(min=0)
+                grad = -bounded(up, down, weight.detach(), group, group["scaling"])
                 grads[weight] = grads[weight] + grad if weight in grads else grad
-            return losses, grads, {"reward": expected}
+            return losses.mean(0), grads, state
         finally:
             self._traces.clear()
             self._steps.clear()
@@ -194,6 +234,7 @@ class RewardSTDP(LearningRule):
         change = last.new_zeros(synapse.weight.shape)
         for age, now in enumerate(reversed(steps)):
             gated = gate * fading**age
-            add_product(change, synapse, now.s * gated, now.pre, group["a_plus"])
+            pre = now.pre - group["x_target"] if group["x_target"] else now.pre
+            add_product(change, synapse, now.s * gated, pre, group["a_plus"])
             add_product(change, synapse, now.post * gated, now.x, -group["a_minus"])
         return change

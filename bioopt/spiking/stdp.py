@@ -104,7 +104,7 @@ class STDP(LocalRule):
     def __init__(
         self,
         params: Params,
-        lr: float,  # η
+        lr: float = 0.5,  # η
         *,
         tau_plus: float = 20.0,  # τ+
         tau_minus: float = 20.0,  # τ-

@@ -191,7 +191,13 @@ class MetaCost(Task):
         """Search by perturbation of the logits and of the rate; the shares at which each of its steps stood."""
         place = nn.Parameter(torch.zeros(len(self.costs) + 1, dtype=torch.float64))
         rule = bioopt.WeightPerturbation(
-            [place], lr=self.lr, sigma=self.sigma, population=self.population, shaping="zscore", seed=seed
+            [place],
+            lr=self.lr,
+            sigma=self.sigma,
+            relative=False,  # the width is in nats
+            population=self.population,
+            shaping="zscore",
+            seed=seed,
         )
         low, high = math.log(min(self.rates)), math.log(max(self.rates))
 

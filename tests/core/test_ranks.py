@@ -130,7 +130,7 @@ def worker(rank: int, folder: str) -> None:
     errors = []
     for build in (
         lambda: published.Hebbian(DistributedDataParallel(model), 0.1),
-        lambda: bioopt.WeightPerturbation(model, 0.1, sigma=0.1, process_group=group).step(
+        lambda: bioopt.WeightPerturbation(model, 0.1, population=1, process_group=group).step(
             lambda: F.cross_entropy(model(X), Y)
         ),
         # Not seen as the optimizer is built, but where the model runs.

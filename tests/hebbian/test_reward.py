@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,43 +13,57 @@ from torch import Tensor
 import bioopt
 from bioopt.core.noise import NoiseSource
 
-from ..perturbation.common import X, Y, estimate, few_losses, flat
-from ..rules import mlp
+from ..perturbation.common import X, Y, estimate, few_losses, flat, size
+from ..rules import mlp, same, weights
 
 
 @pytest.mark.parametrize("credit", ["sample", "global"])
-def test_reward_hebbian_equals_its_twin(credit: str) -> None:
+@pytest.mark.parametrize("relative", [True, False])
+@pytest.mark.parametrize("trials", [1, 3])
+def test_reward_hebbian_equals_its_twin(credit: str, relative: bool, trials: int) -> None:
     """Two moments an episode, three steps: traces, reward, and what was expected of it, one synapse at a time."""
     model, sigma, decay, rate = mlp(), 0.1, 0.6, 0.3
-    optimizer = bioopt.RewardHebbian(
-        model, 0.1, sigma=sigma, trace_decay=decay, reward_rate=rate, credit=credit, seed=2
-    )
-    first, second = model[0], model[2]
+    options = {"sigma": sigma, "relative": relative, "trials": trials, "credit": credit}
+    optimizer = bioopt.RewardHebbian(model, 0.1, trace_decay=decay, reward_rate=rate, seed=2, **options)
+    layers = (model[0], model[2])
     moments = (X, 0.5 * X + 1)
-    expected = None
+    expected, powers = None, [None, None]
     for step in range(3):
-        stream = NoiseSource().stream(torch.device("cpu"), 2, step, 0)
-        traces = [torch.zeros(8, *p.shape, dtype=p.dtype) for p in model.parameters()]
+        rewards, traces, squares = [], [], [[], []]
+        widths = [sigma * power**0.5 if relative and power else None if relative else sigma for power in powers]
         with torch.no_grad():
-            for x in moments:
-                xi = [torch.randn(8, n, generator=stream, dtype=torch.float64) for n in (5, 4)]
-                hidden = torch.tanh(first(x) + sigma * xi[0])
-                out = second(hidden) + sigma * xi[1]
-                for i, (pre, noise) in enumerate(((x, xi[0]), (hidden, xi[1]))):
+            for trial in range(trials):
+                stream = NoiseSource().stream(torch.device("cpu"), 2, step, trial)
+                traces.append([torch.zeros(8, *p.shape, dtype=p.dtype) for p in model.parameters()])
+                for x in moments:
+                    for i, layer in enumerate(layers):
+                        noise = torch.randn(8, len(layer.weight), generator=stream, dtype=torch.float64)
+                        u = layer(x)
+                        squares[i].append(size(u) ** 2)
+                        widths[i] = sigma * size(u) if widths[i] is None else widths[i]  # the first of all firings
+                        for b in range(8):
+                            for k in range(noise.shape[1]):
+                                at = traces[-1][2 * i], traces[-1][2 * i + 1]
+                                at[0][b, k] = decay * at[0][b, k] + noise[b, k] * x[b]
+                                at[1][b, k] = decay * at[1][b, k] + noise[b, k]
+                        x = torch.tanh(u + widths[i] * noise) if i == 0 else u + widths[i] * noise
+                rewards.append(-F.cross_entropy(x, Y, reduction="none"))
+            expected = rewards[0].mean() if expected is None else expected
+            wanted = [torch.zeros_like(p) for p in model.parameters()]
+            for trial in range(trials):
+                others = [rewards[j] for j in range(trials) if j != trial]
+                for j, total in enumerate(wanted):
                     for b in range(8):
-                        for k in range(noise.shape[1]):
-                            traces[2 * i][b, k] = decay * traces[2 * i][b, k] + noise[b, k] * pre[b]
-                            traces[2 * i + 1][b, k] = decay * traces[2 * i + 1][b, k] + noise[b, k]
-            rewards = -F.cross_entropy(out, Y, reduction="none")
-            expected = rewards.mean() if expected is None else expected
-            wanted = []
-            for trace in traces:
-                change = torch.zeros_like(trace[0])
-                for b in range(8):
-                    surprise = (rewards[b] - expected) / 8 if credit == "sample" else rewards.mean() - expected
-                    change += surprise * trace[b] / sigma
-                wanted.append(-change)
-            expected = expected + rate * (rewards.mean() - expected)
+                        own = rewards[trial][b] if credit == "sample" else rewards[trial].mean()
+                        baseline = expected
+                        if others:
+                            baseline = sum(r[b] if credit == "sample" else r.mean() for r in others) / len(others)
+                        surprise = (own - baseline) / (8 if credit == "sample" else 1)
+                        total -= surprise * traces[trial][j][b] / widths[j // 2] / trials
+            expected = expected + rate * (rewards[0].mean() - expected)
+            for i in range(2):
+                mean = sum(squares[i]) / len(squares[i])
+                powers[i] = mean if powers[i] is None else powers[i] + rate * (mean - powers[i])
 
         def episode() -> Tensor:
             model(moments[0])
@@ -55,6 +72,25 @@ def test_reward_hebbian_equals_its_twin(credit: str) -> None:
         for a, b in zip(wanted, estimate(optimizer, model, episode), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
         optimizer.descend()
+    assert optimizer.forward_passes == trials
+    state = optimizer.state_dict()["state"]["rule"]
+    assert ("reward" in state, "activity" in state) == (trials == 1, relative)
+
+
+def test_running_sizes_go_on_from_a_checkpoint() -> None:
+    def made() -> tuple[Any, bioopt.LearningRule]:
+        model = mlp()
+        return model, bioopt.RewardHebbian(model)
+
+    model, optimizer = made()
+    for _ in range(2):
+        optimizer.step(lambda: F.cross_entropy(model(X), Y, reduction="none"))
+    twin, other = made()
+    twin.load_state_dict(model.state_dict())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for one, rule in ((model, optimizer), (twin, other)):
+        rule.step(lambda one=one: F.cross_entropy(one(0.1 * X), Y, reduction="none"))
+    assert same(weights(model), weights(twin))
 
 
 def test_the_mean_change_of_reward_hebbian_is_the_gradient_of_reward() -> None:

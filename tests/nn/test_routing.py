@@ -230,7 +230,7 @@ def test_node_perturbation_equals_its_reference_where_routes_change(active: int)
                 slope = (noisy - clean) / (sigma * N * samples)
                 credit(expected, layer_inputs, [slope * each[n] for each in xi])
     assert changed  # noise on the controller has changed routes
-    optimizer = bioopt.NodePerturbation(model, 0.1, sigma=sigma, samples=samples, seed=2)
+    optimizer = bioopt.NodePerturbation(model, 0.1, sigma=sigma, relative=False, samples=samples, seed=2)
     assert_all_close(expected, estimate(optimizer, model))
 
 
@@ -238,7 +238,8 @@ def test_node_perturbation_equals_its_reference_where_routes_change(active: int)
 @pytest.mark.parametrize("exact", [True, False])
 def test_forward_gradient_equals_its_reference(active: int, exact: bool) -> None:
     model, samples = network(active), 2
-    optimizer = bioopt.ForwardGradient(model, 0.1, space="activities", samples=samples, difference=1e-5, seed=4)
+    options = {"space": "activities", "relative": False, "samples": samples, "difference": 1e-5}
+    optimizer = bioopt.ForwardGradient(model, 0.1, seed=4, **options)
     optimizer._by_differences = not exact
     expected = [torch.zeros_like(p) for p in model.parameters()]
     for sample in range(samples):
@@ -273,7 +274,7 @@ def test_reward_hebbian_equals_its_reference() -> None:
         mean = sum(loss for loss, _ in passes) / N
         for n, (loss, layer_inputs) in enumerate(passes):
             credit(expected, layer_inputs, [(loss - mean) / (sigma * N) * each[n] for each in xi])
-    assert_all_close(expected, estimate(bioopt.RewardHebbian(model, 0.1, sigma=sigma, seed=5), model))
+    assert_all_close(expected, estimate(bioopt.RewardHebbian(model, 0.1, sigma=sigma, relative=False, seed=5), model))
 
 
 def test_rank_one_perturbation_equals_its_reference() -> None:
@@ -305,7 +306,7 @@ def test_rank_one_perturbation_equals_its_reference() -> None:
                 expected[2 * layer] += slope * torch.outer(a[n], b[n])
                 expected[2 * layer + 1] += slope * c[n]
     assert changed
-    optimizer = bioopt.RankOnePerturbation(model, 0.1, sigma=sigma, samples=samples, seed=6)
+    optimizer = bioopt.RankOnePerturbation(model, 0.1, sigma=sigma, relative=False, samples=samples, seed=6)
     assert_all_close(expected, estimate(optimizer, model))
 
 
@@ -489,7 +490,7 @@ def test_batched_passes_run_where_vmap_can() -> None:
 def test_forward_gradients_are_exact_through_attention(space: str) -> None:
     model = attentive().double()
     x, y = batch(0)
-    optimizer = bioopt.ForwardGradient(model, 0.1, space=space, samples=1, credit="global", seed=3)
+    optimizer = bioopt.ForwardGradient(model, 0.1, space=space, relative=False, credit="global", seed=3)
     optimizer.estimate(lambda: F.cross_entropy(model(x.double()), y))
     assert not optimizer._by_differences
     actual = [p.grad.clone() for p in model.parameters()]

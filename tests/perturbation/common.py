@@ -25,6 +25,19 @@ def estimate(optimizer: bioopt.LearningRule, model: nn.Module, closure=None) -> 
     return [p.grad.clone() for p in model.parameters()]
 
 
+def size(values: Tensor) -> float:
+    """The root mean square, number by number."""
+    return (sum(v * v for v in values.flatten().tolist()) / values.numel()) ** 0.5
+
+
+def sizes(layers: list[nn.Module], relative: bool = True) -> list[float]:
+    """Of each layer's weight and bias, to which a relative width refers."""
+    found = []
+    for layer in layers:
+        found += [size(layer.weight), max(size(layer.bias), size(layer.weight))] if relative else [1.0, 1.0]
+    return found
+
+
 def flat(tensors: list[Tensor]) -> Tensor:
     return torch.cat([t.flatten() for t in tensors])
 

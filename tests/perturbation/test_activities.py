@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
@@ -13,32 +14,36 @@ import bioopt
 from bioopt.core.noise import NoiseSource, fill_normal_, fill_rademacher_
 
 from ..rules import mlp, ordinary, per_sample, same, weights
-from .common import X, Y, estimate, flat, losses_of
+from .common import X, Y, estimate, flat, losses_of, size
 
 
 @pytest.mark.parametrize("samples", [1, 3])
 @pytest.mark.parametrize("credit", ["sample", "global"])
 @pytest.mark.parametrize("distribution", ["normal", "rademacher"])
-def test_node_perturbation_equals_its_twin(samples: int, credit: str, distribution: str) -> None:
+@pytest.mark.parametrize("relative", [True, False])
+def test_node_perturbation_equals_its_twin(samples: int, credit: str, distribution: str, relative: bool) -> None:
     """One sample, one synapse, one noisy pass at a time."""
     model, sigma = mlp(), 0.1
-    options = {"sigma": sigma, "samples": samples, "credit": credit, "distribution": distribution}
+    options = {"samples": samples, "credit": credit, "distribution": distribution, "relative": relative}
+    options["sigma"] = sigma
     optimizer = bioopt.NodePerturbation(model, 0.1, seed=2, **options)
     first, second = model[0], model[2]
     wanted = [torch.zeros_like(p) for p in model.parameters()]
     with torch.no_grad():
         hidden = torch.tanh(first(X))
         clean = F.cross_entropy(second(hidden), Y, reduction="none")
+        width = [sigma * size(u) if relative else sigma for u in (first(X), second(hidden))]
         for sample in range(samples):
             stream = NoiseSource().stream(torch.device("cpu"), 2, 0, sample)
             fill = fill_normal_ if distribution == "normal" else fill_rademacher_
             xi = [fill(torch.empty(8, n, dtype=torch.float64), stream) for n in (5, 4)]
-            noisy = F.cross_entropy(second(torch.tanh(first(X) + sigma * xi[0])) + sigma * xi[1], Y, reduction="none")
+            out = second(torch.tanh(first(X) + width[0] * xi[0])) + width[1] * xi[1]
+            noisy = F.cross_entropy(out, Y, reduction="none")
             for b in range(8):
                 change = noisy[b] - clean[b] if credit == "sample" else (noisy - clean).mean() * 8
                 for i, (x, noise) in enumerate(((X, xi[0]), (hidden, xi[1]))):
                     for k in range(noise.shape[1]):
-                        signal = change / sigma * noise[b, k] / (8 * samples)
+                        signal = change / width[i] * noise[b, k] / (8 * samples)
                         wanted[2 * i][k] += signal * x[b]
                         wanted[2 * i + 1][k] += signal
     for a, b in zip(wanted, estimate(optimizer, model), strict=True):
@@ -149,7 +154,7 @@ def test_decorrelation_goes_on_from_a_checkpoint_and_differs_between_groups() ->
         optimizer.step(lambda: losses_of(model))
     twin, other = made()
     twin.load_state_dict(model.state_dict())
-    other.load_state_dict(optimizer.state_dict())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert list(other.state_dict()["state"]["rule"]["decorrelation"]) == [0]
     optimizer.step(lambda: losses_of(model))
     other.step(lambda: losses_of(twin))

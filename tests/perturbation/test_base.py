@@ -30,8 +30,8 @@ from .common import X, Y, estimate, few_losses, flat
         ),
         (lambda m: bioopt.RankOnePerturbation(m, 0.1, samples=25, sigma=1e-4), few_losses),
         (lambda m: bioopt.RankOnePerturbation(m, 0.1, samples=25, sigma=1e-4, distribution="rademacher"), few_losses),
-        (lambda m: bioopt.ForwardGradient(m, 0.1, samples=15), few_losses),
-        (lambda m: bioopt.ForwardGradient(m, 0.1, samples=15, distribution="rademacher"), few_losses),
+        (lambda m: bioopt.ForwardGradient(m.parameters(), 0.1, samples=15), few_losses),
+        (lambda m: bioopt.ForwardGradient(m.parameters(), 0.1, samples=15, distribution="rademacher"), few_losses),
         (lambda m: bioopt.ForwardGradient(m, 0.1, samples=15, space="activities"), few_losses),
     ],
     ids=[
@@ -74,7 +74,7 @@ def test_the_mean_of_the_estimates_is_the_gradient(build, closure) -> None:
     ],
 )
 def test_a_closure_that_is_not_repeatable_is_found_at_the_first_step(rule: type) -> None:
-    model, batches = mlp(), iter(range(100))
+    model, batches = mlp(), iter(range(1000))
 
     def closure() -> Tensor:
         return F.cross_entropy(model(X + next(batches)), Y, reduction="none")
@@ -179,7 +179,7 @@ def test_noise_in_half_precision_is_credited_as_it_was_added() -> None:
         model[2].bias.fill_(40.0)
     x, y = torch.randn(64, 6, dtype=torch.bfloat16), torch.randint(4, (64,))
     (true,) = torch.autograd.grad(F.cross_entropy(model(x).float(), y), model[2].weight)
-    optimizer = bioopt.NodePerturbation(model, 0.0, sigma=0.3, samples=200)
+    optimizer = bioopt.NodePerturbation(model, 0.0, sigma=0.3, relative=False, samples=200)
     optimizer.estimate(lambda: F.cross_entropy(model(x).float(), y, reduction="none"))
     assert F.cosine_similarity(true.float().flatten(), model[2].weight.grad.float().flatten(), 0) > 0.9
 

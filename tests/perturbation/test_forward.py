@@ -12,49 +12,54 @@ import bioopt
 from bioopt.core.noise import NoiseSource
 
 from ..rules import mlp, same, weights
-from .common import X, Y, estimate, gradient, losses_of
+from .common import X, Y, estimate, gradient, losses_of, size, sizes
 
 
 @pytest.mark.parametrize("samples", [1, 3])
-def test_forward_gradient_of_weights_equals_its_twin(samples: int) -> None:
+@pytest.mark.parametrize("relative", [True, False])
+def test_forward_gradient_of_weights_equals_its_twin(samples: int, relative: bool) -> None:
     """The gradient, times the direction, times the direction."""
     model = mlp()
-    optimizer = bioopt.ForwardGradient(model.parameters(), 0.1, samples=samples, seed=4)
+    optimizer = bioopt.ForwardGradient(model.parameters(), 0.1, samples=samples, relative=relative, seed=4)
     for step in range(2):
+        scales = sizes([model[0], model[2]], relative)
         true = gradient(model)
         wanted = [torch.zeros_like(p) for p in true]
         for sample in range(samples):
             stream = NoiseSource().stream(torch.device("cpu"), 4, step, sample)
             z = [torch.randn(p.shape, generator=stream, dtype=p.dtype) for p in true]
-            slope = sum((g * d).sum().item() for g, d in zip(true, z, strict=True))
-            for total, d in zip(wanted, z, strict=True):
-                total += slope * d / samples
+            slope = sum((g * d).sum().item() * s for g, d, s in zip(true, z, scales, strict=True))
+            for total, d, s in zip(wanted, z, scales, strict=True):
+                total += slope * d / s / samples
         for a, b in zip(wanted, estimate(optimizer, model), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("samples", [1, 3])
 @pytest.mark.parametrize("credit", ["sample", "global"])
-def test_forward_gradient_of_activities_equals_its_twin(samples: int, credit: str) -> None:
+@pytest.mark.parametrize("relative", [True, False])
+def test_forward_gradient_of_activities_equals_its_twin(samples: int, credit: str, relative: bool) -> None:
     """Each sample's gradient at each layer's activity, times the direction there; one synapse at a time."""
-    model = mlp()
-    optimizer = bioopt.ForwardGradient(model, 0.1, samples=samples, space="activities", credit=credit, seed=2)
+    model, options = mlp(), {"samples": samples, "space": "activities", "credit": credit, "relative": relative}
+    optimizer = bioopt.ForwardGradient(model, 0.1, seed=2, **options)
     first, second = model[0], model[2]
     u = [first(X)]
     hidden = torch.tanh(u[0])
     u.append(second(hidden))
+    scales = [size(v) if relative else 1.0 for v in u]
     slopes_at = torch.autograd.grad(F.cross_entropy(u[1], Y, reduction="sum"), u)
     wanted = [torch.zeros_like(p) for p in model.parameters()]
     for sample in range(samples):
         stream = NoiseSource().stream(torch.device("cpu"), 2, 0, sample)
         xi = [torch.randn(8, n, generator=stream, dtype=torch.float64) for n in (5, 4)]
-        slopes = [sum((g[b] * z[b]).sum().item() for g, z in zip(slopes_at, xi, strict=True)) for b in range(8)]
+        parts = list(zip(slopes_at, xi, scales, strict=True))
+        slopes = [sum((g[b] * z[b]).sum().item() * s for g, z, s in parts) for b in range(8)]
         for b in range(8):
             credited = slopes[b] if credit == "sample" else sum(slopes)
             for i, (x, z) in enumerate(((X, xi[0]), (hidden.detach(), xi[1]))):
                 for k in range(z.shape[1]):
-                    wanted[2 * i][k] += credited * z[b, k] * x[b] / (8 * samples)
-                    wanted[2 * i + 1][k] += credited * z[b, k] / (8 * samples)
+                    wanted[2 * i][k] += credited * z[b, k] / scales[i] * x[b] / (8 * samples)
+                    wanted[2 * i + 1][k] += credited * z[b, k] / scales[i] / (8 * samples)
     for a, b in zip(wanted, estimate(optimizer, model), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
@@ -99,10 +104,10 @@ def test_forward_gradient_measures_slopes_where_an_operator_has_none(space: str)
 
 def test_forward_gradient_needs_a_loss_with_a_slope() -> None:
     model = mlp()
-    optimizer = bioopt.ForwardGradient(model, 0.1)
+    optimizer = bioopt.ForwardGradient(model, 0.1, space="weights")
     with pytest.warns(UserWarning, match="the closure returned a loss without one"):
         got = estimate(optimizer, model, lambda: losses_of(model).mean().item())
-    for a, b in zip(estimate(bioopt.ForwardGradient(model, 0.1), model), got, strict=True):
+    for a, b in zip(estimate(bioopt.ForwardGradient(model, 0.1, space="weights"), model), got, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
     with pytest.raises(ValueError, match="space='dual' must be one of weights, activities"):
         bioopt.ForwardGradient(model, 0.1, space="dual")
@@ -145,6 +150,6 @@ def test_the_losses_of_different_directions_agree_on_the_clean_loss() -> None:
         calls += 1
         return model(torch.full((2, 6), float(calls), dtype=torch.float64)).sum(1)
 
-    optimizer = bioopt.ForwardGradient(model, 0.1, samples=2)
+    optimizer = bioopt.ForwardGradient(model.parameters(), 0.1, samples=2)
     with pytest.raises(RuntimeError, match="ForwardGradient compares losses, but the closure is not repeatable"):
         optimizer.step(closure)

@@ -11,7 +11,7 @@ import bioopt
 from bioopt.core.noise import NoiseSource
 
 from ..rules import mlp
-from .common import X, Y, estimate, flat
+from .common import X, Y, estimate, flat, sizes
 
 
 def rank_one_direction(model: nn.Module, stream: torch.Generator, n: int) -> list[list[Tensor]]:
@@ -34,7 +34,8 @@ def rank_one_direction(model: nn.Module, stream: torch.Generator, n: int) -> lis
 
 @pytest.mark.parametrize("credit", ["sample", "global"])
 @pytest.mark.parametrize("case", ["mlp", "same", "strided and grouped", "1d", "3d"])
-def test_rank_one_perturbation_equals_its_twin(case: str, credit: str) -> None:
+@pytest.mark.parametrize("relative", [True, False])
+def test_rank_one_perturbation_equals_its_twin(case: str, credit: str, relative: bool) -> None:
     """Each sample in a network of its own, whose weights are moved along a whole matrix."""
     torch.manual_seed(0)
     if case == "mlp":
@@ -50,23 +51,26 @@ def test_rank_one_perturbation_equals_its_twin(case: str, credit: str) -> None:
         size = conv(x[:1].float()).numel()
         model = nn.Sequential(conv, nn.Tanh(), nn.Flatten(), nn.Linear(size, 4)).double()
     sigma, samples = 0.1, 2
-    optimizer = bioopt.RankOnePerturbation(model, 0.1, sigma=sigma, samples=samples, credit=credit, seed=2)
+    options = {"sigma": sigma, "samples": samples, "credit": credit, "relative": relative}
+    optimizer = bioopt.RankOnePerturbation(model, 0.1, seed=2, **options)
     names = [name for name, _ in model.named_parameters()]
     for step in range(2):
         wanted = [torch.zeros_like(p) for p in model.parameters()]
+        scales = sizes([m for m in model if hasattr(m, "weight")], relative)
         for sample in range(samples):
             z = rank_one_direction(model, NoiseSource().stream(torch.device("cpu"), 2, step, sample), 8)
 
-            def loss_at(i: int, scale: float, z=z) -> Tensor:
-                moved = {n: p + scale * d for n, p, d in zip(names, model.parameters(), z[i], strict=True)}
+            def loss_at(i: int, scale: float, z=z, scales=scales) -> Tensor:
+                parts = zip(names, model.parameters(), z[i], scales, strict=True)
+                moved = {n: p + scale * s * d for n, p, d, s in parts}
                 return F.cross_entropy(torch.func.functional_call(model, moved, (x[i : i + 1],)), Y[i : i + 1])
 
             with torch.no_grad():
                 slopes = [(loss_at(i, sigma) - loss_at(i, -sigma)) / (2 * sigma) for i in range(8)]
                 for i in range(8):
                     slope = slopes[i] / 8 if credit == "sample" else sum(slopes) / 8
-                    for total, d in zip(wanted, z[i], strict=True):
-                        total += slope * d / samples
+                    for total, d, s in zip(wanted, z[i], scales, strict=True):
+                        total += slope * d / s / samples
         got = estimate(optimizer, model, lambda: F.cross_entropy(model(x), Y, reduction="none"))
         for a, b in zip(wanted, got, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-11)

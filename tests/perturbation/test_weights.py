@@ -14,7 +14,7 @@ import bioopt
 from bioopt.core.noise import NoiseSource, fill_rademacher_
 
 from ..rules import mlp, ordinary, per_sample, same, weights
-from .common import X, Y, estimate, flat, gradient, losses_of
+from .common import X, Y, estimate, flat, gradient, losses_of, sizes
 
 
 def shaped_twin(shaping: str, losses: list[float]) -> list[float]:
@@ -38,12 +38,16 @@ def shaped_twin(shaping: str, losses: list[float]) -> list[float]:
 @pytest.mark.parametrize("distribution", ["normal", "rademacher"])
 @pytest.mark.parametrize("shaping", ["zscore", "winsorised", "ranks"])
 @pytest.mark.parametrize("antithetic", [True, False])
-def test_shaped_weight_perturbation_equals_its_twin(distribution: str, shaping: str, antithetic: bool) -> None:
+@pytest.mark.parametrize("relative", [True, False])
+def test_shaped_weight_perturbation_equals_its_twin(
+    distribution: str, shaping: str, antithetic: bool, relative: bool
+) -> None:
     model, sigma, population = mlp(), 0.1, 6
     optimizer = bioopt.WeightPerturbation(
         model, 0.1, sigma=sigma, population=population, antithetic=antithetic, distribution=distribution,
-        shaping=shaping, seed=3,
+        shaping=shaping, relative=relative, seed=3,
     )  # fmt: skip
+    scales = sizes([model[0], model[2]], relative)
     names, params = zip(*model.named_parameters(), strict=True)
     directions, losses = [], []
     for member in range(population):
@@ -52,9 +56,9 @@ def test_shaped_weight_perturbation_equals_its_twin(distribution: str, shaping: 
             z = [torch.randn(p.shape, generator=stream, dtype=p.dtype) for p in params]
         else:
             z = [fill_rademacher_(torch.empty_like(p.detach()), stream) for p in params]
-        directions.append(z)
+        directions.append([d / s for d, s in zip(z, scales, strict=True)])
         for sign in (1, -1) if antithetic else (1,):
-            shifted = {n: p + sign * sigma * d for n, p, d in zip(names, params, z, strict=True)}
+            shifted = {n: p + sign * sigma * s * d for n, p, d, s in zip(names, params, z, scales, strict=True)}
             losses.append(F.cross_entropy(torch.func.functional_call(model, shifted, (X,)), Y).item())
     worth = shaped_twin(shaping, losses)
     wanted = [torch.zeros_like(p) for p in params]
@@ -74,7 +78,7 @@ def test_losses_that_are_all_the_same_move_nothing() -> None:
         optimizer.step(lambda model=model: 0 * losses_of(model))
         assert same(before, weights(model)), shaping
     with pytest.raises(ValueError, match="shaping='ranks' compares losses: raise population=1"):
-        bioopt.WeightPerturbation(mlp(), 0.1, sigma=0.1, shaping="ranks")
+        bioopt.WeightPerturbation(mlp(), 0.1, population=1, shaping="ranks")
     for option in ("distribution", "shaping"):
         with pytest.raises(ValueError, match=f"WeightPerturbation: {option}='odd' must be one of "):
             bioopt.WeightPerturbation(mlp(), 0.1, sigma=0.1, population=2, **{option: "odd"})
@@ -85,12 +89,13 @@ def test_losses_that_are_all_the_same_move_nothing() -> None:
 
 @pytest.mark.parametrize("population", [1, 3])
 @pytest.mark.parametrize("antithetic", [True, False])
-def test_weight_perturbation_equals_its_twin(population: int, antithetic: bool) -> None:
+@pytest.mark.parametrize("relative", [True, False])
+def test_weight_perturbation_equals_its_twin(population: int, antithetic: bool, relative: bool) -> None:
     model, sigma = mlp(), 0.1
-    optimizer = bioopt.WeightPerturbation(
-        model.parameters(), 0.1, sigma=sigma, population=population, antithetic=antithetic, seed=3
-    )
+    options = {"sigma": sigma, "population": population, "antithetic": antithetic, "relative": relative}
+    optimizer = bioopt.WeightPerturbation(model.parameters(), 0.1, seed=3, **options)
     for step in range(2):
+        scales = sizes([model[0], model[2]], relative)
         params = list(model.parameters())
         wanted = [torch.zeros_like(p) for p in params]
         base = losses_of(model).mean().item()
@@ -98,31 +103,36 @@ def test_weight_perturbation_equals_its_twin(population: int, antithetic: bool) 
             stream = NoiseSource().stream(torch.device("cpu"), 3, step, member)
             z = [torch.randn(p.shape, generator=stream, dtype=p.dtype) for p in params]
 
-            def loss_at(scale: float, z=z, params=params) -> float:
-                shifted = {n: p + scale * d for (n, p), d in zip(model.named_parameters(), z, strict=True)}
+            def loss_at(scale: float, z=z, scales=scales) -> float:
+                parts = zip(model.named_parameters(), z, scales, strict=True)
+                shifted = {n: p + scale * s * d for (n, p), d, s in parts}
                 out = torch.func.functional_call(model, shifted, (X,))
                 return F.cross_entropy(out, Y).item()
 
             other, width = (loss_at(-sigma), 2 * sigma) if antithetic else (base, sigma)
             slope = (loss_at(sigma) - other) / width
-            for total, d in zip(wanted, z, strict=True):
-                total += slope * d / population
+            for total, d, s in zip(wanted, z, scales, strict=True):
+                total += slope * d / s / population
         got = estimate(optimizer, model)
         for a, b in zip(wanted, got, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("tries", [1, 5])
-def test_hill_climbing_equals_its_twin(tries: int) -> None:
+@pytest.mark.parametrize("relative", [True, False])
+def test_hill_climbing_equals_its_twin(tries: int, relative: bool) -> None:
     """The best change of several, if it is one for the better."""
     model, kept = mlp(), []
-    optimizer = bioopt.HillClimbing(model, 0.3, tries=tries, seed=6)
+    optimizer = bioopt.HillClimbing(model, 0.3, relative=relative, tries=tries, seed=6)
     for step in range(12):
-        before = weights(model)
+        before, scales = weights(model), sizes([model[0], model[2]], relative)
         candidates = []
         for i in range(tries):
             stream = NoiseSource().stream(torch.device("cpu"), 6, step, i)
-            changed = [w + 0.3 * torch.randn(w.shape, generator=stream, dtype=w.dtype) for w in before]
+            changed = [
+                w + 0.3 * s * torch.randn(w.shape, generator=stream, dtype=w.dtype)
+                for w, s in zip(before, scales, strict=True)
+            ]
             names = [name for name, _ in model.named_parameters()]
             outputs = torch.func.functional_call(model, dict(zip(names, changed, strict=True)), (X,))
             candidates.append((F.cross_entropy(outputs, Y).item(), i, changed))
@@ -142,17 +152,19 @@ def test_serial_perturbation_over_all_coordinates_is_the_gradient() -> None:
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
 
 
-def test_one_sided_serial_perturbation_measures_each_change_from_the_clean_loss() -> None:
+@pytest.mark.parametrize("relative", [True, False])
+def test_one_sided_serial_perturbation_measures_each_change_from_the_clean_loss(relative: bool) -> None:
     model, sigma = mlp(), 0.1
     clean, wanted = losses_of(model).mean().item(), []
     with torch.no_grad():
-        for p in model.parameters():
+        for p, s in zip(model.parameters(), sizes([model[0], model[2]], relative), strict=True):
             for i in range(p.numel()):
                 value = p.view(-1)[i].clone()
-                p.view(-1)[i] += sigma
-                wanted.append((losses_of(model).mean().item() - clean) / sigma)
+                p.view(-1)[i] += sigma * s
+                wanted.append((losses_of(model).mean().item() - clean) / (sigma * s))
                 p.view(-1)[i] = value
-    optimizer = bioopt.SerialPerturbation(model, 0.1, sigma=sigma, coordinates=59, central=False)
+    options = {"sigma": sigma, "relative": relative, "coordinates": 59, "central": False}
+    optimizer = bioopt.SerialPerturbation(model, 0.1, **options)
     calls = 0
 
     def closure() -> Tensor:
@@ -252,7 +264,7 @@ def test_sigma_below_the_precision_of_a_weight_is_explained() -> None:
     with torch.no_grad():
         model.weight.fill_(1.0)
     optimizer = bioopt.SerialPerturbation(model, 0.1, sigma=1e-5)
-    with pytest.raises(RuntimeError, match=r"sigma=1e-05 changes nothing at a weight of 1\.0"):
+    with pytest.raises(RuntimeError, match=r"a change by 1e-05 changes nothing at a weight of 1\.0: raise sigma"):
         optimizer.step(lambda: model(torch.ones(1, 1, dtype=torch.bfloat16)).float().sum())
     assert model.weight.item() == 1.0
     everywhere = bioopt.WeightPerturbation(model, 0.1, sigma=1e-5)
@@ -321,7 +333,8 @@ def test_credit_goes_to_the_change_that_a_weight_could_hold(antithetic: bool, dt
         seen.append(weights(model))
         return F.cross_entropy(model(x).float(), y, reduction="none")
 
-    optimizer = bioopt.WeightPerturbation(model, 0.1, sigma=sigma, population=3, antithetic=antithetic)
+    options = {"sigma": sigma, "relative": False, "population": 3, "antithetic": antithetic}
+    optimizer = bioopt.WeightPerturbation(model, 0.1, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         optimizer.estimate(closure)

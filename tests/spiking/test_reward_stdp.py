@@ -14,40 +14,65 @@ import bioopt
 from .common import WINDOW, bounded, play, random_spikes, scripted
 
 
-@pytest.mark.parametrize("bounds", ["soft", "hard", None])
+@pytest.mark.parametrize(("bounds", "trials"), [("soft", 1), ("hard", 1), (None, 1), ("hard", 3), (None, 2)])
 @pytest.mark.parametrize("credit", ["sample", "global"])
-def test_reward_equals_eligibilities_kept_for_each_sample(bounds: str | None, credit: str) -> None:
-    o = {**WINDOW, "bounds": bounds}
-    x, s = random_spikes(6, 3, 5), random_spikes(6, 3, 4, seed=1)
+def test_reward_equals_eligibilities_kept_for_each_sample(bounds: str | None, trials: int, credit: str) -> None:
+    """Three steps of one trial or several, each with spikes of its own."""
+    o = {**WINDOW, "bounds": bounds, "x_target": 0.0 if trials == 1 else 0.4, "scaling": trials > 2}
+    x, s = random_spikes(6, 3, 5), random_spikes(6 * trials, 3, 4, seed=1)
     model = scripted(nn.Linear(5, 4), s)
-    optimizer = bioopt.RewardSTDP(model, 0.3, tau_e=10.0, reward_rate=0.25, credit=credit, **o)
+    optimizer = bioopt.RewardSTDP(model, 0.3, tau_e=10.0, reward_rate=0.25, credit=credit, trials=trials, **o)
     expected_reward = None
     for step in range(3):
-        losses = torch.rand(3, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
-        reward = -losses if credit == "sample" else -losses.mean().expand(3)
+        losses = torch.rand(trials, 3, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        reward = -losses if credit == "sample" else -losses.mean(1, keepdim=True).expand(trials, 3)
         expected_reward = reward.mean() if expected_reward is None else expected_reward
         w = model[0].weight.detach().clone()
         change = torch.zeros_like(w)
-        for n in range(3):
-            e = torch.zeros_like(w)
-            p, q = torch.zeros(5, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
-            for t in range(6):
-                p = math.exp(-o["dt"] / o["tau_plus"]) * p + x[t, n]
-                q = math.exp(-o["dt"] / o["tau_minus"]) * q
-                e = math.exp(-o["dt"] / 10.0) * e
-                e += o["a_plus"] * torch.outer(s[t, n], p) - o["a_minus"] * torch.outer(q, x[t, n])
-                q = q + s[t, n]
-            change += (reward[n] - expected_reward) * e / 3
+        for trial in range(trials):
+            others = [reward[i] for i in range(trials) if i != trial]
+            for n in range(3):
+                e = torch.zeros_like(w)
+                p, q = torch.zeros(5, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+                for t in range(6):
+                    spikes = s[6 * trial + t, n]
+                    p = math.exp(-o["dt"] / o["tau_plus"]) * p + x[t, n]
+                    q = math.exp(-o["dt"] / o["tau_minus"]) * q
+                    e = math.exp(-o["dt"] / 10.0) * e
+                    e += o["a_plus"] * torch.outer(spikes, p - o["x_target"]) - o["a_minus"] * torch.outer(q, x[t, n])
+                    q = q + spikes
+                baseline = sum(other[n] for other in others) / len(others) if others else expected_reward
+                change += (reward[trial, n] - baseline) * e / 3 / trials
         expected = bounded(change.clamp(min=0), (-change).clamp(min=0), w, o, 0.3)
+        made = iter(losses)
 
-        def closure(losses=losses) -> Tensor:
+        def closure(made=made) -> Tensor:
             play(model, x)
-            return losses
+            return next(made)
 
         optimizer.step(closure)
         torch.testing.assert_close(model[0].weight.detach(), w + 0.3 * expected, rtol=0, atol=1e-12)
         expected_reward = expected_reward + 0.25 * (reward.mean() - expected_reward)
-    assert optimizer.forward_passes == 1
+    assert optimizer.forward_passes == trials
+    assert ("rule" in optimizer.state_dict()["state"]) == (trials == 1)
+
+
+def test_each_trial_draws_new_random_numbers() -> None:
+    """The first of a step from the state that it begins with, so that the noise of a run is reproducible."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 2, bias=False), Chance())
+    optimizer = bioopt.RewardSTDP(model, trials=3)
+    drawn: list[float] = []
+
+    def closure() -> Tensor:
+        drawn.append(torch.rand(()).item())
+        return model((torch.rand(5, 4) < 0.5).float()).sum(1)
+
+    for _ in range(2):
+        torch.manual_seed(1)
+        optimizer.step(closure)
+    assert len(set(drawn)) == 3
+    assert drawn[:3] == drawn[3:]
 
 
 class Chance(nn.Module):
