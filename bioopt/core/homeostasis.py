@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import is_captured, warn
@@ -78,11 +79,14 @@ class Regulator:
         level = self.level(synapse)
         return synapse in self._starts or (level is not None and not level["steps"] and level["events"] >= EVENTS)
 
-    def moments(self, firing: Firing, z: Tensor, with_input: bool) -> dict[str, Tensor]:
-        """The sums over events that `followed` needs."""
+    def moments(self, firing: Firing, z: Tensor, acts: bool, inhibited: bool) -> dict[str, Tensor]:
+        """The sums over events that `followed` needs, and for a rule that acts those of its input and of ``z zᵀ``."""
         synapse, channel = firing.synapse, z.ndim + firing.synapse.channel_dim
         sums = {"z": over_events(z, channel), "z_squared": squares_over_events(z, channel)}
-        if with_input:
+        if inhibited:
+            rows = z.movedim(channel, -1).reshape(-1, synapse.pools, len(synapse.weight) // synapse.pools).movedim(0, 1)
+            sums["z_product"] = rows.mT @ rows
+        if acts:
             x = firing.x.detach()
             sums["input"] = over_events(x, x.ndim + synapse.channel_dim, z.dtype)
             sums["inputs"] = z.new_tensor(float(x.numel() // x.shape[synapse.channel_dim]))
@@ -193,7 +197,8 @@ def moving(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
 
 def norms(weight: Tensor) -> Tensor:
     """The length of each neuron's weights, in single precision at least."""
-    return torch.linalg.vector_norm(in_full(weight.detach()).flatten(1), dim=1)
+    length: Tensor = torch.linalg.vector_norm(in_full(weight.detach()).flatten(1), dim=1)
+    return length
 
 
 def along_neurons(values: Tensor, weight: Tensor) -> Tensor:
@@ -216,8 +221,8 @@ def expected(weight: Tensor, level: Level) -> Tensor:
     if "input" not in level:
         return level["mean"].new_zeros(len(weight), device=weight.device)
     weight = in_full(weight.detach())
-    of_input: Tensor = level["input"].to(weight)
-    return torch.mul(weight, of_input).flatten(1).sum(1)
+    total: Tensor = torch.mul(weight, level["input"].to(weight)).flatten(1).sum(1)
+    return total
 
 
 def kept_in_place(old: Level, new: Level) -> Level:
@@ -240,9 +245,24 @@ def rotation(drive: Tensor, direction: Tensor) -> Tensor:
     return drive - torch.linalg.vecdot(drive, direction).unsqueeze(-1) * direction
 
 
-def overlap(direction: Tensor) -> Tensor:
-    """``Σ_{j≠k} (v_k · v_j) v_j`` for the unit vectors of each pool."""
-    return torch.matmul(direction @ direction.mT, direction) - direction
+def inhibition(moment: Tensor, direction: Tensor, length: Tensor, level: Level, tolerance: float) -> Tensor:
+    """For each neuron, the weights of those that are active together with it, in proportion to that.
+
+    Args:
+        moment: ``⟨z_k z_j⟩`` of each pool, pools × neurons × neurons.
+        direction: the unit weight vectors, pools × neurons × inputs.
+        length: of each neuron's weights.
+        level: of the layer.
+        tolerance: correlations up to this are left alone.
+    """
+    size = moment.diagonal(dim1=-2, dim2=-1).clamp(min=1e-12).sqrt()
+    correlation = moment / (size.unsqueeze(-1) * size.unsqueeze(-2))
+    correlation.diagonal(dim1=-2, dim2=-1).zero_()
+    beyond = F.softshrink(correlation, tolerance)
+    deviation, _ = moving(level["mean"], level["variance"])
+    unit = (deviation.to(length.device) / length.clamp(min=1e-30)).view(*size.shape, 1)  # activity of a unit vector
+    inhibited: Tensor = unit * (beyond @ (direction / unit.clamp(min=1e-30)))
+    return inhibited
 
 
 def tensors_of(levels: Iterable[Level]) -> list[Tensor]:

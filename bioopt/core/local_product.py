@@ -16,7 +16,7 @@ from ._torch_private import backward_pass
 from .acts import cut
 from .constraints import NON_NEGATIVE, Constraint
 from .errors import require_finite, warn
-from .homeostasis import RATE, WARM_UP, Level, Regulator, along_neurons, norms, overlap, rotation, tensors_of
+from .homeostasis import RATE, WARM_UP, Level, Regulator, along_neurons, inhibition, norms, rotation, tensors_of
 from .one_pass import OnePass
 from .params import Params, no_plastic_layer, surveyed, synapses_of, unique
 from .products import SparseSignal, in_pools, weight_shaped
@@ -34,6 +34,7 @@ UNPROVEN = 64  # firings of a layer that are kept until a backward pass first re
 #: ranges of the options of homeostasis
 REGULATED: dict[str, Constraint] = {
     "inhibition": NON_NEGATIVE,
+    "tolerance": (lambda v: 0 <= v < 1, "a number in [0, 1)"),
     "settle": NON_NEGATIVE,
 }
 
@@ -46,6 +47,7 @@ class LocalOptions(ReadoutOptions, total=False):
 
     homeostasis: bool
     inhibition: float
+    tolerance: float
     settle: float
 
 
@@ -80,7 +82,7 @@ class LocalRule(OnePass):
         TypeError: bare parameters; a model wrapped in DistributedDataParallel.
     """
 
-    #: defaults of ``homeostasis``, ``inhibition`` and ``settle``; empty for rules without homeostasis
+    #: defaults of ``homeostasis``, ``inhibition``, ``tolerance`` and ``settle``; empty for rules without homeostasis
     regulated: ClassVar[dict[str, Any]] = {}
 
     def __init__(
@@ -247,7 +249,9 @@ class LocalRule(OnePass):
         firing = replace(firing, standardised=regulator.standardised(firing, u))
         acts = regulator.acts(synapse)
         sums = self.measure(firing, u) if acts else Sums({}, {"events": u.numel() // len(synapse.weight)})
-        sums.values |= regulator.moments(firing, firing.activity(u), with_input=acts)
+        sums.values |= regulator.moments(
+            firing, firing.activity(u), acts, acts and self.param_groups[synapse.group]["inhibition"]
+        )
         return sums, firing.activity(u).to(u.dtype) if regulator.hands_on(synapse) else u
 
     def _on_neurons(self, firing: Firing, spikes: Tensor) -> Tensor:
@@ -400,7 +404,8 @@ class LocalRule(OnePass):
         size = centred.norm(dim=-1)
         drive = self.drive(centred, direction, synapse, group)
         if group["inhibition"]:
-            drive = drive - group["inhibition"] * size.mean() * overlap(direction)
+            others = inhibition(sums.values["z_product"] / sums.events, direction, length, level, group["tolerance"])
+            drive = drive - group["inhibition"] * size.mean() * others
         turn = rotation(drive, direction)
         largest = torch.maximum(size.amax(), turn.norm(dim=-1).amax()).clamp(min=1e-30)
         settled = 1 / (1 + (level["steps"] - WARM_UP) / group["settle"]) if group["settle"] else 1.0

@@ -103,12 +103,12 @@ class Hebbian(LocalRule):
         "loser_strength": NON_NEGATIVE,
         "decay": one_of(*DECAYS),
     }
-    regulated: ClassVar[dict[str, Any]] = {"homeostasis": True, "inhibition": 1.0, "settle": 50.0}
+    regulated: ClassVar[dict[str, Any]] = {"homeostasis": True, "inhibition": 10.0, "tolerance": 0.5, "settle": 20.0}
 
     def __init__(
         self,
         params: Params,
-        lr: float = 0.1,  # η
+        lr: float = 0.05,  # η
         *,
         inverse_temperature: float = 1.0,  # t
         competition: str = "soft",
@@ -269,7 +269,7 @@ class SoftHebb(LocalProductRule):
         "inverse_temperature": POSITIVE,
         "k": (lambda v: v is None or (isinstance(v, int) and v >= 2), "an integer >= 2, or None for all"),
     }
-    regulated: ClassVar[dict[str, Any]] = {"homeostasis": True, "inhibition": 10.0, "settle": 20.0}
+    regulated: ClassVar[dict[str, Any]] = {"homeostasis": True, "inhibition": 10.0, "tolerance": 0.4, "settle": 20.0}
 
     def __init__(
         self,
@@ -335,7 +335,7 @@ class KrotovHopfield(LocalProductRule):
         "rank": (lambda v: isinstance(v, int) and v >= 2, "an integer >= 2"),
         "anti_hebbian": NON_NEGATIVE,
     }
-    regulated: ClassVar[dict[str, Any]] = {"homeostasis": True, "inhibition": 10.0, "settle": 20.0}
+    regulated: ClassVar[dict[str, Any]] = {"homeostasis": True, "inhibition": 10.0, "tolerance": 0.4, "settle": 20.0}
 
     def __init__(
         self,

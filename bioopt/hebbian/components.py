@@ -7,7 +7,6 @@ from typing import Any, ClassVar, Unpack, final
 import torch
 from torch import Tensor
 
-from ..core.constraints import Constraint
 from ..core.local_product import LocalOptions, LocalProductRule
 from ..core.params import Params
 from ..core.products import in_pools, rows_of, weight_shaped
@@ -33,7 +32,7 @@ class Oja(LocalProductRule):
     Source: E. Oja (1982), *Simplified neuron model as a principal component analyzer*, J. Math. Biology 15.
     """
 
-    regulated: ClassVar[dict[str, Any]] = {"homeostasis": True, "inhibition": 30.0, "settle": 20.0}
+    regulated: ClassVar[dict[str, Any]] = {"homeostasis": True, "inhibition": 10.0, "tolerance": 0.4, "settle": 20.0}
 
     def __init__(
         self,
@@ -77,7 +76,7 @@ class Sanger(LocalProductRule):
     Neural Networks 2.
     """
 
-    regulated: ClassVar[dict[str, Any]] = {"homeostasis": True, "inhibition": 0.0, "settle": 20.0}
+    regulated: ClassVar[dict[str, Any]] = {"homeostasis": True, "inhibition": 10.0, "tolerance": 0.4, "settle": 20.0}
 
     def __init__(
         self,
@@ -127,19 +126,17 @@ class AntiHebbian(LocalProductRule):
     principle for learning*.
     """
 
-    constraints: ClassVar[dict[str, Constraint]] = {"tolerance": (lambda v: 0 <= v < 1, "a number in [0, 1)")}
-    regulated: ClassVar[dict[str, Any]] = {"homeostasis": True, "inhibition": 0.0, "settle": 20.0}
+    regulated: ClassVar[dict[str, Any]] = {"homeostasis": True, "inhibition": 10.0, "tolerance": 0.5, "settle": 20.0}
 
     def __init__(
         self,
         params: Params,
         lr: float = 0.02,  # η
         *,
-        tolerance: float = 0.5,
         readout: str | None = "delta",
         **options: Unpack[LocalOptions],
     ) -> None:
-        super().__init__(params, lr, own={"tolerance": tolerance}, readout=readout, **options)
+        super().__init__(params, lr, readout=readout, **options)
 
     def least_neurons(self, group: dict[str, Any]) -> tuple[int, str]:
         """Two."""
@@ -150,13 +147,8 @@ class AntiHebbian(LocalProductRule):
         return u
 
     def drive(self, product: Tensor, direction: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor:
-        """``-Σ_j r_kj w_j`` over the neurons whose correlation with the neuron is not tolerated."""
-        covariance = product @ direction.mT
-        size = covariance.diagonal(dim1=-2, dim2=-1).clamp(min=1e-12).unsqueeze(-1)  # activity of a unit vector
-        correlation = covariance / size.mT
-        correlation.diagonal(dim1=-2, dim2=-1).zero_()
-        beyond = torch.nn.functional.softshrink(correlation, group["tolerance"])
-        return -size * (beyond @ (direction / size))
+        """None but the inhibition between neurons."""
+        return torch.zeros_like(product)
 
     def update(self, product: Tensor, signal: Tensor | None, synapse: Synapse, group: dict[str, Any]) -> Tensor:
         """``-(C - diag C) W`` in each pool, no step longer than ``‖W‖``."""

@@ -44,7 +44,7 @@ class BCM(LocalRule):
     """
 
     constraints: ClassVar[dict[str, Constraint]] = {"threshold_rate": RATE}
-    regulated: ClassVar[dict[str, Any]] = {"homeostasis": True, "inhibition": 30.0, "settle": 20.0}
+    regulated: ClassVar[dict[str, Any]] = {"homeostasis": True, "inhibition": 10.0, "tolerance": 0.4, "settle": 20.0}
 
     def __init__(
         self,
