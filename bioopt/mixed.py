@@ -127,7 +127,9 @@ class Mixed(ModelGroups, Optimizer):
             with torch.no_grad():
                 loss, grads, own_states = probe.run("Mixed", self._estimate)
             loss = loss if probe.returns_tensor else loss.item()
-        require_finite(self, "an update", list(grads.values()))
+        total = require_finite(self, "an update", list(grads.values()))
+        for rule in self._rules():
+            rule.require_steady(grads, total)
         self.forward_passes = 0 if closure is None else probe.made
         for rule in self._rules():
             rule._coverage.look_for_silent()

@@ -14,8 +14,11 @@ from torch.optim import Optimizer
 __all__ = ["Diverged"]
 
 
+RUNAWAY = 100.0  # the mean change of a layer's weights in one step of gradient descent that is called divergence
+
+
 class Diverged(RuntimeError):
-    """A loss, an update or a state is infinite or NaN; nothing was changed.
+    """A loss, an update or a state is infinite or NaN, or a step would be far too large; nothing was changed.
 
     Attributes:
         parameter: the name of the weights with the largest norm.
@@ -35,12 +38,16 @@ def is_captured(tensors: list[Tensor]) -> bool:
     return bool(tensors) and tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def require_finite(optimizer: Optimizer, what: str, tensors: list[Tensor]) -> None:
-    """Raise `Diverged` if any entry is infinite or NaN; ``what`` names the tensors in the message."""
-    if is_captured(tensors):  # no value can be read
-        return
-    if not tensors or math.isfinite(total := torch.nn.utils.get_total_norm(tensors).item()):
-        return
+def require_finite(optimizer: Optimizer, what: str, tensors: list[Tensor]) -> float:
+    """Raise `Diverged` if any entry is infinite or NaN; ``what`` names the tensors in the message.
+
+    Returns:
+        the norm of all entries together; 0 where no value can be read.
+    """
+    if is_captured(tensors) or not tensors:
+        return 0.0
+    if math.isfinite(total := torch.nn.utils.get_total_norm(tensors).item()):
+        return total
     found = "nan" if math.isnan(total) else "infinite"
     name, norm, lr = _largest(optimizer)
     raise Diverged(
@@ -50,6 +57,34 @@ def require_finite(optimizer: Optimizer, what: str, tensors: list[Tensor]) -> No
         norm,
         lr,
     )
+
+
+def require_steady(optimizer: Optimizer, grads: dict[Tensor, Tensor], total: float) -> None:
+    """Raise `Diverged` if a step along these gradients would change the weights of a layer beyond all measure.
+
+    Args:
+        optimizer: with the learning rates.
+        grads: of its parameters.
+        total: the norm of all gradients, an upper bound that is known already.
+    """
+    for i, group in enumerate(optimizer.param_groups):
+        lr = float(group["lr"])
+        if lr * total <= RUNAWAY:
+            continue
+        names = group.get("param_names", [f"group{i}.params[{j}]" for j in range(len(group["params"]))])
+        for name, p in zip(names, group["params"], strict=True):
+            if p not in grads:
+                continue
+            change = lr * grads[p].norm().item() / math.sqrt(p.numel())
+            if change > RUNAWAY:
+                raise Diverged(
+                    f"{type(optimizer).__name__}: this step would change each weight of '{name}' by {change:.3g} on "
+                    f"average, with lr={lr:g}: it diverges; nothing was changed. Try lr={lr / 10:g}, a normalisation "
+                    "layer, or the defaults of the rule",
+                    name,
+                    p.detach().norm().item(),
+                    lr,
+                )
 
 
 def _largest(optimizer: Optimizer) -> tuple[str, float, float]:

@@ -247,7 +247,7 @@ class LocalRule(OnePass):
         if not self.homeostatic_rate(self.param_groups[synapse.group]):
             return self.measure(firing, u), u
         firing = replace(firing, standardised=regulator.standardised(firing, u))
-        acts = regulator.acts(synapse)
+        acts = bool(self.regulated) and regulator.acts(synapse)
         sums = self.measure(firing, u) if acts else Sums({}, {"events": u.numel() // len(synapse.weight)})
         sums.values |= regulator.moments(
             firing, firing.activity(u), acts, acts and self.param_groups[synapse.group]["inhibition"]

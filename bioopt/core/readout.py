@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .acts import Isolated, cut, detached, isolate
 from .constraints import NON_NEGATIVE, require_in_range
-from .homeostasis import RATE, Level, along_neurons, in_weight_form, kept_in_place
+from .homeostasis import NOT_MOVING, RATE, Level, along_neurons, in_weight_form, kept_in_place
 from .params import RuleOptions, named_modules_of, no_plastic_layer, surveyed
 from .products import in_full, over_events
 from .reach import Pending, Reach
@@ -403,7 +403,8 @@ def _standardised(grads: dict[Tensor, Tensor], synapse: Synapse, level: Level) -
     centred = bias is not None and bias in grads
     if not centred:
         variance, mean = variance + mean.square(), torch.zeros_like(mean)
-    power = variance + FLOOR * variance.mean() + torch.finfo(weight.dtype).tiny
+    # Variance below that of rounding, or of activity of 1e-6, is no signal.
+    power = variance + FLOOR * variance.mean() + NOT_MOVING * mean.square().mean() + 1e-12
     size = weight[0].numel() + 1
     mean, power = in_weight_form(mean, synapse), in_weight_form(power, synapse)
     grad = grads[weight]

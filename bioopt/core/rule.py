@@ -25,7 +25,7 @@ from ._torch_private import mark_as_stepped, unhooked_step
 from .acts import cut
 from .constraints import NON_NEGATIVE, Constraint, require_in_range
 from .coverage import Coverage
-from .errors import is_captured, require_finite, warn
+from .errors import is_captured, require_finite, require_steady, warn
 from .hooks import IN_PYTHON, remove_all
 from .integrations import (
     NAME,
@@ -280,7 +280,8 @@ class LearningRule(ModelGroups, Optimizer):
                 f"{type(self).__name__} keeps running state, which the replay of a CUDA graph would not update: take "
                 "ordinary steps"
             )
-        require_finite(self, "an update", list(grads.values()))
+        total = require_finite(self, "an update", list(grads.values()))
+        self.require_steady(grads, total)
         self.forward_passes = 0 if closure is None else probe.made
         self._coverage.look_for_silent()
         for p in self._trained():
@@ -406,6 +407,11 @@ class LearningRule(ModelGroups, Optimizer):
         )
 
     # -- for rules ----------------------------------------------------------------------------------------------
+
+    def require_steady(self, grads: dict[Tensor, Tensor], total: float) -> None:
+        """Raise `Diverged` where a step would change weights beyond all measure; ``total``: the gradients' norm."""
+        if isinstance(self._descent, SGD):  # others normalise the step
+            require_steady(self, grads, total)
 
     def _base_point(self, probe: Probe, visit: Visit | None = None) -> Tensor:
         """Evaluate once at the present weights, and let the readout learn from that; for rules of several passes.

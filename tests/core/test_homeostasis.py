@@ -1,0 +1,427 @@
+"""Homeostasis, the rules under it, and the readout on standardised activity, against slow twins."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import bioopt
+from bioopt.core.homeostasis import EVENTS, RATE, WARM_UP
+
+from ..rules import cnn
+
+LAYERS = {
+    "linear": lambda: nn.Linear(7, 5),
+    "linear, no bias": lambda: nn.Linear(7, 5, bias=False),
+    "conv": lambda: nn.Conv2d(2, 6, 3),
+    "conv, groups": lambda: nn.Conv2d(4, 6, 3, groups=2),
+    "conv, no bias": lambda: nn.Conv2d(2, 6, 3, bias=False),
+}
+
+
+def layer_and_input(name: str, seed: int = 0, shift: float = 1.0) -> tuple[Any, Tensor]:
+    torch.manual_seed(seed)
+    layer = LAYERS[name]().double()
+    channels = layer.in_features if name.startswith("linear") else layer.in_channels
+    shape = (40, channels) if name.startswith("linear") else (12, channels, 5, 5)
+    return layer, 2 * torch.randn(shape, dtype=torch.float64) + shift
+
+
+def batches(x: Tensor, count: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [x[torch.randperm(len(x), generator=generator)] + 0.01 * i for i in range(count)]
+
+
+def events(u: Tensor) -> Tensor:
+    """Events × neurons."""
+    return u.movedim(1, -1).reshape(-1, u.shape[1])
+
+
+def patches(layer: Any, x: Tensor) -> Tensor:
+    """Pools × events × inputs of a neuron."""
+    if isinstance(layer, nn.Linear):
+        return x.unsqueeze(0)
+    rows = F.unfold(x, layer.kernel_size).movedim(1, -1).reshape(-1, layer.groups, layer.weight[0].numel())
+    return rows.movedim(1, 0)
+
+
+class Twin:
+    """Homeostasis of one layer, written out neuron by neuron; with a rule, its rotation too."""
+
+    def __init__(self, layer: Any, rule: Any = None, lr: float = 0.0, settle: float = 20.0) -> None:
+        self.layer, self.rule, self.lr, self.settle, self.steps = copy.deepcopy(layer), rule, lr, settle, 0
+        self.seen = 0
+        self.mean = self.variance = self.input = None
+
+    @torch.no_grad()
+    def step(self, x: Tensor) -> Tensor:
+        """Returns what the layers above receive."""
+        layer, weight = self.layer, self.layer.weight
+        bias = torch.zeros(len(weight), dtype=weight.dtype) if layer.bias is None else layer.bias
+        u = layer(x)
+        rows, pre = events(u), patches(layer, x)
+        n = len(rows)
+        acts = self.rule is not None and self.steps >= WARM_UP
+        if self.mean is None:
+            self.mean, self.variance = rows.mean(0), rows.var(0, unbiased=False)
+        m, s = self.mean.clone(), self.variance.sqrt()
+        z = (rows - m) / s
+        handed_on = (u - m.view(-1, *[1] * (u.ndim - 2))) / s.view(-1, *[1] * (u.ndim - 2)) if not self.steps else u
+        r = max(RATE, n / (self.seen + n))
+        self.seen += n
+        for k in range(len(weight)):
+            shift = (rows[:, k] - m[k]).mean()
+            square = (rows[:, k] - m[k]).square().mean()
+            self.mean[k] = m[k] + r * shift
+            self.variance[k] = (1 - r) * s[k] ** 2 + r * (square - shift**2) + r * (1 - r) * shift**2
+        if acts:
+            if isinstance(layer, nn.Linear):
+                of_batch = x.mean(0, keepdim=True)
+            else:
+                by_channel = x.mean((0, 2, 3)).view(layer.groups, -1)
+                of_batch = by_channel.repeat_interleave(layer.kernel_size[0] * layer.kernel_size[1], 1)
+            self.input = of_batch if self.input is None else torch.lerp(self.input, of_batch, r)
+        before = self.expected()
+        length = weight.flatten(1).norm(dim=1)
+        if acts:
+            self.turn(z, pre, length)
+        share = 1.0 if not self.steps else max(RATE, 1 / (1 + self.steps))
+        for k in range(len(weight)):
+            gain = self.variance[k].sqrt() ** -share
+            gain = gain.clamp(0.1, 10) if self.steps else gain
+            weight[k] *= gain * length[k] / weight[k].norm()
+            self.variance[k] *= gain**2
+            self.mean[k] = gain * (self.mean[k] - bias[k] - before[k])
+        self.mean += self.expected()
+        if layer.bias is not None:
+            layer.bias.copy_(-self.mean)
+            self.mean = torch.zeros_like(self.mean)
+        self.steps += 1
+        return handed_on
+
+    def expected(self) -> Tensor:
+        rows = self.layer.weight.flatten(1)
+        if self.input is None:
+            return rows.new_zeros(len(rows))
+        pools = len(self.input)
+        return (rows.view(pools, -1, rows.shape[1]) * self.input.unsqueeze(1)).sum(-1).flatten()
+
+    def turn(self, z: Tensor, pre: Tensor, length: Tensor) -> None:
+        """The rule's rotation of every weight vector."""
+        weight = self.layer.weight
+        pools, neurons = len(pre), len(weight) // len(pre)
+        signal = self.rule["signal"](z.view(len(z), pools, neurons))
+        unit = weight.flatten(1) / length.unsqueeze(1)
+        unit, drive = unit.view(pools, neurons, -1), torch.zeros(pools, neurons, weight[0].numel(), dtype=weight.dtype)
+        size = torch.zeros(pools, neurons, dtype=weight.dtype)
+        products = torch.zeros_like(drive)
+        for p in range(pools):
+            for k in range(neurons):
+                for e in range(len(z)):
+                    products[p, k] += signal[e, p, k] * (pre[p, e] - self.input[p]) / len(z)
+                size[p, k] = products[p, k].norm()
+        for p in range(pools):
+            drive[p] = self.rule["drive"](products[p], unit[p])
+        turned = torch.zeros_like(drive)
+        for p in range(pools):
+            for k in range(neurons):
+                turned[p, k] = drive[p, k] - (drive[p, k] @ unit[p, k]) * unit[p, k]
+        largest = max(size.max(), turned.norm(dim=-1).max())
+        rate = self.lr / (1 + (self.steps - WARM_UP) / self.settle)
+        new = unit + rate * turned / largest
+        weight.copy_((new.view(len(weight), -1) * length.unsqueeze(1)).view_as(weight))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_homeostasis_equals_its_twin(name: str) -> None:
+    layer, x = layer_and_input(name)
+    twin, optimizer = Twin(layer), bioopt.Homeostasis(layer, readout=None)
+    for batch in batches(x, 25):
+        received: list[Tensor] = []
+
+        def closure(batch: Tensor = batch, received: list[Tensor] = received) -> Tensor:
+            received.append(layer(batch))
+            return received[-1].sum()
+
+        optimizer.step(closure)
+        torch.testing.assert_close(received[0].detach(), twin.step(batch), rtol=0, atol=1e-10)
+        torch.testing.assert_close(layer.weight.detach(), twin.layer.weight.detach(), rtol=0, atol=1e-10)
+        if layer.bias is not None:
+            torch.testing.assert_close(layer.bias.detach(), twin.layer.bias.detach(), rtol=0, atol=1e-10)
+    u = events(layer(x + 0.24).detach())
+    assert (u.var(0, unbiased=False).sqrt() - 1).abs().max() < 0.1
+    if layer.bias is not None:
+        assert u.mean(0).abs().max() < 0.1
+
+
+RULES = {
+    "oja": (bioopt.Oja, {}, {"signal": lambda z: z, "drive": lambda p, v: p}),
+    "sanger": (bioopt.Sanger, {}, {"signal": lambda z: z, "drive": lambda p, v: p - (p @ v.T).tril() @ v}),
+    "softhebb": (
+        bioopt.SoftHebb,
+        {"inverse_temperature": 2.0},
+        {
+            "signal": lambda z: torch.where(
+                z == z.amax(-1, keepdim=True), torch.softmax(2 * z, -1), -torch.softmax(2 * z, -1)
+            ),
+            "drive": lambda p, v: p,
+        },
+    ),
+    "hebbian": (
+        bioopt.Hebbian,
+        {"inverse_temperature": 3.0},
+        {"signal": lambda z: torch.softmax(3 * z, -1) * z, "drive": lambda p, v: p - p @ v.T @ v},
+    ),
+    "krotov_hopfield": (
+        bioopt.KrotovHopfield,
+        {},
+        {
+            "signal": lambda z: (
+                (z == z.amax(-1, keepdim=True)).double() - 0.4 * (z == z.sort(-1).values[..., -2:-1]).double()
+            ),
+            "drive": lambda p, v: p,
+        },
+    ),
+    "bcm": (bioopt.BCM, {}, {"signal": lambda z: z.clamp(min=0) * (z.clamp(min=0) - 1), "drive": lambda p, v: p}),
+}
+
+
+@pytest.mark.parametrize("name", ["linear", "conv, groups", "conv, no bias"])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rule_turns_weight_vectors_as_its_twin(rule: str, name: str) -> None:
+    build, options, written_out = RULES[rule]
+    layer, x = layer_and_input(name, seed=1)
+    twin = Twin(layer, written_out, lr=0.2)
+    optimizer = build(layer, 0.2, inhibition=0.0, settle=20.0, readout=None, **options)
+    for batch in batches(x, WARM_UP + 4):
+        optimizer.step(lambda batch=batch: layer(batch).sum())
+        twin.step(batch)
+        torch.testing.assert_close(layer.weight.detach(), twin.layer.weight.detach(), rtol=0, atol=1e-9)
+
+
+def test_correlated_neurons_inhibit_each_other() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 4).double()
+    with torch.no_grad():
+        layer.weight[1] = layer.weight[0] + 0.05 * torch.randn(6)
+    x = torch.randn(400, 6, dtype=torch.float64)
+
+    def correlation() -> float:
+        return torch.corrcoef(layer(x).detach().T)[0, 1].item()
+
+    before = correlation()
+    optimizer = bioopt.AntiHebbian(layer, 0.05, tolerance=0.5, settle=0.0, readout=None)
+    for _ in range(100):
+        optimizer.step(lambda: layer(x).sum())
+    assert before > 0.8
+    assert abs(correlation()) < 0.6
+
+
+@pytest.mark.parametrize("rule", [bioopt.Hebbian, bioopt.SoftHebb, bioopt.BCM, bioopt.Homeostasis])
+def test_the_scale_and_shift_of_the_input_make_no_difference(rule: Any) -> None:
+    torch.manual_seed(0)
+    x, y = torch.rand(64, 8, dtype=torch.float64), torch.randint(3, (64,))
+    outputs = []
+    for scale, shift in ((1.0, 0.0), (255.0, 0.0), (1e-3, 0.0), (3.0, 7.0)):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 6), nn.ReLU(), nn.Linear(6, 3)).double()
+        optimizer = rule(model)
+        for _ in range(25):
+            optimizer.zero_grad()
+            F.cross_entropy(model(scale * x + shift), y).backward()
+            optimizer.step()
+        outputs.append(model(scale * x + shift).detach())
+    for other in outputs[1:]:
+        torch.testing.assert_close(other, outputs[0], rtol=0, atol=1e-6)
+
+
+def test_nothing_changes_in_evaluation_or_before_the_step() -> None:
+    model = cnn()
+    x = torch.randn(20, 2, 8, 8)
+    optimizer = bioopt.Hebbian(model)
+    before = copy.deepcopy(model.state_dict())
+    model.eval()
+    model(x)
+    model.train()
+    loss = F.cross_entropy(model(x), torch.randint(5, (20,)))
+    parameters = dict(model.named_parameters())
+    assert all(torch.equal(parameters[name], value) for name, value in before.items() if name in parameters)
+    loss.backward()
+    optimizer.step()
+    assert not torch.equal(model[0].weight, before["0.weight"])
+
+
+def test_a_loss_that_is_thrown_away_teaches_no_level() -> None:
+    models = [cnn(dropout=0.0), cnn(dropout=0.0)]
+    rules = [bioopt.Homeostasis(model) for model in models]
+    y = torch.randint(5, (20,))
+    for step in range(3):
+        x = torch.randn(20, 2, 8, 8, generator=torch.Generator().manual_seed(step))
+        for i, (model, rule) in enumerate(zip(models, rules, strict=True)):
+            if i and step:
+                model[1].eval()  # so that the batch leaves no trace in batch norm
+                F.cross_entropy(model(x + 50), y)
+                model[1].train()
+            rule.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            rule.step()
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rule", [bioopt.Hebbian, bioopt.Homeostasis])
+def test_goes_on_bit_for_bit(rule: Any) -> None:
+    def train(model: nn.Module, optimizer: Any, first: int, last: int) -> None:
+        for step in range(first, last):
+            generator = torch.Generator().manual_seed(step)
+            x, y = torch.randn(20, 2, 8, 8, generator=generator), torch.randint(5, (20,), generator=generator)
+            torch.manual_seed(step)
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+
+    model = cnn()
+    optimizer = rule(model)
+    train(model, optimizer, 0, 15)
+    other = copy.deepcopy(model)
+    resumed = rule(other)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(model, optimizer, 15, 20)
+    train(other, resumed, 15, 20)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_micro_batches_of_one_step_count_together() -> None:
+    layer, x = layer_and_input("linear")
+    other = copy.deepcopy(layer)
+    rules = bioopt.Homeostasis(layer, readout=None), bioopt.Homeostasis(other, readout=None)
+    for batch in batches(x, 3):
+        layer(batch)
+        rules[0].step()
+        if rules[0]._own_state["homeostasis"][0]["steps"] == 1:  # the first firing sets the start
+            other(batch)
+        else:
+            other(batch[:10]), other(batch[10:])
+        rules[1].step()
+    torch.testing.assert_close(layer.weight, other.weight, rtol=0, atol=1e-10)
+
+
+def test_too_few_events_wait() -> None:
+    layer = nn.Linear(3, 2)
+    before = layer.weight.detach().clone()
+    optimizer = bioopt.Homeostasis(layer, readout=None)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(2 * EVENTS):
+        optimizer.step(lambda: layer(torch.randn(1, 3, generator=generator)).sum())
+        assert torch.equal(layer.weight, before) == (step < EVENTS - 1)
+    assert layer.weight.isfinite().all()
+
+
+def test_a_constant_input_is_named_and_left_alone() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    before = model[0].weight.detach().clone()
+    optimizer = bioopt.Hebbian(model)
+    y = torch.randint(2, (20,))
+    with pytest.warns(UserWarning, match=r"activity of layer '0' is the same for all 20 events"):
+        loss = F.cross_entropy(model(torch.ones(20, 3)), y)
+    loss.backward()
+    optimizer.step()
+    for _ in range(15):
+        optimizer.zero_grad()
+        F.cross_entropy(model(torch.ones(20, 3)), y).backward()
+        optimizer.step()
+    torch.testing.assert_close(model[0].weight.detach(), before)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_a_frozen_or_excluded_bias_stays() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    model[0].bias.requires_grad_(False)
+    before = model[0].bias.clone(), model[2].bias.detach().clone()
+    optimizer = bioopt.Homeostasis(model, exclude=["2.bias"])
+    for step in range(3):
+        x = torch.randn(20, 3, generator=torch.Generator().manual_seed(step)) + 1
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), torch.randint(2, (20,))).backward()
+        optimizer.step()
+    assert torch.equal(model[0].bias, before[0])
+    assert torch.equal(model[2].bias, before[1])
+    assert optimizer.coverage()["0.weight"] == "Homeostasis"
+    assert optimizer.coverage()["2.bias"] == "excluded"
+
+
+# -- the readout on standardised activity ---------------------------------------------------------------------------
+
+
+def test_the_readout_learns_as_by_gradients_of_standardised_input() -> None:
+    """Gradient descent of ``v, c`` in ``u = v (x - μ) / σ + c`` is the step that the readout makes for ``w, b``."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    x, y = torch.randn(50, 5, dtype=torch.float64), torch.randint(3, (50,))
+    optimizer = bioopt.Homeostasis(model, lr=0.0, readout_options={"momentum": 0.0})
+    readout = copy.deepcopy(model[2])
+    h = model[1](model[0](x)).detach()
+    mean, variance = h.mean(0), h.var(0, unbiased=False)
+    deviation = (variance + 0.1 * variance.mean() + 1e-6 * mean.square().mean() + 1e-12).sqrt()
+    v = (readout.weight * deviation).detach().requires_grad_()
+    c = (readout.bias + readout.weight @ mean).detach().requires_grad_()
+    F.cross_entropy((h - mean) / deviation @ v.T + c, y).backward()
+    lr = optimizer.param_groups[-1]["lr"] / 7
+    v, c = v.detach() - lr * v.grad, c.detach() - lr * c.grad
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    torch.testing.assert_close(model[2].weight.detach(), v / deviation, rtol=0, atol=1e-12)
+    torch.testing.assert_close(model[2].bias.detach(), c - v / deviation @ mean, rtol=0, atol=1e-12)
+
+
+def test_a_given_rate_is_that_of_the_plain_gradient() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
+    x, y = torch.randn(50, 5), torch.randint(3, (50,))
+    optimizer = bioopt.Homeostasis(model, lr=0.0, readout_lr=0.1)
+    wanted = torch.autograd.grad(F.cross_entropy(model(x), y), model[2].weight)[0]
+    before = model[2].weight.detach().clone()
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    torch.testing.assert_close(model[2].weight.detach(), before - 0.1 * wanted)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "squared_error"])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 255.0])
+def test_the_readout_is_stable_on_any_scale(loss: str, scale: float) -> None:
+    torch.manual_seed(0)
+    x, y = scale * (torch.rand(64, 40) + 3), torch.randint(4, (64,))
+    model = nn.Sequential(nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 4))
+    optimizer = bioopt.Homeostasis(model, lr=0.0)
+    losses = []
+    for _ in range(300):
+        optimizer.zero_grad()
+        u = model(x)
+        value = F.cross_entropy(u, y) if loss == "cross_entropy" else (u - F.one_hot(y, 4)).square().sum(1).mean()
+        value.backward()
+        optimizer.step()
+        losses.append(value.item())
+    assert losses[-1] < 0.9 * losses[0]
+    assert max(losses) < 3 * losses[0]
+
+
+def test_a_step_that_diverges_is_refused_long_before_the_weights_are_lost() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 30), nn.ReLU(), nn.Linear(30, 3))
+    optimizer = bioopt.Hebbian(model, 50.0, homeostasis=False, decay="none", readout_lr=0.1)
+    x, y = 10 * torch.randn(64, 20), torch.randint(3, (64,))
+
+    def train() -> None:
+        for _ in range(1000):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+
+    with pytest.raises(bioopt.Diverged, match=r"Hebbian: this step would change each weight of '.*' by .* on average"):
+        train()
+    assert max(p.detach().abs().max().item() for p in model.parameters()) < 1e6
