@@ -96,7 +96,7 @@ class Regulator:
         level = self.level(synapse)
         if level is not None:
             mean = level["mean"].to(u.device)
-            return mean, moving(mean, level["variance"].to(u.device))[0]
+            return mean, moving(mean, level["variance"].to(u.device), synapse)[0]
         if synapse in self._starts:
             return self._starts[synapse]
         size = u.shape[channel]
@@ -108,7 +108,7 @@ class Regulator:
         shape = [-1 if d == channel else 1 for d in range(u.ndim)]
         variance = over_events((u - mean.view(shape)).square(), channel)
         self._sum_over_ranks([variance])
-        deviation, still = moving(mean, variance.div_(count))
+        deviation, still = moving(mean, variance.div_(count), synapse)
         if bool(still.all()) and synapse not in self._still:
             self._still.add(synapse)
             warn(
@@ -128,12 +128,14 @@ class Regulator:
         shift, square = sums.values["z"] / n, sums.values["z_squared"] / n
         if level is None:
             mean, deviation = self._starts.get(synapse, (torch.zeros_like(shift), torch.ones_like(shift)))
+            variance = torch.zeros_like(mean)  # which has no weight in the first step
         else:
             mean = level["mean"].to(shift.device)
-            deviation = moving(mean, level["variance"].to(shift.device))[0]
+            variance = level["variance"].to(shift.device)
+            deviation = moving(mean, variance, synapse)[0]
         new = {
             "mean": mean + r * deviation * shift,
-            "variance": deviation.square() * ((1 - r) + r * (square - shift.square()) + r * (1 - r) * shift.square()),
+            "variance": (1 - r) * variance + r * deviation.square() * (square - r * shift.square()),
             "events": seen + n,
             "steps": 0 if level is None else level["steps"],
         }
@@ -166,7 +168,7 @@ class Regulator:
     def _regulate(self, synapse: Synapse, level: Level, norm: Tensor, of_input: Tensor, rate: float) -> Level:
         weight, steps = synapse.weight, level["steps"]
         mean, variance = (level[name].to(weight.device) for name in ("mean", "variance"))
-        deviation, still = moving(mean, variance)
+        deviation, still = moving(mean, variance, synapse)
         r = max(rate, 1 / (1 + steps)) if rate else 0.0
         gain = deviation.pow(-r).masked_fill(still, 1)
         if steps:
@@ -188,10 +190,12 @@ class Regulator:
         return kept_in_place(level, new)
 
 
-def moving(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+def moving(mean: Tensor, variance: Tensor, synapse: Synapse) -> tuple[Tensor, Tensor]:
     """The deviation of each neuron, 1 where it does not move, and where that is."""
-    deviation = variance.clamp(min=0).sqrt()
-    still = deviation <= NOT_MOVING * mean.abs() + 1e-20
+    deviation, offset = variance.clamp(min=0).sqrt(), mean.abs()
+    if synapse.bias is not None:  # which may cancel a constant input but for rounding
+        offset = offset + synapse.bias.detach().abs().to(offset)
+    still = deviation <= NOT_MOVING * offset + 1e-20
     return deviation.masked_fill(still, 1), still
 
 
@@ -219,7 +223,7 @@ def in_weight_form(channels: Tensor, synapse: Synapse) -> Tensor:
 def expected(weight: Tensor, level: Level) -> Tensor:
     """The activity of each neuron for the mean input; 0 before that is known."""
     if "input" not in level:
-        return level["mean"].new_zeros(len(weight), device=weight.device)
+        return torch.zeros(len(weight), dtype=level["mean"].dtype, device=weight.device)
     weight = in_full(weight.detach())
     total: Tensor = torch.mul(weight, level["input"].to(weight)).flatten(1).sum(1)
     return total
@@ -242,24 +246,24 @@ def kept_in_place(old: Level, new: Level) -> Level:
 
 def rotation(drive: Tensor, direction: Tensor) -> Tensor:
     """The part of ``drive`` that turns unit vectors."""
-    return drive - torch.linalg.vecdot(drive, direction).unsqueeze(-1) * direction
+    turn: Tensor = drive - torch.linalg.vecdot(drive, direction).unsqueeze(-1) * direction
+    return turn
 
 
-def inhibition(moment: Tensor, direction: Tensor, length: Tensor, level: Level, tolerance: float) -> Tensor:
+def inhibition(moment: Tensor, direction: Tensor, length: Tensor, deviation: Tensor, tolerance: float) -> Tensor:
     """For each neuron, the weights of those that are active together with it, in proportion to that.
 
     Args:
         moment: ``⟨z_k z_j⟩`` of each pool, pools × neurons × neurons.
         direction: the unit weight vectors, pools × neurons × inputs.
         length: of each neuron's weights.
-        level: of the layer.
+        deviation: of each neuron's activity.
         tolerance: correlations up to this are left alone.
     """
     size = moment.diagonal(dim1=-2, dim2=-1).clamp(min=1e-12).sqrt()
     correlation = moment / (size.unsqueeze(-1) * size.unsqueeze(-2))
     correlation.diagonal(dim1=-2, dim2=-1).zero_()
     beyond = F.softshrink(correlation, tolerance)
-    deviation, _ = moving(level["mean"], level["variance"])
     unit = (deviation.to(length.device) / length.clamp(min=1e-30)).view(*size.shape, 1)  # activity of a unit vector
     inhibited: Tensor = unit * (beyond @ (direction / unit.clamp(min=1e-30)))
     return inhibited

@@ -16,7 +16,7 @@ from ._torch_private import backward_pass
 from .acts import cut
 from .constraints import NON_NEGATIVE, Constraint
 from .errors import require_finite, warn
-from .homeostasis import RATE, WARM_UP, Level, Regulator, along_neurons, inhibition, norms, rotation, tensors_of
+from .homeostasis import RATE, WARM_UP, Level, Regulator, along_neurons, inhibition, moving, norms, rotation, tensors_of
 from .one_pass import OnePass
 from .params import Params, no_plastic_layer, surveyed, synapses_of, unique
 from .products import SparseSignal, in_pools, weight_shaped
@@ -402,11 +402,14 @@ class LocalRule(OnePass):
         direction = in_pools(weight / along_neurons(length, weight).clamp(min=1e-30).to(weight.dtype), synapse)
         centred = in_pools(product.sub_(along_neurons(signal, product) * level["input"].to(product)), synapse)
         size = centred.norm(dim=-1)
+        deviation, still = moving(level["mean"].to(length.device), level["variance"].to(length.device), synapse)
         drive = self.drive(centred, direction, synapse, group)
         if group["inhibition"]:
-            others = inhibition(sums.values["z_product"] / sums.events, direction, length, level, group["tolerance"])
+            others = inhibition(
+                sums.values["z_product"] / sums.events, direction, length, deviation, group["tolerance"]
+            )
             drive = drive - group["inhibition"] * size.mean() * others
-        turn = rotation(drive, direction)
+        turn = rotation(drive, direction).masked_fill(still.view(*size.shape, 1), 0)
         largest = torch.maximum(size.amax(), turn.norm(dim=-1).amax()).clamp(min=1e-30)
         settled = 1 / (1 + (level["steps"] - WARM_UP) / group["settle"]) if group["settle"] else 1.0
         turn = turn * (settled * length.view(*size.shape, 1) / largest)

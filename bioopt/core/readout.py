@@ -403,8 +403,8 @@ def _standardised(grads: dict[Tensor, Tensor], synapse: Synapse, level: Level) -
     centred = bias is not None and bias in grads
     if not centred:
         variance, mean = variance + mean.square(), torch.zeros_like(mean)
-    # Variance below that of rounding, or of activity of 1e-6, is no signal.
-    power = variance + FLOOR * variance.mean() + NOT_MOVING * mean.square().mean() + 1e-12
+    # Variance below that of rounding, or of activity of 3e-5, is no signal.
+    power = variance + FLOOR * variance.mean() + NOT_MOVING * mean.square().mean() + 1e-9
     size = weight[0].numel() + 1
     mean, power = in_weight_form(mean, synapse), in_weight_form(power, synapse)
     grad = grads[weight]

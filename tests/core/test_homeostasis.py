@@ -367,7 +367,7 @@ def test_the_readout_learns_as_by_gradients_of_standardised_input() -> None:
     readout = copy.deepcopy(model[2])
     h = model[1](model[0](x)).detach()
     mean, variance = h.mean(0), h.var(0, unbiased=False)
-    deviation = (variance + 0.1 * variance.mean() + 1e-6 * mean.square().mean() + 1e-12).sqrt()
+    deviation = (variance + 0.1 * variance.mean() + 1e-6 * mean.square().mean() + 1e-9).sqrt()
     v = (readout.weight * deviation).detach().requires_grad_()
     c = (readout.bias + readout.weight @ mean).detach().requires_grad_()
     F.cross_entropy((h - mean) / deviation @ v.T + c, y).backward()
