@@ -138,7 +138,17 @@ RULES: dict[str, Rule] = {
     "sanger": bioopt.Sanger,
     "bcm": bioopt.BCM,
     "anti_hebbian": bioopt.AntiHebbian,
+    "reward_hebbian": bioopt.RewardHebbian,
 }
+for _name, _rule in {
+    "node_perturbation": bioopt.NodePerturbation,
+    "forward_gradient": bioopt.ForwardGradient,
+    "weight_perturbation": bioopt.WeightPerturbation,
+}.items():
+    RULES[_name] = _rule
+    RULES[f"{_name}_delta"] = partial(_rule, readout="delta")
+    # With a trunk that stands still: what the readout alone reaches in the same steps of Adam.
+    RULES[f"{_name}_still"] = partial(_rule, lr=0.0, readout="delta", readout_lr=1e-3)
 DIVERGED = {"accuracy": 0.1, "turned": 0.0, "first_loss": 1.0, "last_loss": 1.0, "step_ms": 0.0}
 SETTINGS = ("data", "scale", "images", "epochs", "batch", "held_out")
 SCALES = ("unit", "standard", "byte")

@@ -85,7 +85,7 @@ class Regulator:
         sums = {"z": over_events(z, channel), "z_squared": squares_over_events(z, channel)}
         if inhibited:
             rows = z.movedim(channel, -1).reshape(-1, synapse.pools, len(synapse.weight) // synapse.pools).movedim(0, 1)
-            sums["z_product"] = rows.mT @ rows
+            sums["z_product"] = (rows.mT @ rows).to(z.dtype)  # which autocast rounds
         if acts:
             x = firing.x.detach()
             sums["input"] = over_events(x, x.ndim + synapse.channel_dim, z.dtype)

@@ -296,6 +296,24 @@ def test_goes_on_bit_for_bit(rule: Any) -> None:
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("rule", [bioopt.SoftHebb, bioopt.BCM, bioopt.Oja])
+def test_learns_the_same_in_half_precision(rule: Any) -> None:
+    found = []
+    for amp in (False, True):
+        model = cnn(dropout=0.0)
+        optimizer = rule(model, settle=0.0)
+        for step in range(WARM_UP + 5):
+            x = torch.randn(20, 2, 8, 8, generator=torch.Generator().manual_seed(step))
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+                loss = F.cross_entropy(model(x), torch.arange(20) % 5)
+            loss.backward()
+            optimizer.step()
+        found.append(torch.cat([model[0].weight.detach().flatten(), model[4].weight.detach().flatten()]))
+        assert model[0].weight.dtype == torch.float32
+    assert F.cosine_similarity(found[0], found[1], 0) > 0.995
+
+
 def test_micro_batches_of_one_step_count_together() -> None:
     layer, x = layer_and_input("linear")
     other = copy.deepcopy(layer)
