@@ -150,6 +150,17 @@ for _name, _rule in {
     # With a trunk that stands still: what the readout alone reaches in the same steps of Adam.
     RULES[f"{_name}_still"] = partial(_rule, lr=0.0, readout="delta", readout_lr=1e-3)
 DIVERGED = {"accuracy": 0.1, "turned": 0.0, "first_loss": 1.0, "last_loss": 1.0, "step_ms": 0.0}
+#: what made the difference: each leaves one thing out
+PLAIN: dict[str, Any] = {"readout_lr": 0.02, "readout_options": {"momentum": 0.9}}
+ABLATIONS: dict[str, Rule] = {
+    "random_trunk, plain readout": lambda model: bioopt.Homeostasis(model, lr=0.0, **PLAIN),
+    "homeostasis, plain readout": lambda model: bioopt.Homeostasis(model, **PLAIN),
+}
+for _name, _local in {"softhebb": bioopt.SoftHebb, "krotov_hopfield": bioopt.KrotovHopfield, "oja": bioopt.Oja}.items():
+    ABLATIONS[f"{_name}, no inhibition"] = partial(_local, inhibition=0.0)
+    ABLATIONS[f"{_name}, constant rate"] = partial(_local, settle=0.0)
+    ABLATIONS[f"{_name}, no homeostasis"] = partial(_local, lr=0.01, homeostasis=False)
+    ABLATIONS[f"{_name}, as before"] = partial(_local, lr=0.01, homeostasis=False, **PLAIN)
 SETTINGS = ("data", "scale", "images", "epochs", "batch", "held_out")
 SCALES = ("unit", "standard", "byte")
 
@@ -239,7 +250,7 @@ def section(runs: list[dict[str, Any]]) -> str:
     one = runs[0]
     found = {(r["rule"], r["network"], r["seed"]): r for r in runs}
     networks = [name for name in NETWORKS if any(r["network"] == name for r in runs)]
-    rules = [name for name in RULES if any(r["rule"] == name for r in runs)]
+    rules = [name for name in RULES | ABLATIONS if any(r["rule"] == name for r in runs)]
     seeds = sorted({r["seed"] for r in runs})
     where = "held-out training images" if one["held_out"] else "test images"
     text = [
@@ -279,6 +290,7 @@ def main() -> None:
     """Run what is missing, and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rules", nargs="+", default=list(RULES), choices=list(RULES))
+    parser.add_argument("--ablations", action="store_true", help="run the ablations in place of the rules")
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--data", default="mnist")
@@ -301,13 +313,15 @@ def main() -> None:
     data: list[Tensor] = []
     for seed in () if options.table else options.seeds:
         for network in options.networks:
-            for rule in options.rules:
+            for rule in ABLATIONS if options.ablations else options.rules:
                 which = {"rule": rule, "network": network, "seed": seed, **settings}
                 if any(which.items() <= done.items() for done in finished(path)):
                     continue
                 data = data or images(options.data, options.root, options.scale, options.images, options.held_out)
                 try:
-                    result = run(RULES[rule], NETWORKS[network], data, seed, options.epochs, options.batch)
+                    result = run(
+                        (RULES | ABLATIONS)[rule], NETWORKS[network], data, seed, options.epochs, options.batch
+                    )
                 except bioopt.Diverged as error:
                     result = {
                         "accuracy": 0.1,
