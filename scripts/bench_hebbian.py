@@ -55,7 +55,7 @@ def forward(model: nn.Sequential, x: Tensor) -> Callable[[], object]:
 def plastic(model: nn.Sequential, x: Tensor, k: int | None = None) -> Callable[[], object]:
     """One step of `bioopt.SoftHebb`."""
     groups = [{"params": model[:1]}, {"params": model[1:], "k": k}]
-    optimizer = bioopt.SoftHebb(groups, LR, inverse_temperature=TEMPERATURE, readout=None)
+    optimizer = bioopt.SoftHebb(groups, LR, inverse_temperature=TEMPERATURE, readout=None, homeostasis=False)
 
     def step() -> object:
         optimizer.zero_grad()

@@ -66,7 +66,7 @@ def steps(kind: str, batch: int, count: int, device: torch.device) -> dict[str, 
             return forward(model)
 
     watched = network(kind).to(device)
-    hebbian = bioopt.Oja(watched, 1e-6, readout=None)
+    hebbian = bioopt.Oja(watched, 1e-6, homeostasis=False, readout=None)
     options: dict[str, Any] = {"sigma": 1e-2, "relative": False}
     found: dict[str, tuple[Step, int]] = {
         FORWARD: (inference, 1),

@@ -72,8 +72,8 @@ CASES: dict[str, tuple[str, bool, Callable[..., Any]]] = {
         False,
         lambda m, g: bioopt.WeightPerturbation(m, 1e-6, sigma=1e-2, relative=False, population=4, process_group=g),
     ),
-    "Hebbian": ("cnn", True, lambda m, g: bioopt.Hebbian(m, 1e-6, process_group=g)),
-    "SoftHebb": ("cnn", True, lambda m, g: bioopt.SoftHebb(m, 1e-6, process_group=g)),
+    "Hebbian": ("cnn", True, lambda m, g: bioopt.Hebbian(m, 1e-6, homeostasis=False, process_group=g)),
+    "SoftHebb": ("cnn", True, lambda m, g: bioopt.SoftHebb(m, 1e-6, homeostasis=False, process_group=g)),
 }
 EXTRAPOLATED = ("WeightPerturbation(population=16)", "WeightPerturbation(population=16, distribution='rademacher')")
 RANKS = (1, 2, 64, 1024)

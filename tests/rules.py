@@ -165,6 +165,7 @@ class Case:
         evaluates_once: whether a step with a closure evaluates it once; rules of one pass do.
         perturbs_first: whether the first evaluation of a step is a perturbed one, which batch statistics come from.
         build: what makes the optimizer in the place of the class.
+        variant: names a further row of a rule, with other options.
     """
 
     rule: type
@@ -175,13 +176,14 @@ class Case:
     evaluates_once: bool = False
     perturbs_first: bool = False
     build: Callable[..., Any] | None = None
+    variant: str = ""
 
     def __post_init__(self) -> None:
         if self.shares_pass:
             object.__setattr__(self, "evaluates_once", True)
 
     def __str__(self) -> str:
-        return self.name
+        return f"{self.name}, {self.variant}" if self.variant else self.name
 
     @property
     def name(self) -> str:
@@ -191,6 +193,11 @@ class Case:
     def shares_pass(self) -> bool:
         """Whether the classic loop, without a closure, is enough."""
         return getattr(self.rule, "shares_pass", False)
+
+    @property
+    def regulates(self) -> bool:
+        """Whether each step also scales weights and shifts biases, by homeostasis."""
+        return self.rule is bioopt.Homeostasis or (self.takes("homeostasis") and self.options.get("homeostasis", True))
 
     @property
     def ordinary(self) -> bool:
@@ -253,7 +260,9 @@ CASES = [
     Case(bioopt.ContrastiveDivergence, cnn=machines, mlp=machine),
     Case(bioopt.ForwardGradient),
     Case(bioopt.Hebbian, PUBLISHED),
+    Case(bioopt.Hebbian, {"readout_lr": None}, variant="by default"),
     Case(bioopt.HillClimbing, {"tries": 20}),  # one of 20 is nearly always kept
+    Case(bioopt.Homeostasis),
     Case(bioopt.KrotovHopfield, PUBLISHED),
     Case(bioopt.NodePerturbation),
     Case(bioopt.Oja, PUBLISHED),
@@ -265,7 +274,7 @@ CASES = [
     Case(bioopt.SoftHebb, {**PUBLISHED, "inverse_temperature": 1.0}),
     Case(bioopt.WeightPerturbation, perturbs_first=True),
 ]
-OF_RULE = {case.rule: case for case in CASES}
+OF_RULE = {case.rule: case for case in CASES if not case.variant}
 RULES = [
     rule
     for rule in (getattr(bioopt, name) for name in bioopt.__all__)
@@ -342,6 +351,11 @@ def name_of(model: nn.Module, wanted: Tensor) -> str:
 
 def weights(model: nn.Module) -> list[Tensor]:
     return [p.detach().clone() for p in model.parameters()]
+
+
+def directions(model: nn.Module) -> list[Tensor]:
+    """The weight vectors of all neurons, with length 1: homeostasis leaves them as they are."""
+    return [F.normalize(p.detach().flatten(1), dim=1) for p in model.parameters() if p.ndim > 1]
 
 
 def same(left: list[Tensor], right: list[Tensor]) -> bool:

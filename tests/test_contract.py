@@ -22,6 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.optim.swa_utils import AveragedModel
 
 import bioopt
+from bioopt.core import homeostasis, local_product
 
 from .distributed import by_distributed_checkpoint
 from .rules import (
@@ -32,6 +33,7 @@ from .rules import (
     Case,
     batch,
     cnn,
+    directions,
     hooks,
     make,
     name_of,
@@ -42,6 +44,14 @@ from .rules import (
     steps,
     weights,
 )
+
+
+@pytest.fixture(autouse=True)
+def rules_act_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rule with homeostasis acts from the third step on, not after ten."""
+    for module in (homeostasis, local_product):
+        monkeypatch.setattr(module, "WARM_UP", 2)
+
 
 every_rule = pytest.mark.parametrize("case", CASES, ids=str)
 every_optimizer = pytest.mark.parametrize("case", [*CASES, MIXED], ids=str)
@@ -93,9 +103,12 @@ def test_learns_something_and_returns_the_loss_of_each_sample(case: Case) -> Non
 def test_groups_have_their_own_learning_rate(case: Case) -> None:
     model = case.cnn()
     optimizer = case.make([{"params": model[:4], "lr": 0.0}, {"params": model[4:], "lr": 0.01}], **many(case))
-    first, second = model[0].weight.clone(), model[4].weight.clone()
+    first, second, direction = model[0].weight.clone(), model[4].weight.clone(), directions(model)[0]
     steps(optimizer, model, 2)
-    assert torch.equal(model[0].weight, first)
+    if case.regulates and case.rule is not bioopt.Homeostasis:  # whose rate is that of homeostasis
+        torch.testing.assert_close(directions(model)[0], direction)
+    else:
+        assert torch.equal(model[0].weight, first)
     assert not torch.equal(model[4].weight, second)
     assert [g["lr"] for g in optimizer.param_groups][:2] == [0.0, 0.01]
 
@@ -172,7 +185,12 @@ def test_descent_is_the_optimizer_itself(case: Case, descent: type, options: dic
             q.grad = None if p.grad is None else p.grad.clone()
         optimizer.descend()
         plain.step()
-        assert same(weights(model), weights(twin))
+        if not case.regulates:
+            assert same(weights(model), weights(twin))
+            continue
+        for one, two in zip(directions(model), directions(twin), strict=True):  # homeostasis follows the step
+            torch.testing.assert_close(one, two)
+        twin.load_state_dict(model.state_dict())
 
 
 @every_optimizer
@@ -518,7 +536,7 @@ def test_random_state_and_batch_norm_stand_as_after_one_evaluation(case: Case, f
     optimizer.step(form(optimizer, model, *batch()))
     assert torch.equal(torch.get_rng_state(), after_one)
     assert model[1].num_batches_tracked == 1
-    if not case.perturbs_first:
+    if not case.perturbs_first and not case.regulates:  # which standardises the activity within the first pass
         assert torch.equal(model[1].running_mean, twin[1].running_mean)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .errors import is_captured, warn
 from .products import in_full, over_events, squares_over_events
+from .reach import weakly
 from .sums import Sums
 from .synapse import BUILT_IN, Synapse
 
@@ -42,15 +43,18 @@ class Regulator:
 
     Args:
         levels: returns the present levels by the index of the synapse; they are the rule's own state.
-        sum_over_ranks: replaces tensors by their sums over ranks.
+        sum_over_ranks: replaces tensors by their sums over ranks. Bound methods are held weakly.
     """
 
     def __init__(self, levels: Callable[[], dict[int, Level]], sum_over_ranks: Callable[[list[Tensor]], None]) -> None:
-        self._levels = levels
-        self._sum_over_ranks = sum_over_ranks
+        self._levels_of_rule, self._sum = weakly(levels), weakly(sum_over_ranks)
         self._starts: dict[Synapse, tuple[Tensor, Tensor]] = {}  # mean and deviation in the first firing
         self._fresh: dict[Synapse, float] = {}  # synapses with new levels since the last descent, and their rates
         self._still: set[Synapse] = set()  # layers whose constant activity was warned of
+
+    def _levels(self) -> dict[int, Level]:
+        levels: dict[int, Level] = self._levels_of_rule()()
+        return levels
 
     def level(self, synapse: Synapse) -> Level | None:
         """The present level of a synapse; ``None`` before its first step."""
@@ -101,13 +105,13 @@ class Regulator:
             return self._starts[synapse]
         size = u.shape[channel]
         mean, count = over_events(u, channel), u.new_tensor(float(u.numel() // size))
-        self._sum_over_ranks([mean, count])
+        self._sum()([mean, count])
         if count < EVENTS:
             return u.new_zeros(size), u.new_ones(size)
         mean /= count
         shape = [-1 if d == channel else 1 for d in range(u.ndim)]
         variance = over_events((u - mean.view(shape)).square(), channel)
-        self._sum_over_ranks([variance])
+        self._sum()([variance])
         deviation, still = moving(mean, variance.div_(count), synapse)
         if bool(still.all()) and synapse not in self._still:
             self._still.add(synapse)
@@ -154,7 +158,10 @@ class Regulator:
         fresh, self._fresh = self._fresh, {}
         levels = self._levels()
         ready = {s: levels[s.index] for s in fresh if s.index in levels and levels[s.index]["events"] >= EVENTS}
-        before = {s: (norms(s.weight), expected(s.weight, level)) for s, level in ready.items()}
+        before = {
+            s: (norms(s.weight), expected(s.weight, level), None if s.bias is None else s.bias.detach().clone())
+            for s, level in ready.items()
+        }
         yield
         if not ready:
             return
@@ -165,7 +172,10 @@ class Regulator:
             done.add(synapse.weight)
         commit(new)
 
-    def _regulate(self, synapse: Synapse, level: Level, norm: Tensor, of_input: Tensor, rate: float) -> Level:
+    def _regulate(
+        self, synapse: Synapse, level: Level, norm: Tensor, of_input: Tensor, former: Tensor | None, rate: float
+    ) -> Level:
+        """The new level after regulation; ``norm``, ``of_input`` and ``former``, the bias: from before the descent."""
         weight, steps = synapse.weight, level["steps"]
         mean, variance = (level[name].to(weight.device) for name in ("mean", "variance"))
         deviation, still = moving(mean, variance, synapse)
@@ -179,13 +189,13 @@ class Regulator:
         if rate:
             weight.mul_(along_neurons(scale.to(weight.dtype), weight))
         bias = synapse.bias
-        b = torch.zeros_like(mean) if bias is None else bias.detach().to(mean.dtype)
+        b = torch.zeros_like(mean) if former is None else former.to(mean.dtype)
         mean = gain * (mean - b - of_input) + expected(weight, level)
         if bias is not None and bias.requires_grad and not synapse.fixed_bias and rate:
             bias.copy_(-mean)
             mean = torch.zeros_like(mean)
-        else:
-            mean = mean + b
+        elif bias is not None:
+            mean = mean + bias.detach().to(mean.dtype)
         new = {**level, "mean": mean, "variance": variance * gain.square(), "steps": steps + 1}
         return kept_in_place(level, new)
 

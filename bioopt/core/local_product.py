@@ -84,6 +84,8 @@ class LocalRule(OnePass):
 
     #: defaults of ``homeostasis``, ``inhibition``, ``tolerance`` and ``settle``; empty for rules without homeostasis
     regulated: ClassVar[dict[str, Any]] = {}
+    #: the option that is the rate of homeostasis, where ``homeostasis`` does not turn it on
+    homeostatic_rate: ClassVar[str] = ""
 
     def __init__(
         self,
@@ -110,7 +112,7 @@ class LocalRule(OnePass):
         self._warned_of: set[Synapse] = set()
         self._warned_of_grad = False
         self._warned_of_drop = False
-        self._regulator = Regulator(lambda: self._own_state.get("homeostasis", {}), self._sum_over_ranks)
+        self._regulator = Regulator(self._levels, self._sum_over_ranks)
         super().__init__(params, {"lr": lr, **(own or {}), **regulated}, readout=readout, **given)
         self._recorder.reach.linked = self._readout.by_loss
         self._recorder.reach.arrive = self._confirm
@@ -168,11 +170,6 @@ class LocalRule(OnePass):
         return product
 
     @optional
-    def homeostatic_rate(self, group: dict[str, Any]) -> float:
-        """The rate of homeostasis in a group, per step; 0: none."""
-        return RATE if group.get("homeostasis") else 0.0
-
-    @optional
     def least_neurons(self, group: dict[str, Any]) -> tuple[int, str]:
         """The least number of neurons in a pool, and the option or reason that requires it."""
         return 1, ""
@@ -183,7 +180,7 @@ class LocalRule(OnePass):
 
         By default the weights of all, and under homeostasis also the biases.
         """
-        if self.homeostatic_rate({**self.defaults, **group}):
+        if self._homeostatic_rate({**self.defaults, **group}):
             return [(s, [*s.named_parameters()]) for s in synapses]
         return [(s, [(f"{s.name}.weight", s.weight)]) for s in synapses]
 
@@ -244,7 +241,7 @@ class LocalRule(OnePass):
     def _measured(self, firing: Firing, u: Tensor) -> tuple[Sums, Tensor]:
         """The sums of a firing, and the activity that the network receives."""
         synapse, regulator = firing.synapse, self._regulator
-        if not self.homeostatic_rate(self.param_groups[synapse.group]):
+        if not self._homeostatic_rate(self.param_groups[synapse.group]):
             return self.measure(firing, u), u
         firing = replace(firing, standardised=regulator.standardised(firing, u))
         acts = bool(self.regulated) and regulator.acts(synapse)
@@ -362,20 +359,25 @@ class LocalRule(OnePass):
             loss = torch.zeros((), device=device) if losses is None else losses.mean()
             # In full precision, because counts are large; on the device only for other ranks.
             where = None if self.process_group is None else device
-            rows = [list(sums.counts.values()) for _, sums in gathered]
-            counts = torch.tensor(rows, dtype=torch.float32, device=where)
+            numbers = [count for _, sums in gathered for count in sums.counts.values()]
+            counts = torch.tensor(numbers, dtype=torch.float32, device=where)
             values = [value for _, sums in gathered for value in sums.values.values()]
             self._sum_over_ranks([loss, counts, *values])
             if losses is not None:
                 require_finite(self, "the loss", [loss])
             state = self._next_state()
             grads = self._readout.collect(self._sum_over_ranks, self._ranks[1], state)
-            for (synapse, sums), row in zip(gathered, counts.tolist(), strict=True):
-                sums.counts = dict(zip(sums.counts, row, strict=True))
+            totals = iter(counts.tolist())
+            for synapse, sums in gathered:
+                sums.counts = {name: next(totals) for name in sums.counts}
                 if not sums.events:  # it ran, but on no sample
                     continue
                 with torch.autocast(device.type, enabled=False):
                     changes = self._changes(sums, synapse, state)
+                if self._homeostatic_rate(self.param_groups[synapse.group]):
+                    # Optimizers create their state at the first gradient, and checkpoints expect it of all parameters.
+                    zeros = {p: torch.zeros_like(p) for p in synapse.parameters() if p.requires_grad}
+                    changes = {**zeros, **changes}
                 for p, change in changes.items():  # one weight in two layers learns from both
                     grad = as_grad(change, p)
                     grads[p] = grads[p] + grad if p in grads else grad
@@ -389,7 +391,7 @@ class LocalRule(OnePass):
     def _changes(self, sums: Sums, synapse: Synapse, state: dict[str, Any]) -> dict[Tensor, Tensor]:
         """`changes`, or under homeostasis a rotation by `drive`, with the new level of activity as state."""
         group = self.param_groups[synapse.group]
-        rate = self.homeostatic_rate(group)
+        rate = self._homeostatic_rate(group)
         if not rate or "z" not in sums.values:
             return self.changes(sums, synapse, group, state)
         level = self._regulator.followed(sums, synapse, rate)
@@ -414,6 +416,16 @@ class LocalRule(OnePass):
         settled = 1 / (1 + (level["steps"] - WARM_UP) / group["settle"]) if group["settle"] else 1.0
         turn = turn * (settled * length.view(*size.shape, 1) / largest)
         return {synapse.weight: weight_shaped(turn.to(weight.dtype), synapse)}
+
+    def _homeostatic_rate(self, group: dict[str, Any]) -> float:
+        """The rate of homeostasis in a group, per step; 0: none."""
+        if self.homeostatic_rate:
+            return float(group[self.homeostatic_rate])
+        return RATE if group.get("homeostasis") else 0.0
+
+    def _levels(self) -> dict[int, Level]:
+        levels: dict[int, Level] = self._own_state.get("homeostasis", {})
+        return levels
 
     def _around_descent(self) -> AbstractContextManager[None]:
         def commit(levels: dict[int, Level]) -> None:

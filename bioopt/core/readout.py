@@ -83,7 +83,9 @@ class Readout:
         self._sums: dict[Synapse, Sums] = {}  # of a teacher
         # Presynaptic activity of the firings whose loss still exists, and of those that a backward pass has reached.
         self._pending: weakref.WeakKeyDictionary[Pending, Sums] = weakref.WeakKeyDictionary()
+        self._counted: weakref.WeakSet[Pending] = weakref.WeakSet()
         self._reached: dict[Synapse, Sums] = {}
+        self._latest: dict[Synapse, Sums] = {}  # of the last firing: for gradients that a user sets by hand
 
     def __bool__(self) -> bool:
         return self.kind is not None
@@ -218,7 +220,8 @@ class Readout:
         """Drop the sums of all passes."""
         self._sums.clear()
         self._pending.clear()
-        self._reached.clear()
+        self._latest.clear()
+        self.drop()
 
     def enter(self, synapse: Synapse, x: Tensor) -> Tensor | Isolated:
         """The entry of every synapse of a rule: that of a cut, but for a readout that learns from the loss."""
@@ -234,7 +237,7 @@ class Readout:
             end = self._reach.end(u, firing.x, pending)
             if firing.synapse.layer in self._standardised and not firing.replay:
                 with torch.no_grad():
-                    self._pending[pending] = _input_sums(firing)
+                    self._latest[firing.synapse] = self._pending[pending] = _input_sums(firing)
                 if not self._reach.linked or not self._reach.waits_at(end):
                     self.confirm(pending)
             return end
@@ -249,14 +252,16 @@ class Readout:
 
     def confirm(self, pending: Pending) -> None:
         """Count a firing of a readout that a backward pass has reached."""
-        sums = self._pending.pop(pending, None)
-        if sums is not None:
+        sums = self._pending.get(pending)
+        if sums is not None and pending not in self._counted:
+            self._counted.add(pending)
             known = self._reached.get(pending.synapse)
             self._reached[pending.synapse] = sums if known is None else known.plus(sums)
 
     def drop(self) -> None:
-        """Drop the firings that backward passes have reached."""
+        """Drop the firings that backward passes have reached; those whose graph still exists wait again."""
         self._reached.clear()
+        self._counted.clear()
 
     def _taught(self, u: Tensor, synapse: Synapse, target: Tensor | None) -> Tensor:
         """The target, of the shape of the readout's activity."""
@@ -348,7 +353,8 @@ class Readout:
             state: the rule's own state after the step, to which the levels of presynaptic activity are added.
         """
         found = {p: p.grad for p in self.parameters() if p.grad is not None}
-        sums = sorted({**self._sums, **self._reached}.items(), key=lambda item: item[0].index)
+        of_input = {s: sums for s, sums in {**self._latest, **self._reached}.items() if s.weight in found}
+        sums = sorted({**self._sums, **of_input}.items(), key=lambda item: item[0].index)
         device = next((s.weight.device for s in self.layers.values()), None)
         counts = torch.tensor([float(s.events) for _, s in sums], device=device if ranks > 1 else None)
         tensors = [value for _, s in sums for value in s.values.values()]

@@ -61,13 +61,17 @@ class Sums:
         return self.gathering is not None and self.gathering.learned
 
     def plus(self, other: Sums) -> Sums:
-        """The sum with those of another firing, in place unless these are those of one firing."""
+        """The sum with those of another firing, in place unless these are those of one firing.
+
+        Values that only one of them has, because a rule began to act between the firings, are left out.
+        """
         total = replace(self, of_firing=False) if self.of_firing else self
         total.values = {
             name: one + other.values[name] if self.of_firing else one.add_(other.values[name])
             for name, one in self.values.items()
+            if name in other.values
         }
-        total.counts = {name: one + other.counts[name] for name, one in self.counts.items()}
+        total.counts = {name: one + other.counts[name] for name, one in self.counts.items() if name in other.counts}
         return total
 
 

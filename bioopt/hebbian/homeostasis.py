@@ -18,6 +18,8 @@ from ..core.synapse import Synapse
 class Homeostasis(LocalRule):
     r"""Each neuron keeps its activity at mean 0 and deviation 1 through its own weights and bias."""
 
+    homeostatic_rate = "lr"
+
     def __init__(
         self,
         params: Params,
@@ -27,11 +29,6 @@ class Homeostasis(LocalRule):
         **options: Unpack[ReadoutOptions],
     ) -> None:
         super().__init__(params, lr, readout=readout, **options)
-
-    def homeostatic_rate(self, group: dict[str, Any]) -> float:
-        """``lr``."""
-        rate: float = group["lr"]
-        return rate
 
     def measure(self, firing: Firing, u: Tensor) -> Sums:
         """The number of events alone."""

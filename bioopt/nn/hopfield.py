@@ -103,7 +103,8 @@ class _Binary(nn.Module, ABC):
         synapse = Hopfield(self.units, device="meta")  # shares the weights, but no other rule has hooks on it
         synapse.weight = nn.Parameter(self.weight.detach())
         synapse.train()
-        optimizer = Hebbian(synapse, len(xi) / self.units, competition="none", decay="none", readout=None)
+        lr = len(xi) / self.units
+        optimizer = Hebbian(synapse, lr, competition="none", decay="none", readout=None, homeostasis=False)
         synapse(xi)
         optimizer.step()
         optimizer.close()
@@ -178,7 +179,8 @@ class Hopfield(_Binary):
     store patterns::
 
         memory.train()
-        optimizer = bioopt.Hebbian(memory, lr=1 / memory.units, competition="none", decay="none", readout=None)
+        options = {"competition": "none", "decay": "none", "homeostasis": False, "readout": None}
+        optimizer = bioopt.Hebbian(memory, lr=1 / memory.units, **options)
         for pattern in patterns:
             memory(pattern)
             optimizer.step()

@@ -31,7 +31,7 @@ def published(rule: type[Rule], network: nn.Module, **options: Any) -> Rule:
 
     This is the one place where the experiment builds rules of bioopt: an option that adds to a formula is off here.
     """
-    return rule(network, readout=None, **options)
+    return rule(network, readout=None, homeostasis=False, **options)
 
 
 def learn(rule: bioopt.LocalRule, network: nn.Module, batches: Iterable[Tensor]) -> None:

@@ -53,6 +53,8 @@ class Variant:
         return ", ".join([self.rule.__name__, *(f"{k}={v}" for k, v in self.options.items() if k != "sigma")])
 
     def make(self, model: nn.Module, readout: str | None = "delta", **options: Any) -> bioopt.LearningRule:
+        if readout == "delta":
+            options.setdefault("readout_lr", 0.1)  # the gradient itself, not that on standardised activity
         return self.rule(model, 0.1, **self.options, readout=readout, **options)
 
 
