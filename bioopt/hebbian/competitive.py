@@ -108,7 +108,7 @@ class Hebbian(LocalRule):
     def __init__(
         self,
         params: Params,
-        lr: float = 0.05,  # η
+        lr: float = 0.02,  # η
         *,
         inverse_temperature: float = 1.0,  # t
         competition: str = "soft",
@@ -274,7 +274,7 @@ class SoftHebb(LocalProductRule):
     def __init__(
         self,
         params: Params,
-        lr: float = 0.02,  # η
+        lr: float = 0.01,  # η
         *,
         inverse_temperature: float = 8.0,  # t
         k: int | None = None,
@@ -340,7 +340,7 @@ class KrotovHopfield(LocalProductRule):
     def __init__(
         self,
         params: Params,
-        lr: float = 0.02,  # ε
+        lr: float = 0.01,  # ε
         *,
         rank: int = 2,  # k
         anti_hebbian: float = 0.4,  # Δ

@@ -37,7 +37,7 @@ class Oja(LocalProductRule):
     def __init__(
         self,
         params: Params,
-        lr: float = 0.02,  # η
+        lr: float = 0.01,  # η
         *,
         readout: str | None = "delta",
         **options: Unpack[LocalOptions],
@@ -81,7 +81,7 @@ class Sanger(LocalProductRule):
     def __init__(
         self,
         params: Params,
-        lr: float = 0.02,  # η
+        lr: float = 0.01,  # η
         *,
         readout: str | None = "delta",
         **options: Unpack[LocalOptions],
@@ -126,12 +126,12 @@ class AntiHebbian(LocalProductRule):
     principle for learning*.
     """
 
-    regulated: ClassVar[dict[str, Any]] = {"homeostasis": True, "inhibition": 10.0, "tolerance": 0.5, "settle": 20.0}
+    regulated: ClassVar[dict[str, Any]] = {"homeostasis": True, "inhibition": 10.0, "tolerance": 0.7, "settle": 20.0}
 
     def __init__(
         self,
         params: Params,
-        lr: float = 0.02,  # η
+        lr: float = 0.01,  # η
         *,
         readout: str | None = "delta",
         **options: Unpack[LocalOptions],

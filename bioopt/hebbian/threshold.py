@@ -49,7 +49,7 @@ class BCM(LocalRule):
     def __init__(
         self,
         params: Params,
-        lr: float = 0.02,  # η
+        lr: float = 0.01,  # η
         *,
         threshold_rate: float = 0.1,  # r
         readout: str | None = "delta",
