@@ -287,7 +287,7 @@ class LocalRule(OnePass):
         acts = regulator.acts(synapse)
         sums = self.measure(firing, u) if acts else Sums({}, {"events": u.numel() // len(synapse.weight)})
         sums.values |= regulator.moments(
-            firing, firing.activity(u), acts, acts and self.param_groups[synapse.group]["inhibition"]
+            firing, firing.activity(u), acts, acts and self.param_groups[synapse.group].get("inhibition", 0)
         )
         return sums, firing.activity(u).to(u.dtype) if regulator.hands_on(synapse) else u
 
