@@ -73,16 +73,16 @@ class Hebbian(LocalRule):
 
     Args:
         params: the model (or modules, or groups whose ``"params"`` are modules). Bare parameters are refused.
-        lr: the largest angle by which a neuron turns in a step; with ``homeostasis=False``, :math:`\mathrm{lr}`, per mean
-            event.
-        inverse_temperature: :math:`t` > 0, in units of :math:`1/z`, or without homeostasis of :math:`1/x`. If it is small, all neurons learn alike; if large,
-            only the winner learns.
+        lr: the largest angle by which a neuron turns in a step; with ``homeostasis=False``, :math:`\mathrm{lr}`, per
+            mean event.
+        inverse_temperature: :math:`t` > 0, in units of :math:`1/z`, or without homeostasis of :math:`1/x`. If it is
+            small, all neurons learn alike; if large, only the winner learns.
         competition: ``"soft"``, ``"hard"``, ``"k"`` or ``"none"``.
         k: the number of neurons that share an event with ``competition="k"``.
         loser_strength: :math:`\lambda`, the strength of anti-Hebbian learning in all but the winner.
         decay: ``"subspace"``, ``"own"`` or ``"none"``.
-        options: ``homeostasis``, ``inhibition``, ``tolerance`` and ``settle``; the readout, ``descent``, its options and
-            ``process_group``, as in `LocalRule`.
+        options: ``homeostasis``, ``inhibition``, ``tolerance`` and ``settle``; the readout, ``descent``, its options
+            and ``process_group``, as in `LocalRule`.
 
     Attributes:
         modulator: :math:`m`, the third factor of a three-factor rule (attention, dopamine, novelty): a number, or a
@@ -262,8 +262,8 @@ class SoftHebb(LocalProductRule):
 
     Args:
         params: the model (or modules, or groups whose ``"params"`` are modules). Bare parameters are refused.
-        lr: the largest angle by which a neuron turns in a step; with ``homeostasis=False`` no weight changes by more than
-            ``lr`` times the neuron's factor.
+        lr: the largest angle by which a neuron turns in a step; with ``homeostasis=False`` no weight changes by more
+            than ``lr`` times the neuron's factor.
         inverse_temperature: :math:`t` > 0, in units of :math:`1/z`, or without homeostasis of :math:`1/u`.
         k: the number of neurons that learn from an event; ``None``: all, as published.
         readout: ``"delta"``, ``"teacher"`` or ``None``, as in `LocalRule`.
@@ -336,7 +336,8 @@ class KrotovHopfield(LocalProductRule):
 
     Args:
         params: the model (or modules, or groups whose ``"params"`` are modules). Bare parameters are refused.
-        lr: the largest angle by which a neuron turns in a step; with ``homeostasis=False``, the largest change of a weight.
+        lr: the largest angle by which a neuron turns in a step; with ``homeostasis=False``, the largest change of a
+            weight.
         rank: :math:`r` >= 2, of the neuron that moves away.
         anti_hebbian: :math:`\lambda`, how strongly it does.
         readout: ``"delta"``, ``"teacher"`` or ``None``, as in `LocalRule`.

@@ -128,8 +128,8 @@ class AntiHebbian(LocalProductRule):
     ``nn.Linear(n, n)`` or ``nn.Conv2d(n, n, 1)`` initialised to the identity decorrelates the activity between two
     others. A step longer than the pool's weights is clipped to their length.
 
-    That is the published formula, ``homeostasis=False``. By default, weight vectors turn by the inhibition of `LocalRule`
-    alone, from standardised activity: correlations up to ``tolerance`` stay.
+    That is the published formula, ``homeostasis=False``. By default, weight vectors turn by the inhibition of
+    `LocalRule` alone, from standardised activity: correlations up to ``tolerance`` stay.
 
     Arguments and errors are those of `LocalRule`; a pool of one neuron is refused.
 

@@ -24,14 +24,14 @@ class Homeostasis(LocalRule):
     with the running mean :math:`m_k` and deviation :math:`s_k` of the neuron's activity :math:`u = Wx + b` over events,
     at the rate :math:`r`. The direction of a weight vector stays: the features are those of the initial weights.
 
-    It is the control of every local rule with ``homeostasis=True``, which adds the rotation of weight vectors to it: what
-    a rule has learned is the difference between the two. At ``lr=0`` the whole trunk stays as it is, and only the readout
-    learns: a random trunk.
+    It is the control of every local rule with ``homeostasis=True``, which adds the rotation of weight vectors to it:
+    what a rule has learned is the difference between the two. At ``lr=0`` the whole trunk stays as it is, and only
+    the readout learns: a random trunk.
 
     Args:
         params: the model (or modules, or groups whose ``"params"`` are modules). Bare parameters are refused.
-        lr: rate :math:`r`, per step. It is 1 in the first step, so that activity is regulated from then on, and falls as
-            1 over the number of steps to ``lr``. 0: no homeostasis.
+        lr: rate :math:`r`, per step. It is 1 in the first step, so that activity is regulated from then on, and falls
+            as 1 over the number of steps to ``lr``. 0: no homeostasis.
         readout: ``"delta"``, ``"teacher"`` or ``None``, as in `LocalRule`.
         options: further options of the readout, ``descent``, its options and ``process_group``, as in `LocalRule`.
 
