@@ -2,7 +2,7 @@
 
 Each is a `torch.optim.Optimizer` that trains an unmodified `torch.nn.Module` by a learning rule of the brain::
 
-    optimizer = bioopt.Hebbian(model, lr=0.05)
+    optimizer = bioopt.Hebbian(model)
 
     def closure():
         optimizer.zero_grad()

@@ -26,6 +26,7 @@ from .learner import Block, Learner
 from .options import OF_TASKS
 
 COSTS = Path(__file__).parent.parent / "conf" / "cost"
+READOUT_LR = 0.02  # of a block that is a readout alone, unless readout_lr is given
 # Of an optimizer's options, those that are not keywords of its class.
 NOT_KEYWORDS = {"name", "per_data", "per_model", "requires", "schedule"}
 
@@ -57,7 +58,7 @@ def _check_keywords(option: str, target: str, given: list[str]) -> None:
         found = get_object(target)
     except Exception:  # `instantiate` will report it
         return
-    known: set[str] = set()
+    known: set[str] = {*getattr(found, "regulated", ())}  # options that LocalRule takes for its subclasses
     # A class passes its **options on to the next in its MRO, and a rule at last to its `descent`.
     chain: list[Any] = (
         [vars(c)["__init__"] for c in found.__mro__ if "__init__" in vars(c)] if isinstance(found, type) else [found]
@@ -144,7 +145,8 @@ def build_optimizer(
         local = is_class and issubclass(make.func, bioopt.LocalRule) and make.keywords.get("readout", "delta")
         if whole is not None and local == "delta" and len(find_synapses(model)) == 1:
             # The block is a readout alone; it learns by its local error, as the readout of a whole network does.
-            rate = make.keywords.get("readout_lr") or make.keywords["lr"]
+            rate = make.keywords.get("readout_lr")
+            rate = READOUT_LR if rate is None else rate
             return torch.optim.SGD(model.parameters(), lr=rate, **(make.keywords.get("readout_options") or {}))
         given = by_part if rule else parameters(by_part) if is_class else model
         optimizer: torch.optim.Optimizer = make(given, **shared)

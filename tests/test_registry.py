@@ -180,10 +180,12 @@ def test_presets_are_keywords_for_the_class_and_no_ones_to_change() -> None:
 
 
 def test_a_network_without_a_row_has_the_default() -> None:
-    optimizers = [bioopt.create_optimizer("hebbian", mlp(), preset=preset) for preset in ("default", "cnn", "mlp")]
-    default, of_cnn, of_mlp = (optimizer.defaults for optimizer in optimizers)
-    assert default == of_cnn
-    assert {key for key in default if default[key] != of_mlp[key]} == {"inverse_temperature"}
+    model = softhebb_like()
+    default, of_cnn, of_softhebb = (
+        [group["lr"] for group in bioopt.create_optimizer("softhebb", model, preset=preset).param_groups]
+        for preset in ("default", "cnn", "softhebb")
+    )
+    assert default == of_cnn != of_softhebb
 
 
 @pytest.mark.parametrize(("preset", "hint"), [("cmn", r"; did you mean 'cnn'\?"), ("zzz", "$")])
@@ -238,7 +240,8 @@ def softhebb_like() -> nn.Module:
 
 def test_each_layer_takes_the_options_of_the_nearest_part() -> None:
     groups = {"trunk": {"lr": 0.1}, "trunk.block2": {"inverse_temperature": 3.0}}
-    optimizer = bioopt.create_optimizer("softhebb", softhebb_like(), groups=groups, lr=0.5)
+    published = {"homeostasis": False, "inverse_temperature": 1.0, "readout_lr": 0.5}
+    optimizer = bioopt.create_optimizer("softhebb", softhebb_like(), groups=groups, lr=0.5, **published)
     found = [(group["param_names"], group["lr"], group["inverse_temperature"]) for group in optimizer.param_groups]
     assert found == [
         (["trunk.block1.0.weight"], 0.1, 1.0),
@@ -250,7 +253,7 @@ def test_each_layer_takes_the_options_of_the_nearest_part() -> None:
 def test_explicit_groups_replace_those_of_the_preset() -> None:
     groups = {"trunk.block2": {"lr": 0.7}}
     optimizer = bioopt.create_optimizer("softhebb", softhebb_like(), preset="softhebb", groups=groups)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.7, 0.01, 1e-4]
+    assert [group["lr"] for group in optimizer.param_groups] == [0.7, 0.02, 1e-4]
     of_preset = bioopt.presets("softhebb")["softhebb"]
     same = bioopt.create_optimizer("softhebb", softhebb_like(), **of_preset)
     assert [group["lr"] for group in same.param_groups] == [0.08, 0.005, 1e-4]
@@ -274,14 +277,15 @@ def test_the_readout_stays_the_last_layer_and_a_layer_with_layers_inside_stays_w
             self.scale = nn.Parameter(torch.ones(()))
 
     model = nn.Sequential(nn.Linear(4, 4), Scaled(), nn.Linear(3, 4), nn.Linear(4, 2))
-    optimizer = bioopt.create_optimizer("oja", model, lr=0.5, groups={"2": {"lr": 0.2}, "1": {"lr": 0.1}})
+    published = {"lr": 0.5, "homeostasis": False, "readout_lr": 0.5}
+    optimizer = bioopt.create_optimizer("oja", model, **published, groups={"2": {"lr": 0.2}, "1": {"lr": 0.1}})
     assert [(group["param_names"], group["lr"]) for group in optimizer.param_groups] == [
         (["1.0.weight", "1.1.weight"], 0.1),
         (["2.weight"], 0.2),
         (["0.weight"], 0.5),
         (["3.weight", "3.bias"], 0.5),
     ]
-    assert bioopt.create_optimizer("oja", Scaled(), lr=0.5).coverage() == {
+    assert bioopt.create_optimizer("oja", Scaled(), **published).coverage() == {
         "0.weight": "Oja", "1.weight": "Oja readout (delta)", "1.bias": "Oja readout (delta)",
         "scale": "frozen", "0.bias": "frozen",
     }  # fmt: skip
@@ -329,7 +333,7 @@ def edit(file: Path, old: str, new: str) -> None:
 
 def test_a_change_makes_what_follows_from_it_stale(generate: types.ModuleType, project: Path) -> None:
     assert generate.out_of_date() == {}
-    edit(project / "conf/optimizer/hebbian.yaml", "lr: 3.0", "lr: 4.0")
+    edit(project / "conf/optimizer/hebbian.yaml", "\nlr: 0.05", "\nlr: 4.0")
     edit(project / "conf/optimizer/oja.yaml", "principal", "secondary")
     edit(project / "docs/rules/index.md", "| `oja` |", "| `oia` |")
     edit(project / "README.md", "`oja` ", "")
@@ -340,7 +344,7 @@ def test_a_change_makes_what_follows_from_it_stale(generate: types.ModuleType, p
     for path, text in stale.items():
         path.write_text(text)
     assert generate.out_of_date() == {}
-    assert json.loads((project / "bioopt/presets.json").read_text())["rules"]["hebbian"]["mlp"]["lr"] == 4.0
+    assert json.loads((project / "bioopt/presets.json").read_text())["rules"]["hebbian"]["default"]["lr"] == 4.0
     assert (project / "README.md").read_text() == (ROOT / "README.md").read_text()
     assert (project / "conf/optimizer/oja.yaml").read_text() == (ROOT / "conf/optimizer/oja.yaml").read_text()
 
@@ -367,7 +371,7 @@ def test_options_that_presets_cannot_hold_are_refused(generate: types.ModuleType
     with pytest.raises(ValueError, match=r"softhebb: of the readout, per_model.softhebb can set lr alone"):
         generate.out_of_date()
     edit(project / "conf/optimizer/softhebb.yaml", "momentum: 0}", "}")
-    edit(project / "conf/optimizer/oja.yaml", "lr: 0.01", "lr: {_target_: builtins.float}")
+    edit(project / "conf/optimizer/oja.yaml", "\nlr: 0.02", "\nlr: {_target_: builtins.float}")
     with pytest.raises(ValueError, match=r"oja.lr: of things that _target_ makes, presets can hold classes alone"):
         generate.out_of_date()
 

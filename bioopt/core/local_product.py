@@ -63,14 +63,47 @@ class LocalRule(OnePass):
     step, so that ``loss.backward(); optimizer.zero_grad()`` skips a batch; `discard` drops all. Firings under
     `torch.no_grad`, and all firings if no readout learns from a loss, count at once.
 
+    Rules whose class attribute `regulated` has defaults for it learn under **homeostasis**, as the neurons of a brain
+    do: each neuron keeps its activity at mean 0 and deviation 1 through its own weights and bias, and the rule only
+    *turns* its weight vector. With the running mean :math:`m_k` and deviation :math:`s_k` of its activity,
+
+    .. math::
+        z_k = \frac{u_k - m_k}{s_k}, \qquad w_k \leftarrow s_k^{-r}\, w_k, \qquad b_k \leftarrow b_k - m_k
+
+    after each step, at a rate :math:`r` that falls from 1 in the first step to 0.05. In the first step the layers
+    above receive :math:`z` in place of :math:`u`, as they will after it. For ten steps, until the statistics of its
+    input have settled, a layer learns no more than this. Then
+
+    .. math::
+        P = \langle s\,(x - \langle x \rangle)^\top \rangle, \qquad
+        d_k = \mathrm{drive}(P, V)_k - \beta\,\bar p \sum_{j \ne k} \mathrm{soft}_\tau(c_{kj})\,
+        \frac{a_k}{a_j}\, v_j, \qquad
+        \Delta w_k = \frac{\lVert w_k \rVert}{1 + t / t_s}\,
+        \frac{d_k - (d_k \cdot v_k)\,v_k}{\max_j (\lVert p_j \rVert, \lVert d_j^\perp \rVert)}
+
+    with the rule's signal :math:`s` of standardised activity :math:`z`, the unit vectors :math:`v_k = w_k / \lVert
+    w_k \rVert`, the deviation :math:`a_k` of the activity of a unit vector, the mean length :math:`\bar p` of the
+    rows :math:`p_k` of :math:`P`, the part :math:`d_j^\perp` of :math:`d_j` that turns a vector, the correlation
+    :math:`c_{kj}` of two neurons of a pool and :math:`\mathrm{soft}_\tau(c) = \mathrm{sign}(c) \max(|c| - \tau, 0)`.
+    Neurons whose activity is correlated by more than the tolerance :math:`\tau` inhibit each other with strength
+    :math:`\beta`, so that they do not all learn the same. No neuron turns by more than ``lr`` radians in a step,
+    whatever the scale of its input, so that one ``lr`` suits every layer and network; :math:`t` counts the steps
+    since the rule began.
+
+    With ``homeostasis=False`` a rule has its published formula, `changes`, with biases frozen and activity as it is. It
+    needs an ``lr`` that suits the network, and usually each layer.
+
     Args:
         params: the model (or modules, or groups whose ``"params"`` are modules). Bare parameters are refused.
-        lr: learning rate, per mean event.
+        lr: under homeostasis, the largest angle by which a neuron turns in a step; without it, the learning rate of the
+            formula, per mean event.
         own: further hyperparameters of the rule, each of which may differ between groups (for subclasses).
         readout: ``"delta"``, ``"teacher"`` or ``None``, as in `LearningRule`.
-        options: ``readout_lr``, ``readout_layer``, ``readout_options``, ``exclude``, ``descent`` and its
-            options, ``process_group`` (average the sums over these ranks, each with its share of the batch), as in
-            `LearningRule`.
+        options: ``readout_lr``, ``readout_layer``, ``readout_options``, ``exclude``, ``descent`` and its options,
+            ``process_group`` (average the sums over these ranks, each with its share of the batch), as in
+            `LearningRule`. Of rules with homeostasis, also ``homeostasis``; ``inhibition`` :math:`\beta` >= 0;
+            ``tolerance`` :math:`\tau` in [0, 1); and ``settle`` :math:`t_s`, the number of steps after which the
+            angle has halved (0: it stays). Their defaults are those of `regulated`.
 
     Attributes:
         target: for ``readout="teacher"``: class labels, one per sample (the target is 1 for the class and
@@ -80,6 +113,11 @@ class LocalRule(OnePass):
         ValueError: a hyperparameter out of range; a model without plastic layers besides the readout, or with unknown
             ones.
         TypeError: bare parameters; a model wrapped in DistributedDataParallel.
+
+    Sources: homeostasis of weights: G. G. Turrigiano & S. B. Nelson (2004), *Homeostatic plasticity in the developing
+    nervous system*, Nature Reviews Neuroscience 5; of biases: J. Triesch (2005), *A gradient rule for the plasticity
+    of a neuron's intrinsic excitability*, ICANN; inhibition: P. Földiák (1990), *Forming sparse representations by
+    local anti-Hebbian learning*, Biol. Cybernetics 64.
     """
 
     #: defaults of ``homeostasis``, ``inhibition``, ``tolerance`` and ``settle``; empty for rules without homeostasis
@@ -247,7 +285,7 @@ class LocalRule(OnePass):
         acts = bool(self.regulated) and regulator.acts(synapse)
         sums = self.measure(firing, u) if acts else Sums({}, {"events": u.numel() // len(synapse.weight)})
         sums.values |= regulator.moments(
-            firing, firing.activity(u), acts, acts and self.param_groups[synapse.group]["inhibition"]
+            firing, firing.activity(u), acts, acts and self.param_groups[synapse.group].get("inhibition", 0)
         )
         return sums, firing.activity(u).to(u.dtype) if regulator.hands_on(synapse) else u
 

@@ -64,18 +64,25 @@ class Hebbian(LocalRule):
     weights. A step longer than the pool's weights (:math:`\mathrm{lr} \lVert\Delta W\rVert > \lVert W\rVert`, Frobenius
     norms) is clipped to their length, except without decay.
 
+    That is the published formula, ``homeostasis=False``. By default, neurons compete by their standardised activity
+    :math:`z` in place of :math:`u / \lVert w \rVert`, and their unit weight vectors :math:`V` turn by
+    :math:`P - C V` with :math:`P = \langle (m y z)(x - \langle x\rangle)^\top\rangle` and :math:`C = P V^\top` (by
+    :math:`P` for the other decays, which turn no vector), as in `LocalRule`.
+
     The rule uses no error signal and no labels; only the readout uses a loss.
 
     Args:
         params: the model (or modules, or groups whose ``"params"`` are modules). Bare parameters are refused.
-        lr: learning rate :math:`\mathrm{lr}`, per mean event.
-        inverse_temperature: :math:`t` > 0, in units of :math:`1/x`. If it is small, all neurons learn alike; if large,
-            only the winner learns.
+        lr: the largest angle by which a neuron turns in a step; with ``homeostasis=False``, :math:`\mathrm{lr}`, per
+            mean event.
+        inverse_temperature: :math:`t` > 0, in units of :math:`1/z`, or without homeostasis of :math:`1/x`. If it is
+            small, all neurons learn alike; if large, only the winner learns.
         competition: ``"soft"``, ``"hard"``, ``"k"`` or ``"none"``.
         k: the number of neurons that share an event with ``competition="k"``.
         loser_strength: :math:`\lambda`, the strength of anti-Hebbian learning in all but the winner.
         decay: ``"subspace"``, ``"own"`` or ``"none"``.
-        options: the readout, ``descent``, its options and ``process_group``, as in `LocalRule`.
+        options: ``homeostasis``, ``inhibition``, ``tolerance`` and ``settle``; the readout, ``descent``, its options
+            and ``process_group``, as in `LocalRule`.
 
     Attributes:
         modulator: :math:`m`, the third factor of a three-factor rule (attention, dopamine, novelty): a number, or a
@@ -91,7 +98,7 @@ class Hebbian(LocalRule):
 
     Example::
 
-        optimizer = bioopt.Hebbian(model, lr=0.05)
+        optimizer = bioopt.Hebbian(model)
         loss = optimizer.step(closure)
     """
 
@@ -249,13 +256,19 @@ class SoftHebb(LocalProductRule):
     With ``k``, only the ``k`` strongest neurons of an event enter its softmax, and the others learn nothing from it:
     an approximation (the others' :math:`y` is small) that is faster in wide layers.
 
+    That is the published formula, ``homeostasis=False``. By default, neurons compete by their standardised activity
+    :math:`z`, and their unit weight vectors turn by :math:`\langle y_k\,(x - \langle x\rangle)\rangle`, as in
+    `LocalRule`.
+
     Args:
         params: the model (or modules, or groups whose ``"params"`` are modules). Bare parameters are refused.
-        lr: learning rate; a step changes no weight by more than ``lr`` times the neuron's factor.
-        inverse_temperature: :math:`t` > 0, in units of :math:`1/u`.
+        lr: the largest angle by which a neuron turns in a step; with ``homeostasis=False`` no weight changes by more
+            than ``lr`` times the neuron's factor.
+        inverse_temperature: :math:`t` > 0, in units of :math:`1/z`, or without homeostasis of :math:`1/u`.
         k: the number of neurons that learn from an event; ``None``: all, as published.
         readout: ``"delta"``, ``"teacher"`` or ``None``, as in `LocalRule`.
-        options: further options of the readout, ``descent``, its options and ``process_group``, as in `LocalRule`.
+        options: ``homeostasis``, ``inhibition``, ``tolerance`` and ``settle``; further options of the readout,
+            ``descent``, its options and ``process_group``, as in `LocalRule`.
 
     Raises:
         ValueError: a layer of one neuron, or of fewer than ``k``; as `LocalRule`.
@@ -317,13 +330,19 @@ class KrotovHopfield(LocalProductRule):
     largest absolute entry of the whole layer's :math:`D`. Weights converge to the unit sphere: the paper's rule with
     Lebesgue exponent :math:`p = 2` and radius :math:`R = 1`. Let ``lr`` fall to zero over the run.
 
+    That is the published formula, ``homeostasis=False``. By default, neurons are ranked by their standardised activity
+    :math:`z`, and their unit weight vectors turn by :math:`\langle g_k\,(x - \langle x\rangle)\rangle`, as in
+    `LocalRule`.
+
     Args:
         params: the model (or modules, or groups whose ``"params"`` are modules). Bare parameters are refused.
-        lr: learning rate: the largest change of a weight in a step.
+        lr: the largest angle by which a neuron turns in a step; with ``homeostasis=False``, the largest change of a
+            weight.
         rank: :math:`r` >= 2, of the neuron that moves away.
         anti_hebbian: :math:`\lambda`, how strongly it does.
         readout: ``"delta"``, ``"teacher"`` or ``None``, as in `LocalRule`.
-        options: further options of the readout, ``descent``, its options and ``process_group``, as in `LocalRule`.
+        options: ``homeostasis``, ``inhibition``, ``tolerance`` and ``settle``; further options of the readout,
+            ``descent``, its options and ``process_group``, as in `LocalRule`.
 
     Raises:
         ValueError: a layer of fewer than ``rank`` neurons; as `LocalRule`.

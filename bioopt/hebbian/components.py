@@ -27,6 +27,11 @@ class Oja(LocalProductRule):
     the new weights, as in `Hebbian`: :math:`\Delta w = (\langle u x\rangle - c\,w) / (1 + \mathrm{lr}\,c)` with
     :math:`c = \langle u^2\rangle`.
 
+    That is the published formula, ``homeostasis=False``. By default, the unit weight vectors turn by
+    :math:`\langle z_k\,(x - \langle x\rangle)\rangle` from standardised activity :math:`z`, as in `LocalRule`, whose
+    inhibition keeps the neurons of a layer from all converging to the same component. For the component itself, write
+    ``inhibition=0`` or the published formula.
+
     Arguments and errors are those of `LocalRule`.
 
     Source: E. Oja (1982), *Simplified neuron model as a principal component analyzer*, J. Math. Biology 15.
@@ -69,6 +74,10 @@ class Sanger(LocalProductRule):
     eigenvalue, in the order of the neurons within their pool. The decay is taken at the new weights:
     :math:`\Delta W = (I + \mathrm{lr}\,L)^{-1} (P - L W)` with :math:`P = \langle u x^\top\rangle` and :math:`L` the
     lower triangle of :math:`\langle u u^\top\rangle`, a triangular system.
+
+    That is the published formula, ``homeostasis=False``. By default, the unit weight vectors :math:`V` turn by
+    :math:`P - L V` with :math:`P = \langle z\,(x - \langle x\rangle)^\top\rangle` and the lower triangle :math:`L` of
+    :math:`P V^\top`, from standardised activity :math:`z`, as in `LocalRule`.
 
     Arguments and errors are those of `LocalRule`.
 
@@ -118,6 +127,9 @@ class AntiHebbian(LocalProductRule):
     neurons of a pool are uncorrelated (for input of zero mean; put a batch norm before the layer). A layer
     ``nn.Linear(n, n)`` or ``nn.Conv2d(n, n, 1)`` initialised to the identity decorrelates the activity between two
     others. A step longer than the pool's weights is clipped to their length.
+
+    That is the published formula, ``homeostasis=False``. By default, weight vectors turn by the inhibition of
+    `LocalRule` alone, from standardised activity: correlations up to ``tolerance`` stay.
 
     Arguments and errors are those of `LocalRule`; a pool of one neuron is refused.
 

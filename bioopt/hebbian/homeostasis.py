@@ -16,7 +16,29 @@ from ..core.synapse import Synapse
 
 @final
 class Homeostasis(LocalRule):
-    r"""Each neuron keeps its activity at mean 0 and deviation 1 through its own weights and bias."""
+    r"""Each neuron keeps its activity at mean 0 and deviation 1 through its own weights and bias.
+
+    .. math::
+        w_k \leftarrow s_k^{-r}\, w_k, \qquad b_k \leftarrow b_k - m_k
+
+    with the running mean :math:`m_k` and deviation :math:`s_k` of the neuron's activity :math:`u = Wx + b` over events,
+    at the rate :math:`r`. The direction of a weight vector stays: the features are those of the initial weights.
+
+    It is the control of every local rule with ``homeostasis=True``, which adds the rotation of weight vectors to it:
+    what a rule has learned is the difference between the two. At ``lr=0`` the whole trunk stays as it is, and only
+    the readout learns: a random trunk.
+
+    Args:
+        params: the model (or modules, or groups whose ``"params"`` are modules). Bare parameters are refused.
+        lr: rate :math:`r`, per step. It is 1 in the first step, so that activity is regulated from then on, and falls
+            as 1 over the number of steps to ``lr``. 0: no homeostasis.
+        readout: ``"delta"``, ``"teacher"`` or ``None``, as in `LocalRule`.
+        options: further options of the readout, ``descent``, its options and ``process_group``, as in `LocalRule`.
+
+    Sources: G. G. Turrigiano & S. B. Nelson (2004), *Homeostatic plasticity in the developing nervous system*, Nature
+    Reviews Neuroscience 5; bias: J. Triesch (2005), *A gradient rule for the plasticity of a neuron's intrinsic
+    excitability*, ICANN.
+    """
 
     homeostatic_rate = "lr"
 

@@ -31,12 +31,18 @@ class BCM(LocalRule):
     of a step independent of the scale of :math:`u`. In the first step the threshold is 1, and after it the mean squared
     activity of that step. A step longer than a neuron's weights is clipped to their length.
 
+    That is the published formula, ``homeostasis=False``. By default, the unit weight vectors turn by
+    :math:`\langle a_k\,(a_k - 1)(x - \langle x\rangle)\rangle` with the rectified standardised activity :math:`a_k =
+    \max(z_k, 0)`, as in `LocalRule`: homeostasis keeps the mean squared activity, and so the threshold, at 1.
+
     Args:
         params: the model (or modules, or groups whose ``"params"`` are modules). Bare parameters are refused.
-        lr: learning rate, per mean event.
-        threshold_rate: :math:`r`, in (0, 1], per step.
+        lr: the largest angle by which a neuron turns in a step; with ``homeostasis=False``, the learning rate, per mean
+            event.
+        threshold_rate: :math:`r`, in (0, 1], per step; without homeostasis.
         readout: ``"delta"``, ``"teacher"`` or ``None``, as in `LocalRule`.
-        options: further options of the readout, ``descent``, its options and ``process_group``, as in `LocalRule`.
+        options: ``homeostasis``, ``inhibition``, ``tolerance`` and ``settle``; further options of the readout,
+            ``descent``, its options and ``process_group``, as in `LocalRule`.
             The thresholds are state, the same on all ranks.
 
     Sources: E. L. Bienenstock, L. N. Cooper & P. W. Munro (1982), *Theory for the development of neuron selectivity*,

@@ -7,16 +7,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from bioopt import find_synapses
+from bioopt import Homeostasis, find_synapses
 
 
-def random_trunk(model: nn.Module, lr: float, **options: Any) -> torch.optim.Optimizer:
-    """The control for rules that train a trunk: only the last layer learns, by SGD.
+def random_trunk(model: nn.Module, lr: float | None = None, **options: Any) -> torch.optim.Optimizer:
+    """The control for rules that train a trunk: only the last layer learns.
 
-    A local rule with ``readout="delta"`` trains its readout in the same way: the difference between the two is what its
-    trunk has learned.
+    The difference between a local rule and this control is what the rule's trunk has learned, because their readouts
+    learn in the same way.
+
+    Args:
+        model: the network.
+        lr: as ``readout_lr`` of a local rule with ``readout="delta"``: of SGD by the readout's gradient, or ``None`` to
+            learn on standardised presynaptic activity.
+        options: of SGD, such as ``momentum``.
     """
-    readout = find_synapses(model)[-1]
+    readout = find_synapses(model)[-1].layer
+    optimizer = Homeostasis(model, lr=0, readout_layer=readout, **options) if lr is None else None
     model.requires_grad_(False)
-    readout.layer.requires_grad_(True)
-    return torch.optim.SGD(readout.layer.parameters(), lr=lr, **options)
+    readout.requires_grad_(True)
+    return optimizer or torch.optim.SGD(readout.parameters(), lr=lr, **options)

@@ -86,7 +86,7 @@ def test_every_combination_composes_with_sensible_values(optimizer: str, model: 
         plain = OmegaConf.to_container(composed, resolve=True)
         assert plain["data"]["name"] == path.stem
         assert plain["epochs"] >= 1
-        assert plain["optimizer"]["lr"] > 0
+        assert plain["optimizer"]["lr"] is None if optimizer == "random_trunk" else plain["optimizer"]["lr"] > 0
         assert plain["optimizer"]["name"] == optimizer
         assert "_target_" in plain["model"]
 
@@ -107,21 +107,37 @@ def test_the_command_line_wins_over_the_table() -> None:
 
 def test_the_random_trunk_has_the_training_of_hebbian_s_readout() -> None:
     hebbian, control = config("optimizer=hebbian", "data=mnist"), config("optimizer=random_trunk", "data=mnist")
-    assert hebbian.optimizer.readout_lr == control.optimizer.lr
+    assert hebbian.optimizer.readout_lr is control.optimizer.lr is None
     assert hebbian.optimizer.readout_options.momentum == control.optimizer.momentum
     assert (hebbian.epochs, hebbian.batch_size) == (control.epochs, control.batch_size)
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_frozen_hebbian_trunk_is_the_random_trunk(tmp_path: Path) -> None:
+@pytest.mark.parametrize("readout_lr", [0.01, None])
+def test_a_frozen_hebbian_trunk_is_the_random_trunk(readout_lr: float | None, tmp_path: Path) -> None:
+    given = "null" if readout_lr is None else readout_lr
     same = []
     for name, options in (
-        ("hebbian", ["optimizer.lr=0", "optimizer.readout_lr=0.01"]),
-        ("random_trunk", ["optimizer.lr=0.01"]),
+        ("hebbian", ["optimizer.homeostasis=false", "optimizer.lr=0", f"optimizer.readout_lr={given}"]),
+        ("homeostasis", ["optimizer.lr=0", f"optimizer.readout_lr={given}"]),
+        ("random_trunk", [f"optimizer.lr={given}"]),
     ):
-        run(config(*tiny(name), *options, f"run_dir={tmp_path / name}"))
+        summary = run(config(*tiny(name), *options, f"run_dir={tmp_path / name}"))
         same.append(torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"])
-    assert all(torch.equal(same[0][key], same[1][key]) for key in same[0])
+    assert all(torch.equal(same[0][key], other[key]) for other in same[1:] for key in other)
+    readout = sum(same[0][key].numel() for key in [*same[0]][-2:])
+    assert summary["trained_parameters"] == readout
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_homeostasis_alone_keeps_the_direction_of_weights(tmp_path: Path) -> None:
+    ends = []
+    for name in ("homeostasis", "random_trunk"):
+        run(config(*tiny(name), "epochs=3", f"run_dir={tmp_path / name}"))  # more steps than rules wait
+        weight = torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"]["0.weight"].flatten(1)
+        ends.append(weight)
+    assert not torch.allclose(ends[0].norm(dim=1), ends[1].norm(dim=1), rtol=0.1)
+    torch.testing.assert_close(torch.cosine_similarity(*ends), torch.ones(len(ends[0])))
 
 
 @pytest.mark.usefixtures("undrawn")
