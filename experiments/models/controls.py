@@ -23,7 +23,11 @@ def random_trunk(model: nn.Module, lr: float | None = None, **options: Any) -> t
         options: of SGD, such as ``momentum``.
     """
     readout = find_synapses(model)[-1].layer
-    optimizer = Homeostasis(model, lr=0, readout_layer=readout, **options) if lr is None else None
+    optimizer: torch.optim.Optimizer
+    if lr is None:
+        optimizer = Homeostasis(model, lr=0, readout_layer=readout, **options)
+    else:
+        optimizer = torch.optim.SGD(readout.parameters(), lr=lr, **options)
     model.requires_grad_(False)
     readout.requires_grad_(True)
-    return optimizer or torch.optim.SGD(readout.parameters(), lr=lr, **options)
+    return optimizer
