@@ -222,7 +222,8 @@ def in_weight_form(channels: Tensor, synapse: Synapse) -> Tensor:
     if type(synapse.layer) in BUILT_IN[1:]:
         rows = channels.view(pools, -1)
         rows = rows if pools == 1 else rows.repeat_interleave(len(weight) // pools, 0)
-        return rows.view(*rows.shape, *[1] * (weight.ndim - 2))
+        shaped: Tensor = rows.view(*rows.shape, *[1] * (weight.ndim - 2))
+        return shaped
     return channels.view(1, -1)
 
 
@@ -252,7 +253,8 @@ def kept_in_place(old: Level, new: Level) -> Level:
 
 def rotation(drive: Tensor, direction: Tensor) -> Tensor:
     """The part of ``drive`` that turns unit vectors."""
-    return drive - torch.linalg.vecdot(drive, direction).unsqueeze(-1) * direction
+    along: Tensor = torch.linalg.vecdot(drive, direction).unsqueeze(-1)
+    return drive - along * direction
 
 
 def inhibition(moment: Tensor, direction: Tensor, length: Tensor, level: Level, tolerance: float) -> Tensor:

@@ -376,7 +376,9 @@ class LocalRule(OnePass):
                     changes = self._changes(sums, synapse, state)
                 if self._homeostatic_rate(self.param_groups[synapse.group]):
                     # Optimizers create their state at the first gradient, and checkpoints expect it of all parameters.
-                    zeros = {p: torch.zeros_like(p) for p in synapse.parameters() if p.requires_grad}
+                    zeros: dict[Tensor, Tensor] = {
+                        p: torch.zeros_like(p) for p in synapse.parameters() if p.requires_grad
+                    }
                     changes = {**zeros, **changes}
                 for p, change in changes.items():  # one weight in two layers learns from both
                     grad = as_grad(change, p)
