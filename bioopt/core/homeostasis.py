@@ -229,10 +229,12 @@ def in_weight_form(channels: Tensor, synapse: Synapse) -> Tensor:
 
 def expected(weight: Tensor, level: Level) -> Tensor:
     """The activity of each neuron for the mean input; 0 before that is known."""
+    total: Tensor
     if "input" not in level:
-        return level["mean"].new_zeros(len(weight), device=weight.device)
+        total = level["mean"].new_zeros(len(weight), device=weight.device)
+        return total
     weight = in_full(weight.detach())
-    total: Tensor = torch.mul(weight, level["input"].to(weight)).flatten(1).sum(1)
+    total = torch.mul(weight, level["input"].to(weight)).flatten(1).sum(1)
     return total
 
 

@@ -232,3 +232,22 @@ def test_a_plastic_step_needs_little_more_memory_than_inference() -> None:
             extra / activities,
             weights / activities,
         )
+
+
+def test_a_loss_from_before_a_rule_began_to_act_counts_for_homeostasis() -> None:
+    """Its firing has no product, and the next one has."""
+    torch.manual_seed(0)
+    model, x, y = mlp(), torch.randn(16, 6, dtype=torch.float64), torch.arange(16) % 4
+    optimizer = bioopt.Hebbian(model)
+    late = None
+    for step in range(12):
+        optimizer.zero_grad()
+        if step == 9:
+            late = F.cross_entropy(model(x), y)
+        F.cross_entropy(model(x), y).backward()
+        if step == 10:
+            late.backward()
+        before = F.normalize(model[0].weight.detach())
+        optimizer.step()
+        turned = not torch.allclose(F.normalize(model[0].weight), before, rtol=0, atol=1e-12)
+        assert turned == (step == 11), step

@@ -464,7 +464,20 @@ def probed(model: nn.Module, optimizer: bioopt.LocalRule) -> None:
     optimizer.step()
 
 
-@pytest.mark.parametrize("play", [twice, surgery, probed])
+def by_hand(model: nn.Module, optimizer: bioopt.LocalRule) -> None:
+    """Gradients are kept aside while others are made and dropped."""
+    loss = F.cross_entropy(model(X), Y)
+    optimizer.zero_grad()
+    loss.backward()
+    kept = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    optimizer.zero_grad()
+    for p, grad in zip(model.parameters(), kept, strict=True):
+        p.grad = grad
+    optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore:.*no backward pass has gone through the layers")
+@pytest.mark.parametrize("play", [twice, surgery, probed, by_hand])
 @pytest.mark.parametrize("first", [False, True], ids=["later", "at the first step"])
 def test_one_forward_pass_counts_once_however_often_it_is_sent_backward(play, first: bool) -> None:
     wanted = after(lambda model, optimizer: good(model, optimizer, 1 if first else 3))
