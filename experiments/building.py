@@ -57,7 +57,7 @@ def _check_keywords(option: str, target: str, given: list[str]) -> None:
         found = get_object(target)
     except Exception:  # `instantiate` will report it
         return
-    known: set[str] = set()
+    known: set[str] = {*getattr(found, "regulated", ())}  # the options of homeostasis, of rules that have it
     # A class passes its **options on to the next in its MRO, and a rule at last to its `descent`.
     chain: list[Any] = (
         [vars(c)["__init__"] for c in found.__mro__ if "__init__" in vars(c)] if isinstance(found, type) else [found]

@@ -116,7 +116,7 @@ def test_the_random_trunk_has_the_training_of_hebbian_s_readout() -> None:
 def test_a_frozen_hebbian_trunk_is_the_random_trunk(tmp_path: Path) -> None:
     same = []
     for name, options in (
-        ("hebbian", ["optimizer.lr=0", "optimizer.readout_lr=0.01"]),
+        ("hebbian", ["optimizer.lr=0", "optimizer.readout_lr=0.01", "+optimizer.homeostasis=false"]),
         ("random_trunk", ["optimizer.lr=0.01"]),
     ):
         run(config(*tiny(name), *options, f"run_dir={tmp_path / name}"))
@@ -304,7 +304,7 @@ LATER = ["plastic_epochs=1", "epochs=1000"]  # an error before the first epoch
         (["run_dir=/proc/forbidden"], "run_dir=/proc/forbidden cannot be written"),
         (["resume=nothing"], "resume=nothing is not a run's folder"),
         (["optimizer=sgd", "optimizer.lr=1e38", "epochs=3"], "with optimizer.lr=1e+38; lower it"),
-        (["optimizer=softhebb", "optimizer.lr=1e30", "epochs=3"], "largest weights are '0.weight', of norm inf with"),
+        (["optimizer=softhebb", "+optimizer.homeostasis=false", "optimizer.lr=1e30", "epochs=3"], "largest weights are '0.weight', of norm inf with"),
         (["optimizer=node_perturbation", "optimizer.lr=1e30"], "(epoch 1, optimizer.lr=1e+30)"),
     ],
 )  # fmt: skip
