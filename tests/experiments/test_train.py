@@ -304,7 +304,8 @@ LATER = ["plastic_epochs=1", "epochs=1000"]  # an error before the first epoch
         (["run_dir=/proc/forbidden"], "run_dir=/proc/forbidden cannot be written"),
         (["resume=nothing"], "resume=nothing is not a run's folder"),
         (["optimizer=sgd", "optimizer.lr=1e38", "epochs=3"], "with optimizer.lr=1e+38; lower it"),
-        (["optimizer=softhebb", "+optimizer.homeostasis=false", "optimizer.lr=1e30", "epochs=3"], "largest weights are '0.weight', of norm inf with"),
+        (["optimizer=softhebb", "+optimizer.homeostasis=false", "optimizer.lr=1e30", "epochs=3"],
+         "largest weights are '0.weight', of norm inf with"),
         (["optimizer=node_perturbation", "optimizer.lr=1e30"], "(epoch 1, optimizer.lr=1e+30)"),
     ],
 )  # fmt: skip
