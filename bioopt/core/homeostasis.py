@@ -226,16 +226,18 @@ def in_weight_form(channels: Tensor, synapse: Synapse) -> Tensor:
     if type(synapse.layer) in BUILT_IN[1:]:
         rows = channels.view(pools, -1)
         rows = rows if pools == 1 else rows.repeat_interleave(len(weight) // pools, 0)
-        return rows.view(*rows.shape, *[1] * (weight.ndim - 2))
+        shaped: Tensor = rows.view(*rows.shape, *[1] * (weight.ndim - 2))
+        return shaped
     return channels.view(1, -1)
 
 
 def expected(weight: Tensor, level: Level) -> Tensor:
     """The activity of each neuron for the mean input; 0 before that is known."""
+    total: Tensor
     if "input" not in level:
         return torch.zeros(len(weight), dtype=level["mean"].dtype, device=weight.device)
     weight = in_full(weight.detach())
-    total: Tensor = torch.mul(weight, level["input"].to(weight)).flatten(1).sum(1)
+    total = torch.mul(weight, level["input"].to(weight)).flatten(1).sum(1)
     return total
 
 

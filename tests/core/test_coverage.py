@@ -17,7 +17,8 @@ import bioopt
 from ..rules import ONE_PASS, ORDINARY, Case, mlp, published
 
 FIRING = [case for case in ORDINARY if not case.takes_parameters or case.takes("space")]
-X, Y = torch.randn(8, 6, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 4
+# 16 samples: homeostasis needs that many to begin with.
+X, Y = torch.randn(16, 6, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 4
 every_rule = pytest.mark.parametrize("case", ORDINARY, ids=str)
 firing_rule = pytest.mark.parametrize("case", FIRING, ids=str)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.prune import l1_unstructured
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import bioopt
 from scripts import bench_hebbian
@@ -88,6 +89,20 @@ def test_an_event_without_a_batch_is_a_batch_of_one(case: Case) -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
+def settled(case: Case, model: nn.Module) -> dict[str, Any]:
+    """The state of a rule on a network like this one after the steps in which homeostasis settles."""
+    twin = copy.deepcopy(model).to_empty(device="cpu")
+    for layer in twin:
+        if hasattr(layer, "reset_parameters"):
+            layer.reset_parameters()
+    optimizer = case.make(twin, lr=0.01)
+    for _ in range(25):
+        optimizer.zero_grad()
+        F.cross_entropy(twin(torch.randn(5, 3, 8, 8)), torch.arange(5) % 4).backward()
+        optimizer.step()
+    return tree_map_only(torch.Tensor, lambda value: value.to("meta"), optimizer.state_dict())
+
+
 @pytest.mark.parametrize("case", [case for case in ONE_PASS if case.ordinary])
 def test_a_step_that_is_captured_reads_nothing_off_the_device(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a CUDA graph needs it. Tensors without values stand for the device: to read one raises."""
@@ -97,6 +112,8 @@ def test_a_step_that_is_captured_reads_nothing_off_the_device(case: Case, monkey
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # which knows no such device
     monkeypatch.setattr(torch, "autocast", lambda *args, **options: contextlib.nullcontext())
     optimizer = case.make(model, lr=0.01)
+    if case.regulates:  # its first steps count events, and are no part of a graph
+        optimizer.load_state_dict(settled(case, model))
 
     def step() -> None:
         optimizer.zero_grad()
@@ -105,7 +122,7 @@ def test_a_step_that_is_captured_reads_nothing_off_the_device(case: Case, monkey
 
     with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
         step()  # a plain step reads a number: whether all are finite
-    for module in (bioopt.core.rule, bioopt.core.errors):
+    for module in (bioopt.core.rule, bioopt.core.errors, bioopt.core.homeostasis):
         monkeypatch.setattr(module, "is_captured", lambda tensors: True)
     if case.rule is bioopt.BCM:  # which keeps thresholds
         with pytest.raises(RuntimeError, match="keeps running state"):
@@ -215,3 +232,22 @@ def test_a_plastic_step_needs_little_more_memory_than_inference() -> None:
             extra / activities,
             weights / activities,
         )
+
+
+def test_a_loss_from_before_a_rule_began_to_act_counts_for_homeostasis() -> None:
+    """Its firing has no product, and the next one has."""
+    torch.manual_seed(0)
+    model, x, y = mlp(), torch.randn(16, 6, dtype=torch.float64), torch.arange(16) % 4
+    optimizer = bioopt.Hebbian(model)
+    late = None
+    for step in range(12):
+        optimizer.zero_grad()
+        if step == 9:
+            late = F.cross_entropy(model(x), y)
+        F.cross_entropy(model(x), y).backward()
+        if step == 10:
+            late.backward()
+        before = F.normalize(model[0].weight.detach())
+        optimizer.step()
+        turned = not torch.allclose(F.normalize(model[0].weight), before, rtol=0, atol=1e-12)
+        assert turned == (step == 11), step

@@ -53,7 +53,9 @@ CASES = {
     "Oja": (plain, True, lambda m, g: published.Oja(m, 0.1, readout=None, process_group=g)),
     "ContrastiveDivergence, persistent": (
         machine, True, lambda m, g: bioopt.ContrastiveDivergence(
-            m, 0.1, persistent=True, readout="delta", process_group=g)),
+            m, 0.1, persistent=True, readout="delta", readout_lr=0.5, process_group=g)),
+    "Hebbian, by default": (plain, True, lambda m, g: bioopt.Hebbian(m, process_group=g)),
+    "Homeostasis": (plain, True, lambda m, g: bioopt.Homeostasis(m, process_group=g)),
     "WeightPerturbation": (
         network, False, lambda m, g: bioopt.WeightPerturbation(m, 0.1, sigma=0.1, population=3, process_group=g)),
     "SerialPerturbation": (
@@ -114,7 +116,7 @@ def train(case: str, group: dist.ProcessGroup | None, rank: int = 0, ranks: int 
     optimizer = make(model, group)
     x, y = (X[rank::ranks], Y[rank::ranks]) if shares else (X, Y)
     losses = []
-    for _ in range(3):
+    for _ in range(12 if case == "Hebbian, by default" else 3):  # of which ten are homeostasis alone
         optimizer.target = y
         losses.append(optimizer.step(lambda: F.cross_entropy(model(x), y, reduction="none")))
     return {**model.state_dict(), **({} if shares else {"loss": losses[-1]})}

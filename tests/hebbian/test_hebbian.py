@@ -76,7 +76,8 @@ def test_each_rule_equals_its_twin(rule: str, name: str, channels_last: bool) ->
             published.KrotovHopfield(layer, lr, rank=3, anti_hebbian=0.3, readout=None),
             lambda: krotov_hopfield_twin(layer, x, 3, 0.3)),
         "sanger": lambda: (published.Sanger(layer, lr, readout=None), lambda: sanger_twin(layer, x, lr)),
-        "anti_hebbian": lambda: (published.AntiHebbian(layer, lr, readout=None), lambda: anti_hebbian_twin(layer, x, lr)),
+        "anti_hebbian": lambda: (
+            published.AntiHebbian(layer, lr, readout=None), lambda: anti_hebbian_twin(layer, x, lr)),
         "bcm": lambda: (published.BCM(layer, lr, threshold_rate=0.3, readout=None), None),
     }[rule]()  # fmt: skip
     threshold = [1.0] * len(layer.weight)
