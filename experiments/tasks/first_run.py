@@ -86,6 +86,14 @@ class FirstRun(Task):
         """An epoch, in the same order for all rules."""
         return self.images.training_batches(self.batch_size, seed, epoch, data.Augment())
 
+    def state_dict(self) -> dict[str, Any]:
+        """What the picture shows of the first repetition."""
+        return {"drawn": self.drawn}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.drawn = state["drawn"]
+
     def shown(self, line: dict[str, Any]) -> str:
         """The test accuracy of each rule."""
         return "   ".join(f"{rule} {course[-1]:.1%}" for rule, course in line["courses"].items())
