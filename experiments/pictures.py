@@ -109,7 +109,8 @@ def draw_fields(
             if not column:
                 axes.text(-0.1, y + tile / 2, name, ha="right", va="center", fontsize=8)
         if share is not None:
-            label = "never" if dead else f"{100 * share[neuron]:.2g} %"
+            won = 100 * float(share[neuron])
+            label = "never" if dead else f"{won:.2g} %" if won >= 0.1 else "< 0.1 %"
             axes.text(column + tile / 2, row * height + len(fields) + 0.05, label, ha="center", va="top", fontsize=7,
                       color="red" if dead else "dimgrey")  # fmt: skip
     axes.set(xlim=(-1.2, columns), ylim=(math.ceil(len(order) / columns) * height, -0.05), aspect="equal")

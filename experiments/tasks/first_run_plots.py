@@ -39,7 +39,7 @@ def page(
     height = max(3.0, (1.45 * rows + 0.4) * len(shown)) + 0.3
     figure = plt.figure(figsize=(10.5, height), layout="constrained")
     figure.suptitle(title, fontsize=10)
-    left, right = figure.subfigures(1, 2, width_ratios=[1, 2.4], squeeze=False)[0]
+    left, right = figure.subfigures(1, 2, width_ratios=[1.15, 2.4], squeeze=False)[0]
     axes = left.subplots()
     ranked = sorted(courses, key=lambda rule: -statistics.fmean(course[-1] for course in courses[rule]))
     for place, rule in enumerate(ranked):
@@ -53,7 +53,7 @@ def page(
         )
     axes.set(xlabel="epoch", ylabel="test accuracy (%)", ylim=(0, 100), xlim=(0, len(means) - 1))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(frameon=False, loc="lower right", fontsize=9, title="mean; band: all repetitions", title_fontsize=8,
+    axes.legend(frameon=False, loc="lower right", fontsize=8, handlelength=1, title="mean; band: all repetitions",
                 alignment="left")  # fmt: skip
     uncluttered(axes)
     if shown:
