@@ -6,7 +6,7 @@ UV := $(shell command -v uv 2>/dev/null)
 .PHONY: run test slow lint docs clean
 
 run: .venv/installed
-	$(BIN)/python train.py optimizer=hebbian
+	$(BIN)/python train.py experiment=first_run
 
 test: .venv/installed
 	$(BIN)/python -m pytest

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import nn
 
 import bioopt
 from bioopt import find_synapses
@@ -19,7 +19,7 @@ from bioopt import find_synapses
 from . import data, interrupts, pictures
 from .building import build_model, build_schedule, freeze
 from .config import resolved
-from .diagnostics import Diagnostics
+from .diagnostics import Diagnostics, wins
 from .phases import frozen, plastic_epochs, plastic_learner, readout_learner, split
 from .ranks import Ranks
 from .tasks import Task
@@ -57,6 +57,7 @@ class Classification(Task):
                 f"batch_size={config.batch_size} is larger than the {len(self.images.train_labels)} training images"
             )
         self.model = build_model(config, self.images).to(device)
+        self.start = pictures.first_weights(self.model)  # of a resumed run too: it draws the same weights
         self.layers = find_synapses(self.model)[:-1]  # without the readout, and before any is frozen
         freeze(self.model, config.frozen)
         self.learner = plastic_learner(config, self.model, self.images, ranks.group)
@@ -203,10 +204,12 @@ class Classification(Task):
     def finish(self, history: list[dict[str, Any]], title: str, folder: Path) -> tuple[dict[str, float], list[Path]]:
         """The pictures of the run, and the numbers of ``final_analysis``."""
         shown = [pictures.curves(history, title, folder / "curves.png")]
-        fields = pictures.receptive_fields(
-            self.model, self.images.shape, f"first layer: {title}", folder / "receptive_fields.png"
-        )
         shares = wins(self.model, self.layers, self.images)
+        ends = pictures.first_weights(self.model)
+        of_first = shares.get(self.layers[0].name) if self.layers else None
+        fields = pictures.receptive_fields(
+            self.start, ends, of_first, self.images.shape, f"first layer: {title}", folder / "receptive_fields.png"
+        )
         of_neurons = pictures.neurons(history, shares, title, folder / "neurons.png")
         shown += [picture for picture in (fields, of_neurons) if picture is not None]
         shown += self.diagnostics.pictures(self.model, title, folder)
@@ -259,26 +262,6 @@ def weight_norms(layers: list[bioopt.Synapse]) -> dict[str, list[float]]:
     """The least, mean and largest norm of the weight vectors of each layer's neurons."""
     norms = {s.name: s.weight.detach().flatten(1).norm(dim=1) for s in layers}
     return {name: torch.stack([n.min(), n.mean(), n.max()]).tolist() for name, n in norms.items()}
-
-
-@torch.no_grad()
-def wins(model: nn.Module, layers: list[bioopt.Synapse], images: data.Images, batch: int = 500) -> dict[str, Tensor]:
-    """The share of events (samples and positions of one test batch) in which each neuron is its layer's most active."""
-    found: dict[str, Tensor] = {}
-    handles = []
-    for synapse in layers:
-
-        def count(layer: nn.Module, args: Any, u: Tensor, synapse: Any = synapse) -> None:
-            winners = u.argmax(u.ndim + synapse.channel_dim).flatten()
-            found[synapse.name] = torch.bincount(winners, minlength=len(synapse.weight)) / len(winners)
-
-        handles.append(synapse.layer.register_forward_hook(count))
-    model.eval()
-    inputs, _ = next(images.test_batches(data.Augment(), batch))
-    model(inputs)
-    for handle in handles:
-        handle.remove()
-    return found
 
 
 def warn_of_long_sweeps(optimizer: torch.optim.Optimizer, batches: int, epochs: int) -> None:

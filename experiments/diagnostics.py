@@ -173,3 +173,23 @@ def activity(events: Tensor) -> dict[str, float]:
         "dead_units": (events == 0).all(0).float().mean().item(),
         "dimensionality": (covariance.trace().square() / squares).item() if squares else 0.0,
     }
+
+
+@torch.no_grad()
+def wins(model: nn.Module, layers: list[bioopt.Synapse], images: Images, batch: int = 500) -> dict[str, Tensor]:
+    """The share of events (samples and positions of one test batch) in which each neuron is its layer's most active."""
+    found: dict[str, Tensor] = {}
+    handles = []
+    for synapse in layers:
+
+        def count(layer: nn.Module, args: Any, u: Tensor, synapse: Any = synapse) -> None:
+            winners = u.argmax(u.ndim + synapse.channel_dim).flatten()
+            found[synapse.name] = torch.bincount(winners, minlength=len(synapse.weight)) / len(winners)
+
+        handles.append(synapse.layer.register_forward_hook(count))
+    model.eval()
+    inputs, _ = next(images.test_batches(Augment(), batch))
+    model(inputs)
+    for handle in handles:
+        handle.remove()
+    return found
