@@ -69,7 +69,7 @@ def require_steady(optimizer: Optimizer, grads: dict[Tensor, Tensor], total: flo
     """
     for i, group in enumerate(optimizer.param_groups):
         lr = float(group["lr"])
-        if lr * total <= RUNAWAY:
+        if lr * total <= RUNAWAY or group.get("standardised"):  # which is stable, and large where its input is small
             continue
         names = group.get("param_names", [f"group{i}.params[{j}]" for j in range(len(group["params"]))])
         for name, p in zip(names, group["params"], strict=True):

@@ -14,8 +14,8 @@ from .acts import Isolated, cut, detached, isolate
 from .constraints import NON_NEGATIVE, require_in_range
 from .homeostasis import NOT_MOVING, RATE, Level, along_neurons, in_weight_form, kept_in_place
 from .params import RuleOptions, named_modules_of, no_plastic_layer, surveyed
-from .products import in_full, over_events
-from .reach import Pending, Reach
+from .products import in_full, over_events, squares_over_events
+from .reach import Pending, Reach, weakly
 from .recorder import Firing
 from .sums import Sums, product_sums
 from .synapse import Exclusion, Synapse, Unwatchable, refusal, survey
@@ -23,9 +23,9 @@ from .synapse import Exclusion, Synapse, Unwatchable, refusal, survey
 __all__ = ["Readout", "ReadoutOptions"]
 
 KINDS = ("delta", "teacher", None)
-#: of a readout on standardised activity: with momentum 0.9, less than half of the largest rate at which cross-entropy
-#: and squared error are sure to be stable, whatever the activity
-LR = 3.0
+#: of a readout on standardised activity, in units of one over the largest eigenvalue of its covariance: with momentum
+#: 0.9, cross-entropy (whose curvature is at most 1/2) and squared error (2) are stable below 7.6 and 1.9
+LR = 1.5
 MOMENTUM = 0.9
 FLOOR = 0.1  # of the variance of an input, as a share of the mean variance: rare inputs are not blown up
 
@@ -68,7 +68,9 @@ class Readout:
         by_loss: whether it learns from the loss.
     """
 
-    def __init__(self, rule: str, kind: str | None, reach: Reach) -> None:
+    def __init__(
+        self, rule: str, kind: str | None, reach: Reach, levels: Callable[[], dict[int, Level]] | None = None
+    ) -> None:
         if kind not in KINDS:
             raise ValueError(f"{rule}: readout={kind!r} must be 'delta', 'teacher' or None")
         self.kind = kind
@@ -76,6 +78,7 @@ class Readout:
         self._standardised: dict[nn.Module, Synapse] = {}  # those that learn on standardised activity
         self.by_loss = kind == "delta"
         self._rule = rule
+        self._levels = weakly(levels)
         self._reach = reach
         self._others: list[Synapse] = []
         self._in_order = False  # whether it was seen to fire last
@@ -237,7 +240,8 @@ class Readout:
             end = self._reach.end(u, firing.x, pending)
             if firing.synapse.layer in self._standardised and not firing.replay:
                 with torch.no_grad():
-                    self._latest[firing.synapse] = self._pending[pending] = _input_sums(firing)
+                    sums = _input_sums(firing, self._level(firing.synapse))
+                    self._latest[firing.synapse] = self._pending[pending] = sums
                 if not self._reach.linked or not self._reach.waits_at(end):
                     self.confirm(pending)
             return end
@@ -249,6 +253,11 @@ class Readout:
             known = self._sums.get(firing.synapse)
             self._sums[firing.synapse] = sums if known is None else known.plus(sums)
         return cut(firing, u, self._reach)
+
+    def _level(self, synapse: Synapse) -> Level | None:
+        """The present level of presynaptic activity, part of the rule's own state."""
+        levels: dict[int, Level] = self._levels()() if self._levels is not None else {}
+        return levels.get(synapse.index)
 
     def confirm(self, pending: Pending) -> None:
         """Count a firing of a readout that a backward pass has reached."""
@@ -378,16 +387,35 @@ class Readout:
         return grads
 
 
-def _input_sums(firing: Firing) -> Sums:
-    """The sums of presynaptic activity and of its square, for each input channel."""
+def _input_sums(firing: Firing, level: Level | None) -> Sums:
+    """The sums of presynaptic activity and of its square, for each input channel, and the size of its covariance."""
     x, channel = in_full(firing.x.detach()), firing.x.ndim + firing.synapse.channel_dim
-    total = over_events(x, channel)
-    return Sums({"input": total, "square": over_events(x.square(), channel)}, {"events": x.numel() // len(total)})
+    total, square = over_events(x, channel), squares_over_events(x, channel)
+    events = x.numel() // len(total)
+    mean, power = _moments(level, total / max(1, events), square / max(1, events), firing.synapse.bias is not None)
+    rows = (x.movedim(channel, -1).flatten(0, -2) - mean) / power.sqrt()
+    # The Frobenius norm of the covariance bounds its largest eigenvalue, on which the largest stable rate depends.
+    few = len(rows) <= rows.shape[1]
+    covariance = (rows @ rows.mT if few else rows.mT @ rows).to(x.dtype)
+    size = torch.linalg.matrix_norm(covariance + 1 if few else covariance) + (0 if few else events)
+    return Sums({"input": total, "square": square, "size": size}, {"events": events})
+
+
+def _moments(level: Level | None, mean: Tensor, square: Tensor, centred: bool) -> tuple[Tensor, Tensor]:
+    """What is subtracted from presynaptic activity, and the power by which it is divided."""
+    if level is not None:
+        mean, variance = level["mean"].to(mean), level["variance"].to(mean)
+    else:
+        variance = (square - mean.square()).clamp(min=0)
+    if not centred:
+        variance, mean = variance + mean.square(), torch.zeros_like(mean)
+    # Variance below that of rounding, or of activity of 3e-5, is no signal.
+    return mean, variance + FLOOR * variance.mean() + NOT_MOVING * mean.square().mean() + 1e-9
 
 
 def _followed(level: Level | None, sums: Sums, count: float) -> Level:
     """The running mean and variance of presynaptic activity after these firings."""
-    mean, square = sums.values["input"] / count, sums.values["square"] / count
+    mean, square, size = (sums.values[name] / count for name in ("input", "square", "size"))
     steps = 0 if level is None else level["steps"]
     r = max(RATE, 1 / (1 + steps))
     known = mean if level is None else level["mean"].to(mean.device)
@@ -397,6 +425,8 @@ def _followed(level: Level | None, sums: Sums, count: float) -> Level:
     new = {
         "mean": known + r * shift,
         "variance": torch.lerp(variance, of_batch, r) + r * (1 - r) * shift.square(),
+        # Never below that of this batch, so that no step overshoots.
+        "size": torch.maximum(size, size if level is None else torch.lerp(level["size"].to(size), size, r)),
         "steps": steps + 1,
     }
     return new if level is None else kept_in_place(level, new)
@@ -405,13 +435,9 @@ def _followed(level: Level | None, sums: Sums, count: float) -> Level:
 def _standardised(grads: dict[Tensor, Tensor], synapse: Synapse, level: Level) -> dict[Tensor, Tensor]:
     r"""The gradients of ``w σ`` and ``b + w μ`` in place of those of ``w`` and ``b``, as changes of ``w`` and ``b``."""
     weight, bias = synapse.weight, synapse.bias
-    mean, variance = level["mean"].to(weight), level["variance"].to(weight)
     centred = bias is not None and bias in grads
-    if not centred:
-        variance, mean = variance + mean.square(), torch.zeros_like(mean)
-    # Variance below that of rounding, or of activity of 3e-5, is no signal.
-    power = variance + FLOOR * variance.mean() + NOT_MOVING * mean.square().mean() + 1e-9
-    size = weight[0].numel() + 1
+    mean, power = _moments(level, level["mean"].to(weight), level["variance"].to(weight), centred)
+    size = level["size"].to(weight) * (weight[0].numel() / weight.shape[1])  # every place of a kernel adds as much
     mean, power = in_weight_form(mean, synapse), in_weight_form(power, synapse)
     grad = grads[weight]
     if not centred:

@@ -136,7 +136,7 @@ class LearningRule(ModelGroups, Optimizer):
         given = [pair for group in groups for pair in named_modules_of(group["params"])]
         self._exclusion = Exclusion.of(name, exclude, given)
         self._coverage = Coverage(name, self._recorder, self._exclusion)
-        self._readout = Readout(name, readout, self._recorder.reach)
+        self._readout = Readout(name, readout, self._recorder.reach, self._readout_levels)
         groups = self._readout.set_apart(
             groups,
             defaults["lr"],
@@ -456,6 +456,11 @@ class LearningRule(ModelGroups, Optimizer):
             return cut(firing, u if other is None else other, reach)
 
         return self._recorder.acting(self._readout.enter, leave)
+
+    def _readout_levels(self) -> dict[int, dict[str, Any]]:
+        """The levels of the activity that readouts receive, by the index of their synapse."""
+        levels: dict[int, dict[str, Any]] = self._own_state.get("readout", {})
+        return levels
 
     @optional
     def _around_descent(self) -> AbstractContextManager[None]:

@@ -287,7 +287,7 @@ class SoftHebb(LocalProductRule):
     def __init__(
         self,
         params: Params,
-        lr: float = 0.01,  # η
+        lr: float = 0.02,  # η
         *,
         inverse_temperature: float = 8.0,  # t
         k: int | None = None,
@@ -359,7 +359,7 @@ class KrotovHopfield(LocalProductRule):
     def __init__(
         self,
         params: Params,
-        lr: float = 0.01,  # ε
+        lr: float = 0.02,  # ε
         *,
         rank: int = 2,  # k
         anti_hebbian: float = 0.4,  # Δ

@@ -389,7 +389,8 @@ def test_the_readout_learns_as_by_gradients_of_standardised_input() -> None:
     v = (readout.weight * deviation).detach().requires_grad_()
     c = (readout.bias + readout.weight @ mean).detach().requires_grad_()
     F.cross_entropy((h - mean) / deviation @ v.T + c, y).backward()
-    lr = optimizer.param_groups[-1]["lr"] / 7
+    z = (h - mean) / deviation
+    lr = optimizer.param_groups[-1]["lr"] / (torch.linalg.matrix_norm(z.T @ z / 50) + 1)
     v, c = v.detach() - lr * v.grad, c.detach() - lr * c.grad
     F.cross_entropy(model(x), y).backward()
     optimizer.step()
