@@ -27,6 +27,8 @@ KINDS = ("delta", "teacher", None)
 #: 0.9, cross-entropy (whose curvature is at most 1/2) and squared error (2) are stable below 7.6 and 1.9
 LR = 1.5
 MOMENTUM = 0.9
+MARGIN = 2.0  # of the estimated largest eigenvalue
+KNOWN = 10  # steps after which the estimate is good
 FLOOR = 0.1  # of the variance of an input, as a share of the mean variance: rare inputs are not blown up
 
 
@@ -388,25 +390,20 @@ class Readout:
 
 
 def _input_sums(firing: Firing, level: Level | None) -> Sums:
-    """The sums of presynaptic activity and of its square, for each input channel, and the size of its covariance."""
+    """The sums of presynaptic activity, of its square, and of its part along the direction of largest variance."""
     x, channel = in_full(firing.x.detach()), firing.x.ndim + firing.synapse.channel_dim
     total, square = over_events(x, channel), squares_over_events(x, channel)
-    events = x.numel() // len(total)
-    mean, power = _moments(level, total / max(1, events), square / max(1, events), firing.synapse.bias is not None)
-    rows = (x.movedim(channel, -1).flatten(0, -2) - mean) / power.sqrt()
-    # The Frobenius norm of the covariance bounds its largest eigenvalue, on which the largest stable rate depends.
-    few = len(rows) <= rows.shape[1]
-    covariance = (rows @ rows.mT if few else rows.mT @ rows).to(x.dtype)
-    size = torch.linalg.matrix_norm(covariance + 1 if few else covariance) + (0 if few else events)
-    return Sums({"input": total, "square": square, "size": size}, {"events": events})
-
-
-def _moments(level: Level | None, mean: Tensor, square: Tensor, centred: bool) -> tuple[Tensor, Tensor]:
-    """What is subtracted from presynaptic activity, and the power by which it is divided."""
+    along = torch.zeros_like(total)
     if level is not None:
-        mean, variance = level["mean"].to(mean), level["variance"].to(mean)
-    else:
-        variance = (square - mean.square()).clamp(min=0)
+        mean, power = _moments(level, firing.synapse.bias is not None)
+        rows = (x.movedim(channel, -1).flatten(0, -2) - mean.to(x)) / power.to(x).sqrt()
+        along = ((rows @ level["direction"].to(x)) @ rows).to(x.dtype)
+    return Sums({"input": total, "square": square, "along": along}, {"events": x.numel() // len(total)})
+
+
+def _moments(level: Level, centred: bool) -> tuple[Tensor, Tensor]:
+    """What is subtracted from presynaptic activity, and the power by which it is divided."""
+    mean, variance = level["mean"], level["variance"]
     if not centred:
         variance, mean = variance + mean.square(), torch.zeros_like(mean)
     # Variance below that of rounding, or of activity of 3e-5, is no signal.
@@ -415,29 +412,40 @@ def _moments(level: Level | None, mean: Tensor, square: Tensor, centred: bool) -
 
 def _followed(level: Level | None, sums: Sums, count: float) -> Level:
     """The running mean and variance of presynaptic activity after these firings."""
-    mean, square, size = (sums.values[name] / count for name in ("input", "square", "size"))
+    mean, square, along = (sums.values[name] / count for name in ("input", "square", "along"))
     steps = 0 if level is None else level["steps"]
     r = max(RATE, 1 / (1 + steps))
-    known = mean if level is None else level["mean"].to(mean.device)
     of_batch = (square - mean.square()).clamp(min=0)
-    variance = of_batch if level is None else level["variance"].to(mean.device)
-    shift = mean - known
+    if level is None:
+        generator = torch.Generator().manual_seed(0)
+        direction = torch.randn(len(mean), generator=generator, dtype=mean.dtype).to(mean.device)
+        return {
+            **{"mean": mean, "variance": of_batch, "direction": direction / direction.norm()},
+            **{"spread": mean.new_zeros(()), "steps": 1},
+        }
+    known, direction, spread = (level[name].to(mean.device) for name in ("mean", "direction", "spread"))
+    shift, length = mean - known, along.norm()
     new = {
         "mean": known + r * shift,
-        "variance": torch.lerp(variance, of_batch, r) + r * (1 - r) * shift.square(),
-        # Never below that of this batch, so that no step overshoots.
-        "size": torch.maximum(size, size if level is None else torch.lerp(level["size"].to(size), size, r)),
+        "variance": torch.lerp(level["variance"].to(mean.device), of_batch, r) + r * (1 - r) * shift.square(),
+        # One step of the power iteration, whose vector tends to the first principal component.
+        "direction": torch.where(length > 1e-6, along / length.clamp(min=1e-6), direction),
+        "spread": torch.maximum(length, torch.lerp(spread, length, r)),
         "steps": steps + 1,
     }
-    return new if level is None else kept_in_place(level, new)
+    return kept_in_place(level, new)
 
 
 def _standardised(grads: dict[Tensor, Tensor], synapse: Synapse, level: Level) -> dict[Tensor, Tensor]:
     r"""The gradients of ``w σ`` and ``b + w μ`` in place of those of ``w`` and ``b``, as changes of ``w`` and ``b``."""
     weight, bias = synapse.weight, synapse.bias
     centred = bias is not None and bias in grads
-    mean, power = _moments(level, level["mean"].to(weight), level["variance"].to(weight), centred)
-    size = level["size"].to(weight) * (weight[0].numel() / weight.shape[1])  # every place of a kernel adds as much
+    mean, power = (value.to(weight) for value in _moments(level, centred))
+    # The largest eigenvalue of the covariance, with a margin; until that is known, the trace, which it cannot exceed.
+    size = torch.full_like(level["spread"].to(weight), weight.shape[1])
+    if level["steps"] > KNOWN:
+        size = torch.minimum(size, MARGIN * level["spread"].to(weight))
+    size = 1 + size * (weight[0].numel() / weight.shape[1])  # every place of a kernel adds as much
     mean, power = in_weight_form(mean, synapse), in_weight_form(power, synapse)
     grad = grads[weight]
     if not centred:

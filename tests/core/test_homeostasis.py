@@ -389,13 +389,28 @@ def test_the_readout_learns_as_by_gradients_of_standardised_input() -> None:
     v = (readout.weight * deviation).detach().requires_grad_()
     c = (readout.bias + readout.weight @ mean).detach().requires_grad_()
     F.cross_entropy((h - mean) / deviation @ v.T + c, y).backward()
-    z = (h - mean) / deviation
-    lr = optimizer.param_groups[-1]["lr"] / (torch.linalg.matrix_norm(z.T @ z / 50) + 1)
+    lr = optimizer.param_groups[-1]["lr"] / 7
     v, c = v.detach() - lr * v.grad, c.detach() - lr * c.grad
     F.cross_entropy(model(x), y).backward()
     optimizer.step()
     torch.testing.assert_close(model[2].weight.detach(), v / deviation, rtol=0, atol=1e-12)
     torch.testing.assert_close(model[2].bias.detach(), c - v / deviation @ mean, rtol=0, atol=1e-12)
+
+
+def test_the_readout_s_rate_follows_the_largest_variance_of_its_input() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(400, 3, dtype=torch.float64) @ torch.randn(3, 12, dtype=torch.float64) + 4
+    model = nn.Sequential(nn.Identity(), nn.Linear(12, 12), nn.Linear(12, 3)).double()
+    optimizer = bioopt.Homeostasis(model, lr=0.0)
+    for _ in range(15):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), torch.arange(400) % 3).backward()
+        optimizer.step()
+    h = model[1](x).detach()
+    z = (h - h.mean(0)) / h.var(0, unbiased=False).sqrt()
+    largest = torch.linalg.eigvalsh(z.T @ z / 400)[-1]
+    level = next(iter(optimizer.state_dict()["state"]["rule"]["readout"].values()))
+    assert 0.8 * largest < level["spread"] <= largest
 
 
 def test_a_given_rate_is_that_of_the_plain_gradient() -> None:
