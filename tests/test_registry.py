@@ -333,7 +333,7 @@ def edit(file: Path, old: str, new: str) -> None:
 
 def test_a_change_makes_what_follows_from_it_stale(generate: types.ModuleType, project: Path) -> None:
     assert generate.out_of_date() == {}
-    edit(project / "conf/optimizer/hebbian.yaml", "\nlr: 0.05", "\nlr: 4.0")
+    edit(project / "conf/optimizer/hebbian.yaml", "\nlr: 0.02", "\nlr: 4.0")
     edit(project / "conf/optimizer/oja.yaml", "principal", "secondary")
     edit(project / "docs/rules/index.md", "| `oja` |", "| `oia` |")
     edit(project / "README.md", "`oja` ", "")
@@ -371,7 +371,7 @@ def test_options_that_presets_cannot_hold_are_refused(generate: types.ModuleType
     with pytest.raises(ValueError, match=r"softhebb: of the readout, per_model.softhebb can set lr alone"):
         generate.out_of_date()
     edit(project / "conf/optimizer/softhebb.yaml", "momentum: 0}", "}")
-    edit(project / "conf/optimizer/oja.yaml", "\nlr: 0.02", "\nlr: {_target_: builtins.float}")
+    edit(project / "conf/optimizer/oja.yaml", "\nlr: 0.01", "\nlr: {_target_: builtins.float}")
     with pytest.raises(ValueError, match=r"oja.lr: of things that _target_ makes, presets can hold classes alone"):
         generate.out_of_date()
 

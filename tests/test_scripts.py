@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.multiprocessing as mp
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
+from safetensors.torch import save_file
 
 from experiments.run import run
 
@@ -100,6 +102,28 @@ def test_bench_relay(call: Call, tmp_path: Path) -> None:
     rows = json.loads(record.read_text())["rows"]
     assert [row[0] for row in shown] == [row["network"] for row in rows]
     assert all(row["ratio"] > 0 for row in rows)
+
+
+def test_dropin(call: Call, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(40) % 10
+    images = (torch.rand(40, 1, 12, 12, generator=generator) * 20 + 20 * labels.view(-1, 1, 1, 1)).to(torch.uint8)
+    tensors = {
+        "train_images": images,
+        "train_labels": labels,
+        "test_images": images.clone(),
+        "test_labels": labels.clone(),
+    }
+    save_file(tensors, tmp_path / "little.safetensors")
+    options = ["--data", "little", "--root", str(tmp_path), "--seeds", "0", "1", "--epochs", "1", "--batch", "20"]
+    rules = ["--rules", "sgd", "random_trunk", "oja", "--networks", "mlp", "cnn"]
+    shown = call("dropin.py", *options, *rules, "--images", "40", "--out", str(tmp_path / "out"))
+    runs = [json.loads(line) for line in (tmp_path / "out" / "runs.jsonl").read_text().splitlines()]
+    assert len(runs) == 12
+    assert all(run["finite"] and 0 <= run["accuracy"] <= 1 for run in runs)
+    assert "| oja |" in shown
+    call("dropin.py", *options, *rules, "--images", "40", "--out", str(tmp_path / "out"))  # nothing is run again
+    assert len((tmp_path / "out" / "runs.jsonl").read_text().splitlines()) == 12
 
 
 def test_bench_hebbian(call: Call, tmp_path: Path) -> None:

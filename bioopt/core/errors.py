@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 __all__ = ["Diverged"]
 
 
-RUNAWAY = 100.0  # the mean change of a layer's weights in one step of gradient descent that is called divergence
+RUNAWAY = 1e4  # the mean change of a layer's weights in one step of gradient descent that is called divergence
 
 
 class Diverged(RuntimeError):

@@ -266,7 +266,7 @@ def test_data_sets_inherit_the_options_of_optimizers() -> None:
     assert settings("optimizer=hebbian", "data=cifar100") == (21, 128, 1)
     assert settings("optimizer=stdp", "data=fashion_mnist") == (15, 50, 3)
     assert (
-        settings("optimizer=softhebb", "data=stl10") == settings("optimizer=softhebb", "data=cifar10") == (2, 10, None)
+        settings("optimizer=softhebb", "data=stl10") == settings("optimizer=softhebb", "data=cifar10") == (5, 128, None)
     )
     assert settings("optimizer=hill_climbing", "data=svhn") == (10, 128, None)  # which has none for cifar10
     assert settings("optimizer=hebbian", "data=cifar100", "+optimizer.per_data.cifar100.epochs=7") == (7, 128, 1)
