@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,15 +69,12 @@ def require_steady(optimizer: Optimizer, grads: dict[Tensor, Tensor], total: flo
         grads: of its parameters.
         total: the norm of all gradients, an upper bound that is known already.
     """
-    for i, group in enumerate(optimizer.param_groups):
+    for group, named in _named(optimizer):
         lr = float(group["lr"])
         if lr * total <= RUNAWAY or group.get("standardised"):  # which is stable, and large where its input is small
             continue
-        names = group.get("param_names", [f"group{i}.params[{j}]" for j in range(len(group["params"]))])
-        for name, p in zip(names, group["params"], strict=True):
-            if p not in grads:
-                continue
-            change = lr * grads[p].norm().item() / math.sqrt(p.numel())
+        for name, p in named:
+            change = lr * grads[p].norm().item() / math.sqrt(p.numel()) if p in grads else 0.0
             if change > RUNAWAY:
                 raise Diverged(
                     f"{type(optimizer).__name__}: this step would change each weight of '{name}' by {change:.3g} on "
@@ -87,13 +86,21 @@ def require_steady(optimizer: Optimizer, grads: dict[Tensor, Tensor], total: flo
                 )
 
 
-def _largest(optimizer: Optimizer) -> tuple[str, float, float]:
-    """The parameter of the largest or a non-finite norm, with its norm and learning rate."""
-    found = []
+def _named(optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], list[tuple[str, Tensor]]]]:
+    """Each group, and its parameters with their names."""
     for i, group in enumerate(optimizer.param_groups):
         names = group.get("param_names", [f"group{i}.params[{j}]" for j in range(len(group["params"]))])
-        known = [(name, p) for name, p in zip(names, group["params"], strict=True) if not is_lazy(p)]
-        found += [(name, p.detach().norm().item(), float(group["lr"])) for name, p in known]
+        yield group, list(zip(names, group["params"], strict=True))
+
+
+def _largest(optimizer: Optimizer) -> tuple[str, float, float]:
+    """The parameter of the largest or a non-finite norm, with its norm and learning rate."""
+    found = [
+        (name, p.detach().norm().item(), float(group["lr"]))
+        for group, named in _named(optimizer)
+        for name, p in named
+        if not is_lazy(p)
+    ]
     return max(found, key=lambda entry: (not math.isfinite(entry[1]), entry[1]))
 
 

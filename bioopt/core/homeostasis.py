@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import is_captured, warn
-from .products import in_full, over_events, squares_over_events
+from .products import along_channels, in_full, over_events, squares_over_events
 from .reach import weakly
 from .sums import Sums
 from .synapse import BUILT_IN, Synapse
@@ -32,6 +32,9 @@ RATE = 0.05  # of homeostasis, per step
 EVENTS = 16  # of a layer, before its activity is regulated: the deviation of fewer is mostly chance
 WARM_UP = 10  # regulated steps before a rule acts: until then the statistics of its input move
 NOT_MOVING = 1e-6  # a deviation below this share of the mean is rounding
+
+#: of rules under homeostasis; `LocalRule` describes them
+DEFAULTS: dict[str, Any] = {"homeostasis": True, "inhibition": 10.0, "tolerance": 0.4, "settle": 20.0}
 
 #: of a synapse: ``"mean"`` and ``"variance"`` of each neuron, ``"input"``, the mean of presynaptic activity, in the
 #: form of a weight, ``"events"`` that were seen, and ``"steps"`` in which it was regulated
@@ -74,9 +77,9 @@ class Regulator:
     def standardised(self, firing: Firing, u: Tensor) -> Tensor:
         """``(u - m) / s`` by the levels of the last step, or in the first by those of the first firing."""
         synapse, channel = firing.synapse, u.ndim + firing.synapse.channel_dim
-        mean, deviation = self._reference(synapse, in_full(u.detach()), channel)
-        shape = [-1 if d == channel else 1 for d in range(u.ndim)]
-        return torch.addcmul((-mean / deviation).view(shape), u.detach(), (1 / deviation).view(shape))  # in one pass
+        mean, deviation = self._reference(synapse, u.detach(), channel)
+        shift, scale = along_channels(-mean / deviation, synapse), along_channels(1 / deviation, synapse)
+        return torch.addcmul(shift, u.detach(), scale)  # in one pass
 
     def hands_on(self, synapse: Synapse) -> bool:
         """Whether the network receives standardised activity: until the first descent has made it the layer's own."""
@@ -103,14 +106,13 @@ class Regulator:
             return mean, moving(mean, level["variance"].to(u.device), synapse)[0]
         if synapse in self._starts:
             return self._starts[synapse]
-        size = u.shape[channel]
+        u, size = in_full(u), u.shape[channel]
         mean, count = over_events(u, channel), u.new_tensor(float(u.numel() // size))
         self._sum()([mean, count])
         if count < EVENTS:
             return u.new_zeros(size), u.new_ones(size)
         mean /= count
-        shape = [-1 if d == channel else 1 for d in range(u.ndim)]
-        variance = over_events((u - mean.view(shape)).square(), channel)
+        variance = over_events((u - along_channels(mean, synapse)).square(), channel)
         self._sum()([variance])
         deviation, still = moving(mean, variance.div_(count), synapse)
         if bool(still.all()) and synapse not in self._still:

@@ -136,6 +136,8 @@ class LocalRule(OnePass):
     ) -> None:
         given: dict[str, Any] = dict(options)
         regulated = {name: given.pop(name, default) for name, default in self.regulated.items()}
+        if regulated:
+            self._require_bool("homeostasis", regulated["homeostasis"])
         self._sums: dict[Synapse, Sums] = {}  # of firings that counted at once
         self._confirmed: dict[Synapse, Sums] = {}  # of firings that a backward pass has reached
         self._waiting: list[weakref.ref[Pending]] = []  # firings since the last step that no backward pass has reached

@@ -38,6 +38,11 @@ def in_full(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
+def along_channels(values: Tensor, synapse: Synapse) -> Tensor:
+    """One value per neuron, shaped to multiply postsynaptic activity."""
+    return values.view(-1, *[1] * (-synapse.channel_dim - 1))
+
+
 def over_events(values: Tensor, channel: int, dtype: torch.dtype | None = None) -> Tensor:
     """The sum over samples and positions for each neuron."""
     events = [d for d in range(values.ndim) if d != channel]

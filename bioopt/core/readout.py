@@ -70,9 +70,7 @@ class Readout:
         by_loss: whether it learns from the loss.
     """
 
-    def __init__(
-        self, rule: str, kind: str | None, reach: Reach, levels: Callable[[], dict[int, Level]] | None = None
-    ) -> None:
+    def __init__(self, rule: str, kind: str | None, reach: Reach, levels: Callable[[], dict[int, Level]]) -> None:
         if kind not in KINDS:
             raise ValueError(f"{rule}: readout={kind!r} must be 'delta', 'teacher' or None")
         self.kind = kind
@@ -258,7 +256,7 @@ class Readout:
 
     def _level(self, synapse: Synapse) -> Level | None:
         """The present level of presynaptic activity, part of the rule's own state."""
-        levels: dict[int, Level] = self._levels()() if self._levels is not None else {}
+        levels: dict[int, Level] = self._levels()()
         return levels.get(synapse.index)
 
     def confirm(self, pending: Pending) -> None:
@@ -380,7 +378,7 @@ class Readout:
                 continue
             weight = synapse.weight.detach()
             product, squares = gathered.values["product"].div_(count), gathered.values["squares"] / count
-            decay = squares.to(weight.dtype).view(-1, *[1] * (weight.ndim - 1)) * weight
+            decay = along_neurons(squares.to(weight.dtype), weight) * weight
             grads[synapse.weight] = as_grad(product - decay, synapse.weight)
         for synapse in self._standardised.values():
             if synapse.index in state.get("readout", {}) and synapse.weight in grads:

@@ -495,6 +495,10 @@ class LearningRule(ModelGroups, Optimizer):
     def _check_value(self, name: str, value: Any, constraint: Constraint) -> None:
         require_in_range(type(self).__name__, name, value, constraint)
 
+    def _require_bool(self, name: str, value: Any) -> None:
+        if not isinstance(value, bool):
+            raise ValueError(f"{type(self).__name__}: {name}={value!r} must be True or False")
+
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Read by `torch.amp.GradScaler` before it looks for gradients."""

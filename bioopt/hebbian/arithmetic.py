@@ -57,11 +57,6 @@ def softmax_(strength: Tensor, dim: int, loser_strength: float = 0.0) -> Tensor:
     return strength.mul_(-loser_strength * largest).scatter_(dim, winner, largest)
 
 
-def along_channels(values: Tensor, u: Tensor, synapse: Synapse) -> Tensor:
-    """One value per neuron, shaped to multiply ``u``."""
-    return values.view(-1, *[1] * (-synapse.channel_dim - 1)).to(u.dtype)
-
-
 def signal_activity_product(rows: Tensor, weight: Tensor, signal: Tensor | None, synapse: Synapse) -> Tensor:
     """``⟨s_k u_j⟩`` for the neurons k, j of each pool."""
     products = rows @ weight.mT

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from ..core.constraints import NON_NEGATIVE, POSITIVE, POSITIVE_INT, Constraint, one_of
+from ..core.homeostasis import DEFAULTS
 from ..core.local_product import LocalOptions, LocalProductRule, LocalRule, means
 from ..core.params import Params
-from ..core.products import SparseSignal, in_full, in_pools, rows_of, weight_shaped
+from ..core.products import SparseSignal, along_channels, in_full, in_pools, rows_of, weight_shaped
 from ..core.recorder import Firing
 from ..core.sums import Sums, product_sums
 from ..core.synapse import Synapse
 from .arithmetic import (
-    along_channels,
     clip_update_norm,
     compete,
     decay_own_,
@@ -110,7 +110,7 @@ class Hebbian(LocalRule):
         "loser_strength": NON_NEGATIVE,
         "decay": one_of(*DECAYS),
     }
-    regulated: ClassVar[dict[str, Any]] = {"homeostasis": True, "inhibition": 10.0, "tolerance": 0.5, "settle": 20.0}
+    regulated: ClassVar[dict[str, Any]] = {**DEFAULTS, "tolerance": 0.5}
 
     def __init__(
         self,
@@ -166,7 +166,7 @@ class Hebbian(LocalRule):
             strength = wide * t
         else:
             scale = t / synapse.weight.flatten(1).norm(dim=1).clamp(min=1e-12)
-            strength = wide * along_channels(scale, wide, synapse)
+            strength = wide * along_channels(scale, synapse).to(wide.dtype)
         if kind == "k" or (kind == "hard" and not losers):
             best, which = strongest(strength, synapse, group["k"] if kind == "k" else 1)
             s = sparse_signal(which, _first_wins(softmax_(best, -1), losers), synapse)
@@ -282,7 +282,7 @@ class SoftHebb(LocalProductRule):
         "inverse_temperature": POSITIVE,
         "k": (lambda v: v is None or (isinstance(v, int) and v >= 2), "an integer >= 2, or None for all"),
     }
-    regulated: ClassVar[dict[str, Any]] = {"homeostasis": True, "inhibition": 10.0, "tolerance": 0.4, "settle": 20.0}
+    regulated: ClassVar[dict[str, Any]] = DEFAULTS
 
     def __init__(
         self,
@@ -354,7 +354,7 @@ class KrotovHopfield(LocalProductRule):
         "rank": (lambda v: isinstance(v, int) and v >= 2, "an integer >= 2"),
         "anti_hebbian": NON_NEGATIVE,
     }
-    regulated: ClassVar[dict[str, Any]] = {"homeostasis": True, "inhibition": 10.0, "tolerance": 0.4, "settle": 20.0}
+    regulated: ClassVar[dict[str, Any]] = DEFAULTS
 
     def __init__(
         self,

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Unpack, final
 import torch
 from torch import Tensor
 
+from ..core.homeostasis import DEFAULTS
 from ..core.local_product import LocalOptions, LocalProductRule
 from ..core.params import Params
 from ..core.products import in_pools, rows_of, weight_shaped
@@ -14,8 +15,28 @@ from ..core.synapse import Synapse
 from .arithmetic import clip_update_norm, decay_own_, signal_activity_product
 
 
+class _OfActivity(LocalProductRule):
+    """A rule whose teaching signal is postsynaptic activity itself."""
+
+    regulated: ClassVar[dict[str, Any]] = DEFAULTS
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 0.01,  # η
+        *,
+        readout: str | None = "delta",
+        **options: Unpack[LocalOptions],
+    ) -> None:
+        super().__init__(params, lr, readout=readout, **options)
+
+    def signal(self, u: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor:
+        """``u`` itself."""
+        return u
+
+
 @final
-class Oja(LocalProductRule):
+class Oja(_OfActivity):
     r"""Every neuron converges to the first principal component of its input.
 
     .. math::
@@ -37,22 +58,6 @@ class Oja(LocalProductRule):
     Source: E. Oja (1982), *Simplified neuron model as a principal component analyzer*, J. Math. Biology 15.
     """
 
-    regulated: ClassVar[dict[str, Any]] = {"homeostasis": True, "inhibition": 10.0, "tolerance": 0.4, "settle": 20.0}
-
-    def __init__(
-        self,
-        params: Params,
-        lr: float = 0.01,  # η
-        *,
-        readout: str | None = "delta",
-        **options: Unpack[LocalOptions],
-    ) -> None:
-        super().__init__(params, lr, readout=readout, **options)
-
-    def signal(self, u: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor:
-        """``u`` itself."""
-        return u
-
     def update(self, product: Tensor, signal: Tensor | None, synapse: Synapse, group: dict[str, Any]) -> Tensor:
         """``(⟨u x⟩ - ⟨u²⟩ w) / (1 + lr ⟨u²⟩)``."""
         change, weight = rows_of(product, synapse), rows_of(synapse.weight.detach(), synapse)
@@ -61,7 +66,7 @@ class Oja(LocalProductRule):
 
 
 @final
-class Sanger(LocalProductRule):
+class Sanger(_OfActivity):
     r"""Generalised Hebbian algorithm: neurons converge to the principal components of their input, in order.
 
     .. math::
@@ -85,22 +90,6 @@ class Sanger(LocalProductRule):
     Neural Networks 2.
     """
 
-    regulated: ClassVar[dict[str, Any]] = {"homeostasis": True, "inhibition": 10.0, "tolerance": 0.4, "settle": 20.0}
-
-    def __init__(
-        self,
-        params: Params,
-        lr: float = 0.01,  # η
-        *,
-        readout: str | None = "delta",
-        **options: Unpack[LocalOptions],
-    ) -> None:
-        super().__init__(params, lr, readout=readout, **options)
-
-    def signal(self, u: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor:
-        """``u`` itself."""
-        return u
-
     def drive(self, product: Tensor, direction: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor:
         """``P - L V``."""
         return product - (product @ direction.mT).tril() @ direction
@@ -116,7 +105,7 @@ class Sanger(LocalProductRule):
 
 
 @final
-class AntiHebbian(LocalProductRule):
+class AntiHebbian(_OfActivity):
     r"""Neurons that are active together learn to inhibit each other, which decorrelates them.
 
     .. math::
@@ -138,25 +127,11 @@ class AntiHebbian(LocalProductRule):
     principle for learning*.
     """
 
-    regulated: ClassVar[dict[str, Any]] = {"homeostasis": True, "inhibition": 10.0, "tolerance": 0.7, "settle": 20.0}
-
-    def __init__(
-        self,
-        params: Params,
-        lr: float = 0.01,  # η
-        *,
-        readout: str | None = "delta",
-        **options: Unpack[LocalOptions],
-    ) -> None:
-        super().__init__(params, lr, readout=readout, **options)
+    regulated: ClassVar[dict[str, Any]] = {**DEFAULTS, "tolerance": 0.7}
 
     def least_neurons(self, group: dict[str, Any]) -> tuple[int, str]:
         """Two."""
         return 2, "decorrelation"
-
-    def signal(self, u: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor:
-        """``u`` itself."""
-        return u
 
     def drive(self, product: Tensor, direction: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor:
         """None but the inhibition between neurons."""

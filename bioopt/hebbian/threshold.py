@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from ..core.constraints import RATE, Constraint
+from ..core.homeostasis import DEFAULTS
 from ..core.local_product import LocalOptions, LocalRule, means
 from ..core.params import Params
-from ..core.products import in_full, over_events, rows_of, weight_shaped
+from ..core.products import along_channels, in_full, over_events, rows_of, weight_shaped
 from ..core.recorder import Firing
 from ..core.sums import Sums, product_sums
 from ..core.synapse import Synapse
-from .arithmetic import along_channels
 
 
 @final
@@ -50,7 +50,7 @@ class BCM(LocalRule):
     """
 
     constraints: ClassVar[dict[str, Constraint]] = {"threshold_rate": RATE}
-    regulated: ClassVar[dict[str, Any]] = {"homeostasis": True, "inhibition": 10.0, "tolerance": 0.4, "settle": 20.0}
+    regulated: ClassVar[dict[str, Any]] = DEFAULTS
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class BCM(LocalRule):
         if threshold is None:
             s = activity * (activity - 1)
         else:
-            s = activity * along_channels(1 / threshold.clamp(min=1e-12), activity, synapse)
+            s = activity * along_channels(1 / threshold.clamp(min=1e-12), synapse).to(activity.dtype)
             s.sub_(1).mul_(activity)
         return product_sums(firing, u, s, power=power)
 

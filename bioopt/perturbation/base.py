@@ -102,10 +102,6 @@ class Perturbation(LearningRule):
             options["readout_lr"] = options.get("readout_lr") or READOUT_LR
         return alone if readout is None else TRUNK_LR
 
-    def _require_bool(self, name: str, value: Any) -> None:
-        if not isinstance(value, bool):
-            raise ValueError(f"{type(self).__name__}: {name}={value!r} must be True or False")
-
     def _weight_sizes(self, params: list[Tensor]) -> list[float]:
         """The size of each parameter that a width refers to: 1 for widths that are not relative."""
         return weight_sizes(params) if self.relative else [1.0] * len(params)

@@ -373,6 +373,11 @@ def test_a_frozen_or_excluded_bias_stays() -> None:
     assert optimizer.coverage()["2.bias"] == "excluded"
 
 
+def test_homeostasis_is_on_or_off() -> None:
+    with pytest.raises(ValueError, match=r"SoftHebb: homeostasis='yes' must be True or False"):
+        bioopt.SoftHebb(cnn(), homeostasis="yes")
+
+
 # -- the readout on standardised activity ---------------------------------------------------------------------------
 
 
