@@ -23,12 +23,13 @@ from .synapse import Exclusion, Synapse, Unwatchable, refusal, survey
 __all__ = ["Readout", "ReadoutOptions"]
 
 KINDS = ("delta", "teacher", None)
-#: of a readout on standardised activity, in units of one over the largest eigenvalue of its covariance: with momentum
-#: 0.9, cross-entropy (whose curvature is at most 1/2) and squared error (2) are stable below 7.6 and 1.9
-LR = 1.5
+#: of a readout on standardised activity, in units of one over the eigenvalues of its covariance: with momentum 0.9,
+#: cross-entropy (whose curvature is at most 1/2) and squared error (2) are stable below 7.6 and 1.9
+LR = 0.3
 MOMENTUM = 0.9
-MARGIN = 2.0  # of the estimated largest eigenvalue
-KNOWN = 10  # steps after which the estimate is good
+COMPONENTS = 16  # principal components of the input with a rate of their own
+MARGIN = 2.0  # of the smallest of their eigenvalues, above those of all others
+KNOWN = 10  # steps after which the estimates are good
 FLOOR = 0.1  # of the variance of an input, as a share of the mean variance: rare inputs are not blown up
 
 
@@ -59,7 +60,17 @@ class Readout:
     r"""The readout of a rule: how the last layer learns.
 
     ``"delta"``: by its local error times its presynaptic activity, which is the exact gradient of its own weights and
-    what ``loss.backward()`` leaves in ``.grad``, since its input is cut. ``"teacher"``: without a loss; the target
+    what ``loss.backward()`` leaves in ``.grad``, since its input is cut. Without ``readout_lr`` it learns on
+    standardised presynaptic activity :math:`z`, in units of its variance: with the largest eigenvalues
+    :math:`\lambda_i` of :math:`\langle z z^\top \rangle`, their eigenvectors :math:`q_i`, and a bound :math:`\rho` of
+    all others,
+
+    .. math::
+        \Delta v = -\frac{\eta}{1 + \nu} \, \nabla v
+        \Big[ \frac{1 - \sum_i q_i q_i^\top}{\rho} + \sum_i \frac{q_i q_i^\top}{\lambda_i + \rho} \Big],
+
+    where :math:`\nu` is the trace of the matrix in brackets times :math:`\langle z z^\top \rangle`, over the events of
+    the batch: a small batch is no good estimate of all directions. ``"teacher"``: without a loss; the target
     :math:`t` takes the place of its postsynaptic activity, and the weights of each neuron move towards the activity
     that accompanies its target: :math:`\Delta w_k = \langle t_k (x - t_k w_k)\rangle`. ``None``: no readout; all layers
     follow the rule.
@@ -388,15 +399,24 @@ class Readout:
 
 
 def _input_sums(firing: Firing, level: Level | None) -> Sums:
-    """The sums of presynaptic activity, of its square, and of its part along the direction of largest variance."""
+    """The sums of presynaptic activity ``x``, of its square, and of ``z zᵀ Q`` for the present principal components."""
     x, channel = in_full(firing.x.detach()), firing.x.ndim + firing.synapse.channel_dim
     total, square = over_events(x, channel), squares_over_events(x, channel)
-    along = torch.zeros_like(total)
-    if level is not None:
+    if level is None:
+        along = _components(total).zero_()
+    else:
         mean, power = _moments(level, firing.synapse.bias is not None)
         rows = (x.movedim(channel, -1).flatten(0, -2) - mean.to(x)) / power.to(x).sqrt()
-        along = ((rows @ level["direction"].to(x)) @ rows).to(x.dtype)
+        along = (rows.mT @ (rows @ level["components"].to(x))).to(x.dtype)  # which autocast rounds
     return Sums({"input": total, "square": square, "along": along}, {"events": x.numel() // len(total)})
+
+
+def _components(like: Tensor) -> Tensor:
+    """Random orthonormal columns, to start with."""
+    generator = torch.Generator().manual_seed(0)
+    columns = torch.randn(len(like), min(COMPONENTS, len(like)), generator=generator, dtype=like.dtype)
+    first: Tensor = torch.linalg.qr(columns)[0]
+    return first.to(like.device)
 
 
 def _moments(level: Level, centred: bool) -> tuple[Tensor, Tensor]:
@@ -409,49 +429,73 @@ def _moments(level: Level, centred: bool) -> tuple[Tensor, Tensor]:
 
 
 def _followed(level: Level | None, sums: Sums, count: float) -> Level:
-    """The running mean and variance of presynaptic activity after these firings."""
+    """The running moments and principal components of presynaptic activity after these firings."""
     mean, square, along = (sums.values[name] / count for name in ("input", "square", "along"))
-    steps = 0 if level is None else level["steps"]
-    r = max(RATE, 1 / (1 + steps))
     of_batch = (square - mean.square()).clamp(min=0)
     if level is None:
-        generator = torch.Generator().manual_seed(0)
-        direction = torch.randn(len(mean), generator=generator, dtype=mean.dtype).to(mean.device)
+        components = _components(mean)
         return {
-            **{"mean": mean, "variance": of_batch, "direction": direction / direction.norm()},
-            **{"spread": mean.new_zeros(()), "steps": 1},
+            **{"mean": mean, "variance": of_batch, "components": components, "steps": 1, "events": count},
+            "eigenvalues": mean.new_zeros(components.shape[1]),
         }
-    known, direction, spread = (level[name].to(mean.device) for name in ("mean", "direction", "spread"))
-    shift, length = mean - known, along.norm()
+    known, components, eigenvalues = (level[name].to(mean.device) for name in ("mean", "components", "eigenvalues"))
+    steps, shift = level["steps"], mean - known
+    r, first = max(RATE, 1 / (1 + steps)), max(RATE, 1 / steps)
+    # One step of subspace iteration, with the running covariance within the subspace and that of this batch.
+    components, triangle = torch.linalg.qr(torch.lerp(components * eigenvalues, along, first))
     new = {
         "mean": known + r * shift,
         "variance": torch.lerp(level["variance"].to(mean.device), of_batch, r) + r * (1 - r) * shift.square(),
-        # One step of the power iteration, whose vector tends to the first principal component.
-        "direction": torch.where(length > 1e-6, along / length.clamp(min=1e-6), direction),
-        "spread": torch.maximum(length, torch.lerp(spread, length, r)),
+        "components": components,
+        "eigenvalues": triangle.diagonal().abs(),
         "steps": steps + 1,
+        "events": count,
     }
     return kept_in_place(level, new)
 
 
 def _standardised(grads: dict[Tensor, Tensor], synapse: Synapse, level: Level) -> dict[Tensor, Tensor]:
-    r"""The gradients of ``w σ`` and ``b + w μ`` in place of those of ``w`` and ``b``, as changes of ``w`` and ``b``."""
+    r"""The gradients on standardised input ``z``, in place of those of ``w`` and ``b``, as changes of ``w`` and ``b``.
+
+    They are those of ``w σ`` and ``b + w μ``, divided by the eigenvalues of :math:`\langle z z^\top \rangle`: each of
+    the largest by its own, all others by a bound of theirs.
+    """
     weight, bias = synapse.weight, synapse.bias
     centred = bias is not None and bias in grads
     mean, power = (value.to(weight) for value in _moments(level, centred))
-    # The largest eigenvalue of the covariance, with a margin; until that is known, the trace, which it cannot exceed.
-    size = torch.full_like(level["spread"].to(weight), weight.shape[1])
-    if level["steps"] > KNOWN:
-        size = torch.minimum(size, MARGIN * level["spread"].to(weight))
-    size = 1 + size * (weight[0].numel() / weight.shape[1])  # every place of a kernel adds as much
-    mean, power = in_weight_form(mean, synapse), in_weight_form(power, synapse)
-    grad = grads[weight]
-    if not centred:
-        return {weight: grad / power / size}
-    assert bias is not None
-    of_bias = grads[bias]
-    change = (grad - along_neurons(of_bias, weight) * mean) / power / size
-    return {weight: change, bias: of_bias / size - (change * mean).flatten(1).sum(1)}
+    deviation = in_weight_form(power.sqrt(), synapse)
+    mean, grad = in_weight_form(mean, synapse), grads[weight]
+    if bias is not None and centred:
+        grad = grad - along_neurons(grads[bias], weight) * mean
+    rates, rest, noise = _rates(level, centred, weight)
+    places = weight[0].numel() / weight.shape[1]  # of a kernel, each of which adds as much
+    change = grad / deviation
+    along = change.movedim(1, -1)
+    if len(level["components"]) == weight.shape[1]:
+        components = level["components"].to(weight)
+        along = along * rest + (along @ components * (rates - rest)) @ components.mT
+    else:  # pools of channels have other principal components
+        along = along * rates.min()
+    change = along.movedim(-1, 1) / (places * noise * deviation)
+    if bias is None or not centred:
+        return {weight: change}
+    return {weight: change, bias: grads[bias] / noise - (change * mean).flatten(1).sum(1)}
+
+
+def _rates(level: Level, centred: bool, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One over each eigenvalue and over a bound of the others; and how much larger noise makes a batch's curvature."""
+    eigenvalues = level["eigenvalues"].to(like)
+    total = (level["variance"].to(like) + (0 if centred else level["mean"].to(like).square())).div(
+        _moments(level, centred)[1].to(like)
+    )
+    trace = total.sum()
+    if level["steps"] <= KNOWN:  # none of them exceeds the trace
+        bound = 1 + trace
+        return (1 / bound).expand_as(eigenvalues), 1 / bound, torch.ones_like(bound)
+    bound = (MARGIN * eigenvalues[-1]).clamp(min=FLOOR)
+    rates = 1 / (eigenvalues + bound)
+    scaled = (eigenvalues * rates).sum() + (trace - eigenvalues.sum()).clamp(min=0) / bound
+    return rates, 1 / bound, 1 + scaled / level["events"]
 
 
 def as_grad(change: Tensor, p: Tensor) -> Tensor:

@@ -79,8 +79,10 @@ class LearningRule(ModelGroups, Optimizer):
         readout: how the last layer learns: ``"delta"``, by its local error times its presynaptic activity, which is
             the exact gradient of its own weights; ``"teacher"``, from a target in place of its own activity, without a
             loss; ``None``, by the rule, like the other layers. See `bioopt.core.readout.Readout`. It needs modules.
-        readout_lr: learning rate of the readout; by default that of its group. The ``lr`` of a group that holds
-            nothing but readouts takes precedence.
+        readout_lr: learning rate of the readout. The ``lr`` of a group that holds nothing but readouts takes
+            precedence. Without either, a ``"delta"`` readout whose ``descent`` is SGD learns on standardised
+            presynaptic activity, at a rate of its own along each of the largest principal components
+            (`bioopt.core.readout.Readout`); any other readout has the rate of its group.
         readout_layer: the readout, by name or as a module, or a list of several (with ``"delta"``), each of which
             learns from the part of the loss that reaches it; by default the last synapse in registration order.
         readout_options: further options of the readout's param group, such as ``{"momentum": 0.9}``.
