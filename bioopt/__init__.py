@@ -27,6 +27,7 @@ from .core.synapse import Synapse, find_synapses, register_synapse
 from .diagnosis import diagnose
 from .feedback import FeedbackRule
 from .hebbian import BCM, AntiHebbian, Hebbian, Homeostasis, KrotovHopfield, Oja, RewardHebbian, Sanger, SoftHebb
+from .local import LocalLoss, LocalLossRule, MonoForward
 from .mixed import Mixed
 from .perturbation import (
     ForwardGradient,
@@ -55,9 +56,12 @@ __all__ = [
     "Homeostasis",
     "KrotovHopfield",
     "LearningRule",
+    "LocalLoss",
+    "LocalLossRule",
     "LocalProductRule",
     "LocalRule",
     "Mixed",
+    "MonoForward",
     "NodePerturbation",
     "Oja",
     "OnePass",

@@ -194,10 +194,11 @@ def run(make: Rule, network: Network, data: list[Tensor], seed: int, epochs: int
     model = network(x.shape[1], x.shape[2])
     trunk = [layer.weight for layer in model.modules() if type(layer) in (nn.Linear, nn.Conv2d)][:-1]
     before = [w.detach().clone() for w in trunk]
-    optimizer = make(model)
+    optimizer: Any = make(model)
     order, losses, start = torch.Generator().manual_seed(100 + seed), [], time.perf_counter()
     for _ in range(epochs):
         for index in torch.randperm(len(x), generator=order).split(batch):
+            optimizer.target = y[index]  # for the rules that need one
 
             def closure(index: Tensor = index) -> Tensor:
                 optimizer.zero_grad()

@@ -195,6 +195,11 @@ class Case:
         return getattr(self.rule, "shares_pass", False)
 
     @property
+    def needs_backward(self) -> bool:
+        """Whether it learns from a backward pass of the loss through the whole network."""
+        return issubclass(self.rule, bioopt.FeedbackRule | bioopt.LocalLossRule)
+
+    @property
     def regulates(self) -> bool:
         """Whether each step also scales weights and shifts biases, by homeostasis."""
         return self.rule is bioopt.Homeostasis or (self.takes("homeostasis") and self.options.get("homeostasis", True))
@@ -264,6 +269,8 @@ CASES = [
     Case(bioopt.HillClimbing, {"tries": 20}),  # one of 20 is nearly always kept
     Case(bioopt.Homeostasis),
     Case(bioopt.KrotovHopfield, PUBLISHED),
+    Case(bioopt.LocalLoss, needs_target=True),
+    Case(bioopt.MonoForward, needs_target=True),
     Case(bioopt.NodePerturbation),
     Case(bioopt.Oja, PUBLISHED),
     Case(bioopt.RankOnePerturbation, perturbs_first=True),
@@ -281,6 +288,8 @@ RULES = [
     if inspect.isclass(rule) and issubclass(rule, bioopt.LearningRule) and not inspect.isabstract(rule)
 ]
 ONE_PASS = [case for case in CASES if case.shares_pass]
+#: one pass, in which each layer but the readout learns from its own activity
+LOCAL = [case for case in ONE_PASS if not case.needs_backward]
 SEVERAL_PASSES = [case for case in CASES if not case.shares_pass]
 ORDINARY = [case for case in CASES if case.ordinary]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .integrations import recipe
-from .synapse import Exclusion, Synapse, Unwatchable, refusal, survey
+from .synapse import Exclusion, Synapse, Unwatchable, is_known, refusal, survey
 
 Params: TypeAlias = (
     nn.Module
@@ -77,6 +77,17 @@ def named_parameters_of(params: Any, excluded: Exclusion | None = None) -> list[
     left_out = excluded.params if excluded is not None else set()
     named = [named for prefix, module in modules for named in module.named_parameters(prefix)]
     return unique([(name, p) for name, p in named if p not in left_out])
+
+
+def learning_parameters_of(params: Any, excluded: Exclusion) -> list[tuple[str, Tensor]]:
+    """The named parameters of the modules in ``params``, without those of layers that are frozen now.
+
+    If these were unfrozen later, they would learn without being watched.
+    """
+    layers = [layer for _, module in named_modules_of(params) for layer in module.modules()]
+    resting = [layer for layer in layers if is_known(layer) and not layer.weight.requires_grad]
+    frozen = {p for layer in resting for p in layer.parameters(recurse=False) if not p.requires_grad}
+    return [one for one in named_parameters_of(params, excluded) if one[1] not in frozen]
 
 
 def unique(named: Sequence[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:

@@ -8,10 +8,11 @@ part of the user's own network runs backward or is kept for it.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -166,6 +167,11 @@ class Reach:
         linked: Tensor = _Cut.apply(values.clone(), pending, True, token)
         return linked
 
+    def gate(self, u: Tensor, pending: Pending, token: Tensor) -> Tensor:
+        """``u`` with its graph, which gradients enter until `shut_gates` closes it."""
+        gate: Tensor = _Cut.apply(u.clone() if is_view(u) else u, pending, True, token)
+        return gate
+
     def end(self, u: Tensor, x: Tensor, pending: Pending) -> Tensor:
         """``u`` of a readout that learns from the loss, with its graph, depending on the tokens behind ``x``."""
         tokens = tokens_behind(x) if torch.is_grad_enabled() else []
@@ -261,6 +267,71 @@ def _matters(end: Any) -> bool:
     for node in seen:
         node.spent = True
     return False
+
+
+class Gates(NamedTuple):
+    """The gates behind a node (`Reach.gate`), and the leaf tensors that a gradient reaches from there.
+
+    Attributes:
+        open: nodes of gates that a gradient passes.
+        shut: whether there are others.
+        leaves: leaf tensors within what depends on no gate, or on an open one.
+        beneath: those between the node and shut gates, in parts of the graph without an open gate.
+    """
+
+    open: frozenset[Any] = frozenset()
+    shut: bool = False
+    leaves: frozenset[Tensor] = frozenset()
+    beneath: frozenset[Tensor] = frozenset()
+
+    def plus(self, other: Gates) -> Gates:
+        """The gates behind either of two nodes."""
+        a, b = self.seen_past(), other.seen_past()
+        return Gates(a.open | b.open, a.shut or b.shut, a.leaves | b.leaves, a.beneath | b.beneath)
+
+    def seen_past(self) -> Gates:
+        """As a node above it sees this part of the graph: without an open gate, nothing there learns any more."""
+        if self.open or not self.shut:
+            return self
+        return Gates(shut=True, beneath=self.leaves | self.beneath)
+
+
+_GATES = "bioopt gates"  # in a node's metadata: its `Gates`, once all of them are shut
+
+
+def gates_behind(end: Any, reach: Reach) -> Gates:
+    """The gates of a rule behind a node; not those behind shut ones."""
+    found: dict[Any, Gates] = {}
+    todo = [end]
+    while todo:
+        node = todo[-1]
+        gate = is_node_of(node, _Cut) and node.pending is not None and node.pending.reach() is reach
+        if node in found:
+            todo.pop()
+        elif gate and not node.kept:
+            found[node] = Gates(shut=True)
+        elif _GATES in node.metadata:
+            found[node] = node.metadata[_GATES]
+        elif hasattr(node, "variable"):
+            found[node] = Gates(leaves=frozenset([node.variable]))
+        else:
+            # Of the inputs of a cut, the others are tokens.
+            inputs = node.next_functions[:1] if is_node_of(node, _Cut) else node.next_functions
+            behind = [n for n, _ in inputs if n is not None]
+            if new := [n for n in behind if n not in found]:
+                todo += new
+                continue
+            total = functools.reduce(Gates.plus, (found[n] for n in behind), Gates())
+            found[node] = total._replace(open=total.open | {node}) if gate else total
+    return found[end]
+
+
+def shut_gates(gates: Iterable[Any], end: Any, behind: Gates) -> None:
+    """Let no gradient pass these gates any more; ``end``: a node above them, with all gates behind it."""
+    for gate in gates:
+        gate.kept = False
+    if all(not gate.kept for gate in behind.open):  # so that later calls need not look behind this node
+        end.metadata[_GATES] = Gates(shut=True, beneath=behind.leaves | behind.beneath)
 
 
 def graph_behind(ends: Iterable[Any]) -> Iterator[Any]:

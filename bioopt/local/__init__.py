@@ -1,0 +1,10 @@
+"""The local family: each block of a network learns from a loss of its own, and no error passes between blocks.
+
+`base` has the base class, which finds where a block ends and what it consists of; a rule defines the loss.
+"""
+
+from .base import Block, LocalLossRule
+from .local_loss import LocalLoss
+from .mono_forward import MonoForward
+
+__all__ = ["Block", "LocalLoss", "LocalLossRule", "MonoForward"]

@@ -1,0 +1,452 @@
+"""`LocalLossRule`: each block learns from a loss of its own."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Unpack
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.optim import Adam
+
+from ..core._torch_private import in_backward
+from ..core.acts import detached
+from ..core.constraints import NON_NEGATIVE, POSITIVE_INT, SEED
+from ..core.errors import is_captured, require_finite, warn
+from ..core.one_pass import OnePass
+from ..core.params import (
+    Params,
+    RuleOptions,
+    learning_parameters_of,
+    named_modules_of,
+    no_plastic_layer,
+    synapses_of,
+)
+from ..core.reach import Gates, Pending, gates_behind, shut_gates
+from ..core.recorder import Firing
+from ..core.rows import rows_now
+from ..core.rule import optional
+from ..core.synapse import Synapse
+
+__all__ = ["Block", "LocalLossRule"]
+
+
+@dataclass(eq=False)
+class Block:
+    """Layers that learn from one loss.
+
+    Attributes:
+        name: of the block in the model, and of its head.
+        synapses: its layers.
+        named: whether the user has named it, so that it ends only where its activity enters a layer of another block.
+    """
+
+    name: str
+    synapses: tuple[Synapse, ...]
+    named: bool = False
+
+
+@dataclass(eq=False)
+class Share:
+    """What the end of a block contributes to a step.
+
+    Attributes:
+        blocks: that ended.
+        grads: of their parameters and of the head; ``None`` where the target was missing.
+        at_once: whether it counts without a backward pass.
+        learned: whether a step has learned from it.
+    """
+
+    blocks: tuple[Block, ...]
+    grads: dict[Tensor, Tensor] | None
+    at_once: bool
+    learned: bool = False
+
+
+class LocalLossRule(OnePass):
+    r"""A rule with a loss for each block of layers, from which that block alone learns.
+
+    A block reaches from a layer to the next layer that its activity enters. There `local_loss` computes a loss from
+    the activity, usually with a head that belongs to the optimizer; the parameters of the block and the head learn
+    from its gradient, and the next layer receives the activity without its graph. So no error passes between blocks,
+    whatever connections bypass them: a gradient ends where a block has ended. Layers whose activities enter the next
+    layer together (queries, keys and values) learn together, by the head of the first of them. A layer that runs
+    twice learns from the loss of each run. Parameters outside of layers, such as those of normalisation, belong to the
+    block that they are in; where several blocks along a skip use the same, they learn from the first. The readout,
+    the last layer, learns from the loss of the closure, by the exact gradient of its own weights.
+
+    A block's update counts when a backward pass reaches it, like the updates of local rules, so that a loss that is
+    thrown away teaches nothing.
+
+    Args:
+        params: the model (or modules, or groups whose ``"params"`` are modules), all of whose parameters learn. Bare
+            parameters are refused.
+        lr: learning rate of ``descent``, by default `torch.optim.Adam`.
+        head_lr: learning rate of the heads; by default ``lr``.
+        blocks: modules, or their names, each of which learns as one block. They must not overlap, and must contain all
+            layers but the readout. By default each layer is a block, and the last in registration order is the readout.
+        classes: the number of classes; by default that of neurons of the readout.
+        seed: of the initial values of the heads.
+        example: an input of the model, from which heads get their sizes at once; by default they get them in the first
+            training pass, or from a loaded state.
+        own: further hyperparameters of the rule, each of which may differ between groups (for subclasses).
+        options: ``exclude``, ``descent`` and its options, ``process_group`` (average gradients over these ranks, each
+            with its share of the batch), as in `bioopt.LearningRule`.
+
+    Attributes:
+        target: the labels, one for each sample, to be set before each forward pass; `step` clears it.
+
+    Raises:
+        ValueError: an option out of range; blocks without layers, that overlap or that leave layers out; a model
+            without plastic layers, or with layers that have weights and are no known synapses.
+        TypeError: bare parameters; a model wrapped in DistributedDataParallel.
+    """
+
+    scales_with_loss = False
+    #: whether the losses need labels
+    needs_target: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-3,  # η
+        *,
+        head_lr: float | None = None,
+        blocks: Sequence[str | nn.Module] | None = None,
+        classes: int | None = None,
+        seed: int = 0,
+        example: Any = None,
+        own: dict[str, Any] | None = None,
+        **options: Unpack[RuleOptions],
+    ) -> None:
+        name = type(self).__name__
+        if (readout := dict(options).get("readout")) is not None:
+            raise TypeError(
+                f"{name}: readout={readout!r} is not possible, because the last layer always learns from the loss; for "
+                "other options of the last layer, give it a param group of its own"
+            )
+        options.setdefault("descent", Adam)
+        self._check_value("seed", seed, SEED)
+        for option, value, constraint in (("head_lr", head_lr, NON_NEGATIVE), ("classes", classes, POSITIVE_INT)):
+            if value is not None:
+                self._check_value(option, value, constraint)
+        self.head_lr, self.classes, self.seed = head_lr, classes, seed
+        self._given_blocks = blocks
+        self._modules: list[tuple[str, nn.Module]] = []
+        self._blocks: dict[Synapse, Block] = {}
+        self._mine: set[Tensor] = set()
+        self._counted: list[Share] = []  # since the last step
+        self._checked: Tensor | None = None  # the last target whose labels were found to be in range
+        self._warned_of: set[Block] = set()
+        super().__init__(params, {"lr": lr, **(own or {})}, **options)
+        self._recorder.reach.linked = True
+        self._recorder.reach.arrive = self._count
+        self._recorder.act(self._enter, self._leave)
+        if example is not None:
+            self._size_heads(params, example)
+
+    # -- what a rule implements ---------------------------------------------------------------------------------
+
+    @abstractmethod
+    def local_loss(self, block: Block, h: Tensor, channel_dim: int) -> Tensor:
+        """The loss of a block, a scalar with a graph.
+
+        Args:
+            block: that ends here.
+            h: its activity, as the next layer receives it, with its graph.
+            channel_dim: the dimension of the neurons in ``h``, counted from the end.
+        """
+
+    @optional
+    def new_head(self, block: Block) -> nn.Module | None:
+        """A module of the rule's own for the loss of a block, which may be lazy; by default none.
+
+        `local_loss` calls it by ``self.head(block, activity)``.
+        """
+        return None
+
+    # -- for rules ----------------------------------------------------------------------------------------------
+
+    def head(self, block: Block, *args: Any) -> Any:
+        """Call the head of a block."""
+        return self._owned(block.name, *args)
+
+    def labels(self, h: Tensor) -> Tensor:
+        """The labels of the samples in ``h``, a long tensor."""
+        name, target, rows = type(self).__name__, self.target, rows_now()
+        assert target is not None
+        if target is not self._checked:
+            if target.ndim != 1 or target.is_floating_point() or target.is_complex():
+                raise ValueError(
+                    f"{name}: target of shape {tuple(target.shape)} and type {target.dtype} must be class labels, one "
+                    "integer for each sample"
+                )
+            classes = self.number_of_classes
+            inside = is_captured([target]) or not target.numel()
+            if not inside and not 0 <= int(target.min()) <= int(target.max()) < classes:
+                raise ValueError(
+                    f"{name}: target has the labels {int(target.min())} to {int(target.max())}, but the classes are 0 "
+                    f"to {classes - 1}, one for each neuron of the readout '{self._readout_synapse.name}'; if there "
+                    "are others, write classes="
+                )
+            self._checked = target
+        if rows is not None:
+            target = target[rows.index]
+        if len(target) != len(h):
+            raise RuntimeError(
+                f"{name}: the activity at the end of a block has the shape {tuple(h.shape)}, whose first dimension "
+                f"must be the samples, but there are {len(target)} labels: set optimizer.target to the labels of this "
+                "batch, and let no block end where samples are merged (blocks=)"
+            )
+        return target.long().to(h.device)
+
+    @property
+    def number_of_classes(self) -> int:
+        """As given, or that of the neurons of the readout."""
+        return len(self._readout_synapse.weight) if self.classes is None else self.classes
+
+    # -- which layers -------------------------------------------------------------------------------------------
+
+    def _select(self, group: dict[str, Any]) -> tuple[list[Any], list[Synapse]]:
+        synapses = synapses_of(type(self).__name__, group["params"], self._exclusion)
+        named = learning_parameters_of(group["params"], self._exclusion)
+        if not synapses and not named:
+            raise ValueError(no_plastic_layer(type(self).__name__))
+        self._modules += named_modules_of(group["params"])
+        return named, synapses
+
+    def _own_for(self, synapses: list[Synapse]) -> None:
+        order = {m: i for i, m in enumerate(dict.fromkeys(m for _, root in self._modules for m in root.modules()))}
+        everything = sorted(self._recorder.synapses.values(), key=lambda s: order[s.layer])
+        self._blocks = {s: block for block in self._divided(everything) for s in block.synapses}
+        self._owned.seed = self.seed
+        new: dict[str, nn.Module] = {}
+        for block in dict.fromkeys(self._blocks.values()):
+            if block.name not in self._owned and (head := self.new_head(block)) is not None:
+                new[block.name] = head
+        if new:
+            self.own(new, lr=self.defaults["lr"] if self.head_lr is None else self.head_lr)
+        self._mine = {*self._trained()}
+
+    def _divided(self, synapses: list[Synapse]) -> list[Block]:
+        """The blocks, without the readout."""
+        if self._given_blocks is None:
+            return [Block(f"{s.index}.{s.name}", (s,)) for s in synapses[:-1]]
+        rule, found, homes = type(self).__name__, [], dict[Synapse, str]()
+        for given in self._given_blocks:
+            name, module = self._module(given)
+            inside = tuple(s for s in synapses if any(s.layer is layer for layer in module.modules()))
+            if not inside:
+                raise ValueError(f"{rule}: block '{name}' has no plastic layer of its own: leave it out of blocks=")
+            if twice := next((s for s in inside if s in homes), None):
+                raise ValueError(
+                    f"{rule}: the blocks '{homes[twice]}' and '{name}' overlap, both have layer '{twice.name}': leave "
+                    "one of them out of blocks="
+                )
+            homes |= dict.fromkeys(inside, name)
+            found.append(Block(name, inside, named=True))
+        rest = [s.name for s in synapses if s not in homes]
+        if len(rest) != 1:
+            which = f"the layers {', '.join(map(repr, rest))}" if rest else "none"
+            raise ValueError(
+                f"{rule}: blocks= leaves out {which}, but must leave out exactly one layer, the readout, which learns "
+                "from the loss"
+            )
+        return found
+
+    def _module(self, given: str | nn.Module) -> tuple[str, nn.Module]:
+        for prefix, root in self._modules:
+            for name, module in root.named_modules(prefix=prefix):
+                if module is given or (not isinstance(given, nn.Module) and name == str(given)):
+                    return name or type(module).__name__, module
+        what = f"a module of type {type(given).__name__}" if isinstance(given, nn.Module) else repr(given)
+        raise ValueError(f"{type(self).__name__}: blocks= names {what}, which is not in the model")
+
+    @property
+    def _readout_synapse(self) -> Synapse:
+        """The layer that is in no block."""
+        return next(s for s in self._recorder.synapses.values() if s not in self._blocks)
+
+    def _size_heads(self, params: Params, example: Any) -> None:
+        """Give heads their sizes, in a pass that counts for nothing."""
+        name, modules = type(self).__name__, named_modules_of(params)
+        if len(modules) != 1:
+            raise ValueError(f"{name}: example= is an input of the model, so params must be the model")
+        ((_, model),) = modules
+        inputs = example if isinstance(example, tuple) else (example,)
+        buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+        modes = [(module, module.training) for module in model.modules()]
+        devices = [t.device for t in inputs if isinstance(t, Tensor) and t.is_cuda]
+        count = next(len(t) for t in inputs if isinstance(t, Tensor))
+        try:
+            with torch.random.fork_rng(devices), torch.enable_grad():
+                self.target = torch.zeros(count, dtype=torch.long)
+                model.train()(*inputs)
+        finally:
+            self.target = self._checked = None
+            self.discard()
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)
+            for module, mode in modes:
+                module.training = mode
+
+    # -- one pass -----------------------------------------------------------------------------------------------
+
+    def _enter(self, synapse: Synapse, x: Tensor) -> Tensor:
+        if in_backward():  # activation checkpointing runs the layer again
+            return detached(x)
+        if x.grad_fn is None:
+            return x
+        behind, mine = gates_behind(x.grad_fn, self._recorder.reach), self._blocks.get(synapse)
+        inner = {g for g in behind.open if mine and mine.named and self._blocks.get(g.pending.synapse) is mine}
+        if ending := behind.open - inner:
+            self._end_blocks(ending, inner, behind, synapse, x)
+        return detached(x) if not inner and (behind.open or behind.shut) else x
+
+    def _end_blocks(self, ending: Iterable[Any], inner: set[Any], behind: Gates, synapse: Synapse, x: Tensor) -> None:
+        """Learn from the loss of the blocks whose activity is ``x``, and let no further gradient into them."""
+        pending: list[Pending] = [gate.pending for gate in ending]
+        for one in pending:
+            if one.synapse not in self._blocks:
+                raise RuntimeError(
+                    f"{type(self).__name__}: layer '{one.synapse.name}' is last in registration order, and so taken "
+                    f"for the readout, but its activity enters layer '{synapse.name}': name the blocks, all layers but "
+                    "the readout, by blocks="
+                )
+        blocks = sorted({self._blocks[one.synapse] for one in pending}, key=lambda block: block.synapses[0].index)
+        for gate in inner:  # these layers have not ended
+            gate.kept = False
+        grads = self._gradients(blocks, behind, x, synapse.channel_dim) if self._can_learn() else None
+        for gate in inner:
+            gate.kept = True
+        shut_gates(ending, x.grad_fn, behind)
+        share = Share(tuple(blocks), grads, at_once=not self._waits())
+        for one in pending:
+            one.contribution = share
+        if share.at_once:
+            self._counted.append(share)
+
+    def _gradients(self, blocks: list[Block], behind: Gates, x: Tensor, channel_dim: int) -> dict[Tensor, Tensor]:
+        """The gradients of the loss of blocks that end together, of their parameters and the head."""
+        # With hooks of its own, so that activation checkpointing around it does not run the head again.
+        with torch.enable_grad(), saved_tensors_hooks(lambda t: t.detach(), lambda t: t):
+            loss = self.local_loss(blocks[0], x, channel_dim)
+        head = [p for p in self._head_parameters(blocks[0]) if p.requires_grad]
+        mine = [p for p in behind.leaves if p in self._mine and p.requires_grad]
+        inside = {p for block in blocks for s in block.synapses for p in s.parameters()}
+        # Beneath gates that are shut, other parameters have learned from a loss of their own.
+        learning = [p for p in mine if p in inside or p not in behind.beneath] + head
+        with torch.autocast(x.device.type, enabled=False):
+            grads = torch.autograd.grad(loss, learning, retain_graph=True, allow_unused=True)
+        return {p: g for p, g in zip(learning, grads, strict=True) if g is not None}
+
+    def _can_learn(self) -> bool:
+        return self.target is not None or not self.needs_target
+
+    def _head_parameters(self, block: Block) -> list[nn.Parameter]:
+        return list(self._owned[block.name].parameters()) if block.name in self._owned else []
+
+    def _waits(self) -> bool:
+        """Whether updates count only when a backward pass reaches them."""
+        readout = self._readout_synapse
+        return readout.layer.training and readout.weight.requires_grad
+
+    def _leave(self, firing: Firing, u: Tensor) -> Tensor:
+        if firing.replay or not (torch.is_grad_enabled() and u.requires_grad):
+            return u
+        reach, pending = self._recorder.reach, self._recorder.reach.pending(firing.synapse)
+        token = reach.token(firing.x, pending)
+        return u if token is None else reach.gate(u, pending, token)
+
+    def _count(self, pending: Pending) -> None:
+        """Count the share of a firing that a backward pass has reached."""
+        share: Any = pending.contribution
+        if share is not None and not share.learned and all(share is not other for other in self._counted):
+            self._counted.append(share)
+
+    def begin(self) -> None:
+        """Start an evaluation that alone will count."""
+        self._counted.clear()
+        super().begin()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch; also drops the updates that backward passes have reached since the last step."""
+        super().zero_grad(set_to_none)
+        self._counted = [share for share in self._counted if share.at_once]
+
+    def discard(self) -> None:
+        """Drop all passes since the last step, whether or not a backward pass has reached them."""
+        super().discard()
+        self._counted.clear()
+
+    def gradient_parameters(self) -> list[Tensor]:
+        """All parameters of the model that are not frozen; those of blocks get no gradient from the loss."""
+        owned = {*self._owned.modules.parameters()}
+        return [p for p in self._trained() if p.requires_grad and p not in owned]
+
+    @torch.no_grad()
+    def collect(self, losses: Tensor | None = None) -> tuple[dict[Tensor, Tensor], dict[str, Any]]:
+        """The gradients of each block's loss, and the readout's, averaged over ranks."""
+        name, recorder = type(self).__name__, self._recorder
+        if not recorder.fired:
+            raise RuntimeError(self._coverage.none_fired())
+        from_loss = {p: p.grad for p in self.gradient_parameters() if p.grad is not None}
+        if self._waits() and not from_loss:
+            raise RuntimeError(
+                f"{name}: the readout '{self._readout_synapse.name}' learns from the loss, but no gradient has reached "
+                "it: call loss.backward() before step(), or give step() a closure that returns the loss"
+            )
+        try:
+            grads: dict[Tensor, Tensor] = {}
+            for share in self._counted:
+                if share.grads is None:
+                    raise RuntimeError(
+                        f"{name} learns from labels, but optimizer.target was not set: write optimizer.target = labels "
+                        "before each forward pass"
+                    )
+                for p, g in share.grads.items():
+                    grads[p] = grads[p] + g if p in grads else g
+            of_synapses = {p for s in recorder.synapses.values() for p in s.parameters()}
+            for p, g in from_loss.items():
+                if p not in grads:
+                    grads[p] = g
+                elif p in of_synapses:  # a layer that is the readout, too; others learn from the loss of their block
+                    grads[p] = grads[p] + g
+            self._look_for_blocks_that_did_not_end(grads)
+            if self.process_group is not None:
+                names = self._names()
+                self._require_same_on_ranks([names[p] for p in self._trained() if p in grads])
+            loss = torch.zeros((), device=self._trained()[0].device) if losses is None else losses.mean()
+            in_order = [p for p in self._trained() if p in grads]
+            self._average_over_ranks([loss, *(grads[p] for p in in_order)])
+            if losses is not None:
+                require_finite(self, "the loss", [losses])
+            for share in self._counted:
+                share.learned = True
+            return grads, self._next_state()
+        finally:
+            self._counted.clear()
+            self.target = self._checked = None  # an old target must not teach a new batch
+
+    def _look_for_blocks_that_did_not_end(self, grads: dict[Tensor, Tensor]) -> None:
+        """Warn once of blocks that ran and learn nothing."""
+        fired = {self._blocks[s] for s in self._recorder.fired if s in self._blocks}
+        ended = {block for share in self._counted for block in share.blocks}
+        lost = [
+            block
+            for block in self._blocks.values()
+            if block in fired - ended - self._warned_of
+            and not any(p in grads for s in block.synapses for p in s.parameters())
+        ]
+        if lost:
+            self._warned_of |= {*lost}
+            names = ", ".join(f"'{s.name}'" for block in dict.fromkeys(lost) for s in block.synapses)
+            warn(
+                f"{type(self).__name__}: layers ran and learn nothing: {names}. Their activity reaches neither another "
+                "layer nor the loss with a graph; checkpoint(..., use_reentrant=True) and steps without a derivative "
+                "leave none. exclude=[...] leaves layers out without this warning"
+            )
