@@ -27,7 +27,7 @@ from .core.synapse import Synapse, find_synapses, register_synapse
 from .diagnosis import diagnose
 from .feedback import FeedbackRule
 from .hebbian import BCM, AntiHebbian, Hebbian, Homeostasis, KrotovHopfield, Oja, RewardHebbian, Sanger, SoftHebb
-from .local import LocalLoss, LocalLossRule, MonoForward
+from .local import ForwardForward, LocalLoss, LocalLossRule, MonoForward
 from .mixed import Mixed
 from .perturbation import (
     ForwardGradient,
@@ -50,6 +50,7 @@ __all__ = [
     "Diverged",
     "FeedbackRule",
     "Firing",
+    "ForwardForward",
     "ForwardGradient",
     "Hebbian",
     "HillClimbing",

@@ -182,8 +182,14 @@ class Learner:
         self.eval()
         for inputs, labels in batches:
             with torch.autocast(labels.device.type, torch.bfloat16, enabled=self.amp):
-                outputs = self.network(inputs)
+                outputs = self._predicted(inputs)
             yield outputs.float().unflatten(0, (-1, len(labels))).mean(0), labels
+
+    def _predicted(self, inputs: Any) -> Tensor:
+        """Of rules that predict in a way of their own, their scores of each class; else the network's outputs."""
+        predict = getattr(self.last.optimizer, "predict", self.network) if len(self.blocks) == 1 else self.network
+        outputs: Tensor = predict(inputs)
+        return outputs
 
     def train(self, mode: bool = True) -> None:
         """Put the network and the costs into training mode."""

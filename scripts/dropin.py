@@ -139,6 +139,9 @@ RULES: dict[str, Rule] = {
     "bcm": bioopt.BCM,
     "anti_hebbian": bioopt.AntiHebbian,
     "reward_hebbian": bioopt.RewardHebbian,
+    "local_loss": bioopt.LocalLoss,
+    "mono_forward": bioopt.MonoForward,
+    "forward_forward": bioopt.ForwardForward,
 }
 for _name, _rule in {
     "node_perturbation": bioopt.NodePerturbation,

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bioopt
+from bioopt.local import BlockRule
 
 
 def cnn(seed: int = 0, dropout: float = 0.2) -> nn.Sequential:
@@ -197,7 +198,7 @@ class Case:
     @property
     def needs_backward(self) -> bool:
         """Whether it learns from a backward pass of the loss through the whole network."""
-        return issubclass(self.rule, bioopt.FeedbackRule | bioopt.LocalLossRule)
+        return issubclass(self.rule, bioopt.FeedbackRule | BlockRule)
 
     @property
     def regulates(self) -> bool:
@@ -263,6 +264,7 @@ CASES = [
     Case(bioopt.STDP, cnn=spiking_cnn, mlp=spiking_mlp),
     Case(bioopt.AntiHebbian, PUBLISHED),
     Case(bioopt.ContrastiveDivergence, cnn=machines, mlp=machine),
+    Case(bioopt.ForwardForward, needs_target=True),
     Case(bioopt.ForwardGradient),
     Case(bioopt.Hebbian, PUBLISHED),
     Case(bioopt.Hebbian, {"readout_lr": None}, variant="by default"),

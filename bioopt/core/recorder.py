@@ -107,6 +107,7 @@ class Recorder:
             network receives in its place. Bound methods are held weakly.
         reach: which firings a backward pass has reached.
         fired: the synapses that fired since `reset`, ordered by their last firing.
+        in_evaluation: whether layers in evaluation mode count, too.
         trace: whether to fill ``beneath``.
         beneath: leaf tensors that require gradients, found below a cut since `reset`.
     """
@@ -115,6 +116,7 @@ class Recorder:
         self.synapses: dict[nn.Module, Synapse] = {}
         self.watched: set[nn.Module] = set()
         self.reach = Reach()
+        self.in_evaluation = False
         self.trace = False
         self.fired: dict[Synapse, None] = {}
         self.beneath: set[Tensor] = set()
@@ -219,7 +221,8 @@ class Recorder:
         synapse = self.synapses[layer]
         self._running.append(None)
         enter = None if self._enter is None else self._enter()
-        if enter is None or not layer.training or not synapse.weight.requires_grad:
+        awake = layer.training or self.in_evaluation
+        if enter is None or not awake or not synapse.weight.requires_grad:
             return None
         self._require_possible(synapse)
         x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)

@@ -3,8 +3,9 @@
 `base` has the base class, which finds where a block ends and what it consists of; a rule defines the loss.
 """
 
-from .base import Block, LocalLossRule
+from .base import Block, BlockRule, LocalLossRule
+from .forward_forward import ForwardForward
 from .local_loss import LocalLoss
 from .mono_forward import MonoForward
 
-__all__ = ["Block", "LocalLoss", "LocalLossRule", "MonoForward"]
+__all__ = ["Block", "BlockRule", "ForwardForward", "LocalLoss", "LocalLossRule", "MonoForward"]

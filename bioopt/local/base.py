@@ -1,4 +1,4 @@
-"""`LocalLossRule`: each block learns from a loss of its own."""
+"""`BlockRule`: where the blocks of a network end, and their gradients; `LocalLossRule`: those learned in one pass."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from ..core.params import (
 from ..core.reach import Gates, Pending, gates_behind, shut_gates
 from ..core.recorder import Firing
 from ..core.rows import rows_now
-from ..core.rule import optional
+from ..core.rule import LearningRule, optional
 from ..core.synapse import Synapse
 
-__all__ = ["Block", "LocalLossRule"]
+__all__ = ["Block", "BlockRule", "LocalLossRule"]
 
 
 @dataclass(eq=False)
@@ -66,7 +66,7 @@ class Share:
     learned: bool = False
 
 
-class LocalLossRule(OnePass):
+class BlockRule(LearningRule):
     r"""A rule with a loss for each block of layers, from which that block alone learns.
 
     A block reaches from a layer to the next layer that its activity enters. There `local_loss` computes a loss from
@@ -105,6 +105,7 @@ class LocalLossRule(OnePass):
         TypeError: bare parameters; a model wrapped in DistributedDataParallel.
     """
 
+    splits_batch = True
     scales_with_loss = False
     #: whether the losses need labels
     needs_target: ClassVar[bool] = True
@@ -112,7 +113,7 @@ class LocalLossRule(OnePass):
     def __init__(
         self,
         params: Params,
-        lr: float = 1e-3,  # η
+        lr: float = 2e-3,  # η
         *,
         head_lr: float | None = None,
         blocks: Sequence[str | nn.Module] | None = None,
@@ -151,8 +152,8 @@ class LocalLossRule(OnePass):
     # -- what a rule implements ---------------------------------------------------------------------------------
 
     @abstractmethod
-    def local_loss(self, block: Block, h: Tensor, channel_dim: int) -> Tensor:
-        """The loss of a block, a scalar with a graph.
+    def local_loss(self, block: Block, h: Tensor, channel_dim: int) -> Tensor | None:
+        """The loss of a block, a scalar with a graph; ``None``: the block learns nothing from this pass.
 
         Args:
             block: that ends here.
@@ -335,6 +336,8 @@ class LocalLossRule(OnePass):
         # With hooks of its own, so that activation checkpointing around it does not run the head again.
         with torch.enable_grad(), saved_tensors_hooks(lambda t: t.detach(), lambda t: t):
             loss = self.local_loss(blocks[0], x, channel_dim)
+        if loss is None:
+            return {}
         head = [p for p in self._head_parameters(blocks[0]) if p.requires_grad]
         mine = [p for p in behind.leaves if p in self._mine and p.requires_grad]
         inside = {p for block in blocks for s in block.synapses for p in s.parameters()}
@@ -389,8 +392,8 @@ class LocalLossRule(OnePass):
         return [p for p in self._trained() if p.requires_grad and p not in owned]
 
     @torch.no_grad()
-    def collect(self, losses: Tensor | None = None) -> tuple[dict[Tensor, Tensor], dict[str, Any]]:
-        """The gradients of each block's loss, and the readout's, averaged over ranks."""
+    def _gathered(self, losses: Tensor | None) -> tuple[dict[Tensor, Tensor], dict[str, Any]]:
+        """The gradients of each block's loss, and the readout's, averaged over ranks; and the new state."""
         name, recorder = type(self).__name__, self._recorder
         if not recorder.fired:
             raise RuntimeError(self._coverage.none_fired())
@@ -401,15 +404,7 @@ class LocalLossRule(OnePass):
                 "it: call loss.backward() before step(), or give step() a closure that returns the loss"
             )
         try:
-            grads: dict[Tensor, Tensor] = {}
-            for share in self._counted:
-                if share.grads is None:
-                    raise RuntimeError(
-                        f"{name} learns from labels, but optimizer.target was not set: write optimizer.target = labels "
-                        "before each forward pass"
-                    )
-                for p, g in share.grads.items():
-                    grads[p] = grads[p] + g if p in grads else g
+            grads = self._local_gradients()
             of_synapses = {p for s in recorder.synapses.values() for p in s.parameters()}
             for p, g in from_loss.items():
                 if p not in grads:
@@ -432,6 +427,19 @@ class LocalLossRule(OnePass):
             self._counted.clear()
             self.target = self._checked = None  # an old target must not teach a new batch
 
+    def _local_gradients(self) -> dict[Tensor, Tensor]:
+        """The gradients of the losses of all blocks that count."""
+        grads: dict[Tensor, Tensor] = {}
+        for share in self._counted:
+            if share.grads is None:
+                raise RuntimeError(
+                    f"{type(self).__name__} learns from labels, but optimizer.target was not set: write "
+                    "optimizer.target = labels before each forward pass"
+                )
+            for p, g in share.grads.items():
+                grads[p] = grads[p] + g if p in grads else g
+        return grads
+
     def _look_for_blocks_that_did_not_end(self, grads: dict[Tensor, Tensor]) -> None:
         """Warn once of blocks that ran and learn nothing."""
         fired = {self._blocks[s] for s in self._recorder.fired if s in self._blocks}
@@ -450,3 +458,11 @@ class LocalLossRule(OnePass):
                 "layer nor the loss with a graph; checkpoint(..., use_reentrant=True) and steps without a derivative "
                 "leave none. exclude=[...] leaves layers out without this warning"
             )
+
+
+class LocalLossRule(BlockRule, OnePass):
+    """A rule that learns from a loss of each block in one ordinary pass; see `BlockRule` for its arguments."""
+
+    def collect(self, losses: Tensor | None = None) -> tuple[dict[Tensor, Tensor], dict[str, Any]]:
+        """The gradients of each block's loss, and the readout's, averaged over ranks."""
+        return self._gathered(losses)

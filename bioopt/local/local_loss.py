@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import typing
-from typing import Any, ClassVar, Unpack
+from typing import Any, ClassVar, Unpack, final
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,7 @@ from .heads import Heads, LocalOptions, cross_entropy, deviation, pooled, requir
 __all__ = ["LocalLoss"]
 
 
-@typing.final
+@final
 class LocalLoss(LocalLossRule):
     r"""Each layer learns from a classifier of its own, and from how similar samples of one class are in it.
 
@@ -56,9 +55,9 @@ class LocalLoss(LocalLossRule):
     def __init__(
         self,
         params: Params,
-        lr: float = 1e-3,
+        lr: float = 2e-3,
         *,
-        loss: str = "both",
+        loss: str = "cross_entropy",
         pool: int = 4,
         beta: float = 0.99,  # β
         **options: Unpack[LocalOptions],

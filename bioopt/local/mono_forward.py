@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import typing
+from typing import final
 
 from torch import Tensor, nn
 
@@ -12,7 +12,7 @@ from .heads import cross_entropy, require_size
 __all__ = ["MonoForward"]
 
 
-@typing.final
+@final
 class MonoForward(LocalLossRule):
     r"""Each layer has a projection to the classes, and learns to make that of the right class the largest.
 

@@ -245,7 +245,7 @@ def test_heads_come_from_the_seed_alone_and_an_example_sizes_them() -> None:
         optimizer = LocalLoss(model, 0.0, seed=seed, example=batch()[0][:3] if example else None)
         assert torch.equal(torch.get_rng_state(), state)
         assert same(before, list(model.buffers()))
-        assert len(values(optimizer)) == (6 if example else 0)
+        assert len(values(optimizer)) == (4 if example else 0)
         if not example:
             optimizer.step(ordinary(with_target(optimizer), model, *batch()))
         found.append(values(optimizer))

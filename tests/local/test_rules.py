@@ -78,7 +78,7 @@ def mono_forward(h: Tensor, head: Any, y: Tensor) -> Tensor:
     [
         (bioopt.LocalLoss, {"loss": "cross_entropy", "pool": 2}, local_loss("cross_entropy", 0)),
         (bioopt.LocalLoss, {"loss": "similarity", "pool": 2}, local_loss("similarity", 0)),
-        (bioopt.LocalLoss, {"pool": 2, "beta": 0.7}, local_loss("both", 0.7)),
+        (bioopt.LocalLoss, {"loss": "both", "pool": 2, "beta": 0.7}, local_loss("both", 0.7)),
         (bioopt.MonoForward, {}, mono_forward),
     ],
     ids=str,
