@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bioopt
-from bioopt.core.acts import OutputGate, clamp, detached
+from bioopt.core.acts import OutputGate, clamp
 from bioopt.core.params import named_parameters_of, synapses_of
 from experiments.run import run
 
@@ -85,41 +85,20 @@ def test_a_rule_with_relaxed_states() -> None:
         torch.testing.assert_close(p.grad, g, rtol=1e-2, atol=1e-5)
 
 
-class LocalLoss(bioopt.OnePass):
-    """A local loss: each layer's activity, as the next layer sees it, is classified by a head of the rule's own."""
+class LocalError(bioopt.LocalLossRule):
+    """A local loss: the squared error of a linear readout of each layer's activity, as the next layer receives it."""
 
-    def __init__(self, params: Any, lr: float, *, classes: int) -> None:
-        super().__init__(params, {"lr": lr})
-        self._layers = list(self._recorder.synapses.values())
-        self.own({s.name: nn.LazyLinear(classes, dtype=s.weight.dtype) for s in self._layers[:-1]}, lr=lr)
-        self._grads: dict[Tensor, Tensor] = {}
-        self._recorder.act(self._enter, lambda firing, u: u)
+    def new_head(self, block: bioopt.local.Block) -> nn.Module:
+        return nn.LazyLinear(self.number_of_classes, dtype=block.synapses[-1].weight.dtype)
 
-    def _select(self, group: dict[str, Any]) -> tuple[list[Any], list[bioopt.Synapse]]:
-        return named_parameters_of(group["params"]), synapses_of("LocalLoss", group["params"])
-
-    def _enter(self, synapse: bioopt.Synapse, x: Tensor) -> Tensor:
-        if synapse.index:
-            below = self._layers[synapse.index - 1]
-            with torch.enable_grad():
-                loss = F.cross_entropy(self._owned(below.name, x), self.target)
-            head = [p for n, p in self._owned.modules.named_parameters() if n.startswith(f"{below.name}.")]
-            params = [*below.parameters(), *head]
-            self._grads |= dict(zip(params, torch.autograd.grad(loss, params), strict=True))
-        return detached(x)
-
-    def gradient_parameters(self) -> list[Tensor]:
-        return self._layers[-1].parameters()
-
-    def collect(self, losses: Tensor | None = None) -> tuple[dict[Tensor, Tensor], dict[str, Any]]:
-        grads, self._grads = self._grads, {}
-        return {**grads, **{p: p.grad for p in self.gradient_parameters() if p.grad is not None}}, {}
+    def local_loss(self, block: bioopt.local.Block, h: Tensor, channel_dim: int) -> Tensor:
+        return F.mse_loss(self.head(block, h), F.one_hot(self.labels(h), self.number_of_classes).to(h.dtype))
 
 
 @pytest.mark.parametrize("loop", ["closure", "classic"])
 def test_a_local_loss(loop: str) -> None:
     model, (x, y) = network(), data()
-    optimizer = LocalLoss(model, 0.5, classes=3)
+    optimizer = LocalError(model, 0.5, descent=torch.optim.SGD)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.5, total_steps=200)
     first = None
     for _ in range(150):
@@ -134,7 +113,7 @@ def test_a_local_loss(loop: str) -> None:
         scheduler.step()
         first = first or float(loss.detach())
     assert float(loss.detach()) < 0.2 * first
-    again = LocalLoss(network(), 0.5, classes=3)
+    again = LocalError(network(), 0.5, descent=torch.optim.SGD)
     again.load_state_dict(optimizer.state_dict())  # before its first pass: heads get sizes and values
     for a, b in zip(optimizer._owned.modules.parameters(), again._owned.modules.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -146,7 +125,7 @@ def test_weights_above_a_block_do_not_change_what_it_learns() -> None:
         model, (x, y) = network(), data()
         with torch.no_grad():
             model[4].weight.add_(change)
-        optimizer = LocalLoss(model, 0.5, classes=3)
+        optimizer = LocalError(model, 0.5, descent=torch.optim.SGD)
         optimizer.target = y
         optimizer.estimate(lambda model=model, x=x, y=y: F.cross_entropy(model(x), y))
         updates.append([p.grad.clone() for p in model[:3].parameters()])

@@ -83,6 +83,18 @@ def test_predictions_and_evaluation_average_views_and_batches() -> None:
     assert accuracy == pytest.approx(float((expected.argmax(1) == labels).double().mean()))
 
 
+def test_evaluation_is_by_the_prediction_of_a_rule_that_has_one() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    rule = bioopt.ForwardForward(model, prediction="goodness")
+    fitted = learner(model, rule)
+    fitted.fit(batches())
+    outputs, labels = fitted.predict(batches(3))
+    assert torch.equal(outputs, torch.cat([rule.predict(x) for x, _ in batches(3)]))
+    assert fitted.evaluate(batches(3))[1] == pytest.approx(float((outputs.argmax(1) == labels).double().mean()))
+    assert not torch.allclose(outputs, model(torch.cat([x for x, _ in batches(3)])))
+
+
 def two_blocks(lr: float = 0.1) -> Learner:
     model = network()
     parts = {"trunk": (model[:3], SupervisedContrastive()), "head": (model[3:], CrossEntropy())}
