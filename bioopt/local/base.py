@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -108,7 +108,7 @@ class BlockRule(LearningRule):
     splits_batch = True
     scales_with_loss = False
     #: whether the losses need labels
-    needs_target: ClassVar[bool] = True
+    needs_target = True
 
     def __init__(
         self,
@@ -178,7 +178,8 @@ class BlockRule(LearningRule):
     def labels(self, h: Tensor) -> Tensor:
         """The labels of the samples in ``h``, a long tensor."""
         name, target, rows = type(self).__name__, self.target, rows_now()
-        assert target is not None
+        if target is None:
+            raise RuntimeError(self._no_target())
         if target is not self._checked:
             if target.ndim != 1 or target.is_floating_point() or target.is_complex():
                 raise ValueError(
@@ -347,6 +348,12 @@ class BlockRule(LearningRule):
             grads = torch.autograd.grad(loss, learning, retain_graph=True, allow_unused=True)
         return {p: g for p, g in zip(learning, grads, strict=True) if g is not None}
 
+    def _no_target(self) -> str:
+        return (
+            f"{type(self).__name__} learns from labels, but optimizer.target was not set: write optimizer.target = "
+            "labels before each forward pass"
+        )
+
     def _can_learn(self) -> bool:
         return self.target is not None or not self.needs_target
 
@@ -432,10 +439,7 @@ class BlockRule(LearningRule):
         grads: dict[Tensor, Tensor] = {}
         for share in self._counted:
             if share.grads is None:
-                raise RuntimeError(
-                    f"{type(self).__name__} learns from labels, but optimizer.target was not set: write "
-                    "optimizer.target = labels before each forward pass"
-                )
+                raise RuntimeError(self._no_target())
             for p, g in share.grads.items():
                 grads[p] = grads[p] + g if p in grads else g
         return grads

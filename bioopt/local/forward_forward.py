@@ -54,7 +54,9 @@ class ForwardForward(BlockRule):
         label_scale: the size of the label in the input, in units of its default: 8 times the range of the sample for a
             one-hot code, half of it for a wave.
         negatives: ``"label"``, or a function of inputs of the first layer and their labels that returns negative
-            inputs. With a function, positive inputs carry no label, and goodness predicts none.
+            inputs. With a function, inputs carry no label, goodness predicts none, and `target` may be missing (the
+            function gets ``None``). ``lambda x, y: (x + x.roll(1, 0)) / 2`` contrasts each input with a mixture, as
+            self-contrastive Forward-Forward does, without labels.
         prediction: what `predict`, and with it ``train.py``, tells a class by: ``"readout"``, or ``"goodness"``.
         options: ``blocks``, ``classes``, ``exclude``, ``descent`` and its options, ``process_group``, and ``seed``, of
             the wrong labels, as in `LocalLossRule`.
@@ -64,7 +66,8 @@ class ForwardForward(BlockRule):
 
     Sources: G. Hinton (2022), *The forward-forward algorithm: some preliminary investigations*, arXiv:2212.13345;
     labels as waves: R. Scodellaro, A. Kulkarni, F. Alves & M. Schröter (2023), *Training convolutional neural networks
-    with the Forward-Forward algorithm*, arXiv:2312.14924.
+    with the Forward-Forward algorithm*, arXiv:2312.14924; mixtures: X. Chen, D. Liu, J. Laydevant & J. Grollier (2025),
+    *Self-Contrastive Forward-Forward algorithm*, Nature Communications 16.
     """
 
     constraints: ClassVar[dict[str, Constraint]] = {"threshold": POSITIVE}
@@ -76,7 +79,7 @@ class ForwardForward(BlockRule):
         *,
         threshold: float = 0.3,  # θ
         label_scale: float = 1.0,
-        negatives: str | Callable[[Tensor, Tensor], Tensor] = "label",
+        negatives: str | Callable[[Tensor, Tensor | None], Tensor] = "label",
         prediction: str = "readout",
         **options: Unpack[LocalOptions],
     ) -> None:
@@ -92,6 +95,7 @@ class ForwardForward(BlockRule):
             )
         self.prediction = prediction
         self.negatives, self.label_scale = negatives, label_scale
+        self.needs_target = negatives == "label"
         self._sign = 0  # 1 in the pass of positive inputs, -1 in that of negative ones
         self._other: Tensor | None = None  # labels of the negative inputs
         self._noise = NoiseSource()
@@ -120,7 +124,7 @@ class ForwardForward(BlockRule):
             return x if callable(self.negatives) else self._with_label(x, self.labels(x), synapse)
         if not callable(self.negatives):
             return self._with_label(x, self._wrong_labels(x), synapse)
-        negative = self.negatives(x, self.labels(x))
+        negative = self.negatives(x, None if self.target is None else self.labels(x))
         if negative.shape != x.shape:
             raise ValueError(
                 f"ForwardForward: negatives= returned inputs of shape {tuple(negative.shape)} for inputs of shape "

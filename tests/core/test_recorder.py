@@ -157,6 +157,7 @@ def test_no_graph_and_no_activity_outlives_the_step() -> None:
             )
         )
         x, y = torch.randn(8, 6, dtype=torch.float64), torch.randint(4, (8,))
+        give_target(optimizer, y)
         loss = optimizer.step(lambda model=model, x=x, y=y: F.cross_entropy(model(x), y, reduction="none"))
         assert loss.grad_fn is None
         kept.append((case, model, optimizer, loss, seen))

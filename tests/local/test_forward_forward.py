@@ -133,6 +133,20 @@ def test_negatives_of_ones_own() -> None:
     assert same(weights(model), weights(network()))
 
 
+def test_without_labels_the_negatives_are_a_matter_of_inputs() -> None:
+    x, y = data()
+    model, given = network(), []
+    optimizer = ForwardForward(
+        model, negatives=lambda inputs, labels: given.append(labels) or (inputs + inputs.roll(1, 0)) / 2
+    )
+    optimizer.step(lambda: F.cross_entropy(model(x), y))
+    assert given == [None]
+    assert not same(weights(model), weights(network()))
+    with pytest.raises(RuntimeError, match=r"ForwardForward learns from labels, but optimizer\.target was not set"):
+        ForwardForward(other := network()).step(lambda: F.cross_entropy(other(x), y))
+    assert same(weights(other), weights(network()))
+
+
 def test_the_step_decides_the_wrong_labels() -> None:
     """So a resumed run draws those that the uninterrupted one would draw; the global generators are not used."""
     x, y = data()
