@@ -223,7 +223,7 @@ def test_what_an_explicit_option_makes_meaningless_is_left_out() -> None:
 
 
 def test_a_rule_without_layers_takes_parameters() -> None:
-    optimizer = bioopt.create_optimizer("weight_perturbation", mlp().parameters(), preset="default")
+    optimizer = bioopt.create_optimizer("weight_perturbation", mlp().parameters(), preset="default", readout=None)
     assert len(optimizer.param_groups[0]["params"]) == 4
 
 
