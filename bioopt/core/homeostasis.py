@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import is_captured, warn
-from .products import along_channels, in_full, over_events, squares_over_events
+from .products import Events, along_channels, in_full, over_events, rows_of, squares_over_events
 from .reach import weakly
 from .sums import Sums
 from .synapse import BUILT_IN, Synapse
@@ -258,29 +259,58 @@ def kept_in_place(old: Level, new: Level) -> Level:
     return {**new, **{name: value for name, value in old.items() if isinstance(value, Tensor)}}
 
 
-def rotation(drive: Tensor, direction: Tensor) -> Tensor:
-    """The part of ``drive`` that turns unit vectors."""
-    turn: Tensor = drive - torch.linalg.vecdot(drive, direction).unsqueeze(-1) * direction
-    return turn
+def rotate_(drive: Tensor, direction: Tensor) -> Tensor:
+    """The part of ``drive`` that turns unit vectors, in place."""
+    along = torch.linalg.vecdot(drive, direction).unsqueeze(-1)
+    return drive.addcmul_(along, direction, value=-1)
 
 
-def inhibition(moment: Tensor, direction: Tensor, length: Tensor, deviation: Tensor, tolerance: float) -> Tensor:
-    """For each neuron, the weights of those that are active together with it, in proportion to that.
+def inhibit_(
+    drive: Tensor, moment: Tensor, direction: Tensor, unit: Tensor, tolerance: float, strength: Tensor
+) -> Tensor:
+    """Subtract from the drive of each neuron the weights of those that are active together with it, in place.
 
     Args:
+        drive: pools × neurons × inputs.
         moment: ``⟨z_k z_j⟩`` of each pool, pools × neurons × neurons.
-        direction: the unit weight vectors, pools × neurons × inputs.
-        length: of each neuron's weights.
-        deviation: of each neuron's activity.
+        direction: the unit weight vectors, of the drive's shape.
+        unit: the deviation of the activity of each unit vector.
         tolerance: correlations up to this are left alone.
+        strength: of the inhibition.
     """
-    size = moment.diagonal(dim1=-2, dim2=-1).clamp(min=1e-12).sqrt()
-    correlation = moment / (size.unsqueeze(-1) * size.unsqueeze(-2))
+    size = moment.diagonal(dim1=-2, dim2=-1).clamp(min=1e-12).rsqrt()
+    correlation = moment.mul_(size.unsqueeze(-1)).mul_(size.unsqueeze(-2))
     correlation.diagonal(dim1=-2, dim2=-1).zero_()
+    unit = unit.view(size.shape).clamp(min=1e-30)
     beyond = F.softshrink(correlation, tolerance)
-    unit = (deviation.to(length.device) / length.clamp(min=1e-30)).view(*size.shape, 1)  # activity of a unit vector
-    inhibited: Tensor = unit * (beyond @ (direction / unit.clamp(min=1e-30)))
-    return inhibited
+    beyond.mul_((strength * unit).unsqueeze(-1)).div_(unit.unsqueeze(-2))
+    if drive.device.type == "cpu" and drive.shape[-2] >= 64:  # below, and elsewhere, a dense product is as fast
+        found = beyond.flatten(0, 1).nonzero()
+        if 8 * len(found) < beyond.numel():  # few neurons are active together
+            return _inhibit_sparsely_(drive, beyond, direction, found)
+    return drive.baddbmm_(beyond, direction, alpha=-1)
+
+
+def _inhibit_sparsely_(drive: Tensor, weights: Tensor, direction: Tensor, found: Tensor) -> Tensor:
+    """``drive - weights @ direction``, in place, where ``found`` are the indices of all weights that are not zero."""
+    neurons = drive.flatten(0, 1)
+    row, other = found.unbind(1)
+    values = weights.flatten(0, 1)[row, other]
+    if len(drive) > 1:
+        other = other + row.div(drive.shape[1], rounding_mode="floor") * drive.shape[1]
+    first = torch.searchsorted(row, torch.arange(len(neurons)))
+    neurons.sub_(F.embedding_bag(other, direction.flatten(0, 1), first, mode="sum", per_sample_weights=values))
+    return drive
+
+
+def of_unit_vectors(events: Events, level: Level, length: Tensor) -> Events:
+    """Events with centred presynaptic activity, and the postsynaptic activity of the unit weight vectors."""
+    synapse = events.synapse
+    weight, bias = rows_of(synapse.weight.detach(), synapse), synapse.bias
+    mean = rows_of(level["input"].to(weight).expand(1, *synapse.weight.shape[1:]), synapse)[0]
+    offset = weight @ mean if bias is None else weight @ mean + bias.detach()
+    u = (in_full(events.u) - offset) / length.clamp(min=1e-30)
+    return replace(events, x=in_full(events.x) - mean, s=in_full(events.s), u=u)
 
 
 def tensors_of(levels: Iterable[Level]) -> list[Tensor]:

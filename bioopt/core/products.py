@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,54 @@ class SparseSignal(NamedTuple):
     def total(self, size: int) -> Tensor:
         """The sum over events for each of ``size`` neurons."""
         return self.values.new_zeros(size).index_add_(0, self.neurons.flatten(), self.values.flatten())
+
+
+@dataclass(eq=False)
+class Events:
+    """The activity of a few events, from which an update may take less work than from their local product.
+
+    Attributes:
+        synapse: the layer.
+        x: presynaptic activity, events × inputs in the order of `rows_of`.
+        s: the teaching signal, events × neurons.
+        u: postsynaptic activity, events × neurons.
+        most: the number of events that take no more work than their product.
+    """
+
+    synapse: Synapse
+    x: Tensor
+    s: Tensor
+    u: Tensor
+    most: int
+
+    def product(self) -> Tensor:
+        """``Σ s xᵀ``, of the weight's shape."""
+        with torch.autocast(self.x.device.type, enabled=False):
+            rows = in_full(self.s).T @ in_full(self.x)
+        return weight_shaped(rows.to(self.synapse.weight.dtype), self.synapse)
+
+    def joined(self, other: Events) -> Events | None:
+        """All events of both; ``None`` if these are too many."""
+        if len(self.x) + len(other.x) > self.most:
+            return None
+        x, s, u = (torch.cat(pair) for pair in ((self.x, other.x), (self.s, other.s), (self.u, other.u)))
+        return replace(self, x=x, s=s, u=u)
+
+
+def few_events(firing: Firing, u: Tensor, s: Tensor | SparseSignal, most: int) -> Events | None:
+    """The events of a firing; ``None`` if they are too many, or the layer is neither Linear nor a plain convolution."""
+    synapse, plain = firing.synapse, _is_plain_convolution(firing, u)
+    if not 0 < u.numel() // len(synapse.weight) <= most or not (plain or type(synapse.layer) is nn.Linear):
+        return None
+    channel = u.ndim + synapse.channel_dim
+    s = s.dense(u, channel) if isinstance(s, SparseSignal) else s
+    of_signal, of_neurons = (v.movedim(channel, -1).reshape(-1, len(synapse.weight)) for v in (s, u.detach()))
+    if plain:
+        x = _patches(firing, 0, len(u), [d - 1 for d in _memory_order(synapse)[1:]])
+    else:
+        x = firing.x.detach().reshape(-1, synapse.weight.shape[1]).clone()
+    # Activity may be changed in place after the layer, as by ReLU(inplace=True).
+    return Events(synapse, x, of_signal.clone(), of_neurons.clone(), most)
 
 
 def in_full(values: Tensor) -> Tensor:
@@ -94,6 +143,9 @@ def local_product(firing: Firing, u: Tensor, s: Tensor | SparseSignal) -> Tensor
         plain and weight[0].numel() >= 512 and len(weight) >= 256
     ):  # below, the copy of the patches costs more than it saves
         return _product_of_patches(firing, u, s)
+    if type(firing.synapse.layer) is nn.Linear and u.dtype != torch.float16:  # as autograd, without its overhead
+        rows = firing.x.detach().reshape(-1, weight.shape[1]).to(u.dtype)
+        return (s.reshape(-1, len(weight)).to(u.dtype).T @ rows).to(weight.dtype)
     # A sum over the events of a large batch overflows float16, and a mean underflows.
     scale = (u.numel() / len(weight)) ** -0.5 if u.dtype == torch.float16 else 1.0
     (product,) = torch.autograd.grad(u, weight, (s if scale == 1.0 else s * scale).to(u.dtype))
@@ -114,7 +166,6 @@ def _is_plain_convolution(firing: Firing, u: Tensor) -> bool:
 
 
 def _product_of_patches(firing: Firing, u: Tensor, s: Tensor) -> Tensor:
-    layer: Any = firing.synapse.layer
     weight = firing.synapse.weight
     outputs, inputs, *kernel = weight.shape
     width, positions = weight[0].numel(), u[0, 0].numel()
@@ -122,15 +173,22 @@ def _product_of_patches(firing: Firing, u: Tensor, s: Tensor) -> Tensor:
     step = max(1, max(100_000, min(2_000_000, max(weight.numel(), u.numel()) // 4)) // (width * positions))
     total: Tensor | None = None
     for start in range(0, len(u), step):
-        patches = _some_input(firing, start, step)
-        for dim, (size, stride, dilation) in enumerate(zip(kernel, layer.stride, layer.dilation, strict=True), start=1):
-            patches = patches.unfold(dim, dilation * (size - 1) + 1, stride)[..., ::dilation]
-        rows = patches.permute(0, 1, 2, 4, 5, 3).reshape(-1, width)
+        rows = _patches(firing, start, step, [1, 2, 0])
         signal = s[start : start + step].permute(0, 2, 3, 1).reshape(-1, outputs).to(rows.dtype)
         total = signal.T @ rows if total is None else total.addmm_(signal.T, rows)
-        del patches, rows  # before the next ones are allocated
+        del rows  # before the next ones are allocated
     assert total is not None
     return total.view(outputs, *kernel, inputs).permute(0, 3, 1, 2)
+
+
+def _patches(firing: Firing, start: int, count: int, order: list[int]) -> Tensor:
+    """What each event of some samples sees, events × inputs; ``order``: of channels (0), rows (1) and columns (2)."""
+    layer: Any = firing.synapse.layer
+    patches = _some_input(firing, start, count)
+    places = zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)
+    for dim, (size, stride, dilation) in enumerate(places, start=1):
+        patches = patches.unfold(dim, dilation * (size - 1) + 1, stride)[..., ::dilation]
+    return patches.permute(0, 1, 2, *(3 + d for d in order)).reshape(-1, layer.weight[0].numel())
 
 
 def _sparse_product(firing: Firing, u: Tensor, s: SparseSignal) -> Tensor:

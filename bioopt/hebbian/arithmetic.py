@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ..core.products import SparseSignal, in_full
+from ..core.products import Events, SparseSignal, in_full
 from ..core.synapse import Synapse
+
+BLOCK = 128  # neurons at a time, in triangular systems
 
 
 def compete(u: Tensor, synapse: Synapse, outcome: Callable[[Tensor, int], Tensor]) -> Tensor:
@@ -91,3 +94,46 @@ def clip_update_norm(change: Tensor, weight: Tensor, lr: float) -> Tensor:
     longest = torch.linalg.matrix_norm(weight, keepdim=True)
     length = lr * torch.linalg.matrix_norm(change, keepdim=True)
     return change.mul_((longest / length.clamp(min=1e-12)).clamp(max=1))
+
+
+def most(neurons: int, pays: Callable[[int], bool]) -> int:
+    """The largest number of events, fewer than ``neurons``, that pays, where all smaller numbers do too."""
+    return bisect.bisect_left(range(1, neurons), True, key=lambda n: not pays(n))
+
+
+def by_residual(events: Events, weight: Tensor, lr: float) -> Tensor:
+    """``(I + lr C)⁻¹ (P - C W)``, with ``lr=0`` ``P - C W``, as ``Sᵀ (n I + lr U Sᵀ)⁻¹ (X - U W)``.
+
+    The same by the push-through identity: a system of ``n`` events in place of one of neurons.
+    """
+    x, s, u = (in_full(values) for values in (events.x, events.s, events.u))
+    residual = torch.addmm(x, u, weight, alpha=-1)
+    if lr:
+        system = (u @ s.T).mul_(lr)
+        system.diagonal().add_(len(x))
+        residual, _ = torch.linalg.solve_ex(system, residual)  # which does not wait for the device
+    else:
+        residual.div_(len(x))
+    return s.T @ residual
+
+
+def by_residuals_in_order(events: Events, weight: Tensor, lr: float, product: Tensor | None = None) -> Tensor:
+    """``(I + lr L)⁻¹ (P - L W)`` with the lower triangle ``L`` of ``C``, block by block of neurons.
+
+    Each block learns from what those before it leave of the input. ``product``, ``P``, need not be formed otherwise.
+    """
+    x, s, u = (in_full(values) for values in (events.x, events.s, events.u))
+    n, residual = len(x), x.clone() if product is None else torch.zeros_like(x)
+    change = torch.empty_like(weight)
+    for start in range(0, len(weight), BLOCK):
+        block = slice(start, start + BLOCK)
+        w, lower = weight[block], (s[:, block].T @ u[:, block]).div_(n).tril_()
+        learned = torch.addmm(lower @ w, s[:, block].T, residual, beta=-1, alpha=1 / n)
+        if product is not None:
+            learned += product[block]
+        if lr:
+            system = torch.eye(len(w), dtype=w.dtype, device=w.device).add_(lower, alpha=lr)
+            learned = torch.linalg.solve_triangular(system, learned, upper=False)
+        change[block] = learned
+        residual.addmm_(u[:, block], torch.add(w, learned, alpha=lr) if lr else w, alpha=-1)
+    return change
