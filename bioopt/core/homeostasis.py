@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,15 @@ DEFAULTS: dict[str, Any] = {"homeostasis": True, "inhibition": 10.0, "tolerance"
 Level: TypeAlias = dict[str, Any]
 
 
+class Fresh(NamedTuple):
+    """A new level, the rate of homeostasis, and `moving` of the level."""
+
+    level: Level
+    rate: float
+    deviation: Tensor
+    still: Tensor
+
+
 class Regulator:
     """The running activity of the neurons of a rule, and what keeps it at mean 0 and deviation 1.
 
@@ -53,7 +62,8 @@ class Regulator:
     def __init__(self, levels: Callable[[], dict[int, Level]], sum_over_ranks: Callable[[list[Tensor]], None]) -> None:
         self._levels_of_rule, self._sum = weakly(levels), weakly(sum_over_ranks)
         self._starts: dict[Synapse, tuple[Tensor, Tensor]] = {}  # mean and deviation in the first firing
-        self._fresh: dict[Synapse, float] = {}  # synapses with new levels since the last descent, and their rates
+        self._references: dict[Synapse, tuple[Tensor, Tensor]] = {}  # by which firings since the last step are measured
+        self._fresh: dict[Synapse, Fresh] = {}  # of synapses with new levels since the last descent
         self._still: set[Synapse] = set()  # layers whose constant activity was warned of
 
     def _levels(self) -> dict[int, Level]:
@@ -72,15 +82,18 @@ class Regulator:
     def clear(self) -> None:
         """Drop what the firings since the last step have left."""
         self._starts.clear()
+        self._references.clear()
 
     # -- as a synapse fires -------------------------------------------------------------------------------------
 
     def standardised(self, firing: Firing, u: Tensor) -> Tensor:
         """``(u - m) / s`` by the levels of the last step, or in the first by those of the first firing."""
         synapse, channel = firing.synapse, u.ndim + firing.synapse.channel_dim
-        mean, deviation = self._reference(synapse, u.detach(), channel)
-        shift, scale = along_channels(-mean / deviation, synapse), along_channels(1 / deviation, synapse)
-        return torch.addcmul(shift, u.detach(), scale)  # in one pass
+        if synapse not in self._references:
+            self._references[synapse] = self._reference(synapse, u.detach(), channel)
+        mean, deviation = self._references[synapse]
+        scale = along_channels(deviation.reciprocal(), synapse)
+        return torch.sub(u.detach(), along_channels(mean, synapse)).mul_(scale)
 
     def hands_on(self, synapse: Synapse) -> bool:
         """Whether the network receives standardised activity: until the first descent has made it the layer's own."""
@@ -92,7 +105,8 @@ class Regulator:
         synapse, channel = firing.synapse, z.ndim + firing.synapse.channel_dim
         sums = {"z": over_events(z, channel), "z_squared": squares_over_events(z, channel)}
         if inhibited:
-            rows = z.movedim(channel, -1).reshape(-1, synapse.pools, len(synapse.weight) // synapse.pools).movedim(0, 1)
+            rows = z if channel == z.ndim - 1 else z.movedim(channel, -1)
+            rows = rows.reshape(-1, synapse.pools, z.shape[channel] // synapse.pools).movedim(0, 1)
             sums["z_product"] = (rows.mT @ rows).to(z.dtype)  # which autocast rounds
         if acts:
             x = firing.x.detach()
@@ -127,7 +141,7 @@ class Regulator:
 
     # -- at the step --------------------------------------------------------------------------------------------
 
-    def followed(self, sums: Sums, synapse: Synapse, rate: float) -> Level:
+    def followed(self, sums: Sums, synapse: Synapse, rate: float) -> Fresh:
         """The level of a synapse after these firings."""
         n, level = sums.events, self.level(synapse)
         seen = 0 if level is None else level["events"]
@@ -139,49 +153,61 @@ class Regulator:
         else:
             mean = level["mean"].to(shift.device)
             variance = level["variance"].to(shift.device)
-            deviation = moving(mean, variance, synapse)[0]
+            known = self._references.get(synapse)
+            deviation = moving(mean, variance, synapse)[0] if known is None else known[1].to(mean.device)
+        square = torch.addcmul(square, shift, shift, value=-r)
         new = {
-            "mean": mean + r * deviation * shift,
-            "variance": (1 - r) * variance + r * deviation.square() * (square - r * shift.square()),
+            "mean": torch.addcmul(mean, deviation, shift, value=r),
+            "variance": torch.addcmul((1 - r) * variance, deviation.square(), square, value=r),
             "events": seen + n,
             "steps": 0 if level is None else level["steps"],
         }
         if "input" in sums.values:
             own = in_weight_form(sums.values["input"] / sums.values["inputs"], synapse)
-            known = None if level is None else level.get("input")
-            new["input"] = own if known is None else torch.lerp(known.to(own.device), own, r)
+            before = None if level is None else level.get("input")
+            new["input"] = own if before is None else torch.lerp(before.to(own.device), own, r)
         elif level is not None and "input" in level:
             new["input"] = level["input"]
-        self._fresh[synapse] = rate
-        return new if level is None else kept_in_place(level, new)
+        new = new if level is None else kept_in_place(level, new)
+        self._fresh[synapse] = Fresh(new, rate, *moving(new["mean"], new["variance"], synapse))
+        return self._fresh[synapse]
 
     @contextmanager
     def descending(self, commit: Callable[[dict[int, Level]], None]) -> Iterator[None]:
         """Regulate weights and biases after the descent that is made inside the ``with`` block."""
         fresh, self._fresh = self._fresh, {}
         levels = self._levels()
-        ready = {s: levels[s.index] for s in fresh if s.index in levels and levels[s.index]["events"] >= EVENTS}
+        ready = {s: self._present(new, levels[s.index], s) for s, new in fresh.items() if s.index in levels}
+        ready = {s: new for s, new in ready.items() if new.level["events"] >= EVENTS}
         before = {
-            s: (norms(s.weight), expected(s.weight, level), None if s.bias is None else s.bias.detach().clone())
-            for s, level in ready.items()
+            s: (norms(s.weight), expected(s.weight, new.level), None if s.bias is None else s.bias.detach().clone())
+            for s, new in ready.items()
         }
         yield
         if not ready:
             return
         new, done = dict(levels), set[Tensor]()
-        for synapse, level in ready.items():
-            tied = synapse.weight in done  # two layers share it: the first regulates
-            new[synapse.index] = self._regulate(synapse, level, *before[synapse], 0.0 if tied else fresh[synapse])
+        for synapse, own in ready.items():
+            if synapse.weight in done:  # two layers share it: the first regulates
+                own = own._replace(rate=0.0)
+            new[synapse.index] = self._regulate(synapse, own, *before[synapse])
             done.add(synapse.weight)
         commit(new)
 
+    def _present(self, fresh: Fresh, level: Level, synapse: Synapse) -> Fresh:
+        """``fresh``, unless another level was loaded since."""
+        if fresh.level is level:
+            return fresh
+        mean, variance = (level[name].to(synapse.weight.device) for name in ("mean", "variance"))
+        return Fresh(level, fresh.rate, *moving(mean, variance, synapse))
+
     def _regulate(
-        self, synapse: Synapse, level: Level, norm: Tensor, of_input: Tensor, former: Tensor | None, rate: float
+        self, synapse: Synapse, fresh: Fresh, norm: Tensor, of_input: Tensor, former: Tensor | None
     ) -> Level:
         """The new level after regulation; ``norm``, ``of_input`` and ``former``, the bias: from before the descent."""
+        level, rate, deviation, still = fresh
         weight, steps = synapse.weight, level["steps"]
         mean, variance = (level[name].to(weight.device) for name in ("mean", "variance"))
-        deviation, still = moving(mean, variance, synapse)
         r = max(rate, 1 / (1 + steps)) if rate else 0.0
         gain = deviation.pow(-r).masked_fill(still, 1)
         if steps:
@@ -192,8 +218,8 @@ class Regulator:
         if rate:
             weight.mul_(along_neurons(scale.to(weight.dtype), weight))
         bias = synapse.bias
-        b = torch.zeros_like(mean) if former is None else former.to(mean.dtype)
-        mean = gain * (mean - b - of_input) + expected(weight, level)
+        mean = mean - of_input if former is None else mean - of_input - former.to(mean.dtype)
+        mean = torch.addcmul(expected(weight, level), gain, mean)
         if bias is not None and bias.requires_grad and not synapse.fixed_bias and rate:
             bias.copy_(-mean)
             mean = torch.zeros_like(mean)
@@ -205,11 +231,11 @@ class Regulator:
 
 def moving(mean: Tensor, variance: Tensor, synapse: Synapse) -> tuple[Tensor, Tensor]:
     """The deviation of each neuron, 1 where it does not move, and where that is."""
-    deviation, offset = variance.clamp(min=0).sqrt(), mean.abs()
+    deviation, offset = variance.clamp(min=0).sqrt_(), mean.abs()
     if synapse.bias is not None:  # which may cancel a constant input but for rounding
-        offset = offset + synapse.bias.detach().abs().to(offset)
-    still = deviation <= NOT_MOVING * offset + 1e-20
-    return deviation.masked_fill(still, 1), still
+        offset.add_(synapse.bias.detach().abs())
+    still = deviation <= offset.mul_(NOT_MOVING).add_(1e-20)
+    return deviation.masked_fill_(still, 1), still
 
 
 def norms(weight: Tensor) -> Tensor:
@@ -240,6 +266,8 @@ def expected(weight: Tensor, level: Level) -> Tensor:
     if "input" not in level:
         return torch.zeros(len(weight), dtype=level["mean"].dtype, device=weight.device)
     weight = in_full(weight.detach())
+    if weight.ndim == 2:
+        return weight @ level["input"][0].to(weight)
     total = torch.mul(weight, level["input"].to(weight)).flatten(1).sum(1)
     return total
 

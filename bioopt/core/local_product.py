@@ -23,7 +23,6 @@ from .homeostasis import (
     Regulator,
     along_neurons,
     inhibit_,
-    moving,
     norms,
     of_unit_vectors,
     rotate_,
@@ -463,7 +462,7 @@ class LocalRule(OnePass):
         rate = self._homeostatic_rate(group)
         if not rate or "z" not in sums.values:
             return self.changes(sums, synapse, group, state)
-        level = self._regulator.followed(sums, synapse, rate)
+        level, _, deviation, still = self._regulator.followed(sums, synapse, rate)
         state["homeostasis"] = {**state.get("homeostasis", {}), synapse.index: level}
         few = sums.few
         sums.form_product()
@@ -472,11 +471,10 @@ class LocalRule(OnePass):
         product, signal = means(sums)
         assert signal is not None
         weight, length = synapse.weight.detach(), norms(synapse.weight)
-        direction = in_pools(weight / along_neurons(length, weight).clamp(min=1e-30).to(weight.dtype), synapse)
+        direction = in_pools(weight / along_neurons(length.clamp(min=1e-30).to(weight.dtype), weight), synapse)
         product.addcmul_(along_neurons(signal, product), level["input"].to(product), value=-1)
         centred = in_pools(product, synapse)
         size = centred.norm(dim=-1)
-        deviation, still = moving(level["mean"].to(length.device), level["variance"].to(length.device), synapse)
         still = still.view(size.shape)
         if few is None:
             drive = self.drive(centred, direction, synapse, group)

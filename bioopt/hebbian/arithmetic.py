@@ -52,12 +52,32 @@ def softmax_(strength: Tensor, dim: int, loser_strength: float = 0.0) -> Tensor:
     Shares are at least exp(-80), which is negligible: denormal numbers (below exp(-87) in single precision) take
     processors some twenty times as long.
     """
-    top, winner = strength.max(dim, keepdim=True) if loser_strength else (strength.amax(dim, keepdim=True), None)
-    strength.sub_(top).clamp_(min=-80).exp_()
-    largest = strength.sum(dim, keepdim=True).reciprocal_()  # the largest share, since exp(0) = 1
-    if winner is None:
-        return strength.mul_(largest)
-    return strength.mul_(-loser_strength * largest).scatter_(dim, winner, largest)
+    if not loser_strength:
+        strength.sub_(strength.amax(dim, keepdim=True)).clamp_(min=-80).exp_()
+        return strength.mul_(strength.sum(dim, keepdim=True).reciprocal_())
+    if strength.device.type == "cpu":
+        strength.sub_(strength.amax(dim, keepdim=True))
+        lost = _losers(strength, dim)
+    else:
+        top, winner = strength.max(dim, keepdim=True)
+        strength.sub_(top)
+        lost = torch.ones_like(strength).scatter_(dim, winner, 0)
+    strength.clamp_(min=-80).exp_()
+    strength.mul_(strength.sum(dim, keepdim=True).reciprocal_())
+    return strength.addcmul_(strength, lost, value=-1 - loser_strength)
+
+
+def _losers(behind: Tensor, dim: int) -> Tensor:
+    """1 for all neurons but one that leads, 0 for that, by how far each is behind (0 for those that lead).
+
+    On the CPU, ``argmax`` and comparisons take ten times as long as this arithmetic.
+    """
+    lost = (behind * -torch.finfo(behind.dtype).max).clamp_(max=1)
+    several = lost.sum(dim) < behind.shape[dim] - 1
+    if several.any():  # of those that are equal, the first wins
+        equal = lost.movedim(dim, -1)
+        equal[several] = torch.ones_like(equal[several]).scatter_(-1, equal[several].argmin(-1, keepdim=True), 0)
+    return lost
 
 
 def signal_activity_product(rows: Tensor, weight: Tensor, signal: Tensor | None, synapse: Synapse) -> Tensor:
