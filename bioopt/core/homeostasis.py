@@ -309,23 +309,26 @@ def inhibit_(
     size = moment.diagonal(dim1=-2, dim2=-1).clamp(min=1e-12).rsqrt()
     correlation = moment.mul_(size.unsqueeze(-1)).mul_(size.unsqueeze(-2))
     correlation.diagonal(dim1=-2, dim2=-1).zero_()
-    unit = unit.view(size.shape).clamp(min=1e-30)
     beyond = F.softshrink(correlation, tolerance)
-    beyond.mul_((strength * unit).unsqueeze(-1)).div_(unit.unsqueeze(-2))
+    unit = unit.view(size.shape).clamp(min=1e-30)
     if drive.device.type == "cpu" and drive.shape[-2] >= 64:  # below, and elsewhere, a dense product is as fast
         found = beyond.flatten(0, 1).nonzero()
         if 8 * len(found) < beyond.numel():  # few neurons are active together
-            return _inhibit_sparsely_(drive, beyond, direction, found)
+            return _inhibit_sparsely_(drive, beyond, direction, unit, strength, found)
+    beyond.mul_((strength * unit).unsqueeze(-1)).div_(unit.unsqueeze(-2))
     return drive.baddbmm_(beyond, direction, alpha=-1)
 
 
-def _inhibit_sparsely_(drive: Tensor, weights: Tensor, direction: Tensor, found: Tensor) -> Tensor:
-    """``drive - weights @ direction``, in place, where ``found`` are the indices of all weights that are not zero."""
-    neurons = drive.flatten(0, 1)
+def _inhibit_sparsely_(
+    drive: Tensor, beyond: Tensor, direction: Tensor, unit: Tensor, strength: Tensor, found: Tensor
+) -> Tensor:
+    """As `inhibit_`; ``found`` are the indices of all that is not zero in ``beyond``."""
+    unit, neurons = unit.flatten(), drive.flatten(0, 1)
     row, other = found.unbind(1)
-    values = weights.flatten(0, 1)[row, other]
+    values = beyond.flatten(0, 1)[row, other]
     if len(drive) > 1:
         other = other + row.div(drive.shape[1], rounding_mode="floor") * drive.shape[1]
+    values.mul_((strength * unit)[row]).div_(unit[other])
     first = torch.searchsorted(row, torch.arange(len(neurons)))
     neurons.sub_(F.embedding_bag(other, direction.flatten(0, 1), first, mode="sum", per_sample_weights=values))
     return drive
