@@ -156,7 +156,7 @@ class Regulator:
             known = self._references.get(synapse)
             deviation = moving(mean, variance, synapse)[0] if known is None else known[1].to(mean.device)
         square = torch.addcmul(square, shift, shift, value=-r)
-        new = {
+        new: Level = {
             "mean": torch.addcmul(mean, deviation, shift, value=r),
             "variance": torch.addcmul((1 - r) * variance, deviation.square(), square, value=r),
             "events": seen + n,
@@ -201,9 +201,7 @@ class Regulator:
         mean, variance = (level[name].to(synapse.weight.device) for name in ("mean", "variance"))
         return Fresh(level, fresh.rate, *moving(mean, variance, synapse))
 
-    def _regulate(
-        self, synapse: Synapse, fresh: Fresh, norm: Tensor, of_input: Tensor, former: Tensor | None
-    ) -> Level:
+    def _regulate(self, synapse: Synapse, fresh: Fresh, norm: Tensor, of_input: Tensor, former: Tensor | None) -> Level:
         """The new level after regulation; ``norm``, ``of_input`` and ``former``, the bias: from before the descent."""
         level, rate, deviation, still = fresh
         weight, steps = synapse.weight, level["steps"]
@@ -267,7 +265,8 @@ def expected(weight: Tensor, level: Level) -> Tensor:
         return torch.zeros(len(weight), dtype=level["mean"].dtype, device=weight.device)
     weight = in_full(weight.detach())
     if weight.ndim == 2:
-        return weight @ level["input"][0].to(weight)
+        total = weight @ level["input"][0].to(weight)
+        return total
     total = torch.mul(weight, level["input"].to(weight)).flatten(1).sum(1)
     return total
 

@@ -127,7 +127,8 @@ def squares_over_events(values: Tensor, channel: int) -> Tensor:
     events = [d for d in range(values.ndim) if d != channel]
     if not events or values.dtype in (torch.float32, torch.float64):  # several times as fast as a norm on the CPU
         return over_events(values.square(), channel)
-    return torch.linalg.vector_norm(values, dim=events).square()
+    squares: Tensor = torch.linalg.vector_norm(values, dim=events).square()
+    return squares
 
 
 def local_product(firing: Firing, u: Tensor, s: Tensor | SparseSignal) -> Tensor:
@@ -137,13 +138,13 @@ def local_product(firing: Firing, u: Tensor, s: Tensor | SparseSignal) -> Tensor
     takes half the time, or, if few neurons of an event learn, sum sparsely.
     """
     weight, plain = firing.synapse.weight, _is_plain_convolution(firing, u)  # the thresholds below were measured
+    half = u.dtype == torch.bfloat16
     if isinstance(s, SparseSignal):
-        if plain and weight.shape[1] >= 32 and len(weight) >= 16 * s.neurons.shape[1]:
+        if plain and not half and weight.shape[1] >= 32 and len(weight) >= 16 * s.neurons.shape[1]:
             return _sparse_product(firing, u, s)
         s = s.dense(u, u.ndim + firing.synapse.channel_dim)
-    if (
-        plain and weight[0].numel() >= 512 and len(weight) >= 256
-    ):  # below, the copy of the patches costs more than it saves
+    # For fewer, the copy of the patches costs more than it saves.
+    if plain and weight[0].numel() >= (2048 if half else 512) and len(weight) >= 256:
         return _product_of_patches(firing, u, s)
     if type(firing.synapse.layer) is nn.Linear and u.dtype != torch.float16:  # as autograd, without its overhead
         rows = firing.x.detach().reshape(-1, weight.shape[1]).to(u.dtype)
@@ -155,15 +156,14 @@ def local_product(firing: Firing, u: Tensor, s: Tensor | SparseSignal) -> Tensor
 
 
 def _is_plain_convolution(firing: Firing, u: Tensor) -> bool:
-    """Whether ``u`` comes from an ungrouped 2-d convolution of a batch on the CPU, in the precision of its input."""
-    layer, x = firing.synapse.layer, firing.x
+    """Whether ``u`` comes from an ungrouped 2-d convolution of a batch on the CPU, in its own or in half precision."""
+    layer = firing.synapse.layer
     return (
         type(layer) is nn.Conv2d
         and layer.groups == 1
         and u.device.type == "cpu"
         and u.ndim == 4
-        and u.dtype in (torch.float32, torch.float64)
-        and x.dtype == u.dtype
+        and (u.dtype == torch.bfloat16 or u.dtype == firing.x.dtype in (torch.float32, torch.float64))
     )
 
 
@@ -172,12 +172,19 @@ def _product_of_patches(firing: Firing, u: Tensor, s: Tensor) -> Tensor:
     outputs, inputs, *kernel = weight.shape
     width, positions = weight[0].numel(), u[0, 0].numel()
     # As many samples at a time as fit into the cache with their patches, and little memory beside activity and weights.
-    step = max(1, max(100_000, min(2_000_000, max(weight.numel(), u.numel()) // 4)) // (width * positions))
+    most = max(100_000, min(2_000_000, max(weight.numel(), u.numel()) // 4))
+    if u.dtype == torch.bfloat16:  # whose product gains from many events, and the sum costs a pass over the weights
+        most = max(2**25, 4 * weight.numel())
+    step = max(1, most // (width * positions))
     total: Tensor | None = None
     for start in range(0, len(u), step):
-        rows = _patches(firing, start, step, [1, 2, 0])
+        rows = _patches(firing, start, step, [1, 2, 0]).to(u.dtype)
         signal = s[start : start + step].permute(0, 2, 3, 1).reshape(-1, outputs).to(rows.dtype)
-        total = signal.T @ rows if total is None else total.addmm_(signal.T, rows)
+        if u.dtype == torch.bfloat16:  # several sums are added in full precision
+            part = (signal.T.contiguous() @ rows).to(weight.dtype)
+            total = part if total is None else total.add_(part)
+        else:
+            total = signal.T @ rows if total is None else total.addmm_(signal.T, rows)
         del rows  # before the next ones are allocated
     assert total is not None
     return total.view(outputs, *kernel, inputs).permute(0, 3, 1, 2)

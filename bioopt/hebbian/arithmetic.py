@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..core.kernels import Kernel
 from ..core.products import Events, SparseSignal, in_full
 from ..core.synapse import Synapse
 
@@ -67,6 +68,26 @@ def softmax_(strength: Tensor, dim: int, loser_strength: float = 0.0) -> Tensor:
     return strength.addcmul_(strength, lost, value=-1 - loser_strength)
 
 
+@Kernel
+def shares(activity: Tensor, temperature: Tensor, loser_strength: Tensor) -> Tensor:
+    """`softmax_` of ``temperature * activity``, events × neurons, along the neurons and in the dtype of activity."""
+    strength = activity.float() * temperature
+    strength = (strength - strength.amax(1, keepdim=True)).clamp(min=-80)
+    power = strength.exp()
+    largest = power.sum(1, keepdim=True).reciprocal()
+    order = torch.arange(activity.shape[1], device=activity.device, dtype=torch.float32)
+    first = torch.where(strength == 0, order, float(activity.shape[1])).amin(1, keepdim=True)
+    return torch.where(order == first, largest, -loser_strength * power * largest).to(activity.dtype)
+
+
+@Kernel
+def of_largest_one(product: Tensor, weight: Tensor) -> Tensor:
+    """``D / max|D| · √|‖w‖ - 1|`` with ``D = P - (P · w) w``, neurons × inputs."""
+    change = product - (product * weight).sum(1, keepdim=True) * weight
+    rate = ((weight * weight).sum(1, keepdim=True).sqrt() - 1).abs().sqrt()
+    return change * (rate / change.abs().amax().clamp(min=1e-30))
+
+
 def _losers(behind: Tensor, dim: int) -> Tensor:
     """1 for all neurons but one that leads, 0 for that, by how far each is behind (0 for those that lead).
 
@@ -91,7 +112,7 @@ def signal_activity_product(rows: Tensor, weight: Tensor, signal: Tensor | None,
 def decay_own_(rows: Tensor, weight: Tensor, signal: Tensor | None, synapse: Synapse, lr: float = 0.0) -> None:
     """Subtract ``⟨s_k u_k⟩ w_k`` of each neuron from its row, in place; with ``lr``, at the weights after the step."""
     of_bias = None if signal is None or synapse.bias is None else (signal * synapse.bias.detach()).unsqueeze(1)
-    count = max(1, 2**22 // rows.shape[1])  # neurons at a time, to save memory
+    count = max(1, 2**17 // rows.shape[1])  # neurons at a time, which fit into the cache
     for start in range(0, len(rows), count):
         some = slice(start, start + count)
         row, w = rows[some], weight[some]

@@ -22,6 +22,8 @@ from .arithmetic import (
     decay_own_,
     largest,
     most,
+    of_largest_one,
+    shares,
     signal_activity_product,
     softmax_,
     sparse_signal,
@@ -333,11 +335,18 @@ class SoftHebb(LocalProductRule):
         if k is not None:
             best, which = strongest(u, synapse, k)
             return sparse_signal(which, _first_wins(softmax_(best.mul_(t), -1), 1.0), synapse)
+        if synapse.pools == 1 and u.dtype in (torch.float32, torch.bfloat16) and shares.runs(u):
+            channel = u.ndim + synapse.channel_dim
+            last = u.movedim(channel, -1)
+            y = shares(last.reshape(-1, last.shape[-1]), torch.tensor(float(t)), torch.tensor(1.0))
+            return y.view(last.shape).movedim(-1, channel)
         return compete(u, synapse, lambda pooled, dim: softmax_(pooled * t, dim, loser_strength=1.0))
 
     def update(self, product: Tensor, signal: Tensor | None, synapse: Synapse, group: dict[str, Any]) -> Tensor:
         """``D / max|D| · √|‖w‖ - 1|``."""
         change, weight = rows_of(product, synapse), rows_of(synapse.weight.detach(), synapse)
+        if synapse.bias is None and of_largest_one.runs(weight):
+            return weight_shaped(of_largest_one(change, weight), synapse)
         decay_own_(change, weight, signal, synapse)
         rate = (weight.norm(dim=1, keepdim=True) - 1).abs_().sqrt_()
         return weight_shaped(change.mul_(rate / largest(change)), synapse)

@@ -6,13 +6,20 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import nn
 
+from bioopt.core.kernels import Kernel
+
+
+@Kernel
+def _above_mean(u: torch.Tensor) -> torch.Tensor:
+    return torch.relu(u - u.mean(1, keepdim=True))
+
 
 class Triangle(nn.Module):
     """The Triangle activation (Coates, Ng & Lee, 2011): ``relu(u - mean over channels)``."""
 
     def forward(self, u: torch.Tensor) -> torch.Tensor:
         """The excess over the mean of all neurons at the same position, of ``u``'s shape."""
-        return torch.relu_(u - u.mean(1, keepdim=True))
+        return _above_mean(u) if _above_mean.runs(u) else torch.relu_(u - u.mean(1, keepdim=True))
 
 
 class Power(nn.Module):
