@@ -59,7 +59,8 @@ class Kernel:
     """A function of tensors that is compiled where `compile_kernels` asks for it.
 
     Args:
-        function: of tensors alone, without changing them, so that one compiled form serves all numbers and shapes.
+        function: of tensors alone, so that one compiled form serves all numbers and shapes. What it changes, it changes
+            last, so that it can be called again after a failure.
     """
 
     def __init__(self, function: Callable[..., Tensor]) -> None:

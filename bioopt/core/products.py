@@ -75,7 +75,7 @@ def few_events(firing: Firing, u: Tensor, s: Tensor | SparseSignal, most: int) -
     s = s.dense(u, channel) if isinstance(s, SparseSignal) else s
     of_signal, of_neurons = (v.movedim(channel, -1).reshape(-1, len(synapse.weight)) for v in (s, u.detach()))
     if plain:
-        x = _patches(firing, 0, len(u), [d - 1 for d in _memory_order(synapse)[1:]])
+        x = _patches(firing, 0, len(u), [d - 1 for d in _memory_order(synapse)[1:]], u.dtype)
     else:
         x = firing.x.detach().reshape(-1, synapse.weight.shape[1]).clone()
     # Activity may be changed in place after the layer, as by ReLU(inplace=True).
@@ -178,7 +178,7 @@ def _product_of_patches(firing: Firing, u: Tensor, s: Tensor) -> Tensor:
     step = max(1, most // (width * positions))
     total: Tensor | None = None
     for start in range(0, len(u), step):
-        rows = _patches(firing, start, step, [1, 2, 0]).to(u.dtype)
+        rows = _patches(firing, start, step, [1, 2, 0], u.dtype)
         signal = s[start : start + step].permute(0, 2, 3, 1).reshape(-1, outputs).to(rows.dtype)
         if u.dtype == torch.bfloat16:  # several sums are added in full precision
             part = (signal.T.contiguous() @ rows).to(weight.dtype)
@@ -190,10 +190,10 @@ def _product_of_patches(firing: Firing, u: Tensor, s: Tensor) -> Tensor:
     return total.view(outputs, *kernel, inputs).permute(0, 3, 1, 2)
 
 
-def _patches(firing: Firing, start: int, count: int, order: list[int]) -> Tensor:
+def _patches(firing: Firing, start: int, count: int, order: list[int], dtype: torch.dtype) -> Tensor:
     """What each event of some samples sees, events × inputs; ``order``: of channels (0), rows (1) and columns (2)."""
     layer: Any = firing.synapse.layer
-    patches = _some_input(firing, start, count)
+    patches = _some_input(firing, start, count, dtype)
     places = zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)
     for dim, (size, stride, dilation) in enumerate(places, start=1):
         patches = patches.unfold(dim, dilation * (size - 1) + 1, stride)[..., ::dilation]
@@ -212,7 +212,7 @@ def _sparse_product(firing: Firing, u: Tensor, s: SparseSignal) -> Tensor:
     # As many samples at a time as fit into the cache, or more if the weights are larger than that.
     step = 1 + max(500_000, weight.numel() // 2) // (inputs * positions)
     for start in range(0, len(u), step):
-        x = _some_input(firing, start, step)
+        x = _some_input(firing, start, step, u.dtype)
         pixels, (samples, height, width) = x.reshape(-1, inputs), x.shape[:3]
         corner = torch.arange(samples, device=x.device).view(-1, 1, 1) * height * width + down.view(-1, 1) * width
         corner = (corner + across).flatten()  # of each event's patch
@@ -230,6 +230,8 @@ def _sparse_product(firing: Firing, u: Tensor, s: SparseSignal) -> Tensor:
     return total.permute(0, 3, 1, 2)
 
 
-def _some_input(firing: Firing, start: int, count: int) -> Tensor:
-    """Some samples of a convolution's input, padded, channels last."""
-    return padded(firing.synapse.layer, firing.x.detach()[start : start + count]).permute(0, 2, 3, 1)
+def _some_input(firing: Firing, start: int, count: int, dtype: torch.dtype) -> Tensor:
+    """Some samples of a convolution's input, padded, channels last, in the precision of the layer."""
+    x = firing.x.detach()[start : start + count].to(dtype)
+    with torch.autocast(x.device.type, enabled=False):  # which pads in single precision
+        return padded(firing.synapse.layer, x).permute(0, 2, 3, 1)

@@ -80,12 +80,21 @@ def shares(activity: Tensor, temperature: Tensor, loser_strength: Tensor) -> Ten
     return torch.where(order == first, largest, -loser_strength * power * largest).to(activity.dtype)
 
 
+def shares_in_half(activity: Tensor, temperature: float, loser_strength: float) -> Tensor:
+    """`shares` by eager operations: of some events at a time, whose values in single precision fit into the cache."""
+    result = torch.empty_like(activity)
+    count = max(1, 2**18 // activity.shape[1])
+    for some, learned in zip(activity.split(count), result.split(count), strict=True):
+        learned.copy_(softmax_(some.float().mul_(temperature), 1, loser_strength))
+    return result
+
+
 @Kernel
 def of_largest_one(product: Tensor, weight: Tensor) -> Tensor:
-    """``D / max|D| · √|‖w‖ - 1|`` with ``D = P - (P · w) w``, neurons × inputs."""
+    """``D / max|D| · √|‖w‖ - 1|`` with ``D = P - (P · w) w``, neurons × inputs, in the memory of ``P``."""
     change = product - (product * weight).sum(1, keepdim=True) * weight
     rate = ((weight * weight).sum(1, keepdim=True).sqrt() - 1).abs().sqrt()
-    return change * (rate / change.abs().amax().clamp(min=1e-30))
+    return product.copy_(change * (rate / change.abs().amax().clamp(min=1e-30)))
 
 
 def _losers(behind: Tensor, dim: int) -> Tensor:

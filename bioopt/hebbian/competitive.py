@@ -24,6 +24,7 @@ from .arithmetic import (
     most,
     of_largest_one,
     shares,
+    shares_in_half,
     signal_activity_product,
     softmax_,
     sparse_signal,
@@ -335,10 +336,15 @@ class SoftHebb(LocalProductRule):
         if k is not None:
             best, which = strongest(u, synapse, k)
             return sparse_signal(which, _first_wins(softmax_(best.mul_(t), -1), 1.0), synapse)
-        if synapse.pools == 1 and u.dtype in (torch.float32, torch.bfloat16) and shares.runs(u):
+        compiled = shares.runs(u) and u.dtype in (torch.float32, torch.bfloat16)
+        if synapse.pools == 1 and (compiled or (u.dtype == torch.bfloat16 and u.device.type == "cpu")):
             channel = u.ndim + synapse.channel_dim
             last = u.movedim(channel, -1)
-            y = shares(last.reshape(-1, last.shape[-1]), torch.tensor(float(t)), torch.tensor(1.0))
+            rows = last.reshape(-1, last.shape[-1])
+            if compiled:
+                y = shares(rows, torch.tensor(float(t)), torch.tensor(1.0))
+            else:
+                y = shares_in_half(rows, t, 1.0)
             return y.view(last.shape).movedim(-1, channel)
         return compete(u, synapse, lambda pooled, dim: softmax_(pooled * t, dim, loser_strength=1.0))
 

@@ -31,10 +31,11 @@ class Power(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Of ``x``'s shape."""
-        if not x.requires_grad and forward_ad.unpack_dual(x).tangent is None:
-            return x.pow(self.power)
-        # The derivative of a power below 1 is infinite at 0.
-        return x.clamp(min=1e-6).pow(self.power) * (x > 0)
+        with torch.autocast(x.device.type, enabled=False):  # which would make it single precision from here on
+            if not x.requires_grad and forward_ad.unpack_dual(x).tangent is None:
+                return x.pow(self.power)
+            # The derivative of a power below 1 is infinite at 0.
+            return x.clamp(min=1e-6).pow(self.power) * (x > 0)
 
     def extra_repr(self) -> str:
         """Its power."""

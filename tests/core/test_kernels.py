@@ -68,6 +68,8 @@ def test_the_kernel_of_shares_is_the_softmax(dtype: torch.dtype) -> None:
     found = arithmetic.shares.function(activity, torch.tensor(0.5), torch.tensor(0.7))
     expected = arithmetic.softmax_(activity.float() * 0.5, 1, loser_strength=0.7)
     assert found.dtype == dtype
+    if dtype == torch.bfloat16:
+        torch.testing.assert_close(arithmetic.shares_in_half(activity, 0.5, 0.7), expected.to(dtype))
     assert ((found > 0).sum(1) == 1).all()
     torch.testing.assert_close(found, expected.to(dtype))
 
