@@ -7,13 +7,14 @@
 
 **SoftHebb's network.** `bioopt.SoftHebb` on the trunk is compared with the trunk's forward pass (a step needs at least
 2: a forward pass and one product of the same size), with its approximation in which only the strongest neurons of an
-event learn (in all blocks except the first, where it would not be faster), and with the same formula computed as in the paper's
-demonstration: each product is a convolution of the inputs with the activities, with batch and channels exchanged. On a
-GPU, where Python's overhead matters for small batches, it is also captured in a CUDA graph. On a CPU, forward pass and
-exact step are also made under bfloat16 autocast, and compared with each other: without a compiler, and, if there is
-one, with `bioopt.compile_kernels`.
+event learn (in all blocks except the first, where it would not be faster), and with the same formula computed as in the
+paper's demonstration: each product is a convolution of the inputs with the activities, with batch and channels
+exchanged. On a GPU, where Python's overhead matters for small batches, it is also captured in a CUDA graph. On a CPU,
+forward pass and exact step are also made under bfloat16 autocast, and compared with each other: without a compiler,
+and, if there is one, with `bioopt.compile_kernels`.
 
-In all tables the variants run in turn, and medians are compared.
+In all tables the variants run in turn, and medians are compared; with ``--threads 1`` of processor time, which other
+processes of a shared machine disturb less.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,11 @@ from scripts.dropin import NETWORKS
 Make = Callable[[nn.Sequential, Tensor], Callable[[], object]]
 SHAPE = (3, 32, 32)
 LR, TEMPERATURE, STRONGEST = 0.01, 0.5, 6
+
+
+def clock(device: torch.device) -> Callable[[], float]:
+    """Of processor time, where that of one thread is all."""
+    return time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
 
 def trunk(width: float, device: torch.device) -> nn.Sequential:
@@ -178,7 +185,9 @@ def measure(batch: int, width: float, device: torch.device, seconds: float, comp
     if device.type == "cpu" and compiled:
         steps = steps | COMPILED
     step = {name: make(trunk(width, device), x) for name, make in steps.items()}
-    return {name: milliseconds / 1000 for name, milliseconds in take_turns(step, device, seconds).items()}
+    return {
+        name: milliseconds / 1000 for name, milliseconds in take_turns(step, device, seconds, clock(device)).items()
+    }
 
 
 def trained(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> Callable[[], object]:
@@ -206,7 +215,7 @@ def solves(neurons: int, batch: int, device: torch.device, seconds: float) -> li
     steps = {"SGD": trained(model := mlp(), torch.optim.SGD(model.parameters(), 1e-3), x, y)}
     for name, rule in SOLVES.items():
         steps[name] = trained(model := mlp(), rule(model, 1e-3, homeostasis=False), x, y)
-    times = take_turns(steps, device, seconds)
+    times = take_turns(steps, device, seconds, clock(device))
     return [{"rule": name, "ms": ms, "to_sgd": ms / times["SGD"]} for name, ms in times.items()]
 
 
@@ -226,7 +235,7 @@ def regulated(network: str, batch: int, device: torch.device, seconds: float) ->
             steps[f"{name} {kind}"] = step = trained(model, rule(model, **options), x, y)
             for _ in range(12):  # until rules act
                 step()
-    times = take_turns(steps, device, seconds)
+    times = take_turns(steps, device, seconds, clock(device))
     return [
         {
             "network": network,
