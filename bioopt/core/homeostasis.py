@@ -103,11 +103,13 @@ class Regulator:
     def moments(self, firing: Firing, z: Tensor, acts: bool, inhibited: bool) -> dict[str, Tensor]:
         """The sums over events that `followed` needs, and for a rule that acts those of its input and of ``z zᵀ``."""
         synapse, channel = firing.synapse, z.ndim + firing.synapse.channel_dim
-        sums = {"z": over_events(z, channel), "z_squared": squares_over_events(z, channel)}
+        sums = {"z": over_events(z, channel)}
         if inhibited:
-            rows = z if channel == z.ndim - 1 else z.movedim(channel, -1)
-            rows = rows.reshape(-1, synapse.pools, z.shape[channel] // synapse.pools).movedim(0, 1)
-            sums["z_product"] = (rows.mT @ rows).to(z.dtype)  # which autocast rounds
+            sums["z_product"] = together(z, channel, synapse.pools)
+        if inhibited and not torch.is_autocast_enabled(z.device.type):  # which rounds products
+            sums["z_squared"] = sums["z_product"].diagonal(dim1=-2, dim2=-1).flatten().clone()
+        else:
+            sums["z_squared"] = squares_over_events(z, channel)
         if acts:
             x = firing.x.detach()
             sums["input"] = over_events(x, x.ndim + synapse.channel_dim, z.dtype)
@@ -225,6 +227,17 @@ class Regulator:
             mean = mean + bias.detach().to(mean.dtype)
         new = {**level, "mean": mean, "variance": variance * gain.square(), "steps": steps + 1}
         return kept_in_place(level, new)
+
+
+def together(z: Tensor, channel: int, pools: int) -> Tensor:
+    """The sum over events of ``z zᵀ`` in each pool, pools × neurons × neurons."""
+    neurons, positions = z.shape[channel] // pools, z.shape[channel + 1 :].numel()
+    if z.is_contiguous() and neurons <= positions:  # sample by sample, which needs no copy of the activity
+        rows = z.view(-1, pools, neurons, positions)
+        return (rows @ rows.mT).sum(0, dtype=z.dtype)
+    rows = z if channel == z.ndim - 1 else z.movedim(channel, -1)
+    rows = rows.reshape(-1, pools, neurons).movedim(0, 1)
+    return (rows.mT @ rows).to(z.dtype)
 
 
 def moving(mean: Tensor, variance: Tensor, synapse: Synapse) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bioopt
-from bioopt.core.homeostasis import EVENTS, RATE, WARM_UP, inhibit_
+from bioopt.core.homeostasis import EVENTS, RATE, WARM_UP, inhibit_, together
 
 from ..rules import cnn
 
@@ -220,6 +220,20 @@ def test_correlated_neurons_inhibit_each_other() -> None:
         optimizer.step(lambda: layer(x).sum())
     assert before > 0.8
     assert abs(correlation()) < 0.6
+
+
+@pytest.mark.parametrize("shape", [(6, 4, 3, 5), (6, 4, 1, 1), (4, 3, 5), (7, 4)], ids=str)
+@pytest.mark.parametrize("pools", [1, 2])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_activity_of_pairs_of_neurons(shape: tuple[int, ...], pools: int, channels_last: bool) -> None:
+    torch.manual_seed(0)
+    z, channel = torch.randn(shape, dtype=torch.float64), 0 if len(shape) == 3 else 1
+    if channels_last and len(shape) == 4:
+        z = z.to(memory_format=torch.channels_last)
+    rows = z.movedim(channel, -1).reshape(-1, 4)
+    every, size = rows.T @ rows, 4 // pools
+    expected = torch.stack([every[start : start + size, start : start + size] for start in range(0, 4, size)])
+    torch.testing.assert_close(together(z, channel, pools), expected)
 
 
 @pytest.mark.parametrize("pools", [1, 3])
