@@ -305,12 +305,13 @@ def softhebb_table(options: argparse.Namespace, device: torch.device, where: str
     for batch in options.batches or [10, 64]:
         median = measure(batch, options.width, device, options.seconds, compiled)
         for name, value in median.items():
-            forward_pass = name.replace("bioopt.SoftHebb", "forward pass")  # of the same precision
+            half = name.startswith("bioopt.SoftHebb, bf16")  # compared with the forward pass of the same precision
+            forward_pass = median[name.replace("bioopt.SoftHebb", "forward pass") if half else "forward pass"]
             row = {
                 "batch": batch,
                 "step": name,
                 "images_per_second": batch / value,
-                "to_forward": value / median.get(forward_pass, median["forward pass"]),
+                "to_forward": value / forward_pass,
                 "to_convolution": value / median["by convolution"],
                 "to_exact": value / median["bioopt.SoftHebb"],
             }
