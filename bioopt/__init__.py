@@ -17,6 +17,7 @@ Each is a `torch.optim.Optimizer` that trains an unmodified `torch.nn.Module` by
 from . import costs, nn
 from .contrastive import ContrastiveDivergence
 from .core.errors import Diverged
+from .core.kernels import compile_kernels
 from .core.local_product import LocalProductRule, LocalRule, SynapticRule
 from .core.one_pass import OnePass
 from .core.probe import Probe
@@ -72,6 +73,7 @@ __all__ = [
     "Synapse",
     "SynapticRule",
     "WeightPerturbation",
+    "compile_kernels",
     "costs",
     "create_optimizer",
     "diagnose",

@@ -40,3 +40,20 @@ def test_the_product_over_patches_equals_autograd(
     (expected,) = torch.autograd.grad(u, layer.weight, dense, retain_graph=True)
     monkeypatch.setattr(torch.autograd, "grad", None)  # is not taken
     torch.testing.assert_close(local_product(Firing(synapse, x, None, False), u, s), expected, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("samples", [3, 12])
+def test_the_product_over_patches_in_half_precision(samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under autocast, of wide layers; several chunks of the batch are added in single precision."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(256, 256, 3, padding=1).to(memory_format=torch.channels_last)
+    x = torch.randn(samples, 256, 40, 40).to(memory_format=torch.channels_last)
+    (synapse,) = find_synapses(layer)
+    with torch.autocast("cpu", torch.bfloat16):
+        u = layer(x)
+        s = torch.randn_like(u)
+        (expected,) = torch.autograd.grad(u, layer.weight, s, retain_graph=True)
+        monkeypatch.setattr(torch.autograd, "grad", None)  # is not taken
+        found = local_product(Firing(synapse, x, None, False), u, s)
+    assert found.dtype == torch.float32
+    assert (found - expected).norm() < 0.005 * expected.norm()
