@@ -25,7 +25,16 @@ from .core.rows import on_rows
 from .core.rule import LearningRule
 from .core.synapse import Synapse, find_synapses, register_synapse
 from .diagnosis import diagnose
-from .feedback import FeedbackRule
+from .feedback import (
+    DRTP,
+    DirectFeedbackAlignment,
+    DirectKolenPollack,
+    FeedbackAlignment,
+    FeedbackRule,
+    KolenPollack,
+    SignSymmetry,
+    WeightMirror,
+)
 from .hebbian import BCM, AntiHebbian, Hebbian, Homeostasis, KrotovHopfield, Oja, RewardHebbian, Sanger, SoftHebb
 from .mixed import Mixed
 from .perturbation import (
@@ -43,16 +52,21 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BCM",
+    "DRTP",
     "STDP",
     "AntiHebbian",
     "ContrastiveDivergence",
+    "DirectFeedbackAlignment",
+    "DirectKolenPollack",
     "Diverged",
+    "FeedbackAlignment",
     "FeedbackRule",
     "Firing",
     "ForwardGradient",
     "Hebbian",
     "HillClimbing",
     "Homeostasis",
+    "KolenPollack",
     "KrotovHopfield",
     "LearningRule",
     "LocalProductRule",
@@ -68,9 +82,11 @@ __all__ = [
     "RewardSTDP",
     "Sanger",
     "SerialPerturbation",
+    "SignSymmetry",
     "SoftHebb",
     "Synapse",
     "SynapticRule",
+    "WeightMirror",
     "WeightPerturbation",
     "costs",
     "create_optimizer",

@@ -46,7 +46,8 @@ def diagnose(optimizer: LearningRule, closure: Closure, samples: int = 4) -> dic
         raise ValueError(f"diagnose: samples={samples!r} must be an integer >= 2")
     if not isinstance(optimizer, LearningRule):
         raise TypeError(f"diagnose takes a single rule, not {type(optimizer).__name__}; diagnose its members, if any")
-    params = [p for p in optimizer._trained() if p.requires_grad]
+    owned = {*optimizer._owned.modules.parameters()}
+    params = [p for p in optimizer._trained() if p.requires_grad and p not in owned]
     grads, own_state = {p: p.grad for p in optimizer._trained()}, optimizer._own_state
     target = optimizer.target
     evaluations = 0

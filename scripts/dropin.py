@@ -139,6 +139,13 @@ RULES: dict[str, Rule] = {
     "bcm": bioopt.BCM,
     "anti_hebbian": bioopt.AntiHebbian,
     "reward_hebbian": bioopt.RewardHebbian,
+    "feedback_alignment": bioopt.FeedbackAlignment,
+    "sign_symmetry": bioopt.SignSymmetry,
+    "kolen_pollack": bioopt.KolenPollack,
+    "weight_mirror": bioopt.WeightMirror,
+    "direct_feedback_alignment": bioopt.DirectFeedbackAlignment,
+    "drtp": bioopt.DRTP,
+    "direct_kolen_pollack": bioopt.DirectKolenPollack,
 }
 for _name, _rule in {
     "node_perturbation": bioopt.NodePerturbation,
@@ -194,10 +201,11 @@ def run(make: Rule, network: Network, data: list[Tensor], seed: int, epochs: int
     model = network(x.shape[1], x.shape[2])
     trunk = [layer.weight for layer in model.modules() if type(layer) in (nn.Linear, nn.Conv2d)][:-1]
     before = [w.detach().clone() for w in trunk]
-    optimizer = make(model)
+    optimizer: Any = make(model)
     order, losses, start = torch.Generator().manual_seed(100 + seed), [], time.perf_counter()
     for _ in range(epochs):
         for index in torch.randperm(len(x), generator=order).split(batch):
+            optimizer.target = y[index]  # for the rules that need one
 
             def closure(index: Tensor = index) -> Tensor:
                 optimizer.zero_grad()
