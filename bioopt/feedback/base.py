@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from ..core.acts import detached, relay
-from ..core.constraints import NON_NEGATIVE, POSITIVE, SEED, Constraint
+from ..core.constraints import NON_NEGATIVE, POSITIVE, SEED, Constraint, one_of
 from ..core.errors import require_finite
 from ..core.integrations import PACKED
 from ..core.one_pass import OnePass
@@ -30,6 +30,7 @@ from .weights import RandomWeights
 
 __all__ = ["FeedbackRule"]
 
+SKIPS: Constraint = one_of("keep", "cut")
 #: what a param group of the model has and one of feedback weights has not
 OF_THE_MODEL = ("params", "param_names", "readout", "standardised", PACKED)
 
@@ -46,6 +47,8 @@ class FeedbackRule(OnePass):
         params: the model (or modules, or groups whose ``"params"`` are modules), all of whose parameters learn. Bare
             parameters are refused.
         lr: learning rate of ``descent``.
+        skips: ``"keep"``: connections that bypass layers, as in residual networks, carry their error back past them, as
+            in backpropagation; ``"cut"``: an error passes from layer to layer by feedback alone.
         own: further hyperparameters of the rule, each of which may differ between groups (for subclasses).
         options: ``exclude``, ``descent`` and its options, ``process_group`` (average gradients over these ranks, each
             with its share of the batch), as in `bioopt.LearningRule`.
@@ -61,9 +64,12 @@ class FeedbackRule(OnePass):
         params: Params,
         lr: float,  # η
         *,
+        skips: str = "keep",
         own: dict[str, Any] | None = None,
         **options: Unpack[RuleOptions],
     ) -> None:
+        self._check_value("skips", skips, SKIPS)
+        self.skips = skips
         if (readout := dict(options).get("readout")) is not None:
             raise TypeError(
                 f"{type(self).__name__}: readout={readout!r} is not possible, because the rule brings an error to "
@@ -117,7 +123,7 @@ class FeedbackRule(OnePass):
             returned[synapse] = shape
             return feedback(g)
 
-        return relay(firing, u, noted)
+        return relay(firing, u, noted, self.skips)
 
     def begin(self) -> None:
         """Start an evaluation that alone will count."""
@@ -173,6 +179,7 @@ class RandomFeedback(FeedbackRule):
             errors as for those with large ones.
         seed: of all that the rule draws; it is state.
         feedback_scale: standard deviation of feedback weights, in units of that with which the error keeps its length.
+        skips: as in `FeedbackRule`.
         own: as in `FeedbackRule`.
         options: as in `FeedbackRule`.
     """
@@ -186,13 +193,14 @@ class RandomFeedback(FeedbackRule):
         *,
         seed: int = 0,
         feedback_scale: float = 1.0,
+        skips: str = "keep",
         own: dict[str, Any] | None = None,
         **options: Unpack[RuleOptions],
     ) -> None:
         options.setdefault("descent", Adam)
         self._check_value("seed", seed, SEED)
         self._random, self._first_seed = RandomWeights(), seed
-        super().__init__(params, lr, own={"feedback_scale": feedback_scale, **(own or {})}, **options)
+        super().__init__(params, lr, skips=skips, own={"feedback_scale": feedback_scale, **(own or {})}, **options)
         self._own_state = {"seed": seed}
 
     @property

@@ -33,6 +33,7 @@ class DirectFeedback(RandomFeedback):
             of the rule to fire in a forward pass.
         seed: of all that the rule draws; it is state.
         feedback_scale: standard deviation of feedback weights, in units of that with which the error keeps its length.
+        skips: as in `FeedbackRule`.
         own: as in `FeedbackRule`.
         options: as in `FeedbackRule`.
     """
@@ -45,11 +46,12 @@ class DirectFeedback(RandomFeedback):
         readout_layer: str | nn.Module | None = None,
         seed: int = 0,
         feedback_scale: float = 1.0,
+        skips: str = "keep",
         own: dict[str, Any] | None = None,
         **options: Unpack[RuleOptions],
     ) -> None:
         self._error: Tensor | None = None  # at the output, samples × ... × outputs, in the backward pass
-        super().__init__(params, lr, seed=seed, feedback_scale=feedback_scale, own=own, **options)
+        super().__init__(params, lr, seed=seed, feedback_scale=feedback_scale, skips=skips, own=own, **options)
         self._readout_synapse = None if readout_layer is None else self._found(readout_layer)
         self._shapes: dict[Synapse, torch.Size] = {}  # of feedback weights, from the first pass
 
@@ -186,6 +188,7 @@ class DRTP(DirectFeedback):
         readout_layer: as in `DirectFeedback`.
         seed: as in `DirectFeedback`.
         feedback_scale: as in `DirectFeedback`.
+        skips: as in `FeedbackRule`.
         options: as in `FeedbackRule`.
 
     Source: C. Frenkel, M. Lefebvre & D. Bol (2021), *Learning without feedback: fixed random learning signals allow for
@@ -197,17 +200,20 @@ class DRTP(DirectFeedback):
     def __init__(
         self,
         params: Params,
-        lr: float = 2e-3,
+        lr: float = 1e-3,
         *,
         centred: bool = True,
         readout_layer: str | nn.Module | None = None,
         seed: int = 0,
         feedback_scale: float = 1.0,
+        skips: str = "keep",
         **options: Unpack[RuleOptions],
     ) -> None:
         self._require_bool("centred", centred)
         self.centred = centred
-        super().__init__(params, lr, readout_layer=readout_layer, seed=seed, feedback_scale=feedback_scale, **options)
+        super().__init__(
+            params, lr, readout_layer=readout_layer, seed=seed, feedback_scale=feedback_scale, skips=skips, **options
+        )
 
     def weights_of(self, synapse: Synapse) -> Tensor:
         """Drawn from the seed and the index of the layer."""
@@ -261,6 +267,7 @@ class DirectKolenPollack(OwnedFeedback, DirectFeedback):
         readout_layer: as in `DirectFeedback`.
         seed: of the initial feedback weights.
         feedback_scale: of the initial feedback weights, as in `DirectFeedback`.
+        skips: as in `FeedbackRule`.
         options: as in `FeedbackRule`.
 
     Source: M. B. Webster, J. Choi & C. Ahn (2021), *Learning the connections in direct feedback alignment*, OpenReview.
@@ -275,6 +282,7 @@ class DirectKolenPollack(OwnedFeedback, DirectFeedback):
         readout_layer: str | nn.Module | None = None,
         seed: int = 0,
         feedback_scale: float = 1.0,
+        skips: str = "keep",
         **options: Unpack[RuleOptions],
     ) -> None:
         super().__init__(
@@ -283,6 +291,7 @@ class DirectKolenPollack(OwnedFeedback, DirectFeedback):
             readout_layer=readout_layer,
             seed=seed,
             feedback_scale=feedback_scale,
+            skips=skips,
             own={"decay": decay},
             **options,
         )

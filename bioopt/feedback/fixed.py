@@ -56,6 +56,7 @@ class SignSymmetry(LayerwiseFeedback):
             drawn once (frSF); ``"batchwise"``: drawn for each step (brSF).
         seed: of all that the rule draws; it is state.
         feedback_scale: root mean square of feedback weights, in units of that with which the error keeps its length.
+        skips: as in `FeedbackRule`.
         options: as in `FeedbackRule`.
 
     Source: Q. Liao, J. Z. Leibo & T. Poggio (2016), *How important is weight symmetry in backpropagation?*, AAAI 30.
@@ -71,9 +72,12 @@ class SignSymmetry(LayerwiseFeedback):
         mode: str = "uniform",
         seed: int = 0,
         feedback_scale: float = 1.0,
+        skips: str = "keep",
         **options: Unpack[RuleOptions],
     ) -> None:
-        super().__init__(params, lr, seed=seed, feedback_scale=feedback_scale, own={"mode": mode}, **options)
+        super().__init__(
+            params, lr, seed=seed, feedback_scale=feedback_scale, skips=skips, own={"mode": mode}, **options
+        )
 
     def weights_of(self, synapse: Synapse) -> Tensor:
         """The signs of the weights, times the magnitudes."""

@@ -35,6 +35,7 @@ class KolenPollack(OwnedFeedback, LayerwiseFeedback):
         decay: λ, of the weights of all layers (not of biases).
         seed: of the initial feedback weights.
         feedback_scale: of the initial feedback weights, as in `RandomFeedback`.
+        skips: as in `FeedbackRule`.
         options: as in `FeedbackRule`.
 
     Sources: J. F. Kolen & J. B. Pollack (1994), *Backpropagation without weight transport*, IEEE ICNN; deep networks:
@@ -50,9 +51,12 @@ class KolenPollack(OwnedFeedback, LayerwiseFeedback):
         decay: float = 1e-4,
         seed: int = 0,
         feedback_scale: float = 1.0,
+        skips: str = "keep",
         **options: Unpack[RuleOptions],
     ) -> None:
-        super().__init__(params, lr, seed=seed, feedback_scale=feedback_scale, own={"decay": decay}, **options)
+        super().__init__(
+            params, lr, seed=seed, feedback_scale=feedback_scale, skips=skips, own={"decay": decay}, **options
+        )
 
     def new_feedback(self, synapse: Synapse) -> nn.Module:
         """Weights that start at random."""
@@ -102,6 +106,7 @@ class WeightMirror(LayerwiseFeedback):
         mirror_samples: noise patterns of a step.
         seed: of the noise and the initial feedback weights; it is state.
         feedback_scale: of the initial feedback weights, as in `RandomFeedback`.
+        skips: as in `FeedbackRule`.
         options: as in `FeedbackRule`.
 
     Source: M. Akrout, C. Wilson, P. Humphreys, T. Lillicrap & D. Tweed (2019), *Deep learning without weight
@@ -124,11 +129,12 @@ class WeightMirror(LayerwiseFeedback):
         mirror_samples: int = 16,
         seed: int = 0,
         feedback_scale: float = 1.0,
+        skips: str = "keep",
         **options: Unpack[RuleOptions],
     ) -> None:
         require_in_range(type(self).__name__, "mirror_samples", mirror_samples, POSITIVE_INT)
         own = {"mirror_lr": mirror_lr, "mirror_decay": mirror_decay}
-        super().__init__(params, lr, seed=seed, feedback_scale=feedback_scale, own=own, **options)
+        super().__init__(params, lr, seed=seed, feedback_scale=feedback_scale, skips=skips, own=own, **options)
         self.mirror_samples = mirror_samples
         self._own_state |= {"step": 0, "feedback": {}}
 
