@@ -77,6 +77,8 @@ class FeedbackRule(OnePass):
             )
         super().__init__(params, {"lr": lr, **(own or {})}, **options)
         self._returned: dict[Synapse, torch.Size] = {}  # layers with an error at their input in this step; its shape
+        #: layers that an error returned through in the last step
+        self.returned: frozenset[Synapse] = frozenset()
         self._recorder.act(self._enter, self._leave)
 
     @abstractmethod
@@ -100,6 +102,11 @@ class FeedbackRule(OnePass):
             grads: of all parameters, averaged over ranks.
             state: the rule's own state after this step; replace its tensors, never change them.
         """
+
+    @optional
+    def feedback_weights(self) -> dict[str, Tensor]:
+        """The feedback weights by the names of their layers, where the rule has such weights."""
+        return {}
 
     def _select(self, group: dict[str, Any]) -> tuple[list[Any], list[Synapse]]:
         synapses = synapses_of(type(self).__name__, group["params"], self._exclusion)
@@ -135,7 +142,7 @@ class FeedbackRule(OnePass):
         owned = {*self._owned.modules.parameters()}
         return [p for p in self._trained() if p.requires_grad and p not in owned]
 
-    def _by_name(self) -> dict[str, Synapse]:
+    def layers(self) -> dict[str, Synapse]:
         """The layers by their names in the model."""
         names = self._names()
         return {names[s.weight].removesuffix(".weight"): s for s in self._recorder.synapses.values()}
@@ -165,6 +172,7 @@ class FeedbackRule(OnePass):
             require_finite(self, "the loss", [losses])
         state = self._next_state()
         self.learn_feedback(grads, state)
+        self.returned = frozenset(self._returned)
         self._returned.clear()
         self.target = None  # an old target must not teach a new batch
         return grads, state
@@ -229,7 +237,7 @@ class LayerwiseFeedback(RandomFeedback):
 
         Those of the first layer are not used, as nothing learns below it.
         """
-        return {name: self.weights_of(s).detach().clone() for name, s in self._by_name().items()}
+        return {name: self.weights_of(s).detach().clone() for name, s in self.layers().items()}
 
     def _drawn(self, synapse: Synapse) -> Tensor:
         """The random weights of a layer, with which the error keeps its length at a scale of 1."""

@@ -70,7 +70,7 @@ class DirectFeedback(RandomFeedback):
         Raises:
             RuntimeError: before the first forward pass, which shows the shapes of activity.
         """
-        named = {name: s for name, s in self._by_name().items() if s in self._shapes}
+        named = {name: s for name, s in self.layers().items() if s in self._shapes}
         if not named:
             raise RuntimeError(
                 f"{type(self).__name__}: direct feedback has the shapes of activity, which are known after the first "
@@ -89,13 +89,13 @@ class DirectFeedback(RandomFeedback):
         return self._readout_synapse or next(reversed(self._recorder.fired))
 
     def _found(self, readout_layer: str | nn.Module) -> Synapse:
-        for name, synapse in self._by_name().items():
+        for name, synapse in self.layers().items():
             if readout_layer in (name, synapse.name) or synapse.layer is readout_layer:
                 return synapse
         shown = repr(readout_layer) if isinstance(readout_layer, str) else f"a {type(readout_layer).__name__}"
         raise ValueError(
             f"{type(self).__name__}: readout_layer={shown} is not a layer that the rule trains; it trains "
-            f"{', '.join(self._by_name())}"
+            f"{', '.join(self.layers())}"
         )
 
     def _error_at(self, synapse: Synapse, g: Tensor) -> Tensor:
