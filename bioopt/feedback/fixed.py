@@ -18,7 +18,7 @@ MODES = ("uniform", "fixed", "batchwise")
 
 @final
 class FeedbackAlignment(LayerwiseFeedback):
-    r"""The error returns by fixed random weights, with which the forward weights come to align.
+    r"""The error returns by fixed random weights; the forward weights align with them.
 
     .. math::
         \delta_{l-1} = \phi'(u_{l-1}) \odot B_l^\top \delta_l, \qquad \Delta W_l = -\delta_l\, x_l^\top
