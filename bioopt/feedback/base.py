@@ -41,7 +41,7 @@ class FeedbackRule(OnePass):
     Backpropagation sends :math:`W^\top g` to the input of a layer, for the error :math:`g` at its output. Here
     `feedback` computes a replacement; each layer then learns as in backpropagation, from its own :math:`g` and
     :math:`x`. Everything between layers (activations, normalisation, skip connections) is differentiated as usual, and
-    its parameters learn too.
+    its parameters learn too. Frozen and excluded layers pass the error by their own weights.
 
     Args:
         params: the model (or modules, or groups whose ``"params"`` are modules), all of whose parameters learn. Bare
@@ -144,8 +144,11 @@ class FeedbackRule(OnePass):
 
     def layers(self) -> dict[str, Synapse]:
         """The layers by their names in the model."""
-        names = self._names()
-        return {names[s.weight].removesuffix(".weight"): s for s in self._recorder.synapses.values()}
+        names, found = self._names(), dict[str, Synapse]()
+        for synapse in self._recorder.synapses.values():
+            name = names[synapse.weight].removesuffix(".weight")
+            found[synapse.name if name in found else name] = synapse  # some share their weights
+        return found
 
     @torch.no_grad()
     def collect(self, losses: Tensor | None = None) -> tuple[dict[Tensor, Tensor], dict[str, Any]]:
@@ -271,8 +274,16 @@ class OwnedFeedback(RandomFeedback):
             options = {name: value for name, value in self.param_groups[i].items() if name not in OF_THE_MODEL}
             self.own(modules, **options)
 
-    def _decay(self, synapse: Synapse) -> float:
-        return float(self.param_groups[synapse.group]["decay"])
+    def _add_decay(self, grads: dict[Tensor, Tensor]) -> None:
+        """Add that of the forward and feedback weights that learn, once where layers share their weights."""
+        decays = {
+            weight: self.param_groups[synapse.group]["decay"]
+            for synapse in self._recorder.synapses.values()
+            for weight in (synapse.weight, self.own_weights(synapse))
+            if weight in grads
+        }
+        for weight, decay in decays.items():
+            grads[weight] = torch.add(grads[weight], weight, alpha=decay)
 
 
 def _key(synapse: Synapse) -> str:

@@ -325,10 +325,7 @@ class DirectKolenPollack(OwnedFeedback, DirectFeedback):
 
     def learn_feedback(self, grads: dict[Tensor, Tensor], state: dict[str, Any]) -> None:
         """The decay of forward and feedback weights."""
-        for synapse in self._recorder.synapses.values():
-            for weight in (synapse.weight, self.own_weights(synapse)):
-                if weight in grads:
-                    grads[weight] = torch.add(grads[weight], weight, alpha=self._decay(synapse))
+        self._add_decay(grads)
 
 
 class LazyFeedback(LazyModuleMixin, nn.Module):

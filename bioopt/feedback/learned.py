@@ -68,13 +68,10 @@ class KolenPollack(OwnedFeedback, LayerwiseFeedback):
 
     def learn_feedback(self, grads: dict[Tensor, Tensor], state: dict[str, Any]) -> None:
         """The gradient of the forward weights, and the decay of both."""
-        for synapse in self._recorder.synapses.values():
-            weight, feedback, decay = synapse.weight, self.own_weights(synapse), self._decay(synapse)
-            if weight not in grads:
-                continue
-            if synapse in self._returned:  # where no error returns, the weights are of no use
-                grads[feedback] = torch.add(grads[weight], feedback, alpha=decay)
-            grads[weight] = torch.add(grads[weight], weight, alpha=decay)
+        for synapse in self._returned:  # where no error returns, feedback weights are of no use
+            if synapse.weight in grads:
+                grads[self.own_weights(synapse)] = grads[synapse.weight]
+        self._add_decay(grads)
 
 
 class FeedbackWeights(nn.Module):

@@ -407,3 +407,23 @@ def test_a_replaced_layer_is_named(rule: type) -> None:
     model[4].weight = nn.Parameter(torch.randn(8, 6, 3, 3))
     with pytest.raises(RuntimeError, match=f"{rule.__name__}: parameter '4.weight' was replaced"):
         learn(optimizer, model, *batch())
+
+
+@pytest.mark.parametrize("rule", [bioopt.KolenPollack, bioopt.DirectKolenPollack])
+def test_layers_that_share_their_weights_decay_once(rule: type) -> None:
+    model = mlp(sizes=(6, 5, 5, 5, 4))
+    model[4].weight = model[2].weight
+    x, y = torch.randn(4, 6, dtype=torch.float64), torch.arange(4)
+    optimizer: Any = rule(model, 0.1, decay=0.0, **SGD)
+    assert len(optimizer.layers()) == 4
+    optimizer.target = y
+    F.cross_entropy(model(x), y).backward()
+    optimizer.estimate()
+    plain = model[2].weight.grad.clone()
+    for group in optimizer.param_groups:
+        group["decay"] = 0.5
+    F.cross_entropy(model(x), y)
+    optimizer.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    optimizer.estimate()
+    torch.testing.assert_close(model[2].weight.grad, plain + 0.5 * model[2].weight)
