@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedParameter
 
-from ..core.params import Params, RuleOptions
+from ..core.params import Params
 from ..core.recorder import Firing
 from ..core.synapse import Synapse
-from .base import OwnedFeedback, RandomFeedback
+from .base import OwnedFeedback, RandomFeedback, RandomOptions
 from .weights import drawn
 
 __all__ = ["DRTP", "DirectFeedbackAlignment", "DirectKolenPollack"]
@@ -31,11 +31,8 @@ class DirectFeedback(RandomFeedback):
         lr: learning rate of ``descent``, by default `torch.optim.Adam`.
         readout_layer: the layer at whose output the error is taken, by name or as a module; by default the last layer
             of the rule to fire in a forward pass.
-        seed: of all that the rule draws; it is state.
-        feedback_scale: standard deviation of feedback weights, in units of that with which the error keeps its length.
-        skips: as in `FeedbackRule`.
         own: as in `FeedbackRule`.
-        options: as in `FeedbackRule`.
+        options: as in `RandomFeedback`.
     """
 
     def __init__(
@@ -44,14 +41,11 @@ class DirectFeedback(RandomFeedback):
         lr: float = 2e-3,
         *,
         readout_layer: str | nn.Module | None = None,
-        seed: int = 0,
-        feedback_scale: float = 1.0,
-        skips: str = "keep",
         own: dict[str, Any] | None = None,
-        **options: Unpack[RuleOptions],
+        **options: Unpack[RandomOptions],
     ) -> None:
         self._error: Tensor | None = None  # at the output, samples × ... × outputs, in the backward pass
-        super().__init__(params, lr, seed=seed, feedback_scale=feedback_scale, skips=skips, own=own, **options)
+        super().__init__(params, lr, own=own, **options)
         self._readout_synapse = None if readout_layer is None else self._found(readout_layer)
         self._shapes: dict[Synapse, torch.Size] = {}  # of feedback weights, from the first pass
 
@@ -186,10 +180,7 @@ class DRTP(DirectFeedback):
         lr: learning rate of ``descent``, by default `torch.optim.Adam`.
         centred: whether the mean target is subtracted.
         readout_layer: as in `DirectFeedback`.
-        seed: as in `DirectFeedback`.
-        feedback_scale: as in `DirectFeedback`.
-        skips: as in `FeedbackRule`.
-        options: as in `FeedbackRule`.
+        options: as in `RandomFeedback`.
 
     Source: C. Frenkel, M. Lefebvre & D. Bol (2021), *Learning without feedback: fixed random learning signals allow for
     feedforward training of deep neural networks*, Frontiers in Neuroscience 15.
@@ -204,15 +195,15 @@ class DRTP(DirectFeedback):
         *,
         centred: bool = True,
         readout_layer: str | nn.Module | None = None,
-        seed: int = 0,
-        feedback_scale: float = 1.0,
-        skips: str = "keep",
-        **options: Unpack[RuleOptions],
+        **options: Unpack[RandomOptions],
     ) -> None:
         self._require_bool("centred", centred)
         self.centred = centred
         super().__init__(
-            params, lr, readout_layer=readout_layer, seed=seed, feedback_scale=feedback_scale, skips=skips, **options
+            params,
+            lr,
+            readout_layer=readout_layer,
+            **options,
         )
 
     def weights_of(self, synapse: Synapse) -> Tensor:
@@ -265,10 +256,7 @@ class DirectKolenPollack(OwnedFeedback, DirectFeedback):
         lr: learning rate of ``descent``, by default `torch.optim.Adam`.
         decay: λ, of the weights of all layers (not of biases).
         readout_layer: as in `DirectFeedback`.
-        seed: of the initial feedback weights.
-        feedback_scale: of the initial feedback weights, as in `DirectFeedback`.
-        skips: as in `FeedbackRule`.
-        options: as in `FeedbackRule`.
+        options: as in `RandomFeedback`.
 
     Source: M. B. Webster, J. Choi & C. Ahn (2021), *Learning the connections in direct feedback alignment*, OpenReview.
     """
@@ -280,18 +268,12 @@ class DirectKolenPollack(OwnedFeedback, DirectFeedback):
         *,
         decay: float = 1e-4,
         readout_layer: str | nn.Module | None = None,
-        seed: int = 0,
-        feedback_scale: float = 1.0,
-        skips: str = "keep",
-        **options: Unpack[RuleOptions],
+        **options: Unpack[RandomOptions],
     ) -> None:
         super().__init__(
             params,
             lr,
             readout_layer=readout_layer,
-            seed=seed,
-            feedback_scale=feedback_scale,
-            skips=skips,
             own={"decay": decay},
             **options,
         )

@@ -7,9 +7,9 @@ from typing import Any, ClassVar, Unpack, final
 from torch import Tensor
 
 from ..core.constraints import Constraint, one_of
-from ..core.params import Params, RuleOptions
+from ..core.params import Params
 from ..core.synapse import Synapse
-from .base import LayerwiseFeedback
+from .base import LayerwiseFeedback, RandomOptions
 
 __all__ = ["FeedbackAlignment", "SignSymmetry"]
 
@@ -54,10 +54,7 @@ class SignSymmetry(LayerwiseFeedback):
         lr: learning rate of ``descent``, by default `torch.optim.Adam`.
         mode: ``"uniform"``: all magnitudes of a layer are alike (uSF); ``"fixed"``: those of normal numbers that are
             drawn once (frSF); ``"batchwise"``: drawn for each step (brSF).
-        seed: of all that the rule draws; it is state.
-        feedback_scale: root mean square of feedback weights, in units of that with which the error keeps its length.
-        skips: as in `FeedbackRule`.
-        options: as in `FeedbackRule`.
+        options: as in `RandomFeedback`.
 
     Source: Q. Liao, J. Z. Leibo & T. Poggio (2016), *How important is weight symmetry in backpropagation?*, AAAI 30.
     """
@@ -70,13 +67,13 @@ class SignSymmetry(LayerwiseFeedback):
         lr: float = 2e-3,
         *,
         mode: str = "uniform",
-        seed: int = 0,
-        feedback_scale: float = 1.0,
-        skips: str = "keep",
-        **options: Unpack[RuleOptions],
+        **options: Unpack[RandomOptions],
     ) -> None:
         super().__init__(
-            params, lr, seed=seed, feedback_scale=feedback_scale, skips=skips, own={"mode": mode}, **options
+            params,
+            lr,
+            own={"mode": mode},
+            **options,
         )
 
     def weights_of(self, synapse: Synapse) -> Tensor:

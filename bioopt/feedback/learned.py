@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ..core.constraints import NON_NEGATIVE, POSITIVE_INT, Constraint, require_in_range
-from ..core.params import Params, RuleOptions
+from ..core.params import Params
 from ..core.products import along_channels
 from ..core.synapse import Synapse
-from .base import LayerwiseFeedback, OwnedFeedback
+from .base import LayerwiseFeedback, OwnedFeedback, RandomOptions
 
 __all__ = ["KolenPollack", "WeightMirror"]
 
@@ -33,10 +33,7 @@ class KolenPollack(OwnedFeedback, LayerwiseFeedback):
         params: as in `RandomFeedback`.
         lr: learning rate of ``descent``, by default `torch.optim.Adam`.
         decay: λ, of the weights of all layers (not of biases).
-        seed: of the initial feedback weights.
-        feedback_scale: of the initial feedback weights, as in `RandomFeedback`.
-        skips: as in `FeedbackRule`.
-        options: as in `FeedbackRule`.
+        options: as in `RandomFeedback`.
 
     Sources: J. F. Kolen & J. B. Pollack (1994), *Backpropagation without weight transport*, IEEE ICNN; deep networks:
     M. Akrout, C. Wilson, P. Humphreys, T. Lillicrap & D. Tweed (2019), *Deep learning without weight transport*,
@@ -49,13 +46,13 @@ class KolenPollack(OwnedFeedback, LayerwiseFeedback):
         lr: float = 2e-3,
         *,
         decay: float = 1e-4,
-        seed: int = 0,
-        feedback_scale: float = 1.0,
-        skips: str = "keep",
-        **options: Unpack[RuleOptions],
+        **options: Unpack[RandomOptions],
     ) -> None:
         super().__init__(
-            params, lr, seed=seed, feedback_scale=feedback_scale, skips=skips, own={"decay": decay}, **options
+            params,
+            lr,
+            own={"decay": decay},
+            **options,
         )
 
     def new_feedback(self, synapse: Synapse) -> nn.Module:
@@ -101,10 +98,7 @@ class WeightMirror(LayerwiseFeedback):
         mirror_lr: rate of the feedback weights, at which also the noise in them grows.
         mirror_decay: of the feedback weights.
         mirror_samples: noise patterns of a step.
-        seed: of the noise and the initial feedback weights; it is state.
-        feedback_scale: of the initial feedback weights, as in `RandomFeedback`.
-        skips: as in `FeedbackRule`.
-        options: as in `FeedbackRule`.
+        options: as in `RandomFeedback`.
 
     Source: M. Akrout, C. Wilson, P. Humphreys, T. Lillicrap & D. Tweed (2019), *Deep learning without weight
     transport*, NeurIPS 32.
@@ -124,14 +118,11 @@ class WeightMirror(LayerwiseFeedback):
         mirror_lr: float = 0.02,
         mirror_decay: float = 1.0,
         mirror_samples: int = 16,
-        seed: int = 0,
-        feedback_scale: float = 1.0,
-        skips: str = "keep",
-        **options: Unpack[RuleOptions],
+        **options: Unpack[RandomOptions],
     ) -> None:
         require_in_range(type(self).__name__, "mirror_samples", mirror_samples, POSITIVE_INT)
         own = {"mirror_lr": mirror_lr, "mirror_decay": mirror_decay}
-        super().__init__(params, lr, seed=seed, feedback_scale=feedback_scale, skips=skips, own=own, **options)
+        super().__init__(params, lr, own=own, **options)
         self.mirror_samples = mirror_samples
         self._own_state |= {"step": 0, "feedback": {}}
 

@@ -427,3 +427,32 @@ def test_layers_that_share_their_weights_decay_once(rule: type) -> None:
     F.cross_entropy(model(x), y).backward()
     optimizer.estimate()
     torch.testing.assert_close(model[2].weight.grad, plain + 0.5 * model[2].weight)
+
+
+def test_orthogonal_updates_keep_directions_and_level_their_strengths() -> None:
+    model, x, y = problem("convolutions")
+    plain = bioopt.FeedbackAlignment(model, LR, **SGD)
+    F.cross_entropy(model(x), y).backward()
+    plain.estimate()
+    wanted = {name: p.grad.clone() for name, p in model.named_parameters()}
+    plain.close()
+    optimizer = bioopt.KolenPollack(model, LR, decay=0.0, orthogonal=True, **SGD)
+    optimizer.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    optimizer.estimate()
+    for name, layer, pools in (("0", model[0], 2), ("2", model[2], 1), ("5", model[5], 1)):
+        for got, raw in zip(
+            layer.weight.grad.flatten(1).chunk(pools), wanted[f"{name}.weight"].flatten(1).chunk(pools), strict=True
+        ):
+            u, s, v = torch.linalg.svd(raw, full_matrices=False)
+            strengths = torch.diagonal(u.T @ got @ v.T)
+            strong = s > 0.05 * s.max()
+            assert ((strengths > 0.6) & (strengths < 1.3))[strong].all(), name
+            torch.testing.assert_close(u @ torch.diag(strengths) @ v, got, rtol=1e-6, atol=1e-6)
+        if layer.bias is not None:
+            torch.testing.assert_close(layer.bias.grad, wanted[f"{name}.bias"])
+    first, second = optimizer.param_groups[-1]["params"][1:]
+    assert torch.equal(first.grad, model[2].weight.grad)  # feedback weights learn the same
+    assert torch.equal(second.grad, model[5].weight.grad)
+    with pytest.raises(ValueError, match="KolenPollack: orthogonal='yes' must be True or False"):
+        bioopt.KolenPollack(model, orthogonal="yes")  # type: ignore[typeddict-item]
