@@ -267,7 +267,6 @@ CASES = [
     Case(bioopt.DirectFeedbackAlignment),
     Case(bioopt.DirectKolenPollack),
     Case(bioopt.FeedbackAlignment),
-    Case(bioopt.FeedbackAlignment, {"skips": "cut"}, variant="skips cut"),
     Case(bioopt.ForwardGradient),
     Case(bioopt.Hebbian, PUBLISHED),
     Case(bioopt.Hebbian, {"readout_lr": None}, variant="by default"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -102,3 +103,21 @@ def test_a_cut_skip_of_a_compiled_model() -> None:
 def test_skips_are_checked() -> None:
     with pytest.raises(ValueError, match="FeedbackAlignment: skips='some' must be one of keep, cut"):
         bioopt.FeedbackAlignment(Net("long", False), skips="some")
+
+
+def test_cut_skips_keep_no_graph_alive() -> None:
+    def alive() -> int:
+        gc.collect()
+        return sum(issubclass(type(o), Tensor) for o in gc.get_objects())
+
+    model = Net("two layers in a block", False)
+    optimizer = bioopt.FeedbackAlignment(model, skips="cut")
+    counts = []
+    for _ in range(3):
+        for _ in range(3):
+            optimizer.zero_grad()
+            F.cross_entropy(model(X), Y).backward()
+            optimizer.step()
+        model(X)  # whose loss is dropped
+        counts.append(alive())
+    assert counts[1] == counts[2]
