@@ -105,6 +105,7 @@ def test_skips_are_checked() -> None:
         bioopt.FeedbackAlignment(Net("long", False), skips="some")
 
 
+@pytest.mark.filterwarnings("ignore:.*did not fire")
 def test_cut_skips_keep_no_graph_alive() -> None:
     def alive() -> int:
         gc.collect()
