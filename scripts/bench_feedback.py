@@ -34,6 +34,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "backpropagation": lambda model: torch.optim.Adam(model.parameters(), lr=1e-3),
     "FeedbackAlignment": bioopt.FeedbackAlignment,
+    "FeedbackAlignment, orthogonal": lambda model: bioopt.FeedbackAlignment(model, orthogonal=True),
     "SignSymmetry": bioopt.SignSymmetry,
     "SignSymmetry, batchwise": lambda model: bioopt.SignSymmetry(model, mode="batchwise"),
     "KolenPollack": bioopt.KolenPollack,

@@ -81,7 +81,9 @@ def orthogonalised(matrices: Tensor, steps: int = 5) -> Tensor:
     """
     wide = matrices.shape[-2] <= matrices.shape[-1]
     x: Tensor = matrices if wide else matrices.mT
-    x = x / x.flatten(-2).norm(dim=-1).clamp(min=torch.finfo(x.dtype).tiny)[..., None, None]
+    tiny = torch.finfo(x.dtype).tiny
+    x = x / x.abs().amax((-2, -1), keepdim=True).clamp(min=tiny)  # or the squares of small entries would vanish
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=tiny)
     for _ in range(steps):
         gram = x @ x.mT
         x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
