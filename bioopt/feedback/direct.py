@@ -14,6 +14,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from ..core.params import Params
 from ..core.recorder import Firing
+from ..core.rule import optional
 from ..core.synapse import Synapse
 from .base import OwnedFeedback, RandomFeedback, RandomOptions
 from .weights import drawn
@@ -56,6 +57,12 @@ class DirectFeedback(RandomFeedback):
     def feedback(self, synapse: Synapse, g: Tensor, x_shape: torch.Size) -> Tensor:
         """The error at the output, by the feedback weights."""
         return self._sent(synapse, self._error_at(synapse, g), x_shape)
+
+    @optional
+    def feedback_of(self, firing: Firing) -> Callable[[Tensor], Tensor]:
+        """`feedback`, in the memory format of the layer's input."""
+        synapse, x_shape, last = firing.synapse, firing.x.shape, _channels_last(firing.x)
+        return lambda g: self._sent(synapse, self._error_at(synapse, g), x_shape, last)
 
     @torch.no_grad()
     def feedback_weights(self) -> dict[str, Tensor]:
@@ -117,8 +124,8 @@ class DirectFeedback(RandomFeedback):
             )
         return signal
 
-    def _sent(self, synapse: Synapse, signal: Tensor, x_shape: torch.Size) -> Tensor:
-        """``signal`` times the feedback weights, of the shape of the layer's input."""
+    def _sent(self, synapse: Synapse, signal: Tensor, x_shape: torch.Size, channels_last: bool = False) -> Tensor:
+        """``signal`` times the feedback weights, of the shape of the layer's input, and its memory format."""
         signal = self._matched(synapse, signal, x_shape)
         shape = torch.Size([signal.shape[-1], *x_shape[signal.ndim - 1 :]])
         if (known := self._shapes.setdefault(synapse, shape)) != shape:
@@ -127,8 +134,11 @@ class DirectFeedback(RandomFeedback):
                 f"feedback weights have the shape {tuple(known)}, from an earlier pass: direct feedback needs inputs "
                 "of one size"
             )
-        weights = self.weights_of(synapse)
-        return (signal @ weights.detach().to(signal.dtype).flatten(1)).view(x_shape)
+        weights = self.weights_of(synapse).detach().to(signal.dtype)
+        if channels_last:
+            samples, channels, *space = x_shape
+            return (signal @ weights.movedim(1, -1).flatten(1)).view(samples, *space, channels).movedim(-1, 1)
+        return (signal @ weights.flatten(1)).view(x_shape)
 
     def _fixed(self, synapse: Synapse) -> Tensor:
         """Random weights."""
@@ -212,11 +222,11 @@ class DRTP(DirectFeedback):
 
     def feedback_of(self, firing: Firing) -> Callable[[Tensor], Tensor]:
         """The target of this forward pass."""
-        synapse, x_shape, target = firing.synapse, firing.x.shape, self.target
+        synapse, x_shape, last, target = firing.synapse, firing.x.shape, _channels_last(firing.x), self.target
 
         def feedback(g: Tensor) -> Tensor:
             error = self._error_at(synapse, g)
-            return self._sent(synapse, self._signal(target, error), x_shape)
+            return self._sent(synapse, self._signal(target, error), x_shape, last)
 
         return feedback
 
@@ -297,7 +307,7 @@ class DirectKolenPollack(OwnedFeedback, DirectFeedback):
 
         def feedback(g: Tensor) -> Tensor:
             error = self._error_at(synapse, g)
-            returned = self._sent(synapse, error, x.shape)
+            returned = self._sent(synapse, error, x.shape, _channels_last(x))
             signal, weights = self._matched(synapse, error, x.shape).flatten(0, -2), self.own_weights(synapse)
             product = (signal.T @ x.reshape(len(signal), -1).to(signal.dtype)).view_as(weights).to(weights.dtype)
             weights.grad = product if weights.grad is None else weights.grad + product
@@ -316,6 +326,11 @@ class LazyFeedback(LazyModuleMixin, nn.Module):
     def __init__(self, like: Tensor) -> None:
         super().__init__()
         self.weight = UninitializedParameter(device=like.device, dtype=like.dtype)  # type: ignore[call-arg]
+
+
+def _channels_last(x: Tensor) -> bool:
+    """Whether the activity of a convolution has its channels last in memory."""
+    return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def _one_hot(rule: str, target: Tensor, error: Tensor, readout: str) -> Tensor:

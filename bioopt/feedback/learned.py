@@ -136,8 +136,8 @@ class WeightMirror(LayerwiseFeedback):
         learned = dict(state["feedback"])
         for synapse, shape in self._returned.items():
             group, weight = self.param_groups[synapse.group], self.weights_of(synapse)
-            change = self._response(synapse, shape) - group["mirror_decay"] * weight
-            learned[synapse.index] = torch.add(weight, change, alpha=group["mirror_lr"])
+            rate, left = group["mirror_lr"], 1 - group["mirror_lr"] * group["mirror_decay"]
+            learned[synapse.index] = self._response(synapse, shape).mul_(rate).add_(weight, alpha=left)
         state["feedback"] = learned
 
     def _response(self, synapse: Synapse, shape: torch.Size) -> Tensor:

@@ -456,3 +456,17 @@ def test_orthogonal_updates_keep_directions_and_level_their_strengths() -> None:
     assert torch.equal(second.grad, model[5].weight.grad)
     with pytest.raises(ValueError, match="KolenPollack: orthogonal='yes' must be True or False"):
         bioopt.KolenPollack(model, orthogonal="yes")  # type: ignore[typeddict-item]
+
+
+@pytest.mark.parametrize("rule", DIRECT)
+def test_the_memory_format_changes_nothing_but_the_memory(rule: type) -> None:
+    results = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        model = cnn(dropout=0.0).double().to(memory_format=memory_format)
+        optimizer: Any = rule(model, 0.1, **SGD)
+        for i in range(2):
+            x, y = batch(i)
+            learn(optimizer, model, x.double().to(memory_format=memory_format), y)
+        results.append([*weights(model), *optimizer.feedback_weights().values()])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
