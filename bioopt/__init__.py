@@ -26,7 +26,16 @@ from .core.rows import on_rows
 from .core.rule import LearningRule
 from .core.synapse import Synapse, find_synapses, register_synapse
 from .diagnosis import diagnose
-from .feedback import FeedbackRule
+from .feedback import (
+    DRTP,
+    DirectFeedbackAlignment,
+    DirectKolenPollack,
+    FeedbackAlignment,
+    FeedbackRule,
+    KolenPollack,
+    SignSymmetry,
+    WeightMirror,
+)
 from .hebbian import BCM, AntiHebbian, Hebbian, Homeostasis, KrotovHopfield, Oja, RewardHebbian, Sanger, SoftHebb
 from .mixed import Mixed
 from .perturbation import (
@@ -44,16 +53,21 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BCM",
+    "DRTP",
     "STDP",
     "AntiHebbian",
     "ContrastiveDivergence",
+    "DirectFeedbackAlignment",
+    "DirectKolenPollack",
     "Diverged",
+    "FeedbackAlignment",
     "FeedbackRule",
     "Firing",
     "ForwardGradient",
     "Hebbian",
     "HillClimbing",
     "Homeostasis",
+    "KolenPollack",
     "KrotovHopfield",
     "LearningRule",
     "LocalProductRule",
@@ -69,9 +83,11 @@ __all__ = [
     "RewardSTDP",
     "Sanger",
     "SerialPerturbation",
+    "SignSymmetry",
     "SoftHebb",
     "Synapse",
     "SynapticRule",
+    "WeightMirror",
     "WeightPerturbation",
     "compile_kernels",
     "costs",

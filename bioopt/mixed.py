@@ -237,6 +237,11 @@ class Mixed(ModelGroups, Optimizer):
     # -- one step -----------------------------------------------------------------------------------------------
 
     @property
+    def scales_with_loss(self) -> bool:
+        """Whether all members do."""
+        return all(rule.scales_with_loss for rule in self._rules())
+
+    @property
     def _step_supports_amp_scaling(self) -> bool:
         return refuse_scaler(self)
 

@@ -41,6 +41,14 @@ Network = Callable[[int, int], nn.Module]
 Rule = Callable[[nn.Module], torch.optim.Optimizer]
 
 
+class Backpropagation(bioopt.FeedbackRule):
+    """With the options of feedback rules."""
+
+    def feedback(self, synapse: bioopt.Synapse, g: Tensor, x_shape: torch.Size) -> Tensor:
+        """The error, by the forward weights."""
+        return synapse.transpose(synapse.weight, g, x_shape)
+
+
 class Residual(nn.Module):
     """``x + f(x)`` with group norm."""
 
@@ -140,6 +148,16 @@ RULES: dict[str, Rule] = {
     "anti_hebbian": bioopt.AntiHebbian,
     "reward_hebbian": bioopt.RewardHebbian,
 }
+FEEDBACK: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "feedback_alignment": bioopt.FeedbackAlignment,
+    "sign_symmetry": bioopt.SignSymmetry,
+    "kolen_pollack": bioopt.KolenPollack,
+    "weight_mirror": bioopt.WeightMirror,
+    "direct_feedback_alignment": bioopt.DirectFeedbackAlignment,
+    "drtp": bioopt.DRTP,
+    "direct_kolen_pollack": bioopt.DirectKolenPollack,
+}
+RULES |= FEEDBACK
 for _name, _rule in {
     "node_perturbation": bioopt.NodePerturbation,
     "forward_gradient": bioopt.ForwardGradient,
@@ -161,6 +179,11 @@ for _name, _local in {"softhebb": bioopt.SoftHebb, "krotov_hopfield": bioopt.Kro
     ABLATIONS[f"{_name}, constant rate"] = partial(_local, settle=0.0)
     ABLATIONS[f"{_name}, no homeostasis"] = partial(_local, lr=0.01, homeostasis=False)
     ABLATIONS[f"{_name}, as before"] = partial(_local, lr=0.01, homeostasis=False, **PLAIN)
+# What feedback rules do beyond Adam and orthogonal updates, which help backpropagation as well.
+ABLATIONS["adam"] = lambda model: torch.optim.Adam(model.parameters(), lr=2e-3)
+ABLATIONS["adam, orthogonal"] = lambda model: Backpropagation(model, lr=2e-3, descent=torch.optim.Adam, orthogonal=True)
+for _name, _feedback in FEEDBACK.items():
+    ABLATIONS[f"{_name}, orthogonal"] = partial(_feedback, orthogonal=True)
 SETTINGS = ("data", "scale", "images", "epochs", "batch", "held_out")
 SCALES = ("unit", "standard", "byte")
 
@@ -194,10 +217,11 @@ def run(make: Rule, network: Network, data: list[Tensor], seed: int, epochs: int
     model = network(x.shape[1], x.shape[2])
     trunk = [layer.weight for layer in model.modules() if type(layer) in (nn.Linear, nn.Conv2d)][:-1]
     before = [w.detach().clone() for w in trunk]
-    optimizer = make(model)
+    optimizer: Any = make(model)
     order, losses, start = torch.Generator().manual_seed(100 + seed), [], time.perf_counter()
     for _ in range(epochs):
         for index in torch.randperm(len(x), generator=order).split(batch):
+            optimizer.target = y[index]  # for the rules that need one
 
             def closure(index: Tensor = index) -> Tensor:
                 optimizer.zero_grad()
@@ -289,7 +313,7 @@ def section(runs: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Run what is missing, and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rules", nargs="+", default=list(RULES), choices=list(RULES))
+    parser.add_argument("--rules", nargs="+", default=list(RULES), choices=list(RULES | ABLATIONS))
     parser.add_argument("--ablations", action="store_true", help="run the ablations in place of the rules")
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])

@@ -195,6 +195,11 @@ class Case:
         return getattr(self.rule, "shares_pass", False)
 
     @property
+    def needs_backward(self) -> bool:
+        """Whether it learns from a backward pass of the loss through the whole network."""
+        return issubclass(self.rule, bioopt.FeedbackRule)
+
+    @property
     def regulates(self) -> bool:
         """Whether each step also scales weights and shifts biases, by homeostasis."""
         return self.rule is bioopt.Homeostasis or (self.takes("homeostasis") and self.options.get("homeostasis", True))
@@ -258,11 +263,16 @@ CASES = [
     Case(bioopt.STDP, cnn=spiking_cnn, mlp=spiking_mlp),
     Case(bioopt.AntiHebbian, PUBLISHED),
     Case(bioopt.ContrastiveDivergence, cnn=machines, mlp=machine),
+    Case(bioopt.DRTP, needs_target=True),
+    Case(bioopt.DirectFeedbackAlignment),
+    Case(bioopt.DirectKolenPollack),
+    Case(bioopt.FeedbackAlignment),
     Case(bioopt.ForwardGradient),
     Case(bioopt.Hebbian, PUBLISHED),
     Case(bioopt.Hebbian, {"readout_lr": None}, variant="by default"),
     Case(bioopt.HillClimbing, {"tries": 20}),  # one of 20 is nearly always kept
     Case(bioopt.Homeostasis),
+    Case(bioopt.KolenPollack),
     Case(bioopt.KrotovHopfield, PUBLISHED),
     Case(bioopt.NodePerturbation),
     Case(bioopt.Oja, PUBLISHED),
@@ -271,7 +281,10 @@ CASES = [
     Case(bioopt.RewardSTDP, cnn=spiking_cnn, mlp=spiking_mlp, evaluates_once=True),
     Case(bioopt.Sanger, PUBLISHED),
     Case(bioopt.SerialPerturbation, perturbs_first=True),
+    Case(bioopt.SignSymmetry),
+    Case(bioopt.SignSymmetry, {"mode": "batchwise"}, variant="batchwise"),
     Case(bioopt.SoftHebb, {**PUBLISHED, "inverse_temperature": 1.0}),
+    Case(bioopt.WeightMirror),
     Case(bioopt.WeightPerturbation, perturbs_first=True),
 ]
 OF_RULE = {case.rule: case for case in CASES if not case.variant}
@@ -281,6 +294,8 @@ RULES = [
     if inspect.isclass(rule) and issubclass(rule, bioopt.LearningRule) and not inspect.isabstract(rule)
 ]
 ONE_PASS = [case for case in CASES if case.shares_pass]
+#: one pass, in which each layer but the readout learns from its own activity
+LOCAL = [case for case in ONE_PASS if not case.needs_backward]
 SEVERAL_PASSES = [case for case in CASES if not case.shares_pass]
 ORDINARY = [case for case in CASES if case.ordinary]
 

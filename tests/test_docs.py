@@ -43,7 +43,7 @@ def without_numbers(text: str) -> list[str]:
 
 
 PAGES_WITH_PYTHON = [
-    *("getting_started", "other_loops", "rules/index", "rules/hebbian", "rules/stdp"),
+    *("getting_started", "other_loops", "rules/index", "rules/feedback", "rules/hebbian", "rules/stdp"),
     *("memories/hopfield", "memories/short_term", "routing", "costs"),
 ]
 

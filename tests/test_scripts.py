@@ -151,6 +151,16 @@ def test_bench_perturbation(call: Call, tmp_path: Path) -> None:
     assert "memory at the peak" in shown
 
 
+def test_bench_feedback(call: Call, tmp_path: Path) -> None:
+    record = tmp_path / "out.json"
+    options = ["--seconds", "0", "--batch", "4", "--device", "cpu", "--networks", "lenet5", "--json", str(record)]
+    shown = table(call("bench_feedback.py", *options))
+    found = json.loads(record.read_text())["rows"]
+    assert [row[0] for row in shown] == [row["rule"] for row in found]
+    assert found[0]["ratio"]["lenet5"] == 1
+    assert all(row["ms"]["lenet5"] > 0 for row in found)
+
+
 def test_bench_scaling(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     script = importlib.import_module("scripts.bench_scaling")
     monkeypatch.setattr(script.mp, "spawn", functools.partial(mp.start_processes, start_method="forkserver"))

@@ -69,6 +69,11 @@ def refuse_scaler(optimizer: Any) -> bool:
             "reached a parameter here. If nothing learns from a backward pass (readout=None or 'teacher', "
             "perturbation), call optimizer.step itself, under autocast in bfloat16, which needs no scaler." + recipe()
         )
+    if not optimizer.scales_with_loss:
+        raise RuntimeError(
+            f"{type(optimizer).__name__}: torch.amp.GradScaler scales the loss, but not all updates of this rule come "
+            "from the loss: use bfloat16, which needs no scaler"
+        )
     return False  # the rule does not unscale
 
 

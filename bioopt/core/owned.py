@@ -41,9 +41,13 @@ class Owned:
         self.modules.update({keys[name]: module for name, module in modules.items()})
         return [(f"{OWNED}.{n}.{inner}", p) for n, m in modules.items() for inner, p in m.named_parameters()]
 
+    def __getitem__(self, name: str) -> nn.Module:
+        """A module by its name."""
+        return self.modules[_key(name)]
+
     def __call__(self, name: str, *args: Any) -> Any:
         """Call a module; the first call of a lazy one draws its values, without touching torch's global generators."""
-        module = self.modules[_key(name)]
+        module = self[name]
         if not any(is_lazy(p) for p in module.parameters()):
             return module(*args)
         with torch.random.fork_rng([t.device for t in args if isinstance(t, Tensor) and t.is_cuda]):

@@ -111,6 +111,8 @@ class LearningRule(ModelGroups, Optimizer):
     splits_batch: ClassVar[bool] = False
     #: whether one ordinary forward pass and at most one backward pass are enough (see `OnePass`)
     shares_pass: ClassVar[bool] = False
+    #: whether its updates of all layers are in proportion to the loss, as `torch.amp.GradScaler` needs it
+    scales_with_loss: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -175,6 +177,7 @@ class LearningRule(ModelGroups, Optimizer):
         super().__init__(groups, {**own_defaults, **defaults, "readout": None, "standardised": False, PACKED: None})
         self._descent = descent([{"params": group["params"]} for group in self.param_groups], **options)
         self.state.update(self._descent.state)  # some optimizers create it here
+        self._own_for(list(self._recorder.synapses.values()))
 
     # -- what a rule implements ---------------------------------------------------------------------------------
 
@@ -194,6 +197,10 @@ class LearningRule(ModelGroups, Optimizer):
         defaults: dict[str, Any],
     ) -> None:
         """Raise for all layers that the rule cannot train; `surveys` is empty for bare parameters."""
+
+    @optional
+    def _own_for(self, synapses: list[Synapse]) -> None:
+        """Add, by `own`, what belongs to layers that are watched from now on."""
 
     def gradient_parameters(self) -> list[Tensor]:
         """The parameters that a backward pass must reach before `collect`; none if the rule needs no loss."""
@@ -277,7 +284,7 @@ class LearningRule(ModelGroups, Optimizer):
             with torch.no_grad():
                 loss, grads, own_state = probe.run(type(self).__name__, self.evaluate)
             loss = loss if probe.returns_tensor else loss.item()
-        if own_state.keys() - {"homeostasis", "readout"} and is_captured(self._trained()):
+        if own_state.keys() - {"homeostasis", "readout", "seed"} and is_captured(self._trained()):
             raise RuntimeError(
                 f"{type(self).__name__} keeps running state, which the replay of a CUDA graph would not update: take "
                 "ordinary steps"
@@ -332,6 +339,8 @@ class LearningRule(ModelGroups, Optimizer):
             self._recorder.watch(synapse)
         self._known.roots.update({module: None for _, module in modules})
         self._coverage.add(modules, self.param_groups[-1]["params"], watched=bool(synapses))
+        if hasattr(self, "_descent"):  # a group that is added later
+            self._own_for(synapses)
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with the rule's name; ``["state"]["rule"]`` is the state that belongs to no parameter."""

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations, prune
 
 import bioopt
 
-from ..rules import ONE_PASS, ORDINARY, Case, mlp, published
+from ..rules import LOCAL, ORDINARY, Case, give_target, mlp, published
 
 FIRING = [case for case in ORDINARY if not case.takes_parameters or case.takes("space")]
 # 16 samples: homeostasis needs that many to begin with.
@@ -28,8 +28,12 @@ def build(case: Case, model: nn.Module, **options: Any) -> bioopt.LearningRule:
     return case.make(model, **case.taking(space="activities"), **options)
 
 
-def losses(model: nn.Module) -> Callable[[], Tensor]:
-    return lambda: F.cross_entropy(model(X), Y, reduction="none")
+def losses(model: nn.Module, optimizer: Any = None) -> Callable[[], Tensor]:
+    def closure() -> Tensor:
+        give_target(optimizer, Y)
+        return F.cross_entropy(model(X), Y, reduction="none")
+
+    return closure
 
 
 def network() -> nn.Sequential:
@@ -52,10 +56,10 @@ def test_layers_that_do_not_fire_are_named_once_and_not_claimed(case: Case) -> N
     model = ByWeight()
     optimizer = build(case, model)
     with pytest.warns(UserWarning, match=rf"{case.name}: .*learn nothing: 'mix' \(it did not run, or .*its weight"):
-        optimizer.step(losses(model))
+        optimizer.step(losses(model, optimizer))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        optimizer.step(losses(model))
+        optimizer.step(losses(model, optimizer))
     covered = optimizer.coverage(model)
     assert covered["mix.weight"].startswith("silent: it did not run")
     assert covered["hidden.weight"] == case.name
@@ -65,16 +69,16 @@ def test_layers_that_do_not_fire_are_named_once_and_not_claimed(case: Case) -> N
 def test_a_layer_that_is_switched_is_warned_of_again(case: Case) -> None:
     model = network()
     optimizer = build(case, model)
-    optimizer.step(losses(model))
+    optimizer.step(losses(model, optimizer))
     model[2].eval()
     with pytest.warns(UserWarning, match=r"learn nothing: '2' \(it is in evaluation mode: call train\(\)\)"):
-        optimizer.step(losses(model))
+        optimizer.step(losses(model, optimizer))
     assert "evaluation mode" in optimizer.coverage()["2.weight"]
     model[2].train()
-    optimizer.step(losses(model))
+    optimizer.step(losses(model, optimizer))
     assert optimizer.coverage()["2.weight"] == case.name
     model[2].weight.requires_grad_(False)  # on purpose
-    optimizer.step(losses(model))
+    optimizer.step(losses(model, optimizer))
     assert optimizer.coverage()["2.weight"] == "frozen"
 
 
@@ -83,15 +87,15 @@ def test_a_layer_unfrozen_later_is_warned_of_and_can_be_added(case: Case) -> Non
     model = network()
     model[0].requires_grad_(False)
     optimizer = build(case, model)
-    optimizer.step(losses(model))
+    optimizer.step(losses(model, optimizer))
     assert optimizer.coverage(model)["0.weight"] == "frozen"
     model[0].requires_grad_(True)
     with pytest.warns(UserWarning, match=r"'0' \(it was frozen when the optimizer was built: .*add_param_group"):
-        optimizer.step(losses(model))
+        optimizer.step(losses(model, optimizer))
     assert optimizer.coverage(model)["0.weight"].startswith("silent: it was frozen")
     optimizer.add_param_group({"params": model[0]})
     before = model[0].weight.clone()
-    optimizer.step(losses(model))
+    optimizer.step(losses(model, optimizer))
     assert optimizer.coverage(model)["0.weight"] == case.name
     assert not torch.equal(before, model[0].weight)
 
@@ -102,7 +106,7 @@ def test_a_module_that_was_replaced_is_warned_of(case: Case) -> None:
     optimizer = build(case, model)
     model[0] = nn.Linear(6, 5)
     with pytest.warns(UserWarning, match=r"'0' \(it was replaced in the model"):
-        optimizer.step(losses(model))
+        optimizer.step(losses(model, optimizer))
 
 
 @every_rule
@@ -125,13 +129,13 @@ def test_parameters_that_were_exchanged_are_an_error(case: Case, change: str) ->
     if change in ("prune", "parametrize") and case not in FIRING:
         before = [p.detach().clone() for p in model.parameters()]
         for _ in range(20):
-            optimizer.step(losses(model))  # the parameter beneath is still the one that is trained
+            optimizer.step(losses(model, optimizer))  # the parameter beneath is still the one that is trained
         assert any(not torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
         return
     name = "'0.weight'" if change == "to_empty" else "'2.weight'"
     way_out = "Build the optimizer after" if change in ("replace", "to_empty") else r"Undo that, .*exclude=\['2'\]"
     with pytest.raises(RuntimeError, match=rf"{case.name}: parameter {name} was .*{way_out}"):
-        optimizer.step(losses(model))
+        optimizer.step(losses(model, optimizer))
 
 
 # -- exclude --------------------------------------------------------------------------------------------------
@@ -162,7 +166,7 @@ def test_one_error_names_all_layers_with_the_line_that_excludes_them(case: Case)
     assert line == "exclude=[torch.nn.MultiheadAttention, 'places']"
     optimizer = eval(f"build(case, model, {line})")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer.step(losses(model))
+    optimizer.step(losses(model, optimizer))
     covered = optimizer.coverage(model)
     for name, p in model.named_parameters():
         excluded = name.startswith(("attention", "places"))
@@ -187,14 +191,14 @@ def test_excluded_parameters_do_not_move(case: Case) -> None:
     optimizer = case.make(model, exclude=[0, "2.bias"])
     before = [p.detach().clone() for p in (*model[0].parameters(), model[2].weight)]
     for _ in range(20 if case not in FIRING else 1):
-        optimizer.step(losses(model))
+        optimizer.step(losses(model, optimizer))
     assert all(torch.equal(p, q) for p, q in zip(model[0].parameters(), before, strict=False))
     assert optimizer.coverage() == {**optimizer.coverage(), "0.weight": "excluded", "2.bias": "excluded"}
     if case.rule is not bioopt.SerialPerturbation:
         assert not torch.equal(model[2].weight, before[-1])
 
 
-@pytest.mark.parametrize("case", [case for case in ONE_PASS if case.ordinary], ids=str)
+@pytest.mark.parametrize("case", [case for case in LOCAL if case.ordinary], ids=str)
 def test_excluding_the_readout_asks_for_another(case: Case) -> None:
     model = network()
     with pytest.raises(ValueError, match=r"exclude leaves out '4', the last layer.*readout_layer='2'.*readout=None"):
@@ -259,7 +263,7 @@ def test_models_that_are_rebuilt_after_the_optimizer_say_so(case: Case, change: 
             torch.ao.quantization.prepare_qat(model, inplace=True)
     why = "frozen after .*adapters" if change == "adapters" else "replaced in the model after"
     with pytest.raises(RuntimeError, match=rf"{case.name}: no synapse has fired .*{why}.*build a new optimizer"):
-        optimizer.step(losses(model))
+        optimizer.step(losses(model, optimizer))
 
 
 # -- exclusion by the name of a parameter, tied weights, second names ---------------------------------------------
@@ -270,7 +274,7 @@ def test_parameters_excluded_by_name_do_not_learn(case: Case) -> None:
     model = network()
     optimizer = build(case, model, exclude=["0.weight", "2.bias"])
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer.step(losses(model))
+    optimizer.step(losses(model, optimizer))
     now = dict(model.named_parameters())
     assert torch.equal(now["0.weight"], before["0.weight"])
     assert torch.equal(now["2.bias"], before["2.bias"])

@@ -25,6 +25,7 @@ from ..rules import (
     Case,
     batch,
     cnn,
+    give_target,
     make,
     mixed,
     per_sample,
@@ -35,7 +36,8 @@ from ..rules import (
 )
 
 
-def backward(model: nn.Module, scaler: torch.amp.GradScaler | None) -> None:
+def backward(model: nn.Module, scaler: torch.amp.GradScaler | None, optimizer: Any = None) -> None:
+    give_target(optimizer, batch()[1])
     loss = F.cross_entropy(model(batch()[0]), batch()[1])
     (loss if scaler is None else scaler.scale(loss)).backward()
 
@@ -48,9 +50,13 @@ def test_a_scaled_loss_changes_nothing_for_rules_of_one_pass(case: Case) -> None
         optimizer = case.make(model, **case.taking(readout="delta"))
         for _ in range(2):
             optimizer.zero_grad()
-            backward(model, scaler)
+            backward(model, scaler, optimizer)
             if scaler is None:
                 optimizer.step()
+            elif not optimizer.scales_with_loss:
+                with pytest.raises(RuntimeError, match=rf"{case.name}: .*GradScaler scales the loss, but not all"):
+                    scaler.step(optimizer)
+                return
             else:
                 scaler.step(optimizer)
                 scaler.update()
@@ -165,17 +171,21 @@ def test_a_compiled_training_step(build) -> None:
 def test_a_closure_may_run_micro_batches(case: Case) -> None:
     """They are one batch; a rule that credits each sample with its own loss refuses them."""
     results = []
-    for size in (8, 3):
+    for size in (8, 3) if getattr(case.rule, "scales_with_loss", True) else (8, 8):
         model = case.mlp()
         optimizer = case.make(model, lr=0.1, **case.taking(persistent=True))  # or samples would differ
         x, y = batch(n=8)
         x = x.flatten(1)[:, :6].double()
 
-        def closure(model=model, optimizer=optimizer, x=x, y=y % 4, size=size) -> Tensor:
+        def one(a: Tensor, b: Tensor, model=model, optimizer=optimizer) -> Tensor:
+            give_target(optimizer, b)
+            return F.cross_entropy(model(a), b, reduction="none")
+
+        def closure(model=model, optimizer=optimizer, x=x, y=y % 4, size=size, one=one) -> Tensor:
             optimizer.zero_grad()
             parts = zip(x.split(size), y.split(size), strict=True)
             new = getattr(optimizer, "new_sequence", lambda: None)  # of rules that know time
-            losses = torch.cat([F.cross_entropy(model(a), b, reduction="none") for a, b in parts if new() is None])
+            losses = torch.cat([one(a, b) for a, b in parts if new() is None])
             if losses.requires_grad:
                 losses.mean().backward()
             return losses

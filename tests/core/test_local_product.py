@@ -20,7 +20,7 @@ from scripts import bench_hebbian
 from scripts.bench_step import allocated
 
 from ..hebbian.twins import oja_twin
-from ..rules import ONE_PASS, Case, mlp, published
+from ..rules import LOCAL, Case, mlp, published
 
 
 def test_passes_add_up_to_one_batch() -> None:
@@ -53,7 +53,7 @@ def test_one_weight_in_two_layers_gathers_from_both() -> None:
     torch.testing.assert_close(one.weight.detach(), before + 0.1 * change, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("case", [case for case in ONE_PASS if case.ordinary])
+@pytest.mark.parametrize("case", [case for case in LOCAL if case.ordinary])
 def test_locality(case: Case) -> None:
     """A trunk update does not change when weights downstream, the labels or the loss change."""
     changes = []
@@ -72,7 +72,7 @@ def test_locality(case: Case) -> None:
     assert torch.equal(changes[0], changes[2])
 
 
-@pytest.mark.parametrize("case", [case for case in ONE_PASS if case.ordinary])
+@pytest.mark.parametrize("case", [case for case in LOCAL if case.ordinary])
 def test_an_event_without_a_batch_is_a_batch_of_one(case: Case) -> None:
     """With a bias, whose signal is summed over events, and a running value, where the rule has one."""
     x = torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -103,7 +103,7 @@ def settled(case: Case, model: nn.Module) -> dict[str, Any]:
     return tree_map_only(torch.Tensor, lambda value: value.to("meta"), optimizer.state_dict())
 
 
-@pytest.mark.parametrize("case", [case for case in ONE_PASS if case.ordinary])
+@pytest.mark.parametrize("case", [case for case in LOCAL if case.ordinary])
 def test_a_step_that_is_captured_reads_nothing_off_the_device(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a CUDA graph needs it. Tensors without values stand for the device: to read one raises."""
     with torch.device("meta"):

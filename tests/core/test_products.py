@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bioopt import Firing, find_synapses
-from bioopt.core.products import SparseSignal, local_product
+from bioopt.core.products import SparseSignal, local_product, orthogonalised
 
 
 @pytest.mark.parametrize(
@@ -57,3 +57,20 @@ def test_the_product_over_patches_in_half_precision(samples: int, monkeypatch: p
         found = local_product(Firing(synapse, x, None, False), u, s)
     assert found.dtype == torch.float32
     assert (found - expected).norm() < 0.005 * expected.norm()
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (8, 5), (3, 1), (2, 4, 6)])
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e-44, 1e30])
+def test_orthogonal_matrices_have_singular_values_of_about_one(shape: tuple[int, ...], scale: float) -> None:
+    given = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * scale
+    got = orthogonalised(given)
+    assert got.shape == given.shape
+    values = torch.linalg.svdvals(got)
+    assert values.max() < 1.3
+    assert values.max() > 0.6
+    if scale > 1e-40:  # below, entries are rounded
+        assert values.min() > 0.2
+
+
+def test_nothing_is_orthogonal_to_nothing() -> None:
+    assert not orthogonalised(torch.zeros(3, 4)).any()

@@ -14,10 +14,10 @@ from torch.utils.checkpoint import checkpoint
 
 import bioopt
 
-from ..rules import ONE_PASS, Case, batch, mlp, published, same, spiking_mlp, weights
+from ..rules import LOCAL, Case, batch, mlp, published, same, spiking_mlp, weights
 
 X, Y = torch.randn(8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 4
-one_pass = pytest.mark.parametrize("case", ONE_PASS, ids=str)
+one_pass = pytest.mark.parametrize("case", LOCAL, ids=str)
 
 
 def after(

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..rules import ONE_PASS, Case, mlp, published
+from ..rules import LOCAL, Case, mlp, published
 
 
 @pytest.mark.parametrize("form", ["labels", "activity"])
@@ -66,7 +66,7 @@ def test_a_taught_readout_tells_classes_apart() -> None:
     assert (model.eval()(x).argmax(1) == labels).float().mean() > 0.95
 
 
-@pytest.mark.parametrize("case", [case for case in ONE_PASS if case.ordinary])
+@pytest.mark.parametrize("case", [case for case in LOCAL if case.ordinary])
 def test_the_delta_readout_learns_as_by_backpropagation(case: Case) -> None:
     model, twin = case.mlp(), case.mlp()
     x, y = torch.randn(8, 6, dtype=torch.float64), torch.randint(4, (8,))

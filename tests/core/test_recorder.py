@@ -14,7 +14,7 @@ import bioopt
 from bioopt import find_synapses
 from bioopt.core.acts import isolate
 
-from ..rules import CASES, ORDINARY, Case, hooks, mlp, published, same, weights
+from ..rules import CASES, ORDINARY, Case, give_target, hooks, mlp, published, same, weights
 
 
 def test_backprop_reassembled_from_cut_layers_equals_autograd() -> None:
@@ -60,6 +60,7 @@ def test_in_place_activations_change_nothing(case: Case) -> None:
         optimizer = case.make(model)
         x, y = torch.randn(8, 6), torch.randint(4, (8,))
         for _ in range(3):
+            give_target(optimizer, y)
             optimizer.step(lambda model=model, x=x, y=y: F.cross_entropy(model(x), y, reduction="none"))
         results.append(weights(model))
     assert same(*results)
@@ -82,6 +83,7 @@ def test_residual_and_shared_layers(case: Case) -> None:
     optimizer = case.make(model, **({"coordinates": 50} if case.rule is bioopt.SerialPerturbation else {}))
     x, y = torch.randn(8, 6), torch.randint(4, (8,))
     before = weights(model)
+    give_target(optimizer, y)
     optimizer.step(lambda: F.cross_entropy(model(x), y, reduction="none"))
     assert not torch.equal(before[0], model.mix.weight)
     assert not torch.equal(before[2], model.head.weight)

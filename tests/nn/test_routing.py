@@ -20,7 +20,7 @@ from bioopt.core.noise import NoiseSource, fill_normal_
 from bioopt.core.rows import rows_now
 from bioopt.nn import Attention, Gate
 
-from ..rules import ONE_PASS, ORDINARY, Case, batch, make, per_sample, same, steps, weights
+from ..rules import LOCAL, ONE_PASS, ORDINARY, Case, batch, make, per_sample, same, steps, weights
 
 N, SIZE, HIDDEN, CLASSES, PATHWAYS = 8, 6, 5, 4, 3
 GENERATOR = torch.Generator().manual_seed(7)
@@ -380,7 +380,7 @@ def test_every_rule_trains_routing(case: Case, build: Callable[[], nn.Sequential
         assert not any(torch.equal(p, names[id(p)]) for p in learned)
 
 
-@pytest.mark.parametrize("case", [case for case in ONE_PASS if case.ordinary])
+@pytest.mark.parametrize("case", [case for case in LOCAL if case.ordinary])
 def test_a_pathway_learns_only_from_its_own_samples(case: Case) -> None:
     x, y = batch(0, 16)
     model = gated()
@@ -399,7 +399,7 @@ def test_a_pathway_learns_only_from_its_own_samples(case: Case) -> None:
         torch.testing.assert_close(actual, alone[1].weight.grad, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("case", [case for case in ONE_PASS if case.ordinary])
+@pytest.mark.parametrize("case", [case for case in LOCAL if case.ordinary])
 def test_a_pathway_without_samples_does_not_change(case: Case) -> None:
     model = gated(forced=2)
     optimizer, before = case.make(model, momentum=0.9), weights(model[1].pathways)
