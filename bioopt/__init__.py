@@ -17,6 +17,7 @@ Each is a `torch.optim.Optimizer` that trains an unmodified `torch.nn.Module` by
 from . import costs, nn
 from .contrastive import ContrastiveDivergence
 from .core.errors import Diverged
+from .core.kernels import compile_kernels
 from .core.local_product import LocalProductRule, LocalRule, SynapticRule
 from .core.one_pass import OnePass
 from .core.probe import Probe
@@ -25,7 +26,16 @@ from .core.rows import on_rows
 from .core.rule import LearningRule
 from .core.synapse import Synapse, find_synapses, register_synapse
 from .diagnosis import diagnose
-from .feedback import FeedbackRule
+from .feedback import (
+    DRTP,
+    DirectFeedbackAlignment,
+    DirectKolenPollack,
+    FeedbackAlignment,
+    FeedbackRule,
+    KolenPollack,
+    SignSymmetry,
+    WeightMirror,
+)
 from .hebbian import BCM, AntiHebbian, Hebbian, Homeostasis, KrotovHopfield, Oja, RewardHebbian, Sanger, SoftHebb
 from .local import ForwardForward, LocalLoss, LocalLossRule, MonoForward
 from .mixed import Mixed
@@ -44,10 +54,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BCM",
+    "DRTP",
     "STDP",
     "AntiHebbian",
     "ContrastiveDivergence",
+    "DirectFeedbackAlignment",
+    "DirectKolenPollack",
     "Diverged",
+    "FeedbackAlignment",
     "FeedbackRule",
     "Firing",
     "ForwardForward",
@@ -55,6 +69,7 @@ __all__ = [
     "Hebbian",
     "HillClimbing",
     "Homeostasis",
+    "KolenPollack",
     "KrotovHopfield",
     "LearningRule",
     "LocalLoss",
@@ -73,10 +88,13 @@ __all__ = [
     "RewardSTDP",
     "Sanger",
     "SerialPerturbation",
+    "SignSymmetry",
     "SoftHebb",
     "Synapse",
     "SynapticRule",
+    "WeightMirror",
     "WeightPerturbation",
+    "compile_kernels",
     "costs",
     "create_optimizer",
     "diagnose",

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .core.probe import Closure, Probe, restoring_grad_mode, settled
 from .core.rule import LearningRule
+from .core.synapse import Synapse
+from .feedback import FeedbackRule
 
 __all__ = ["diagnose"]
 
@@ -35,6 +39,11 @@ def diagnose(optimizer: LearningRule, closure: Closure, samples: int = 4) -> dic
         - ``"cosine"``: of the angle between ``.grad`` and the gradient, mean over the updates;
         - ``"signal_to_noise"``: squared length of the mean update over the variance of updates, corrected for their
           number; infinite for a rule without noise;
+        - of the weights of layers, for rules with other feedback (`FeedbackRule`), means over the updates:
+          ``"feedback_angle"`` between feedback and forward weights, ``"error_angle"`` between the error at the layer's
+          output and that of backpropagation, ``"update_angle"`` between ``.grad`` and the gradient, all in degrees, 90
+          for directions that have nothing in common; ``"error_rank"``: participation ratio of the error's
+          uncentred covariance over samples and positions, ``(Σ λ)² / Σ λ²``: how many directions it has;
         - ``"forward_passes"``: evaluations of the closure for one update (``"all"`` only).
 
     Raises:
@@ -68,20 +77,28 @@ def diagnose(optimizer: LearningRule, closure: Closure, samples: int = 4) -> dic
 
             return settled(optimizer._undo, work)
 
+    synapses = list(optimizer._recorder.synapses.values()) if isinstance(optimizer, FeedbackRule) else []
+
     def gradient(probe: Probe) -> dict[Tensor, Tensor]:
-        with optimizer._recorder.paused():
+        with optimizer._recorder.paused(), _errors(synapses, true_errors):
             _, found = probe.gradients(params)
         if not found:
             raise RuntimeError("diagnose needs a closure that returns the loss as a tensor with its graph")
         return {p: found[p] if p in found else torch.zeros_like(p) for p in params}
 
     updates: list[dict[Tensor, Tensor]] = []
+    true_errors: dict[Synapse, Tensor] = {}
+    of_feedback: list[dict[Synapse, dict[str, float]]] = []
     try:
         with torch.no_grad():
             true = evaluated(gradient)
             for _ in range(samples):
                 optimizer.target = target  # each step clears it
-                _, update, optimizer._own_state = evaluated(optimizer.evaluate)
+                errors: dict[Synapse, Tensor] = {}
+                with _errors(synapses, errors):
+                    _, update, state = evaluated(optimizer.evaluate)
+                of_feedback.append(_feedback(optimizer, errors, true_errors))
+                optimizer._own_state = state
                 optimizer._recorder.reset()
                 updates.append({p: update.get(p, torch.zeros_like(p)) for p in params})
     finally:
@@ -92,10 +109,63 @@ def diagnose(optimizer: LearningRule, closure: Closure, samples: int = 4) -> dic
             p.grad = grad
     names = optimizer._names()
     found = {names[p]: _compare(true[p].flatten(), [u[p].flatten() for u in updates]) for p in params}
+    for synapse in synapses:
+        entry = found.get(name := names.get(synapse.weight, ""), {})
+        for what in {what: None for each in of_feedback for what in each.get(synapse, {})}:
+            entry[what] = sum(each[synapse][what] for each in of_feedback) / samples
+        if name in found:
+            entry["update_angle"] = math.degrees(math.acos(max(-1.0, min(1.0, entry["cosine"]))))
     together = [torch.cat([u[p].flatten() for p in params]) for u in updates]
     found["all"] = _compare(torch.cat([true[p].flatten() for p in params]), together)
     found["all"]["forward_passes"] = evaluations
     return found
+
+
+@contextmanager
+def _errors(synapses: list[Synapse], found: dict[Synapse, Tensor]) -> Iterator[None]:
+    """Keep the error at the output of each layer, events × neurons, of the backward pass inside a ``with`` block."""
+
+    def look(synapse: Synapse, layer: nn.Module, args: Any, u: Tensor) -> None:
+        if u.requires_grad:
+            u.register_hook(lambda g: found.__setitem__(synapse, g.movedim(synapse.channel_dim, -1).flatten(0, -2)))
+
+    handles = [synapse.layer.register_forward_hook(partial(look, synapse)) for synapse in synapses]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _feedback(
+    rule: LearningRule, errors: dict[Synapse, Tensor], true: dict[Synapse, Tensor]
+) -> dict[Synapse, dict[str, float]]:
+    """The angles of feedback weights and errors, and the rank of errors, of each layer."""
+    found: dict[Synapse, dict[str, float]] = {}
+    for synapse, error in errors.items():
+        found[synapse] = {"error_rank": _rank(error)}
+        if synapse in true and true[synapse].shape == error.shape:
+            found[synapse]["error_angle"] = _angle(error, true[synapse])
+    if isinstance(rule, FeedbackRule):
+        weights = rule.feedback_weights()
+        for name, synapse in rule.layers().items():
+            forward = synapse.weight.detach()
+            if synapse in rule.returned and name in weights and weights[name].shape == forward.shape:
+                found.setdefault(synapse, {})["feedback_angle"] = _angle(weights[name], forward)
+    return found
+
+
+def _angle(one: Tensor, other: Tensor) -> float:
+    cosine = torch.nn.functional.cosine_similarity(one.flatten().double(), other.flatten().double(), 0)
+    return math.degrees(math.acos(max(-1.0, min(1.0, cosine.item()))))
+
+
+def _rank(error: Tensor) -> float:
+    """Participation ratio of the uncentred covariance, by the smaller of the two Gram matrices."""
+    error = error.double() / error.double().norm().clamp(min=1e-300)
+    gram = error.T @ error if error.shape[0] > error.shape[1] else error @ error.T
+    squares = gram.square().sum().item()
+    return gram.trace().item() ** 2 / squares if squares else 0.0
 
 
 def _compare(true: Tensor, updates: list[Tensor]) -> dict[str, float]:

@@ -24,7 +24,7 @@ model = network()
 print(f"before training: {accuracy(model):.1f} % of the unseen digits")
 
 # Rules of one forward pass: Hebbian and its family
-rule = bioopt.Hebbian(model, lr=1.0, readout_lr=0.05, readout_options={"momentum": 0.9})
+rule = bioopt.Hebbian(model)
 model, optimizer = accelerator.prepare(model, rule)
 for _ in range(EPOCHS):
     for x, y in loader:

@@ -18,7 +18,7 @@ EPOCHS, MICRO = 10, 16
 
 # Rules of one forward pass: Hebbian and its family
 model = network()
-optimizer = bioopt.Hebbian(model, lr=1.0, readout_lr=0.05, readout_options={"momentum": 0.9})
+optimizer = bioopt.Hebbian(model)
 scheduler = CosineAnnealingLR(optimizer, EPOCHS)
 for _ in range(EPOCHS):
     for batch in batches():

@@ -19,7 +19,7 @@ import bioopt
 def train(backend: str | None, autocast: bool) -> float:
     """Hebbian learning, compiled by this backend if any; returns the accuracy."""
     model = network()
-    optimizer = bioopt.Hebbian(model, lr=1.0, readout_lr=0.05, readout_options={"momentum": 0.9})
+    optimizer = bioopt.Hebbian(model)
     if backend is not None:
         model.compile(backend=backend)
     for _ in range(5):

@@ -75,11 +75,11 @@ if __name__ == "__main__":
     model = Digits()
     print(f"before training: {accuracy(model.network):.1f} % of the unseen digits")
 
-    rule = bioopt.Hebbian(model, lr=1.0, readout_lr=0.05, readout_options={"momentum": 0.9})
+    rule = bioopt.Hebbian(model)
     print(f"Hebbian, plain Trainer: {fit(Trainer, model, rule, max_grad_norm=0):.1f} %")
 
     model = Digits()
-    rule = bioopt.Hebbian(model, lr=1.0, readout_lr=0.05, readout_options={"momentum": 0.9})
+    rule = bioopt.Hebbian(model)
     print(f"Hebbian, in bfloat16 and clipped: {fit(RuleTrainer, model, rule, bf16=True, max_grad_norm=0.5):.1f} %")
 
     model = Digits(reduction="none")  # the loss of each sample, so that each gets its own credit

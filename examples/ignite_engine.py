@@ -23,7 +23,7 @@ model = network()
 print(f"before training: {accuracy(model):.1f} % of the unseen digits")
 
 # Rules of one forward pass: Hebbian and its family
-rule = bioopt.Hebbian(model, lr=1.0, readout_lr=0.05, readout_options={"momentum": 0.9})
+rule = bioopt.Hebbian(model)
 create_supervised_trainer(model, rule, F.cross_entropy).run(loader, EPOCHS)
 print(f"Hebbian: {accuracy(model):.1f} %")
 

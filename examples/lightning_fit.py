@@ -34,7 +34,7 @@ class Digits(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """A rule in place of torch's optimizer."""
-        rule = bioopt.Hebbian(self.model, lr=1.0, readout_lr=0.05, readout_options={"momentum": 0.9})
+        rule = bioopt.Hebbian(self.model)
         return {"optimizer": rule, "lr_scheduler": CosineAnnealingLR(rule, self.trainer.max_epochs)}
 
 

@@ -43,11 +43,11 @@ model = network()
 print(f"before training: {accuracy(model):.1f} % of the unseen digits")
 
 model = network()
-hebbian = train(model, bioopt.Hebbian(model, lr=1.0, readout_lr=0.05, readout_options={"momentum": 0.9}))
+hebbian = train(model, bioopt.Hebbian(model))
 print(f"Hebbian trunk, readout by its local error: {hebbian:.1f} %")
 
 model = network()
-random = train(model, torch.optim.SGD(model[-1].parameters(), lr=0.05, momentum=0.9))
+random = train(model, bioopt.Homeostasis(model, lr=0))
 print(f"random trunk, the same readout: {random:.1f} %")
 
 model = network()

@@ -17,7 +17,7 @@ torch.manual_seed(0)
 model = resnet18(num_classes=10)
 rest = [p for name, p in model.named_parameters() if name != "conv1.weight"]
 optimizer = bioopt.Mixed(
-    bioopt.Hebbian(model.conv1, lr=1.0, readout=None),  # no readout: its only layer is a hidden one
+    bioopt.Hebbian(model.conv1, readout=None),  # no readout: its only layer is a hidden one
     torch.optim.Adam(rest, lr=1e-3, fused=True),
 )
 trained_by = optimizer.coverage(model)
@@ -28,7 +28,7 @@ for batch in batches():
     F.cross_entropy(model(x[batch]), labels[batch]).backward()
     optimizer.step()
 
-moved = (model.conv1.weight - filters).norm() / filters.norm()
+similarity = F.cosine_similarity(model.conv1.weight.flatten(1), filters.flatten(1))
 print(f"conv1 by {trained_by['conv1.weight']}, the rest by {trained_by['fc.weight']}")
 print(f"before: {before:.1f} % of the unseen digits, after one epoch: {accuracy(model, x):.1f} %")
-print(f"conv1 changed without a gradient by {moved:.2f} of its norm")
+print(f"filters of conv1 turned without a gradient by {similarity.acos().rad2deg().mean():.0f} degrees on average")

@@ -74,11 +74,10 @@ def score(fitted: Any) -> float:
 
 if __name__ == "__main__":
     x, y = images[train].numpy(), labels[train].numpy()
-    readout = {"optimizer__readout_lr": 0.05, "optimizer__readout_options": {"momentum": 0.9}}
-    hebbian = net(RuleNet, bioopt.Hebbian, **readout).initialize()
+    hebbian = net(RuleNet, bioopt.Hebbian).initialize()
     print(f"before training: {score(hebbian):.1f} % of the unseen digits")
 
-    search = GridSearchCV(net(RuleNet, bioopt.Hebbian, max_epochs=5, **readout), {"lr": [0.1, 1.0]}, cv=2).fit(x, y)
+    search = GridSearchCV(net(RuleNet, bioopt.Hebbian, max_epochs=5), {"lr": [0.01, 0.05]}, cv=2).fit(x, y)
     print(f"Hebbian, the better of two rates, lr={search.best_params_['lr']}: {score(search):.1f} %")
 
     perturbation = {

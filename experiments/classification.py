@@ -19,6 +19,7 @@ from bioopt import find_synapses
 from . import data, interrupts, pictures
 from .building import build_model, build_schedule, freeze
 from .config import resolved
+from .control import control_accuracy
 from .diagnostics import Diagnostics, wins
 from .phases import frozen, plastic_epochs, plastic_learner, readout_learner, split
 from .ranks import Ranks
@@ -58,7 +59,8 @@ class Classification(Task):
             )
         self.model = build_model(config, self.images).to(device)
         self.start = pictures.first_weights(self.model)  # of a resumed run too: it draws the same weights
-        self.layers = find_synapses(self.model)[:-1]  # without the readout, and before any is frozen
+        *self.layers, readout = find_synapses(self.model)  # before any is frozen
+        self.readout = readout.layer
         freeze(self.model, config.frozen)
         self.learner = plastic_learner(config, self.model, self.images, ranks.group)
         optimizer = self.learner.last.optimizer
@@ -255,7 +257,33 @@ class Classification(Task):
             f"{config.epochs} epoch{'s' * (config.epochs > 1)}, {seconds:.0f} s, "
             f"{self.forward_passes:,} forward passes",
         ]
-        return summary | found, shown, lines
+        control, remarks = self._control(accuracies[-1])
+        return summary | control | found, shown, lines + remarks
+
+    def _control(self, accuracy: float) -> tuple[dict[str, Any], list[str]]:
+        """The accuracy of the run's control and its steps, and a line where the run is below it.
+
+        There is none on other ranks than the first, and where no trunk learns.
+        """
+        nothing = {"control_test_accuracy": None, "control_steps": None}
+        readout = set(self.readout.parameters())
+        trunk = [name for name, p in self.model.named_parameters() if p not in readout]
+        share = float(self.config.get("control") or 0)  # a run that is resumed may be older than this option
+        steps = min(self.steps, int(share * self.forward_passes))
+        if not steps or not self.ranks.first or all(self.covered[name] == "frozen" for name in trunk):
+            return nothing, []
+        try:
+            found = control_accuracy(self.config, self.images, steps)
+        except (ValueError, TypeError, RuntimeError) as error:  # the run is complete without it
+            return nothing, [f"its control was not measured ({error}); control=false leaves it out"]
+        summary = {"control_test_accuracy": found, "control_steps": steps}
+        if accuracy >= found:
+            return summary, []
+        line = (
+            f"warning: below its control: the same network with a random, frozen trunk reaches {found:.2%}, its "
+            f"readout trained for {steps:,} of the run's {self.steps:,} steps; see docs/rules/controls.md"
+        )
+        return summary, [line]
 
 
 def weight_norms(layers: list[bioopt.Synapse]) -> dict[str, list[float]]:

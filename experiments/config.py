@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 # Options of where and how a run is made, on which its result does not depend.
-LOCAL = {"data.root", "device", "diagnostics", "logger", "resume", "run_dir", "sweep", "threads"}
+LOCAL = {"control", "data.root", "device", "diagnostics", "logger", "resume", "run_dir", "sweep", "threads"}
 # Options in which runs may differ that are averaged.
 RESULT_INDEPENDENT = LOCAL | {"optimizer.seed", "seed"}
 # Names that have changed, accepted for one release: of options (those of optimizers in rules as well), and of classes.

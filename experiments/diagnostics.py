@@ -25,6 +25,7 @@ class Diagnostics:
     """Measures at intervals what a rule does in each layer, or to each parameter.
 
     - ``cosine``, ``signal_to_noise``: of the rule's updates against the gradient (`bioopt.diagnose`);
+    - ``feedback_angle``, ``error_angle``, ``update_angle``, ``error_rank``: of rules with other feedback, as there;
     - ``update_ratio``: length of the step's change over length of the weights;
     - ``sparsity``: of activity, 0 where all neurons are active alike, 1 where a single one is, mean over events
       (Vinje & Gallant, 2000);
@@ -76,8 +77,9 @@ class Diagnostics:
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         if isinstance(self.optimizer, bioopt.LearningRule):
             for name, values in bioopt.diagnose(self.optimizer, closure, self.samples).items():
-                for what in ("cosine", "signal_to_noise"):
-                    found.setdefault(what, {})[name] = values[what]
+                for what, value in values.items():
+                    if what != "forward_passes":
+                        found.setdefault(what, {})[name] = value
         for buffer, kept in buffers:  # modules such as `models.Whiten` learn from every input
             buffer.copy_(kept)
         found |= self._activity()

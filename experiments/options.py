@@ -59,6 +59,8 @@ def check(config: DictConfig) -> None:
     for name in ("amp", "data.augment.flip"):
         if not isinstance(value := OmegaConf.select(config, name, default=False), bool):
             raise ValueError(f"{name}={value} must be true or false")
+    if not isinstance(config.control, int | float) or not 0 <= config.control <= 1:
+        raise ValueError(f"control={config.control} must be a share of the run from 0 to 1, or true or false")
     require_counts(of="", null=True, threads=config.threads, plastic_epochs=config.plastic_epochs)
     if config.sweep is not None:
         check_inside_runs("sweep", config.sweep)

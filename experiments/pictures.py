@@ -182,6 +182,9 @@ def course(lines: list[dict[str, Any]], title: str, path: Path) -> Path | None:
         positive = any(y > 0 for line in axes.lines for y in line.get_ydata())
         if positive and quantity in ("signal_to_noise", "update_ratio"):
             axes.set_yscale("log", nonpositive="mask")
+        elif quantity.endswith("_angle"):
+            axes.axhline(90, color="grey", linewidth=0.8, linestyle="--")  # nothing in common
+            axes.set(ylim=(0, 135), yticks=[0, 45, 90, 135], ylabel="degrees")
         elif quantity != "cosine":
             axes.set_ylim(bottom=0)
         axes.legend(frameon=False, fontsize=7)

@@ -111,8 +111,9 @@ def perform(
                 config=started.config,
                 environments=started.environments,
             ).save(folder)
+        memory = logs.peak_memory(device)  # of the training alone
         summary, pictures, lines = task.summarize(config, log.history, seconds, folder)
-        summary |= {"peak_memory_bytes": logs.peak_memory(device)} | environment_info(device, started.commit)
+        summary |= {"peak_memory_bytes": memory} | environment_info(device, started.commit)
         log.finish(summary, pictures, lines)
     finally:
         log.close()

@@ -88,8 +88,13 @@ def times(device: torch.device, batch: int, width: int, seconds: float) -> dict[
     return take_turns(step, device, seconds)
 
 
-def take_turns(step: dict[str, Callable[[], object]], device: torch.device, seconds: float) -> dict[str, float]:
-    """Median milliseconds of each function."""
+def take_turns(
+    step: dict[str, Callable[[], object]],
+    device: torch.device,
+    seconds: float,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
+    """Median milliseconds of each function, by ``clock``."""
     taken: dict[str, list[float]] = {name: [] for name in step}
     for function in step.values():
         for _ in range(3):
@@ -98,10 +103,10 @@ def take_turns(step: dict[str, Callable[[], object]], device: torch.device, seco
     while time.perf_counter() < end or min(len(values) for values in taken.values()) < 5:
         for name, function in step.items():
             synchronize(device)
-            begin = time.perf_counter()
+            begin = clock()
             function()
             synchronize(device)
-            taken[name].append(1000 * (time.perf_counter() - begin))
+            taken[name].append(1000 * (clock() - begin))
     return {name: statistics.median(values) for name, values in taken.items()}
 
 

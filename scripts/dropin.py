@@ -41,6 +41,14 @@ Network = Callable[[int, int], nn.Module]
 Rule = Callable[[nn.Module], torch.optim.Optimizer]
 
 
+class Backpropagation(bioopt.FeedbackRule):
+    """With the options of feedback rules."""
+
+    def feedback(self, synapse: bioopt.Synapse, g: Tensor, x_shape: torch.Size) -> Tensor:
+        """The error, by the forward weights."""
+        return synapse.transpose(synapse.weight, g, x_shape)
+
+
 class Residual(nn.Module):
     """``x + f(x)`` with group norm."""
 
@@ -143,6 +151,16 @@ RULES: dict[str, Rule] = {
     "mono_forward": bioopt.MonoForward,
     "forward_forward": bioopt.ForwardForward,
 }
+FEEDBACK: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "feedback_alignment": bioopt.FeedbackAlignment,
+    "sign_symmetry": bioopt.SignSymmetry,
+    "kolen_pollack": bioopt.KolenPollack,
+    "weight_mirror": bioopt.WeightMirror,
+    "direct_feedback_alignment": bioopt.DirectFeedbackAlignment,
+    "drtp": bioopt.DRTP,
+    "direct_kolen_pollack": bioopt.DirectKolenPollack,
+}
+RULES |= FEEDBACK
 for _name, _rule in {
     "node_perturbation": bioopt.NodePerturbation,
     "forward_gradient": bioopt.ForwardGradient,
@@ -164,6 +182,11 @@ for _name, _local in {"softhebb": bioopt.SoftHebb, "krotov_hopfield": bioopt.Kro
     ABLATIONS[f"{_name}, constant rate"] = partial(_local, settle=0.0)
     ABLATIONS[f"{_name}, no homeostasis"] = partial(_local, lr=0.01, homeostasis=False)
     ABLATIONS[f"{_name}, as before"] = partial(_local, lr=0.01, homeostasis=False, **PLAIN)
+# What feedback rules do beyond Adam and orthogonal updates, which help backpropagation as well.
+ABLATIONS["adam"] = lambda model: torch.optim.Adam(model.parameters(), lr=2e-3)
+ABLATIONS["adam, orthogonal"] = lambda model: Backpropagation(model, lr=2e-3, descent=torch.optim.Adam, orthogonal=True)
+for _name, _feedback in FEEDBACK.items():
+    ABLATIONS[f"{_name}, orthogonal"] = partial(_feedback, orthogonal=True)
 SETTINGS = ("data", "scale", "images", "epochs", "batch", "held_out")
 SCALES = ("unit", "standard", "byte")
 
@@ -293,7 +316,7 @@ def section(runs: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Run what is missing, and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rules", nargs="+", default=list(RULES), choices=list(RULES))
+    parser.add_argument("--rules", nargs="+", default=list(RULES), choices=list(RULES | ABLATIONS))
     parser.add_argument("--ablations", action="store_true", help="run the ablations in place of the rules")
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])

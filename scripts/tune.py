@@ -57,6 +57,7 @@ def composed(overrides: list[str]) -> dict[str, Any]:
             raise ValueError(f"experiment={config.task.name} has no test accuracy to maximise")
         if not config.data.validation:
             config.data.validation = {"digits": 300, "stl10": 1000}.get(config.data.name, 10_000)
+        config.control = False  # no trial needs it
     return resolved(config)
 
 

@@ -29,6 +29,10 @@ OPTIMIZER = wr.Config("optimizer.name")
 DIAGNOSTICS = {
     "cosine": "cosine of update and gradient",
     "signal_to_noise": "signal-to-noise ratio of the updates",
+    "feedback_angle": "angle between feedback and forward weights (degrees)",
+    "error_angle": "angle between error and that of backpropagation (degrees)",
+    "update_angle": "angle between update and gradient (degrees)",
+    "error_rank": "participation ratio of the error",
     "update_ratio": "norm of the update / norm of the weights",
     "sparsity": "sparsity of activity",
     "dead_units": "dead units",

@@ -264,12 +264,17 @@ CASES = [
     Case(bioopt.STDP, cnn=spiking_cnn, mlp=spiking_mlp),
     Case(bioopt.AntiHebbian, PUBLISHED),
     Case(bioopt.ContrastiveDivergence, cnn=machines, mlp=machine),
+    Case(bioopt.DRTP, needs_target=True),
+    Case(bioopt.DirectFeedbackAlignment),
+    Case(bioopt.DirectKolenPollack),
+    Case(bioopt.FeedbackAlignment),
     Case(bioopt.ForwardForward, needs_target=True),
     Case(bioopt.ForwardGradient),
     Case(bioopt.Hebbian, PUBLISHED),
     Case(bioopt.Hebbian, {"readout_lr": None}, variant="by default"),
     Case(bioopt.HillClimbing, {"tries": 20}),  # one of 20 is nearly always kept
     Case(bioopt.Homeostasis),
+    Case(bioopt.KolenPollack),
     Case(bioopt.KrotovHopfield, PUBLISHED),
     Case(bioopt.LocalLoss, needs_target=True),
     Case(bioopt.MonoForward, needs_target=True),
@@ -280,7 +285,10 @@ CASES = [
     Case(bioopt.RewardSTDP, cnn=spiking_cnn, mlp=spiking_mlp, evaluates_once=True),
     Case(bioopt.Sanger, PUBLISHED),
     Case(bioopt.SerialPerturbation, perturbs_first=True),
+    Case(bioopt.SignSymmetry),
+    Case(bioopt.SignSymmetry, {"mode": "batchwise"}, variant="batchwise"),
     Case(bioopt.SoftHebb, {**PUBLISHED, "inverse_temperature": 1.0}),
+    Case(bioopt.WeightMirror),
     Case(bioopt.WeightPerturbation, perturbs_first=True),
 ]
 OF_RULE = {case.rule: case for case in CASES if not case.variant}

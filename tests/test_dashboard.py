@@ -109,8 +109,9 @@ def test_accuracy_is_grouped_with_bands(panels: dict[str, list[dict[str, Any]]])
     assert all(p["aggregate"] and p["groupAgg"] == "mean" for p in lines + panels["Bar Chart"])
     assert {p["groupBy"] for p in panels["Bar Chart"]} == {"optimizer.value.name"}
     diagnostics = {p["metricRegex"].split("/")[1]: p["xAxis"] for p in lines if "diagnostics" in str(p)}
+    angles = {"feedback_angle", "error_angle", "update_angle", "error_rank"}
     assert diagnostics == dict.fromkeys(
-        ("cosine", "signal_to_noise", "update_ratio", "sparsity", "dead_units", "dimensionality"), "step"
+        {"cosine", "signal_to_noise", "update_ratio", "sparsity", "dead_units", "dimensionality"} | angles, "step"
     )
     assert {metric for p in panels["Bar Chart"] for metric in p["metrics"]} >= {
         "images_per_second", "seconds", "forward_passes", "peak_memory_bytes", "trained_parameters"

@@ -121,3 +121,47 @@ def test_what_cannot_be_diagnosed_is_explained() -> None:
         bioopt.diagnose(optimizer, lambda: F.cross_entropy(model(x), y), samples=1)
     with pytest.raises(RuntimeError, match="returns the loss as a tensor with its graph"):
         bioopt.diagnose(optimizer, lambda: F.cross_entropy(model(x), y).item())
+
+
+class Transposed(bioopt.FeedbackRule):
+    """Backpropagation, with its weights shown."""
+
+    def feedback(self, synapse: bioopt.Synapse, g: Tensor, x_shape: torch.Size) -> Tensor:
+        return synapse.transpose(synapse.weight, g, x_shape)
+
+    def feedback_weights(self) -> dict[str, Tensor]:
+        return {name: s.weight.detach() for name, s in self.layers().items()}
+
+
+def test_angles_and_ranks_of_feedback() -> None:
+    model = cnn(dropout=0.0)
+    found = bioopt.diagnose(rule := Transposed(model, 0.1), ordinary(rule, model, *batch()), samples=2)
+    rule.close()
+    for name in ("0.weight", "4.weight", "8.weight"):
+        assert found[name]["error_angle"] == pytest.approx(0, abs=1e-2)
+        assert found[name]["update_angle"] == pytest.approx(0, abs=1e-2)
+        assert ("feedback_angle" in found[name]) == (name != "0.weight")  # below which nothing learns
+    assert found["8.weight"]["feedback_angle"] == pytest.approx(0, abs=1e-2)
+    model(batch()[0])
+    x, y = batch()
+    model.zero_grad()
+    logits = model(x)
+    logits.retain_grad()
+    F.cross_entropy(logits, y).backward()
+    values = torch.linalg.svdvals(logits.grad.double()).square()
+    assert found["8.weight"]["error_rank"] == pytest.approx(
+        (values.sum() ** 2 / values.square().sum()).item(), rel=1e-4
+    )
+
+    aligned = bioopt.FeedbackAlignment(model)
+    found = bioopt.diagnose(aligned, per_sample(aligned, model, x, y), samples=2)
+    feedback = aligned.feedback_weights()["4"].flatten()
+    angle = torch.rad2deg(torch.acos(F.cosine_similarity(feedback, model[4].weight.flatten(), 0)))
+    assert found["4.weight"]["feedback_angle"] == pytest.approx(angle.item(), abs=0.01)
+    assert found["8.weight"]["error_angle"] == pytest.approx(0, abs=1e-2)
+    assert 20 < found["0.weight"]["error_angle"] < 160
+    aligned.close()
+    direct = bioopt.DirectFeedbackAlignment(model)
+    found = bioopt.diagnose(direct, per_sample(direct, model, x, y), samples=2)
+    assert "feedback_angle" in found["8.weight"]  # of the readout, whose feedback has the shape of its weights
+    assert "feedback_angle" not in found["4.weight"]

@@ -216,15 +216,15 @@ def test_explicit_options_by_an_earlier_name_win() -> None:
 def test_what_an_explicit_option_makes_meaningless_is_left_out() -> None:
     optimizer = bioopt.create_optimizer("hebbian", mlp(), preset="default", readout=None)
     assert len(optimizer.param_groups) == 1
-    optimizer = bioopt.create_optimizer("node_perturbation", mlp(), preset="default", descent=torch.optim.Adam)
+    optimizer = bioopt.create_optimizer("weight_perturbation", mlp(), preset="default", descent=torch.optim.Adam)
     assert "momentum" not in optimizer.defaults
     assert optimizer.defaults["betas"] == (0.9, 0.999)
-    optimizer = bioopt.create_optimizer("node_perturbation", mlp(), preset="default", momentum=0.5)
+    optimizer = bioopt.create_optimizer("weight_perturbation", mlp(), preset="default", momentum=0.5)
     assert optimizer.defaults["momentum"] == 0.5
 
 
 def test_a_rule_without_layers_takes_parameters() -> None:
-    optimizer = bioopt.create_optimizer("weight_perturbation", mlp().parameters(), preset="default")
+    optimizer = bioopt.create_optimizer("weight_perturbation", mlp().parameters(), preset="default", readout=None)
     assert len(optimizer.param_groups[0]["params"]) == 4
 
 

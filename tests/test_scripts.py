@@ -128,11 +128,17 @@ def test_dropin(call: Call, tmp_path: Path) -> None:
 
 def test_bench_hebbian(call: Call, tmp_path: Path) -> None:
     record = tmp_path / "out.json"
-    options = ["--seconds", "0", "--width", "0.05", "--batches", "2", "--device", "cpu", "--json", str(record)]
-    shown = call("bench_hebbian.py", *options)
+    always = ["--seconds", "0", "--batches", "2", "--device", "cpu", "--json", str(record)]
+    shown = call("bench_hebbian.py", *always, "--width", "0.05", "--no-compile")
     assert float(re.findall(r"differ by (\S+) of a step", shown)[0]) < 1e-3
     assert [row[1] for row in table(shown)] == [row["step"] for row in json.loads(record.read_text())["rows"]]
-    assert len(table(shown)) == 4
+    assert len(table(shown)) == 6
+    assert "as fast as in fp32" in shown
+    shown = table(call("bench_hebbian.py", *always, "--table", "solves", "--neurons", "12"))
+    assert [row[1] for row in shown] == ["SGD", "Oja", "Hebbian", "Sanger", "AntiHebbian"]
+    shown = table(call("bench_hebbian.py", *always, "--table", "homeostasis", "--networks", "mlp"))
+    assert [row[2] for row in shown] == [row["rule"] for row in json.loads(record.read_text())["rows"]]
+    assert all(float(row[4]) > 0 for row in shown)
 
 
 def test_bench_perturbation(call: Call, tmp_path: Path) -> None:
@@ -143,6 +149,16 @@ def test_bench_perturbation(call: Call, tmp_path: Path) -> None:
     assert all(n > 0 for n in numbers(json.loads(record.read_text())))
     assert "pairs/s" in shown
     assert "memory at the peak" in shown
+
+
+def test_bench_feedback(call: Call, tmp_path: Path) -> None:
+    record = tmp_path / "out.json"
+    options = ["--seconds", "0", "--batch", "4", "--device", "cpu", "--networks", "lenet5", "--json", str(record)]
+    shown = table(call("bench_feedback.py", *options))
+    found = json.loads(record.read_text())["rows"]
+    assert [row[0] for row in shown] == [row["rule"] for row in found]
+    assert found[0]["ratio"]["lenet5"] == 1
+    assert all(row["ms"]["lenet5"] > 0 for row in found)
 
 
 def test_bench_scaling(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

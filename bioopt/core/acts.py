@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._torch_private import is_view
+from ._torch_private import is_node_of, is_view
 from .reach import detached
 
 if TYPE_CHECKING:
@@ -65,8 +65,8 @@ class _Relay(torch.autograd.Function):
     """Passes ``u`` on in place; its gradient goes to the graph of ``u``, and through the feedback to ``x``."""
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, x: Tensor, feedback: Callable[[Tensor], Tensor]) -> Tensor:
-        ctx.feedback = feedback
+    def forward(ctx: Any, u: Tensor, x: Tensor, feedback: Callable[[Tensor], Tensor], beneath: set[Any]) -> Tensor:
+        ctx.feedback, ctx.beneath = feedback, beneath
         ctx.mark_dirty(u)
         return u
 
@@ -77,10 +77,10 @@ class _Relay(torch.autograd.Function):
                 "the error of a relayed layer cannot be differentiated again: call backward() or "
                 "torch.autograd.grad() without create_graph=True"
             )
-        return gradient, ctx.feedback(gradient) if ctx.needs_input_grad[1] else None, None
+        return gradient, ctx.feedback(gradient) if ctx.needs_input_grad[1] else None, None, None
 
 
-def relay(firing: Firing, u: Tensor, feedback: Callable[[Tensor], Tensor]) -> Tensor:
+def relay(firing: Firing, u: Tensor, feedback: Callable[[Tensor], Tensor], skips: str = "keep") -> Tensor:
     """Pass ``u`` on, and send the error back through other weights than those of the layer.
 
     The layer must have received ``detached(x)``. In the backward pass the gradient ``g`` at ``u`` gives the gradients
@@ -91,10 +91,13 @@ def relay(firing: Firing, u: Tensor, feedback: Callable[[Tensor], Tensor]) -> Te
         firing: of the synapse.
         u: the layer's output; it is changed in place.
         feedback: from the gradient at ``u`` to that at ``x``.
+        skips: ``"keep"``: connections that bypass layers carry their error back past them; ``"cut"``: they carry none,
+            if all layers are relayed in this way.
     """
-    x = firing.x
-    if not (x.requires_grad and torch.is_grad_enabled() and u.requires_grad):
+    x, cutting = firing.x, skips == "cut"
+    if not ((x.requires_grad or cutting) and torch.is_grad_enabled() and u.requires_grad):
         return u
+    beneath = cut_skips(x.grad_fn) if cutting and x.grad_fn is not None else set()
 
     def returned(gradient: Tensor) -> Tensor:
         returned = feedback(gradient)
@@ -107,8 +110,76 @@ def relay(firing: Firing, u: Tensor, feedback: Callable[[Tensor], Tensor]) -> Te
 
     name, x_dtype, x_shape = firing.synapse.name, x.dtype, x.shape
     # A view cannot be marked dirty.
-    relayed: Tensor = _Relay.apply(u.clone() if is_view(u) else u, x, returned)
+    relayed: Tensor = _Relay.apply(u.clone() if is_view(u) else u, x, returned, beneath)
     return relayed
+
+
+def cut_skips(end: Any) -> set[Any]:
+    """Let no error pass from this node to layers that others bypass: to those beneath another layer that it reaches.
+
+    Returns:
+        the nodes of the nearest relays that the error still reaches.
+    """
+    reached = _relays_behind(end)
+    nearest = reached[end]
+    beneath: set[Any] = set()
+    todo = [lower for node in nearest for lower in node.beneath] if len(nearest) > 1 else []
+    while todo:
+        node = todo.pop()
+        if node not in beneath:
+            beneath.add(node)
+            todo += node.beneath
+    kept = nearest - beneath
+    if len(kept) == len(nearest):
+        return kept
+    todo, seen = [end], {end}
+    while todo:
+        node = todo.pop()
+        cut = {
+            i for i, (behind, _) in enumerate(node.next_functions) if reached.get(behind) and not reached[behind] & kept
+        }
+        if cut:
+            _cut_edges(node, cut)
+        for i, (behind, _) in enumerate(node.next_functions):
+            if i not in cut and behind not in seen and reached.get(behind, set()) - kept and behind not in nearest:
+                seen.add(behind)
+                todo.append(behind)
+    return kept
+
+
+_CUT = "bioopt skips"  # in a node's metadata: the numbers of its inputs that get no error
+
+
+def _cut_edges(node: Any, edges: set[int]) -> None:
+    if _CUT in node.metadata:  # its hook reads this set
+        node.metadata[_CUT] |= edges
+        return
+    node.metadata[_CUT] = edges
+    node.register_hook(
+        lambda gradients, _: tuple(None if i in edges else gradient for i, gradient in enumerate(gradients))
+    )
+
+
+def _relays_behind(end: Any) -> dict[Any, set[Any]]:
+    """For each node from here to the nearest relays, the relays behind it; not along edges that are cut."""
+    found: dict[Any, set[Any]] = {}
+    todo = [end]
+    while todo:
+        node = todo[-1]
+        if node in found:
+            todo.pop()
+            continue
+        if is_node_of(node, _Relay):
+            found[node] = {node}
+            continue
+        cut = node.metadata.get(_CUT, ())
+        behind = [one for i, (one, _) in enumerate(node.next_functions) if one is not None and i not in cut]
+        missing = [one for one in behind if one not in found]
+        if missing:
+            todo += missing
+        else:
+            found[node] = set().union(*(found[one] for one in behind))
+    return found
 
 
 def clamp(state: Tensor) -> Tensor:

@@ -13,14 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeAlias
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import is_captured, warn
-from .products import along_channels, in_full, over_events, squares_over_events
+from .products import Events, along_channels, in_full, over_events, rows_of, squares_over_events
 from .reach import weakly
 from .sums import Sums
 from .synapse import BUILT_IN, Synapse
@@ -41,6 +42,15 @@ DEFAULTS: dict[str, Any] = {"homeostasis": True, "inhibition": 10.0, "tolerance"
 Level: TypeAlias = dict[str, Any]
 
 
+class Fresh(NamedTuple):
+    """A new level, the rate of homeostasis, and `moving` of the level."""
+
+    level: Level
+    rate: float
+    deviation: Tensor
+    still: Tensor
+
+
 class Regulator:
     """The running activity of the neurons of a rule, and what keeps it at mean 0 and deviation 1.
 
@@ -52,7 +62,8 @@ class Regulator:
     def __init__(self, levels: Callable[[], dict[int, Level]], sum_over_ranks: Callable[[list[Tensor]], None]) -> None:
         self._levels_of_rule, self._sum = weakly(levels), weakly(sum_over_ranks)
         self._starts: dict[Synapse, tuple[Tensor, Tensor]] = {}  # mean and deviation in the first firing
-        self._fresh: dict[Synapse, float] = {}  # synapses with new levels since the last descent, and their rates
+        self._references: dict[Synapse, tuple[Tensor, Tensor]] = {}  # by which firings since the last step are measured
+        self._fresh: dict[Synapse, Fresh] = {}  # of synapses with new levels since the last descent
         self._still: set[Synapse] = set()  # layers whose constant activity was warned of
 
     def _levels(self) -> dict[int, Level]:
@@ -71,15 +82,18 @@ class Regulator:
     def clear(self) -> None:
         """Drop what the firings since the last step have left."""
         self._starts.clear()
+        self._references.clear()
 
     # -- as a synapse fires -------------------------------------------------------------------------------------
 
     def standardised(self, firing: Firing, u: Tensor) -> Tensor:
         """``(u - m) / s`` by the levels of the last step, or in the first by those of the first firing."""
         synapse, channel = firing.synapse, u.ndim + firing.synapse.channel_dim
-        mean, deviation = self._reference(synapse, u.detach(), channel)
-        shift, scale = along_channels(-mean / deviation, synapse), along_channels(1 / deviation, synapse)
-        return torch.addcmul(shift, u.detach(), scale)  # in one pass
+        if synapse not in self._references:
+            self._references[synapse] = self._reference(synapse, u.detach(), channel)
+        mean, deviation = self._references[synapse]
+        scale = along_channels(deviation.reciprocal(), synapse)
+        return torch.sub(u.detach(), along_channels(mean, synapse)).mul_(scale)
 
     def hands_on(self, synapse: Synapse) -> bool:
         """Whether the network receives standardised activity: until the first descent has made it the layer's own."""
@@ -89,10 +103,13 @@ class Regulator:
     def moments(self, firing: Firing, z: Tensor, acts: bool, inhibited: bool) -> dict[str, Tensor]:
         """The sums over events that `followed` needs, and for a rule that acts those of its input and of ``z zᵀ``."""
         synapse, channel = firing.synapse, z.ndim + firing.synapse.channel_dim
-        sums = {"z": over_events(z, channel), "z_squared": squares_over_events(z, channel)}
+        sums = {"z": over_events(z, channel)}
         if inhibited:
-            rows = z.movedim(channel, -1).reshape(-1, synapse.pools, len(synapse.weight) // synapse.pools).movedim(0, 1)
-            sums["z_product"] = (rows.mT @ rows).to(z.dtype)  # which autocast rounds
+            sums["z_product"] = together(z, channel, synapse.pools)
+        if inhibited and not torch.is_autocast_enabled(z.device.type):  # which rounds products
+            sums["z_squared"] = sums["z_product"].diagonal(dim1=-2, dim2=-1).flatten().clone()
+        else:
+            sums["z_squared"] = squares_over_events(z, channel)
         if acts:
             x = firing.x.detach()
             sums["input"] = over_events(x, x.ndim + synapse.channel_dim, z.dtype)
@@ -126,7 +143,7 @@ class Regulator:
 
     # -- at the step --------------------------------------------------------------------------------------------
 
-    def followed(self, sums: Sums, synapse: Synapse, rate: float) -> Level:
+    def followed(self, sums: Sums, synapse: Synapse, rate: float) -> Fresh:
         """The level of a synapse after these firings."""
         n, level = sums.events, self.level(synapse)
         seen = 0 if level is None else level["events"]
@@ -138,49 +155,59 @@ class Regulator:
         else:
             mean = level["mean"].to(shift.device)
             variance = level["variance"].to(shift.device)
-            deviation = moving(mean, variance, synapse)[0]
-        new = {
-            "mean": mean + r * deviation * shift,
-            "variance": (1 - r) * variance + r * deviation.square() * (square - r * shift.square()),
+            known = self._references.get(synapse)
+            deviation = moving(mean, variance, synapse)[0] if known is None else known[1].to(mean.device)
+        square = torch.addcmul(square, shift, shift, value=-r)
+        new: Level = {
+            "mean": torch.addcmul(mean, deviation, shift, value=r),
+            "variance": torch.addcmul((1 - r) * variance, deviation.square(), square, value=r),
             "events": seen + n,
             "steps": 0 if level is None else level["steps"],
         }
         if "input" in sums.values:
             own = in_weight_form(sums.values["input"] / sums.values["inputs"], synapse)
-            known = None if level is None else level.get("input")
-            new["input"] = own if known is None else torch.lerp(known.to(own.device), own, r)
+            before = None if level is None else level.get("input")
+            new["input"] = own if before is None else torch.lerp(before.to(own.device), own, r)
         elif level is not None and "input" in level:
             new["input"] = level["input"]
-        self._fresh[synapse] = rate
-        return new if level is None else kept_in_place(level, new)
+        new = new if level is None else kept_in_place(level, new)
+        self._fresh[synapse] = Fresh(new, rate, *moving(new["mean"], new["variance"], synapse))
+        return self._fresh[synapse]
 
     @contextmanager
     def descending(self, commit: Callable[[dict[int, Level]], None]) -> Iterator[None]:
         """Regulate weights and biases after the descent that is made inside the ``with`` block."""
         fresh, self._fresh = self._fresh, {}
         levels = self._levels()
-        ready = {s: levels[s.index] for s in fresh if s.index in levels and levels[s.index]["events"] >= EVENTS}
+        ready = {s: self._present(new, levels[s.index], s) for s, new in fresh.items() if s.index in levels}
+        ready = {s: new for s, new in ready.items() if new.level["events"] >= EVENTS}
         before = {
-            s: (norms(s.weight), expected(s.weight, level), None if s.bias is None else s.bias.detach().clone())
-            for s, level in ready.items()
+            s: (norms(s.weight), expected(s.weight, new.level), None if s.bias is None else s.bias.detach().clone())
+            for s, new in ready.items()
         }
         yield
         if not ready:
             return
         new, done = dict(levels), set[Tensor]()
-        for synapse, level in ready.items():
-            tied = synapse.weight in done  # two layers share it: the first regulates
-            new[synapse.index] = self._regulate(synapse, level, *before[synapse], 0.0 if tied else fresh[synapse])
+        for synapse, own in ready.items():
+            if synapse.weight in done:  # two layers share it: the first regulates
+                own = own._replace(rate=0.0)
+            new[synapse.index] = self._regulate(synapse, own, *before[synapse])
             done.add(synapse.weight)
         commit(new)
 
-    def _regulate(
-        self, synapse: Synapse, level: Level, norm: Tensor, of_input: Tensor, former: Tensor | None, rate: float
-    ) -> Level:
+    def _present(self, fresh: Fresh, level: Level, synapse: Synapse) -> Fresh:
+        """``fresh``, unless another level was loaded since."""
+        if fresh.level is level:
+            return fresh
+        mean, variance = (level[name].to(synapse.weight.device) for name in ("mean", "variance"))
+        return Fresh(level, fresh.rate, *moving(mean, variance, synapse))
+
+    def _regulate(self, synapse: Synapse, fresh: Fresh, norm: Tensor, of_input: Tensor, former: Tensor | None) -> Level:
         """The new level after regulation; ``norm``, ``of_input`` and ``former``, the bias: from before the descent."""
+        level, rate, deviation, still = fresh
         weight, steps = synapse.weight, level["steps"]
         mean, variance = (level[name].to(weight.device) for name in ("mean", "variance"))
-        deviation, still = moving(mean, variance, synapse)
         r = max(rate, 1 / (1 + steps)) if rate else 0.0
         gain = deviation.pow(-r).masked_fill(still, 1)
         if steps:
@@ -191,8 +218,8 @@ class Regulator:
         if rate:
             weight.mul_(along_neurons(scale.to(weight.dtype), weight))
         bias = synapse.bias
-        b = torch.zeros_like(mean) if former is None else former.to(mean.dtype)
-        mean = gain * (mean - b - of_input) + expected(weight, level)
+        mean = mean - of_input if former is None else mean - of_input - former.to(mean.dtype)
+        mean = torch.addcmul(expected(weight, level), gain, mean)
         if bias is not None and bias.requires_grad and not synapse.fixed_bias and rate:
             bias.copy_(-mean)
             mean = torch.zeros_like(mean)
@@ -202,13 +229,24 @@ class Regulator:
         return kept_in_place(level, new)
 
 
+def together(z: Tensor, channel: int, pools: int) -> Tensor:
+    """The sum over events of ``z zᵀ`` in each pool, pools × neurons × neurons."""
+    neurons, positions = z.shape[channel] // pools, z.shape[channel + 1 :].numel()
+    if z.is_contiguous() and neurons <= positions:  # sample by sample, which needs no copy of the activity
+        rows = z.view(-1, pools, neurons, positions)
+        return (rows @ rows.mT).sum(0, dtype=z.dtype)
+    rows = z if channel == z.ndim - 1 else z.movedim(channel, -1)
+    rows = rows.reshape(-1, pools, neurons).movedim(0, 1)
+    return (rows.mT @ rows).to(z.dtype)
+
+
 def moving(mean: Tensor, variance: Tensor, synapse: Synapse) -> tuple[Tensor, Tensor]:
     """The deviation of each neuron, 1 where it does not move, and where that is."""
-    deviation, offset = variance.clamp(min=0).sqrt(), mean.abs()
+    deviation, offset = variance.clamp(min=0).sqrt_(), mean.abs()
     if synapse.bias is not None:  # which may cancel a constant input but for rounding
-        offset = offset + synapse.bias.detach().abs().to(offset)
-    still = deviation <= NOT_MOVING * offset + 1e-20
-    return deviation.masked_fill(still, 1), still
+        offset.add_(synapse.bias.detach().abs())
+    still = deviation <= offset.mul_(NOT_MOVING).add_(1e-20)
+    return deviation.masked_fill_(still, 1), still
 
 
 def norms(weight: Tensor) -> Tensor:
@@ -239,6 +277,9 @@ def expected(weight: Tensor, level: Level) -> Tensor:
     if "input" not in level:
         return torch.zeros(len(weight), dtype=level["mean"].dtype, device=weight.device)
     weight = in_full(weight.detach())
+    if weight.ndim == 2:
+        total = weight @ level["input"][0].to(weight)
+        return total
     total = torch.mul(weight, level["input"].to(weight)).flatten(1).sum(1)
     return total
 
@@ -258,29 +299,61 @@ def kept_in_place(old: Level, new: Level) -> Level:
     return {**new, **{name: value for name, value in old.items() if isinstance(value, Tensor)}}
 
 
-def rotation(drive: Tensor, direction: Tensor) -> Tensor:
-    """The part of ``drive`` that turns unit vectors."""
-    turn: Tensor = drive - torch.linalg.vecdot(drive, direction).unsqueeze(-1) * direction
-    return turn
+def rotate_(drive: Tensor, direction: Tensor) -> Tensor:
+    """The part of ``drive`` that turns unit vectors, in place."""
+    along = torch.linalg.vecdot(drive, direction).unsqueeze(-1)
+    return drive.addcmul_(along, direction, value=-1)
 
 
-def inhibition(moment: Tensor, direction: Tensor, length: Tensor, deviation: Tensor, tolerance: float) -> Tensor:
-    """For each neuron, the weights of those that are active together with it, in proportion to that.
+def inhibit_(
+    drive: Tensor, moment: Tensor, direction: Tensor, unit: Tensor, tolerance: float, strength: Tensor
+) -> Tensor:
+    """Subtract from the drive of each neuron the weights of those that are active together with it, in place.
 
     Args:
+        drive: pools × neurons × inputs.
         moment: ``⟨z_k z_j⟩`` of each pool, pools × neurons × neurons.
-        direction: the unit weight vectors, pools × neurons × inputs.
-        length: of each neuron's weights.
-        deviation: of each neuron's activity.
+        direction: the unit weight vectors, of the drive's shape.
+        unit: the deviation of the activity of each unit vector.
         tolerance: correlations up to this are left alone.
+        strength: of the inhibition.
     """
-    size = moment.diagonal(dim1=-2, dim2=-1).clamp(min=1e-12).sqrt()
-    correlation = moment / (size.unsqueeze(-1) * size.unsqueeze(-2))
+    size = moment.diagonal(dim1=-2, dim2=-1).clamp(min=1e-12).rsqrt()
+    correlation = moment.mul_(size.unsqueeze(-1)).mul_(size.unsqueeze(-2))
     correlation.diagonal(dim1=-2, dim2=-1).zero_()
     beyond = F.softshrink(correlation, tolerance)
-    unit = (deviation.to(length.device) / length.clamp(min=1e-30)).view(*size.shape, 1)  # activity of a unit vector
-    inhibited: Tensor = unit * (beyond @ (direction / unit.clamp(min=1e-30)))
-    return inhibited
+    unit = unit.view(size.shape).clamp(min=1e-30)
+    if drive.device.type == "cpu" and drive.shape[-2] >= 64:  # below, and elsewhere, a dense product is as fast
+        found = beyond.flatten(0, 1).nonzero()
+        if 8 * len(found) < beyond.numel():  # few neurons are active together
+            return _inhibit_sparsely_(drive, beyond, direction, unit, strength, found)
+    beyond.mul_((strength * unit).unsqueeze(-1)).div_(unit.unsqueeze(-2))
+    return drive.baddbmm_(beyond, direction, alpha=-1)
+
+
+def _inhibit_sparsely_(
+    drive: Tensor, beyond: Tensor, direction: Tensor, unit: Tensor, strength: Tensor, found: Tensor
+) -> Tensor:
+    """As `inhibit_`; ``found`` are the indices of all that is not zero in ``beyond``."""
+    unit, neurons = unit.flatten(), drive.flatten(0, 1)
+    row, other = found.unbind(1)
+    values = beyond.flatten(0, 1)[row, other]
+    if len(drive) > 1:
+        other = other + row.div(drive.shape[1], rounding_mode="floor") * drive.shape[1]
+    values.mul_((strength * unit)[row]).div_(unit[other])
+    first = torch.searchsorted(row, torch.arange(len(neurons)))
+    neurons.sub_(F.embedding_bag(other, direction.flatten(0, 1), first, mode="sum", per_sample_weights=values))
+    return drive
+
+
+def of_unit_vectors(events: Events, level: Level, length: Tensor) -> Events:
+    """Events with centred presynaptic activity, and the postsynaptic activity of the unit weight vectors."""
+    synapse = events.synapse
+    weight, bias = rows_of(synapse.weight.detach(), synapse), synapse.bias
+    mean = rows_of(level["input"].to(weight).expand(1, *synapse.weight.shape[1:]), synapse)[0]
+    offset = weight @ mean if bias is None else weight @ mean + bias.detach()
+    u = (in_full(events.u) - offset) / length.clamp(min=1e-30)
+    return replace(events, x=in_full(events.x) - mean, s=in_full(events.s), u=u)
 
 
 def tensors_of(levels: Iterable[Level]) -> list[Tensor]:

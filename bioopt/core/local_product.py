@@ -16,10 +16,21 @@ from ._torch_private import backward_pass
 from .acts import cut
 from .constraints import NON_NEGATIVE, Constraint
 from .errors import require_finite, warn
-from .homeostasis import RATE, WARM_UP, Level, Regulator, along_neurons, inhibition, moving, norms, rotation, tensors_of
+from .homeostasis import (
+    RATE,
+    WARM_UP,
+    Level,
+    Regulator,
+    along_neurons,
+    inhibit_,
+    norms,
+    of_unit_vectors,
+    rotate_,
+    tensors_of,
+)
 from .one_pass import OnePass
 from .params import Params, no_plastic_layer, surveyed, synapses_of, unique
-from .products import SparseSignal, in_pools, weight_shaped
+from .products import Events, SparseSignal, in_pools, weight_shaped
 from .reach import Pending
 from .readout import ReadoutOptions, Survey, as_grad
 from .recorder import Firing
@@ -199,7 +210,8 @@ class LocalRule(OnePass):
         """Under homeostasis: the change of the neurons' unit weight vectors, of which only the rotation is taken.
 
         Args:
-            product: ``⟨s (x - μ)ᵀ⟩``, pools × neurons × inputs, with the signal of standardised activity.
+            product: ``⟨s (x - μ)ᵀ⟩``, pools × neurons × inputs, with the signal of standardised activity; may be
+                changed in place.
             direction: the unit vectors, of the same shape.
             synapse: the layer.
             group: its param group.
@@ -208,6 +220,23 @@ class LocalRule(OnePass):
             of the same shape; by default the product itself.
         """
         return product
+
+    @optional
+    def drive_of_few(self, product: Tensor, direction: Tensor, events: Events, group: dict[str, Any]) -> Tensor:
+        """`drive` from few events, where `measure` has kept them.
+
+        Args:
+            product: as in `drive`.
+            direction: as in `drive`.
+            events: with centred presynaptic activity, and the postsynaptic activity of the unit vectors, ``V (x - μ)``.
+            group: the param group.
+        """
+        return self.drive(product, direction, events.synapse, group)
+
+    @optional
+    def most_events(self, synapse: Synapse, group: dict[str, Any]) -> int:
+        """The number of events that take the rule no more work than their product: up to so many, they are kept."""
+        return 0
 
     @optional
     def least_neurons(self, group: dict[str, Any]) -> tuple[int, str]:
@@ -416,10 +445,7 @@ class LocalRule(OnePass):
                     changes = self._changes(sums, synapse, state)
                 if self._homeostatic_rate(self.param_groups[synapse.group]):
                     # Optimizers create their state at the first gradient, and checkpoints expect it of all parameters.
-                    zeros: dict[Tensor, Tensor] = {
-                        p: torch.zeros_like(p) for p in synapse.parameters() if p.requires_grad
-                    }
-                    changes = {**zeros, **changes}
+                    changes = {p: torch.zeros_like(p) for p in synapse.parameters() if p not in changes} | changes
                 for p, change in changes.items():  # one weight in two layers learns from both
                     grad = as_grad(change, p)
                     grads[p] = grads[p] + grad if p in grads else grad
@@ -436,28 +462,37 @@ class LocalRule(OnePass):
         rate = self._homeostatic_rate(group)
         if not rate or "z" not in sums.values:
             return self.changes(sums, synapse, group, state)
-        level = self._regulator.followed(sums, synapse, rate)
+        level, _, deviation, still = self._regulator.followed(sums, synapse, rate)
         state["homeostasis"] = {**state.get("homeostasis", {}), synapse.index: level}
+        few = sums.few
+        sums.form_product()
         if "product" not in sums.values:
             return {}
         product, signal = means(sums)
         assert signal is not None
         weight, length = synapse.weight.detach(), norms(synapse.weight)
-        direction = in_pools(weight / along_neurons(length, weight).clamp(min=1e-30).to(weight.dtype), synapse)
-        centred = in_pools(product.sub_(along_neurons(signal, product) * level["input"].to(product)), synapse)
+        direction = in_pools(weight / along_neurons(length.clamp(min=1e-30).to(weight.dtype), weight), synapse)
+        product.addcmul_(along_neurons(signal, product), level["input"].to(product), value=-1)
+        centred = in_pools(product, synapse)
         size = centred.norm(dim=-1)
-        deviation, still = moving(level["mean"].to(length.device), level["variance"].to(length.device), synapse)
-        drive = self.drive(centred, direction, synapse, group)
+        still = still.view(size.shape)
+        if few is None:
+            drive = self.drive(centred, direction, synapse, group)
+        else:
+            drive = self.drive_of_few(centred, direction, of_unit_vectors(few, level, length), group)
         if group["inhibition"]:
-            others = inhibition(
-                sums.values["z_product"] / sums.events, direction, length, deviation, group["tolerance"]
-            )
-            drive = drive - group["inhibition"] * size.mean() * others
-        turn = rotation(drive, direction).masked_fill(still.view(*size.shape, 1), 0)
-        largest = torch.maximum(size.amax(), turn.norm(dim=-1).amax()).clamp(min=1e-30)
+            moment = sums.values["z_product"] / sums.events
+            strength = group["inhibition"] * size.mean()
+            drive = inhibit_(drive, moment, direction, deviation / length, group["tolerance"], strength)
+        turn = rotate_(drive, direction)
+        largest = torch.maximum(size.amax(), turn.norm(dim=-1).masked_fill(still, 0).amax()).clamp(min=1e-30)
         settled = 1 / (1 + (level["steps"] - WARM_UP) / group["settle"]) if group["settle"] else 1.0
-        turn = turn * (settled * length.view(*size.shape, 1) / largest)
-        return {synapse.weight: weight_shaped(turn.to(weight.dtype), synapse)}
+        angle = (length.view(size.shape) * (settled / largest)).masked_fill_(still, 0)
+        return {synapse.weight: weight_shaped(turn.mul_(angle.unsqueeze(-1)).to(weight.dtype), synapse)}
+
+    def _most_events(self, synapse: Synapse) -> int:
+        """`most_events`; 0 where ranks, which have different events, add up their products."""
+        return self.most_events(synapse, self.param_groups[synapse.group]) if self.process_group is None else 0
 
     def _homeostatic_rate(self, group: dict[str, Any]) -> float:
         """The rate of homeostasis in a group, per step; 0: none."""
@@ -584,18 +619,26 @@ class LocalProductRule(LocalRule):
         synapse, activity = firing.synapse, firing.activity(u)
         group = self.param_groups[synapse.group]
         s = self.signal(activity, synapse, group) if u.numel() else torch.zeros_like(activity)
-        return product_sums(firing, u, s)
+        return product_sums(firing, u, s, self._most_events(synapse))
+
+    @optional
+    def update_of_few(self, events: Events, synapse: Synapse, group: dict[str, Any]) -> Tensor:
+        """`update` from the events themselves, for rules that keep few (`most_events`)."""
+        raise NotImplementedError
 
     def changes(
         self, sums: Sums, synapse: Synapse, group: dict[str, Any], state: dict[str, Any]
     ) -> dict[Tensor, Tensor]:
-        """`update` by the means."""
+        """`update` by the means, or from few events."""
+        if sums.few is not None:
+            return {synapse.weight: self.update_of_few(sums.few, synapse, group)}
         product, signal = means(sums)
         return {synapse.weight: self.update(product, signal, synapse, group)}
 
 
 def means(sums: Sums) -> tuple[Tensor, Tensor | None]:
     """``⟨s xᵀ⟩``, computed in place, and ``⟨s⟩``, if the layer has a bias."""
+    sums.form_product()
     signal = sums.values.get("signal")
     return sums.values["product"].div_(sums.events), None if signal is None else signal / sums.events
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,54 @@ class SparseSignal(NamedTuple):
     def total(self, size: int) -> Tensor:
         """The sum over events for each of ``size`` neurons."""
         return self.values.new_zeros(size).index_add_(0, self.neurons.flatten(), self.values.flatten())
+
+
+@dataclass(eq=False)
+class Events:
+    """The activity of a few events, from which an update may take less work than from their local product.
+
+    Attributes:
+        synapse: the layer.
+        x: presynaptic activity, events × inputs in the order of `rows_of`.
+        s: the teaching signal, events × neurons.
+        u: postsynaptic activity, events × neurons.
+        most: the number of events that take no more work than their product.
+    """
+
+    synapse: Synapse
+    x: Tensor
+    s: Tensor
+    u: Tensor
+    most: int
+
+    def product(self) -> Tensor:
+        """``Σ s xᵀ``, of the weight's shape."""
+        with torch.autocast(self.x.device.type, enabled=False):
+            rows = in_full(self.s).T @ in_full(self.x)
+        return weight_shaped(rows.to(self.synapse.weight.dtype), self.synapse)
+
+    def joined(self, other: Events) -> Events | None:
+        """All events of both; ``None`` if these are too many."""
+        if len(self.x) + len(other.x) > self.most:
+            return None
+        x, s, u = (torch.cat(pair) for pair in ((self.x, other.x), (self.s, other.s), (self.u, other.u)))
+        return replace(self, x=x, s=s, u=u)
+
+
+def few_events(firing: Firing, u: Tensor, s: Tensor | SparseSignal, most: int) -> Events | None:
+    """The events of a firing; ``None`` if they are too many, or the layer is neither Linear nor a plain convolution."""
+    synapse, plain = firing.synapse, _is_plain_convolution(firing, u)
+    if not 0 < u.numel() // len(synapse.weight) <= most or not (plain or type(synapse.layer) is nn.Linear):
+        return None
+    channel = u.ndim + synapse.channel_dim
+    s = s.dense(u, channel) if isinstance(s, SparseSignal) else s
+    of_signal, of_neurons = (v.movedim(channel, -1).reshape(-1, len(synapse.weight)) for v in (s, u.detach()))
+    if plain:
+        x = _patches(firing, 0, len(u), [d - 1 for d in _memory_order(synapse)[1:]], u.dtype)
+    else:
+        x = firing.x.detach().reshape(-1, synapse.weight.shape[1]).clone()
+    # Activity may be changed in place after the layer, as by ReLU(inplace=True).
+    return Events(synapse, x, of_signal.clone(), of_neurons.clone(), most)
 
 
 def in_full(values: Tensor) -> Tensor:
@@ -73,10 +122,30 @@ def in_pools(tensor: Tensor, synapse: Synapse) -> Tensor:
     return in_full(rows)
 
 
+def orthogonalised(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Nearly the nearest semi-orthogonal matrices: singular vectors stay, singular values are 0.7 to 1.2.
+
+    By Newton-Schulz iterations with the coefficients of Muon (Jordan et al., 2024); directions weaker than about a
+    hundredth of the strongest stay weaker.
+    """
+    wide = matrices.shape[-2] <= matrices.shape[-1]
+    x: Tensor = matrices if wide else matrices.mT
+    tiny = torch.finfo(x.dtype).tiny
+    x = x / x.abs().amax((-2, -1), keepdim=True).clamp(min=tiny)  # or the squares of small entries would vanish
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=tiny)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+    return x if wide else x.mT
+
+
 def squares_over_events(values: Tensor, channel: int) -> Tensor:
     """The sum of squares over samples and positions for each neuron."""
     events = [d for d in range(values.ndim) if d != channel]
-    return torch.linalg.vector_norm(values, dim=events).square() if events else values.square()
+    if not events or values.dtype in (torch.float32, torch.float64):  # several times as fast as a norm on the CPU
+        return over_events(values.square(), channel)
+    squares: Tensor = torch.linalg.vector_norm(values, dim=events).square()
+    return squares
 
 
 def local_product(firing: Firing, u: Tensor, s: Tensor | SparseSignal) -> Tensor:
@@ -86,14 +155,17 @@ def local_product(firing: Firing, u: Tensor, s: Tensor | SparseSignal) -> Tensor
     takes half the time, or, if few neurons of an event learn, sum sparsely.
     """
     weight, plain = firing.synapse.weight, _is_plain_convolution(firing, u)  # the thresholds below were measured
+    half = u.dtype == torch.bfloat16
     if isinstance(s, SparseSignal):
-        if plain and weight.shape[1] >= 32 and len(weight) >= 16 * s.neurons.shape[1]:
+        if plain and not half and weight.shape[1] >= 32 and len(weight) >= 16 * s.neurons.shape[1]:
             return _sparse_product(firing, u, s)
         s = s.dense(u, u.ndim + firing.synapse.channel_dim)
-    if (
-        plain and weight[0].numel() >= 512 and len(weight) >= 256
-    ):  # below, the copy of the patches costs more than it saves
+    # For fewer, the copy of the patches costs more than it saves.
+    if plain and weight[0].numel() >= (2048 if half else 512) and len(weight) >= 256:
         return _product_of_patches(firing, u, s)
+    if type(firing.synapse.layer) is nn.Linear and u.dtype != torch.float16:  # as autograd, without its overhead
+        rows = firing.x.detach().reshape(-1, weight.shape[1]).to(u.dtype)
+        return (s.reshape(-1, len(weight)).to(u.dtype).T @ rows).to(weight.dtype)
     # A sum over the events of a large batch overflows float16, and a mean underflows.
     scale = (u.numel() / len(weight)) ** -0.5 if u.dtype == torch.float16 else 1.0
     (product,) = torch.autograd.grad(u, weight, (s if scale == 1.0 else s * scale).to(u.dtype))
@@ -101,36 +173,48 @@ def local_product(firing: Firing, u: Tensor, s: Tensor | SparseSignal) -> Tensor
 
 
 def _is_plain_convolution(firing: Firing, u: Tensor) -> bool:
-    """Whether ``u`` comes from an ungrouped 2-d convolution of a batch on the CPU, in the precision of its input."""
-    layer, x = firing.synapse.layer, firing.x
+    """Whether ``u`` comes from an ungrouped 2-d convolution of a batch on the CPU, in its own or in half precision."""
+    layer = firing.synapse.layer
     return (
         type(layer) is nn.Conv2d
         and layer.groups == 1
         and u.device.type == "cpu"
         and u.ndim == 4
-        and u.dtype in (torch.float32, torch.float64)
-        and x.dtype == u.dtype
+        and (u.dtype == torch.bfloat16 or u.dtype == firing.x.dtype in (torch.float32, torch.float64))
     )
 
 
 def _product_of_patches(firing: Firing, u: Tensor, s: Tensor) -> Tensor:
-    layer: Any = firing.synapse.layer
     weight = firing.synapse.weight
     outputs, inputs, *kernel = weight.shape
     width, positions = weight[0].numel(), u[0, 0].numel()
     # As many samples at a time as fit into the cache with their patches, and little memory beside activity and weights.
-    step = max(1, max(100_000, min(2_000_000, max(weight.numel(), u.numel()) // 4)) // (width * positions))
+    most = max(100_000, min(2_000_000, max(weight.numel(), u.numel()) // 4))
+    if u.dtype == torch.bfloat16:  # whose product gains from many events, and the sum costs a pass over the weights
+        most = max(2**25, 4 * weight.numel())
+    step = max(1, most // (width * positions))
     total: Tensor | None = None
     for start in range(0, len(u), step):
-        patches = _some_input(firing, start, step)
-        for dim, (size, stride, dilation) in enumerate(zip(kernel, layer.stride, layer.dilation, strict=True), start=1):
-            patches = patches.unfold(dim, dilation * (size - 1) + 1, stride)[..., ::dilation]
-        rows = patches.permute(0, 1, 2, 4, 5, 3).reshape(-1, width)
+        rows = _patches(firing, start, step, [1, 2, 0], u.dtype)
         signal = s[start : start + step].permute(0, 2, 3, 1).reshape(-1, outputs).to(rows.dtype)
-        total = signal.T @ rows if total is None else total.addmm_(signal.T, rows)
-        del patches, rows  # before the next ones are allocated
+        if u.dtype == torch.bfloat16:  # several sums are added in full precision
+            part = (signal.T.contiguous() @ rows).to(weight.dtype)
+            total = part if total is None else total.add_(part)
+        else:
+            total = signal.T @ rows if total is None else total.addmm_(signal.T, rows)
+        del rows  # before the next ones are allocated
     assert total is not None
     return total.view(outputs, *kernel, inputs).permute(0, 3, 1, 2)
+
+
+def _patches(firing: Firing, start: int, count: int, order: list[int], dtype: torch.dtype) -> Tensor:
+    """What each event of some samples sees, events × inputs; ``order``: of channels (0), rows (1) and columns (2)."""
+    layer: Any = firing.synapse.layer
+    patches = _some_input(firing, start, count, dtype)
+    places = zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)
+    for dim, (size, stride, dilation) in enumerate(places, start=1):
+        patches = patches.unfold(dim, dilation * (size - 1) + 1, stride)[..., ::dilation]
+    return patches.permute(0, 1, 2, *(3 + d for d in order)).reshape(-1, layer.weight[0].numel())
 
 
 def _sparse_product(firing: Firing, u: Tensor, s: SparseSignal) -> Tensor:
@@ -145,7 +229,7 @@ def _sparse_product(firing: Firing, u: Tensor, s: SparseSignal) -> Tensor:
     # As many samples at a time as fit into the cache, or more if the weights are larger than that.
     step = 1 + max(500_000, weight.numel() // 2) // (inputs * positions)
     for start in range(0, len(u), step):
-        x = _some_input(firing, start, step)
+        x = _some_input(firing, start, step, u.dtype)
         pixels, (samples, height, width) = x.reshape(-1, inputs), x.shape[:3]
         corner = torch.arange(samples, device=x.device).view(-1, 1, 1) * height * width + down.view(-1, 1) * width
         corner = (corner + across).flatten()  # of each event's patch
@@ -163,6 +247,8 @@ def _sparse_product(firing: Firing, u: Tensor, s: SparseSignal) -> Tensor:
     return total.permute(0, 3, 1, 2)
 
 
-def _some_input(firing: Firing, start: int, count: int) -> Tensor:
-    """Some samples of a convolution's input, padded, channels last."""
-    return padded(firing.synapse.layer, firing.x.detach()[start : start + count]).permute(0, 2, 3, 1)
+def _some_input(firing: Firing, start: int, count: int, dtype: torch.dtype) -> Tensor:
+    """Some samples of a convolution's input, padded, channels last, in the precision of the layer."""
+    x = firing.x.detach()[start : start + count].to(dtype)
+    with torch.autocast(x.device.type, enabled=False):  # which pads in single precision
+        return padded(firing.synapse.layer, x).permute(0, 2, 3, 1)

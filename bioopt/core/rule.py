@@ -55,6 +55,9 @@ Visit: TypeAlias = Callable[[Firing, Tensor], Tensor | None]
 #: options that groups of earlier versions lack, with what these did
 NEW_OPTIONS = {"readout": None, "standardised": False, "homeostasis": False}
 
+#: options of the descent that hold for SGD as well
+SHARED = ("weight_decay", "maximize", "differentiable")
+
 SCHEDULERS = ("initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr", "params", "param_names")
 
 
@@ -80,9 +83,9 @@ class LearningRule(ModelGroups, Optimizer):
             the exact gradient of its own weights; ``"teacher"``, from a target in place of its own activity, without a
             loss; ``None``, by the rule, like the other layers. See `bioopt.core.readout.Readout`. It needs modules.
         readout_lr: learning rate of the readout. The ``lr`` of a group that holds nothing but readouts takes
-            precedence. Without either, a ``"delta"`` readout whose ``descent`` is SGD learns on standardised
-            presynaptic activity, at a rate of its own along each of the largest principal components
-            (`bioopt.core.readout.Readout`); any other readout has the rate of its group.
+            precedence. Without either, a ``"delta"`` readout learns on standardised presynaptic activity, by SGD at
+            a rate of its own along each of the largest principal components (`bioopt.core.readout.Readout`); a
+            ``"teacher"`` readout has the rate of its group.
         readout_layer: the readout, by name or as a module, or a list of several (with ``"delta"``), each of which
             learns from the part of the loss that reaches it; by default the last synapse in registration order.
         readout_options: further options of the readout's param group, such as ``{"momentum": 0.9}``.
@@ -149,7 +152,7 @@ class LearningRule(ModelGroups, Optimizer):
                 readout_lr,
                 readout_layer,
                 readout_options,
-                standardise=readout == "delta" and issubclass(descent, SGD),
+                standardise=readout == "delta",
                 momentum=given_options.get("momentum", MOMENTUM),
             ),
             lambda groups, surveys: self._require_trainable(groups, surveys, defaults),
@@ -174,9 +177,14 @@ class LearningRule(ModelGroups, Optimizer):
             own_defaults = descent([torch.zeros(1, 1)], **options).defaults
         except TypeError as error:
             raise TypeError(f"{name}(descent={descent.__name__}): {error}") from None
+        # Steps on standardised activity have the right length for SGD, whatever makes those of the other layers.
+        of_sgd = SGD([torch.zeros(1)], **{key: own_defaults[key] for key in SHARED if key in own_defaults}).defaults
+        groups = [{**of_sgd, **group} if group.get("standardised") else group for group in groups]
         super().__init__(groups, {**own_defaults, **defaults, "readout": None, "standardised": False, PACKED: None})
         self._descent = descent([{"params": group["params"]} for group in self.param_groups], **options)
         self.state.update(self._descent.state)  # some optimizers create it here
+        apart = not isinstance(self._descent, SGD) and any(group["standardised"] for group in self.param_groups)
+        self._readout_descent = SGD([torch.zeros(1)]) if apart else None
         self._own_for(list(self._recorder.synapses.values()))
 
     # -- what a rule implements ---------------------------------------------------------------------------------
@@ -312,10 +320,17 @@ class LearningRule(ModelGroups, Optimizer):
         """The second half of `step`: ``descent``'s own step along ``.grad``."""
         mark_as_stepped(self)
         self._estimated = False
-        # load_state_dict replaces both. Without hooks: those on all optimizers must fire once per step.
-        self._descent.param_groups, self._descent.state = self.param_groups, self.state
+        groups = {self._descent: self.param_groups}
+        if self._readout_descent is not None:
+            groups = {
+                self._descent: [group for group in self.param_groups if not group["standardised"]],
+                self._readout_descent: [group for group in self.param_groups if group["standardised"]],
+            }
         with self._around_descent():
-            unhooked_step(self._descent)
+            for descent, own in groups.items():
+                # load_state_dict replaces both. Without hooks: those on all optimizers must fire once per step.
+                descent.param_groups, descent.state = own, self.state
+                unhooked_step(descent)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as in torch, after a check of its options; its ``"params"`` may be a module."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from .products import SparseSignal, local_product, over_events
+from .products import Events, SparseSignal, few_events, local_product, over_events
 from .recorder import Firing
 
 
@@ -25,7 +25,7 @@ class Gathering:
         self.learned = True
         for sums in (part() for part in self.parts):
             if sums is not None:
-                sums.values = {}
+                sums.values, sums.few = {}, None
 
 
 @dataclass(eq=False)
@@ -38,12 +38,14 @@ class Sums:
         counts: numbers by name: ``"events"``, the number of positions of all samples; and others that a rule needs.
         of_firing: whether they are those of one firing, or a total.
         gathering: to which they have been added.
+        few: the events themselves, in place of the product, where a rule prefers them.
     """
 
     values: dict[str, Tensor]
     counts: dict[str, float]
     of_firing: bool = True
     gathering: Gathering | None = None
+    few: Events | None = None
 
     @property
     def events(self) -> float:
@@ -65,7 +67,12 @@ class Sums:
 
         Values that only one of them has, because a rule began to act between the firings, are left out.
         """
+        few = self.few.joined(other.few) if self.few and other.few else None
+        if few is None:
+            self.form_product()
+            other.form_product()
         total = replace(self, of_firing=False) if self.of_firing else self
+        total.few = few
         total.values = {
             name: one + other.values[name] if self.of_firing else one.add_(other.values[name])
             for name, one in self.values.items()
@@ -74,20 +81,34 @@ class Sums:
         total.counts = {name: one + other.counts[name] for name, one in self.counts.items() if name in other.counts}
         return total
 
+    def form_product(self) -> None:
+        """Replace the events by their product."""
+        if self.few is not None:
+            self.values, self.few = {"product": self.few.product(), **self.values}, None
 
-def product_sums(firing: Firing, u: Tensor, s: Tensor | SparseSignal, **values: Tensor) -> Sums:
+
+def product_sums(
+    firing: Firing,
+    u: Tensor,
+    s: Tensor | SparseSignal,
+    most: int = 0,
+    **values: Tensor,
+) -> Sums:
     """The sums of one firing: ``Σ s xᵀ``, and ``Σ s`` if there is a bias.
 
     Args:
         firing: of the synapse.
         u: its output, with the graph of the layer alone.
         s: the teaching signal, of ``u``'s shape or sparse.
+        most: keep up to this number of events themselves, in place of their product.
         values: further sums over events.
     """
     synapse, channel = firing.synapse, u.ndim + firing.synapse.channel_dim
-    product = local_product(firing, u, s) if u.numel() else torch.zeros_like(synapse.weight)
-    own = {"product": product}
+    few = few_events(firing, u, s, most)
+    own = {}
+    if few is None:
+        own["product"] = local_product(firing, u, s) if u.numel() else torch.zeros_like(synapse.weight)
     if synapse.bias is not None or firing.standardised is not None:  # a product is centred by ``Σ s``
         size = u.shape[channel]
-        own["signal"] = s.total(size) if isinstance(s, SparseSignal) else over_events(s, channel, product.dtype)
-    return Sums(own | values, {"events": u.numel() // u.shape[channel]})
+        own["signal"] = s.total(size) if isinstance(s, SparseSignal) else over_events(s, channel, synapse.weight.dtype)
+    return Sums(own | values, {"events": u.numel() // u.shape[channel]}, few=few)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ..core.products import SparseSignal, in_full
+from ..core.kernels import Kernel
+from ..core.products import Events, SparseSignal, in_full
 from ..core.synapse import Synapse
+
+BLOCK = 128  # neurons at a time, in triangular systems
 
 
 def compete(u: Tensor, synapse: Synapse, outcome: Callable[[Tensor, int], Tensor]) -> Tensor:
@@ -49,12 +53,61 @@ def softmax_(strength: Tensor, dim: int, loser_strength: float = 0.0) -> Tensor:
     Shares are at least exp(-80), which is negligible: denormal numbers (below exp(-87) in single precision) take
     processors some twenty times as long.
     """
-    top, winner = strength.max(dim, keepdim=True) if loser_strength else (strength.amax(dim, keepdim=True), None)
-    strength.sub_(top).clamp_(min=-80).exp_()
-    largest = strength.sum(dim, keepdim=True).reciprocal_()  # the largest share, since exp(0) = 1
-    if winner is None:
-        return strength.mul_(largest)
-    return strength.mul_(-loser_strength * largest).scatter_(dim, winner, largest)
+    if not loser_strength:
+        strength.sub_(strength.amax(dim, keepdim=True)).clamp_(min=-80).exp_()
+        return strength.mul_(strength.sum(dim, keepdim=True).reciprocal_())
+    if strength.device.type == "cpu":
+        strength.sub_(strength.amax(dim, keepdim=True))
+        lost = _losers(strength, dim)
+    else:
+        top, winner = strength.max(dim, keepdim=True)
+        strength.sub_(top)
+        lost = torch.ones_like(strength).scatter_(dim, winner, 0)
+    strength.clamp_(min=-80).exp_()
+    strength.mul_(strength.sum(dim, keepdim=True).reciprocal_())
+    return strength.addcmul_(strength, lost, value=-1 - loser_strength)
+
+
+@Kernel
+def shares(activity: Tensor, temperature: Tensor, loser_strength: Tensor) -> Tensor:
+    """`softmax_` of ``temperature * activity``, events × neurons, along the neurons and in the dtype of activity."""
+    strength = activity.float() * temperature
+    strength = (strength - strength.amax(1, keepdim=True)).clamp(min=-80)
+    power = strength.exp()
+    largest = power.sum(1, keepdim=True).reciprocal()
+    order = torch.arange(activity.shape[1], device=activity.device, dtype=torch.float32)
+    first = torch.where(strength == 0, order, float(activity.shape[1])).amin(1, keepdim=True)
+    return torch.where(order == first, largest, -loser_strength * power * largest).to(activity.dtype)
+
+
+def shares_in_half(activity: Tensor, temperature: float, loser_strength: float) -> Tensor:
+    """`shares` by eager operations: of some events at a time, whose values in single precision fit into the cache."""
+    result = torch.empty_like(activity)
+    count = max(1, 2**18 // activity.shape[1])
+    for some, learned in zip(activity.split(count), result.split(count), strict=True):
+        learned.copy_(softmax_(some.float().mul_(temperature), 1, loser_strength))
+    return result
+
+
+@Kernel
+def of_largest_one(product: Tensor, weight: Tensor) -> Tensor:
+    """``D / max|D| · √|‖w‖ - 1|`` with ``D = P - (P · w) w``, neurons × inputs, in the memory of ``P``."""
+    change = product - (product * weight).sum(1, keepdim=True) * weight
+    rate = ((weight * weight).sum(1, keepdim=True).sqrt() - 1).abs().sqrt()
+    return product.copy_(change * (rate / change.abs().amax().clamp(min=1e-30)))
+
+
+def _losers(behind: Tensor, dim: int) -> Tensor:
+    """1 for all neurons but one that leads, 0 for that, by how far each is behind (0 for those that lead).
+
+    On the CPU, ``argmax`` and comparisons take ten times as long as this arithmetic.
+    """
+    lost = (behind * -torch.finfo(behind.dtype).max).clamp_(max=1)
+    several = lost.sum(dim) < behind.shape[dim] - 1
+    if several.any():  # of those that are equal, the first wins
+        equal = lost.movedim(dim, -1)
+        equal[several] = torch.ones_like(equal[several]).scatter_(-1, equal[several].argmin(-1, keepdim=True), 0)
+    return lost
 
 
 def signal_activity_product(rows: Tensor, weight: Tensor, signal: Tensor | None, synapse: Synapse) -> Tensor:
@@ -68,7 +121,7 @@ def signal_activity_product(rows: Tensor, weight: Tensor, signal: Tensor | None,
 def decay_own_(rows: Tensor, weight: Tensor, signal: Tensor | None, synapse: Synapse, lr: float = 0.0) -> None:
     """Subtract ``⟨s_k u_k⟩ w_k`` of each neuron from its row, in place; with ``lr``, at the weights after the step."""
     of_bias = None if signal is None or synapse.bias is None else (signal * synapse.bias.detach()).unsqueeze(1)
-    count = max(1, 2**22 // rows.shape[1])  # neurons at a time, to save memory
+    count = max(1, 2**17 // rows.shape[1])  # neurons at a time, which fit into the cache
     for start in range(0, len(rows), count):
         some = slice(start, start + count)
         row, w = rows[some], weight[some]
@@ -91,3 +144,46 @@ def clip_update_norm(change: Tensor, weight: Tensor, lr: float) -> Tensor:
     longest = torch.linalg.matrix_norm(weight, keepdim=True)
     length = lr * torch.linalg.matrix_norm(change, keepdim=True)
     return change.mul_((longest / length.clamp(min=1e-12)).clamp(max=1))
+
+
+def most(neurons: int, pays: Callable[[int], bool]) -> int:
+    """The largest number of events, fewer than ``neurons``, that pays, where all smaller numbers do too."""
+    return bisect.bisect_left(range(1, neurons), True, key=lambda n: not pays(n))
+
+
+def by_residual(events: Events, weight: Tensor, lr: float) -> Tensor:
+    """``(I + lr C)⁻¹ (P - C W)``, with ``lr=0`` ``P - C W``, as ``Sᵀ (n I + lr U Sᵀ)⁻¹ (X - U W)``.
+
+    The same by the push-through identity: a system of ``n`` events in place of one of neurons.
+    """
+    x, s, u = (in_full(values) for values in (events.x, events.s, events.u))
+    residual = torch.addmm(x, u, weight, alpha=-1)
+    if lr:
+        system = (u @ s.T).mul_(lr)
+        system.diagonal().add_(len(x))
+        residual, _ = torch.linalg.solve_ex(system, residual)  # which does not wait for the device
+    else:
+        residual.div_(len(x))
+    return s.T @ residual
+
+
+def by_residuals_in_order(events: Events, weight: Tensor, lr: float, product: Tensor | None = None) -> Tensor:
+    """``(I + lr L)⁻¹ (P - L W)`` with the lower triangle ``L`` of ``C``, block by block of neurons.
+
+    Each block learns from what those before it leave of the input. ``product``, ``P``, need not be formed otherwise.
+    """
+    x, s, u = (in_full(values) for values in (events.x, events.s, events.u))
+    n, residual = len(x), x.clone() if product is None else torch.zeros_like(x)
+    change = torch.empty_like(weight)
+    for start in range(0, len(weight), BLOCK):
+        block = slice(start, start + BLOCK)
+        w, lower = weight[block], (s[:, block].T @ u[:, block]).div_(n).tril_()
+        learned = torch.addmm(lower @ w, s[:, block].T, residual, beta=-1, alpha=1 / n)
+        if product is not None:
+            learned += product[block]
+        if lr:
+            system = torch.eye(len(w), dtype=w.dtype, device=w.device).add_(lower, alpha=lr)
+            learned = torch.linalg.solve_triangular(system, learned, upper=False)
+        change[block] = learned
+        residual.addmm_(u[:, block], torch.add(w, learned, alpha=lr) if lr else w, alpha=-1)
+    return change

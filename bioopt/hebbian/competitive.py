@@ -11,15 +11,20 @@ from ..core.constraints import NON_NEGATIVE, POSITIVE, POSITIVE_INT, Constraint,
 from ..core.homeostasis import DEFAULTS
 from ..core.local_product import LocalOptions, LocalProductRule, LocalRule, means
 from ..core.params import Params
-from ..core.products import SparseSignal, along_channels, in_full, in_pools, rows_of, weight_shaped
+from ..core.products import Events, SparseSignal, along_channels, in_full, in_pools, rows_of, weight_shaped
 from ..core.recorder import Firing
 from ..core.sums import Sums, product_sums
 from ..core.synapse import Synapse
 from .arithmetic import (
+    by_residual,
     clip_update_norm,
     compete,
     decay_own_,
     largest,
+    most,
+    of_largest_one,
+    shares,
+    shares_in_half,
     signal_activity_product,
     softmax_,
     sparse_signal,
@@ -148,13 +153,28 @@ class Hebbian(LocalRule):
         negative = False
         if u.numel():
             s, negative = self._modulated(self._shared(activity, firing.synapse, group), activity, firing)
-        sums = product_sums(firing, u, s)
+        sums = product_sums(firing, u, s, self._most_events(firing.synapse))
         sums.counts["reversed"] = float(negative)
         return sums
 
+    def most_events(self, synapse: Synapse, group: dict[str, Any]) -> int:
+        """As long as they take fewer multiplications than ``C`` and the solution."""
+        N, D = len(synapse.weight), synapse.weight[0].numel()
+        if group["decay"] != "subspace":
+            return 0
+        if group["homeostasis"]:
+            return N - 1
+        return most(N, lambda n: n * N * D + n * n * (N + D) + n**3 / 3 < 3 * N * N * D + N**3 / 3)
+
     def drive(self, product: Tensor, direction: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor:
         """``P - C V``; without a decay, or with a neuron's own, which turns no weight vector, ``P``."""
-        return product - product @ direction.mT @ direction if group["decay"] == "subspace" else product
+        if group["decay"] != "subspace":
+            return product
+        return torch.baddbmm(product, product @ direction.mT, direction, alpha=-1)
+
+    def drive_of_few(self, product: Tensor, direction: Tensor, events: Events, group: dict[str, Any]) -> Tensor:
+        """``P - C V`` with ``C V = ⟨s (Vᵀ V (x - μ))ᵀ⟩``."""
+        return product[0].addmm_(events.s.T, events.u @ direction[0], alpha=-1 / len(events.x)).unsqueeze(0)
 
     def _shared(self, u: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor | SparseSignal:
         """``y u``."""
@@ -203,18 +223,27 @@ class Hebbian(LocalRule):
         self, sums: Sums, synapse: Synapse, group: dict[str, Any], state: dict[str, Any]
     ) -> dict[Tensor, Tensor]:
         """``(I + lr C)⁻¹ (P - C W)`` in each pool, no step longer than ``‖W‖``; without decay ``P``."""
+        implicit = not group["loser_strength"] and not sums.counts["reversed"]
+        lr = group["lr"] if implicit else 0.0
+        if sums.few is not None:
+            weight = in_pools(synapse.weight.detach(), synapse)
+            change = by_residual(sums.few, weight[0], lr).unsqueeze(0)
+            change = clip_update_norm(change, weight, group["lr"])
+            return {synapse.weight: weight_shaped(change.to(synapse.weight.dtype), synapse)}
         product, signal = means(sums)
         if group["decay"] == "none":
             return {synapse.weight: product}
         rows = in_pools(product, synapse)
         weight = in_pools(synapse.weight.detach(), synapse)
-        decay = signal_activity_product(rows, weight, signal, synapse)
         if group["decay"] == "own":
-            decay = torch.diag_embed(decay.diagonal(dim1=-2, dim2=-1))
-        change = rows.baddbmm_(decay, weight, alpha=-1)
-        if not group["loser_strength"] and not sums.counts["reversed"]:
-            system = torch.eye(decay.shape[-1], dtype=rows.dtype, device=rows.device) + group["lr"] * decay
-            change, _ = torch.linalg.solve_ex(system, change)  # which does not wait for the device
+            decay_own_(rows.flatten(0, 1), weight.flatten(0, 1), signal, synapse, lr)
+            change = rows
+        else:
+            decay = signal_activity_product(rows, weight, signal, synapse)
+            change = rows.baddbmm_(decay, weight, alpha=-1)
+            if implicit:
+                system = torch.eye(decay.shape[-1], dtype=rows.dtype, device=rows.device) + lr * decay
+                change, _ = torch.linalg.solve_ex(system, change)  # which does not wait for the device
         change = clip_update_norm(change, weight, group["lr"])
         return {synapse.weight: weight_shaped(change.to(product.dtype), synapse)}
 
@@ -307,11 +336,21 @@ class SoftHebb(LocalProductRule):
         if k is not None:
             best, which = strongest(u, synapse, k)
             return sparse_signal(which, _first_wins(softmax_(best.mul_(t), -1), 1.0), synapse)
+        compiled = shares.runs(u) and u.dtype in (torch.float32, torch.bfloat16)
+        if synapse.pools == 1 and (compiled or (u.dtype == torch.bfloat16 and u.device.type == "cpu")):
+            channel = u.ndim + synapse.channel_dim
+            last = u.movedim(channel, -1)
+            rows = last.reshape(-1, last.shape[-1])
+            numbers = torch.tensor(float(t)), torch.tensor(1.0)
+            y = shares(rows, *numbers) if compiled else shares_in_half(rows, t, 1.0)
+            return y.view(last.shape).movedim(-1, channel)
         return compete(u, synapse, lambda pooled, dim: softmax_(pooled * t, dim, loser_strength=1.0))
 
     def update(self, product: Tensor, signal: Tensor | None, synapse: Synapse, group: dict[str, Any]) -> Tensor:
         """``D / max|D| · √|‖w‖ - 1|``."""
         change, weight = rows_of(product, synapse), rows_of(synapse.weight.detach(), synapse)
+        if synapse.bias is None and of_largest_one.runs(weight):
+            return weight_shaped(of_largest_one(change, weight), synapse)
         decay_own_(change, weight, signal, synapse)
         rate = (weight.norm(dim=1, keepdim=True) - 1).abs_().sqrt_()
         return weight_shaped(change.mul_(rate / largest(change)), synapse)

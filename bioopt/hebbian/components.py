@@ -10,9 +10,9 @@ from torch import Tensor
 from ..core.homeostasis import DEFAULTS
 from ..core.local_product import LocalOptions, LocalProductRule
 from ..core.params import Params
-from ..core.products import in_pools, rows_of, weight_shaped
+from ..core.products import Events, in_full, in_pools, rows_of, weight_shaped
 from ..core.synapse import Synapse
-from .arithmetic import clip_update_norm, decay_own_, signal_activity_product
+from .arithmetic import BLOCK, by_residuals_in_order, clip_update_norm, decay_own_, most, signal_activity_product
 
 
 class _OfActivity(LocalProductRule):
@@ -90,9 +90,25 @@ class Sanger(_OfActivity):
     Neural Networks 2.
     """
 
+    def most_events(self, synapse: Synapse, group: dict[str, Any]) -> int:
+        """As long as they take fewer multiplications than ``L`` and the solution."""
+        N, D = len(synapse.weight), synapse.weight[0].numel()
+        products = 2.0 if group["homeostasis"] else 2.5
+        return most(N, lambda n: n * N * D + BLOCK * N * (n + 1.5 * D) < products * N * N * D)
+
     def drive(self, product: Tensor, direction: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor:
         """``P - L V``."""
-        return product - (product @ direction.mT).tril() @ direction
+        return torch.baddbmm(product, (product @ direction.mT).tril_(), direction, alpha=-1)
+
+    def drive_of_few(self, product: Tensor, direction: Tensor, events: Events, group: dict[str, Any]) -> Tensor:
+        """``P - L V``."""
+        return by_residuals_in_order(events, direction[0], 0.0, product[0]).unsqueeze(0)
+
+    def update_of_few(self, events: Events, synapse: Synapse, group: dict[str, Any]) -> Tensor:
+        """``(I + lr L)⁻¹ (P - L W)``."""
+        weight = in_pools(synapse.weight.detach(), synapse)[0]
+        change = by_residuals_in_order(events, weight, group["lr"])
+        return weight_shaped(change.to(synapse.weight.dtype), synapse)
 
     def update(self, product: Tensor, signal: Tensor | None, synapse: Synapse, group: dict[str, Any]) -> Tensor:
         """``(I + lr L)⁻¹ (P - L W)`` in each pool."""
@@ -133,9 +149,22 @@ class AntiHebbian(_OfActivity):
         """Two."""
         return 2, "decorrelation"
 
+    def most_events(self, synapse: Synapse, group: dict[str, Any]) -> int:
+        """All that are fewer than the neurons; inhibition needs none."""
+        return 0 if group["homeostasis"] else len(synapse.weight) - 1
+
     def drive(self, product: Tensor, direction: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor:
         """None but the inhibition between neurons."""
         return torch.zeros_like(product)
+
+    def update_of_few(self, events: Events, synapse: Synapse, group: dict[str, Any]) -> Tensor:
+        """``diag(C) W - ⟨u (W^T u)ᵀ⟩``, no step longer than ``‖W‖``."""
+        weight = in_pools(synapse.weight.detach(), synapse)
+        u = in_full(events.u)
+        power = u.square().sum(0).div_(len(u)).unsqueeze(1)
+        change = torch.addmm(power * weight[0], u.T, u @ weight[0], alpha=-1 / len(u)).unsqueeze(0)
+        change = clip_update_norm(change, weight, group["lr"])
+        return weight_shaped(change.to(synapse.weight.dtype), synapse)
 
     def update(self, product: Tensor, signal: Tensor | None, synapse: Synapse, group: dict[str, Any]) -> Tensor:
         """``-(C - diag C) W`` in each pool, no step longer than ``‖W‖``."""

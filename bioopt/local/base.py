@@ -465,7 +465,10 @@ class BlockRule(LearningRule):
 
 
 class LocalLossRule(BlockRule, OnePass):
-    """A rule that learns from a loss of each block in one ordinary pass; see `BlockRule` for its arguments."""
+    """A rule that learns from a loss of each block in one ordinary pass.
+
+    Arguments, attributes and errors are those of `BlockRule`.
+    """
 
     def collect(self, losses: Tensor | None = None) -> tuple[dict[Tensor, Tensor], dict[str, Any]]:
         """The gradients of each block's loss, and the readout's, averaged over ranks."""

@@ -48,7 +48,7 @@ class ForwardForward(BlockRule):
     that of the label.
 
     Args:
-        params: as in `LocalLossRule`.
+        params: as in `BlockRule`.
         lr: learning rate of ``descent``, by default `torch.optim.Adam`.
         threshold: :math:`\theta` > 0. Neurons with tanh need one well below 1.
         label_scale: the size of the label in the input, in units of its default: 8 times the range of the sample for a
@@ -59,10 +59,10 @@ class ForwardForward(BlockRule):
             self-contrastive Forward-Forward does, without labels.
         prediction: what `predict`, and with it ``train.py``, tells a class by: ``"readout"``, or ``"goodness"``.
         options: ``blocks``, ``classes``, ``exclude``, ``descent`` and its options, ``process_group``, and ``seed``, of
-            the wrong labels, as in `LocalLossRule`.
+            the wrong labels, as in `BlockRule`.
 
     Attributes:
-        target: the labels, as in `LocalLossRule`.
+        target: the labels, as in `BlockRule`.
 
     Sources: G. Hinton (2022), *The forward-forward algorithm: some preliminary investigations*, arXiv:2212.13345;
     labels as waves: R. Scodellaro, A. Kulkarni, F. Alves & M. Schröter (2023), *Training convolutional neural networks

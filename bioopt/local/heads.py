@@ -16,7 +16,7 @@ __all__ = ["Heads", "LocalOptions", "cross_entropy", "deviation", "pooled", "req
 
 
 class LocalOptions(RuleOptions, total=False):
-    """Options of rules with local losses; `LocalLossRule` describes them."""
+    """Options of rules with local losses; `BlockRule` describes them."""
 
     head_lr: float | None
     blocks: Sequence[str | nn.Module] | None

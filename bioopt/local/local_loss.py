@@ -32,16 +32,16 @@ class LocalLoss(LocalLossRule):
     the norm is the mean over pairs. :math:`V` and :math:`g` learn by the same gradient, and belong to the optimizer.
 
     Args:
-        params: as in `LocalLossRule`.
+        params: as in `BlockRule`.
         lr: learning rate of ``descent``, by default `torch.optim.Adam`.
         loss: ``"cross_entropy"``, ``"similarity"``, or ``"both"``.
         pool: the number of positions that a classifier sees along each dimension of images or sequences.
         beta: :math:`\beta` in [0, 1], with ``loss="both"``.
         options: ``head_lr``, ``blocks``, ``classes``, ``seed``, ``example``, ``exclude``, ``descent`` and its options,
-            ``process_group``, as in `LocalLossRule`.
+            ``process_group``, as in `BlockRule`.
 
     Attributes:
-        target: the labels, as in `LocalLossRule`.
+        target: the labels, as in `BlockRule`.
 
     Source: A. Nøkland & L. H. Eidnes (2019), *Training neural networks with local error signals*, ICML.
     """

@@ -25,12 +25,12 @@ class MonoForward(LocalLossRule):
     forward pass, without pooling or negative samples.
 
     Args:
-        params: as in `LocalLossRule`.
+        params: as in `BlockRule`.
         lr: learning rate of ``descent``, by default `torch.optim.Adam`.
-        options: as in `LocalLossRule`.
+        options: as in `BlockRule`.
 
     Attributes:
-        target: the labels, as in `LocalLossRule`.
+        target: the labels, as in `BlockRule`.
 
     Source: J. Gong, B. Li & W. Abdulla (2025), *Mono-Forward: backpropagation-free algorithm for efficient neural
     network training harnessing local errors*, arXiv:2501.09238.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Unpack, cast, final
+from typing import Any, ClassVar, Unpack, final
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +64,7 @@ class NodePerturbation(NoisyActivity):
     Args:
         params: the model (or modules, or groups whose ``"params"`` are modules). Bare parameters are refused. Weight
             and bias of each synapse learn; other parameters stay frozen.
-        lr: learning rate of ``descent``; by default 5e-4, and with a readout 2e-4 (with ``readout_lr`` 1e-3). With
+        lr: learning rate of ``descent``; by default 5e-4, and with a readout 2e-4. With
             ``relative=False`` it must be given.
         sigma: the noise's standard deviation, in units of the root mean square of each layer's activity, or with
             ``relative=False`` in units of :math:`u`.
@@ -112,7 +112,7 @@ class NodePerturbation(NoisyActivity):
         readout: str | None = None,
         **options: Unpack[ReadoutOptions],
     ) -> None:
-        lr = self._rate(lr, 5e-4, relative, readout, cast(dict[str, Any], options))
+        lr = self._rate(lr, 5e-4, relative, readout)
         defaults = {"lr": lr, "sigma": sigma, "decorrelation": decorrelation}
         super().__init__(
             params, defaults, credit, distribution, relative=relative, seed=seed, readout=readout, **options

@@ -27,7 +27,7 @@ from ..core.synapse import BUILT_IN, Synapse
 FILL = {"normal": fill_normal_, "rademacher": fill_rademacher_}
 MICRO_BATCHES = "if the closure runs several micro-batches, estimate each by itself, add up their .grad, and descend"
 HALF = (torch.float16, torch.bfloat16)
-TRUNK_LR, READOUT_LR = 2e-4, 1e-3  # default rates of Adam with a readout
+TRUNK_LR = 2e-4  # default rate of Adam below a readout
 DISTRIBUTION: Constraint = one_of(*FILL)
 CREDIT: Constraint = (lambda v: v in ("sample", "global"), "'sample' or 'global'")
 
@@ -84,9 +84,7 @@ class Perturbation(LearningRule):
             raise RuntimeError(f"{type(self).__name__}: every parameter is frozen (requires_grad=False)")
         return plastic
 
-    def _rate(
-        self, lr: float | None, alone: float, relative: bool, readout: str | None, options: dict[str, Any]
-    ) -> float:
+    def _rate(self, lr: float | None, alone: float, relative: bool, readout: str | None) -> float:
         """``lr``, by default ``alone``; above a readout that learns from its own error, a slower trunk is better.
 
         A published rule has no default: its rate depends on the network.
@@ -98,8 +96,6 @@ class Perturbation(LearningRule):
                 f"{type(self).__name__}(relative=False) needs lr=: with one width for all layers and steps of SGD, the "
                 "rate depends on the network"
             )
-        if readout == "delta":
-            options["readout_lr"] = options.get("readout_lr") or READOUT_LR
         return alone if readout is None else TRUNK_LR
 
     def _weight_sizes(self, params: list[Tensor]) -> list[float]:

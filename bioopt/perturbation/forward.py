@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, Unpack, cast, final
+from typing import Any, Unpack, final
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -55,7 +55,7 @@ class ForwardGradient(NoisyActivity):
 
     Args:
         params: the model, or parameters, or named parameters. ``space="activities"`` needs the model (or modules).
-        lr: learning rate of ``descent``; by default 5e-4, and with a readout 2e-4 (with ``readout_lr`` 1e-3). With
+        lr: learning rate of ``descent``; by default 5e-4, and with a readout 2e-4. With
             ``relative=False`` it must be given.
         samples: :math:`S`, the number of directions per step; by default 8, or 1 with ``relative=False``.
         space: ``"weights"`` or ``"activities"``; by default activities for modules, and weights for
@@ -95,7 +95,7 @@ class ForwardGradient(NoisyActivity):
         readout: str | None = None,
         **options: Unpack[ReadoutOptions],
     ) -> None:
-        lr = self._rate(lr, 5e-4, relative, readout, cast(dict[str, Any], options))
+        lr = self._rate(lr, 5e-4, relative, readout)
         groups = groups_of(params)
         if space is None:
             watchable = all(named_modules_of(group["params"]) for group in groups)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, Unpack, cast, final
+from typing import Any, ClassVar, NamedTuple, Unpack, final
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,7 @@ class RankOnePerturbation(NoisyActivity):
     Args:
         params: the model (or modules, or groups whose ``"params"`` are modules). Bare parameters are refused, because
             the rule needs presynaptic activity. Weight and bias of each synapse learn; other parameters stay frozen.
-        lr: learning rate of ``descent``; by default 3e-3, and with a readout 2e-4 (with ``readout_lr`` 1e-3). With
+        lr: learning rate of ``descent``; by default 3e-3, and with a readout 2e-4. With
             ``relative=False`` it must be given.
         sigma: the standard deviation of the change of each weight, in units of the root mean square of its tensor, or
             with ``relative=False`` in units of the weights.
@@ -104,7 +104,7 @@ class RankOnePerturbation(NoisyActivity):
         readout: str | None = None,
         **options: Unpack[ReadoutOptions],
     ) -> None:
-        lr = self._rate(lr, 3e-3, relative, readout, cast(dict[str, Any], options))
+        lr = self._rate(lr, 3e-3, relative, readout)
         defaults = {"lr": lr, "sigma": sigma}
         super().__init__(
             params, defaults, credit, distribution, relative=relative, seed=seed, readout=readout, **options

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
-from typing import Any, ClassVar, Unpack, cast, final
+from typing import Any, ClassVar, Unpack, final
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +78,7 @@ class WeightPerturbation(Perturbation):
 
     Args:
         params: parameters, named parameters, or the model: all that require grad are perturbed.
-        lr: learning rate of ``descent``; by default 2e-3, and with a readout 2e-4 (with ``readout_lr`` 1e-3). With
+        lr: learning rate of ``descent``; by default 2e-3, and with a readout 2e-4. With
             ``relative=False`` it must be given.
         sigma: the standard deviation of the change of each weight, in units of the size of its tensor, or with
             ``relative=False`` in units of the weights.
@@ -121,7 +121,7 @@ class WeightPerturbation(Perturbation):
         readout: str | None = None,
         **options: Unpack[ReadoutOptions],
     ) -> None:
-        lr = self._rate(lr, 2e-3, relative, readout, cast(dict[str, Any], options))
+        lr = self._rate(lr, 2e-3, relative, readout)
         defaults = {"lr": lr, "sigma": sigma}
         super().__init__(params, defaults, relative=relative, seed=seed, readout=readout, **options)
         population = count_of(population, 24, relative)

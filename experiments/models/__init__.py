@@ -13,6 +13,7 @@ from .layers import Power, QuickDropout, Triangle
 from .lenet5 import lenet5
 from .mlp import mlp
 from .rbm import Binarize, ToUnitInterval, rbm
+from .resnet import BasicBlock, resnet
 from .shapes import Shape
 from .softhebb import softhebb
 from .spiking import spiking
@@ -20,6 +21,7 @@ from .whitening import Whiten
 from .wide import CompetingLayer, wide
 
 __all__ = [
+    "BasicBlock",
     "Binarize",
     "CompetingLayer",
     "InContext",
@@ -39,6 +41,7 @@ __all__ = [
     "mlp",
     "random_trunk",
     "rbm",
+    "resnet",
     "softhebb",
     "spiking",
     "wide",

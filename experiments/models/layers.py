@@ -6,13 +6,20 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import nn
 
+from bioopt.core.kernels import Kernel
+
+
+@Kernel
+def _above_mean(u: torch.Tensor) -> torch.Tensor:
+    return torch.relu(u - u.mean(1, keepdim=True))
+
 
 class Triangle(nn.Module):
     """The Triangle activation (Coates, Ng & Lee, 2011): ``relu(u - mean over channels)``."""
 
     def forward(self, u: torch.Tensor) -> torch.Tensor:
         """The excess over the mean of all neurons at the same position, of ``u``'s shape."""
-        return torch.relu_(u - u.mean(1, keepdim=True))
+        return _above_mean(u) if _above_mean.runs(u) else torch.relu_(u - u.mean(1, keepdim=True))
 
 
 class Power(nn.Module):
@@ -24,10 +31,11 @@ class Power(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Of ``x``'s shape."""
-        if not x.requires_grad and forward_ad.unpack_dual(x).tangent is None:
-            return x.pow(self.power)
-        # The derivative of a power below 1 is infinite at 0.
-        return x.clamp(min=1e-6).pow(self.power) * (x > 0)
+        with torch.autocast(x.device.type, enabled=False):  # which would make it single precision from here on
+            if not x.requires_grad and forward_ad.unpack_dual(x).tangent is None:
+                return x.pow(self.power)
+            # The derivative of a power below 1 is infinite at 0.
+            return x.clamp(min=1e-6).pow(self.power) * (x > 0)
 
     def extra_repr(self) -> str:
         """Its power."""

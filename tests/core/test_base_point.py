@@ -376,7 +376,7 @@ def test_each_of_several_readouts_gets_its_own_gradient(variant: Variant) -> Non
 @pytest.mark.parametrize("rule", [bioopt.NodePerturbation, bioopt.WeightPerturbation, bioopt.RankOnePerturbation])
 def test_the_gradient_under_autocast(rule: type, around: bool) -> None:
     model, twin = plain().float(), plain().float()
-    optimizer = rule(model, 0.1, sigma=0.1, readout="delta")
+    optimizer = rule(model, 0.1, sigma=0.1, readout="delta", readout_lr=0.1)
     x = X.float()
     with torch.autocast("cpu", torch.bfloat16):
         loss = F.cross_entropy(twin(x).float(), Y)

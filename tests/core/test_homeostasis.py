@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bioopt
-from bioopt.core.homeostasis import EVENTS, RATE, WARM_UP
+from bioopt.core.homeostasis import EVENTS, RATE, WARM_UP, inhibit_, together
 
 from ..rules import cnn
 
@@ -220,6 +220,40 @@ def test_correlated_neurons_inhibit_each_other() -> None:
         optimizer.step(lambda: layer(x).sum())
     assert before > 0.8
     assert abs(correlation()) < 0.6
+
+
+@pytest.mark.parametrize("shape", [(6, 4, 3, 5), (6, 4, 1, 1), (4, 3, 5), (7, 4)], ids=str)
+@pytest.mark.parametrize("pools", [1, 2])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_activity_of_pairs_of_neurons(shape: tuple[int, ...], pools: int, channels_last: bool) -> None:
+    torch.manual_seed(0)
+    z, channel = torch.randn(shape, dtype=torch.float64), 0 if len(shape) == 3 else 1
+    if channels_last and len(shape) == 4:
+        z = z.to(memory_format=torch.channels_last)
+    rows = z.movedim(channel, -1).reshape(-1, 4)
+    every, size = rows.T @ rows, 4 // pools
+    expected = torch.stack([every[start : start + size, start : start + size] for start in range(0, 4, size)])
+    torch.testing.assert_close(together(z, channel, pools), expected)
+
+
+@pytest.mark.parametrize("pools", [1, 3])
+@pytest.mark.parametrize("tolerance", [0.0, 0.2, 0.95, 0.999], ids=lambda t: f"tolerance {t}")
+def test_inhibition_equals_its_formula(pools: int, tolerance: float) -> None:
+    """Densely, sparsely (many neurons, few of them correlated), and of none."""
+    torch.manual_seed(0)
+    z = torch.randn(pools, 70, 12, dtype=torch.float64)
+    drive, direction = torch.randn(2, pools, 70, 5, dtype=torch.float64)
+    unit, strength = torch.rand(pools * 70, dtype=torch.float64) + 0.5, torch.tensor(0.7, dtype=torch.float64)
+    expected = drive.clone()
+    for p in range(pools):
+        size = z[p].norm(dim=1)
+        for k in range(70):
+            for j in range(70):
+                c = (z[p, k] @ z[p, j] / (size[k] * size[j])).item() if j != k else 0.0
+                beyond = max(abs(c) - tolerance, 0.0) * (1 if c > 0 else -1)
+                expected[p, k] -= 0.7 * beyond * unit[70 * p + k] / unit[70 * p + j] * direction[p, j]
+    found = inhibit_(drive, z @ z.mT, direction, unit, tolerance, strength)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("rule", [bioopt.Hebbian, bioopt.SoftHebb, bioopt.BCM, bioopt.Homeostasis])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bioopt import Firing, find_synapses
-from bioopt.core.products import SparseSignal, local_product
+from bioopt.core.products import SparseSignal, local_product, orthogonalised
 
 
 @pytest.mark.parametrize(
@@ -40,3 +40,37 @@ def test_the_product_over_patches_equals_autograd(
     (expected,) = torch.autograd.grad(u, layer.weight, dense, retain_graph=True)
     monkeypatch.setattr(torch.autograd, "grad", None)  # is not taken
     torch.testing.assert_close(local_product(Firing(synapse, x, None, False), u, s), expected, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("samples", [3, 12])
+def test_the_product_over_patches_in_half_precision(samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under autocast, of wide layers; several chunks of the batch are added in single precision."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(256, 256, 3, padding=1).to(memory_format=torch.channels_last)
+    x = torch.randn(samples, 256, 40, 40).to(memory_format=torch.channels_last)
+    (synapse,) = find_synapses(layer)
+    with torch.autocast("cpu", torch.bfloat16):
+        u = layer(x)
+        s = torch.randn_like(u)
+        (expected,) = torch.autograd.grad(u, layer.weight, s, retain_graph=True)
+        monkeypatch.setattr(torch.autograd, "grad", None)  # is not taken
+        found = local_product(Firing(synapse, x, None, False), u, s)
+    assert found.dtype == torch.float32
+    assert (found - expected).norm() < 0.005 * expected.norm()
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (8, 5), (3, 1), (2, 4, 6)])
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e-44, 1e30])
+def test_orthogonal_matrices_have_singular_values_of_about_one(shape: tuple[int, ...], scale: float) -> None:
+    given = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * scale
+    got = orthogonalised(given)
+    assert got.shape == given.shape
+    values = torch.linalg.svdvals(got)
+    assert values.max() < 1.3
+    assert values.max() > 0.6
+    if scale > 1e-40:  # below, entries are rounded
+        assert values.min() > 0.2
+
+
+def test_nothing_is_orthogonal_to_nothing() -> None:
+    assert not orthogonalised(torch.zeros(3, 4)).any()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..rules import LOCAL, Case, mlp, published
+import bioopt
+
+from ..rules import LOCAL, Case, mlp, published, same, weights
 
 
 @pytest.mark.parametrize("form", ["labels", "activity"])
@@ -139,3 +143,26 @@ def test_readout_mistakes_are_explained() -> None:
     model(x)
     with pytest.raises(RuntimeError, match=r"no gradient has reached it: call loss\.backward\(\)"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}])
+def test_a_readout_on_standardised_activity_learns_by_sgd_whatever_the_descent(options: dict[str, float]) -> None:
+    x, y = torch.randn(8, 6, dtype=torch.float64), torch.arange(8) % 4
+
+    def after(descent: type[torch.optim.Optimizer], lr: float, interrupted: bool = False) -> list[Tensor]:
+        model = mlp()
+        optimizer = bioopt.NodePerturbation(model, lr, readout="delta", descent=descent, **options)
+        for step in range(4):
+            if interrupted and step == 2:
+                state, model = optimizer.state_dict(), copy.deepcopy(model)
+                optimizer = bioopt.NodePerturbation(model, lr, readout="delta", descent=descent, **options)
+                optimizer.load_state_dict(state)
+            optimizer.step(lambda model=model: F.cross_entropy(model(x), y, reduction="none"))
+        return weights(model)
+
+    initial, resting = weights(mlp()), after(torch.optim.Adam, 0.0)
+    assert same(resting[:2], initial[:2])  # the trunk
+    assert same(resting, after(torch.optim.SGD, 0.0))
+    learned = after(torch.optim.Adam, 1e-3)
+    assert 1e-3 < (learned[0] - initial[0]).abs().mean() < 4.1e-3  # Adam's steps are about as long as its rate
+    assert same(learned, after(torch.optim.Adam, 1e-3, interrupted=True))

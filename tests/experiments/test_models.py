@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import types
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hydra.utils import get_object
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from bioopt import find_synapses
 from experiments import data, models
 from experiments.building import build_model
 from experiments.phases import split
@@ -263,3 +265,23 @@ def test_options_of_a_wide_layer_are_checked(option: str, message: str) -> None:
     images = data.from_config(config("data=digits").data, torch.device("cpu"))
     with pytest.raises(ValueError, match=message):
         build_model(config("model=wide", f"model.{option}"), images)
+
+
+def test_residual_networks_have_the_sizes_of_the_published_ones() -> None:
+    twenty = models.resnet((3, 32, 32), 10, blocks=(3, 3, 3))
+    assert sum(p.numel() for p in twenty.parameters()) == 272_474  # with convolutions beside two blocks
+    assert [name for name, _ in twenty.named_children() if name.startswith("block")] == [
+        f"block{i}" for i in range(1, 10)
+    ]
+    assert twenty[:-3](torch.zeros(2, 3, 32, 32)).shape == (2, 64, 8, 8)
+    assert models.resnet((1, 28, 28), 7)(torch.zeros(2, 1, 28, 28)).shape == (2, 7)
+
+
+def test_a_wider_lenet() -> None:
+    images = types.SimpleNamespace(shape=(3, 32, 32), classes=10)
+    model = build_model(config("model=lenet5", "model.channels=[32,64]", "model.hidden=[128,84]"), images)  # type: ignore[arg-type]
+    assert [tuple(layer.weight.shape)[:2] for layer in find_synapses(model)] == [
+        (32, 3), (64, 32), (128, 2304), (84, 128), (10, 84)
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match=r"model=lenet5: model\.channels=\[32\] and .* must have two numbers each"):
+        build_model(config("model=lenet5", "model.channels=[32]"), images)  # type: ignore[arg-type]

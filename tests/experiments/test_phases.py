@@ -49,12 +49,8 @@ def one_step(run: DictConfig, **cost: Any) -> tuple[list[Any], list[bool]]:
 
 
 SOME = [name for name in NAMES if name not in ("mixture", "cross_entropy")]
-WITHOUT = (
-    "hill_climbing",
-    "forward_forward",
-    "local_loss",
-    "mono_forward",
-)  # may keep nothing; need classes in each block
+# The first may keep nothing; the others need an output for each class in each block.
+WITHOUT = ("hill_climbing", "drtp", "forward_forward", "local_loss", "mono_forward")
 ALL_COSTS = ("hebbian", "node_perturbation", "sgd")  # one of each kind of optimizer; the others take turns
 
 

@@ -169,7 +169,10 @@ def test_a_folder_of_a_run_with_other_options_is_refused(tmp_path: Path) -> None
     assert "holds a run with optimizer.momentum=0.8, which is 0.9 now; name a new sweep by sweep=NAME" in done.stdout
 
 
-@pytest.mark.parametrize("experiment", sorted(p.stem for p in (ROOT / "conf/experiment").glob("compare_*.yaml")))
+COMPARISONS = [p for kind in ("compare", "feedback") for p in (ROOT / "conf/experiment").glob(f"{kind}_*.yaml")]
+
+
+@pytest.mark.parametrize("experiment", sorted(p.stem for p in COMPARISONS))
 def test_every_comparison_has_its_controls_and_seeds(experiment: str) -> None:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         composed = compose("config", [f"experiment={experiment}"], return_hydra_config=True)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bioopt
+from bioopt.hebbian.arithmetic import softmax_
 
 from ..rules import mlp, published
 from .twins import (
@@ -263,6 +264,20 @@ def test_bcm_measures_its_threshold_in_single_precision() -> None:
         optimizer.step()
     threshold = optimizer._own_state["running"][0]
     torch.testing.assert_close(threshold, (layer(1e-3 * x) ** 2).mean(0).detach(), rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_of_equal_neurons_one_wins(dim: int) -> None:
+    torch.manual_seed(0)
+    strength = torch.randint(3, (4, 5, 6)).movedim(1, dim).float()
+    shares = softmax_(strength.clone(), dim, loser_strength=0.5)
+    soft = torch.softmax(strength, dim)
+    assert (strength.amax(dim, keepdim=True) == strength).sum(dim).max() > 1
+    assert ((shares > 0).sum(dim) == 1).all()
+    won = shares > 0
+    torch.testing.assert_close(shares[won], soft[won])
+    assert (strength == strength.amax(dim, keepdim=True))[won].all()
+    torch.testing.assert_close(shares[~won], -0.5 * soft[~won])
 
 
 @pytest.mark.parametrize("competition", ["soft", "k"])

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bioopt
+from bioopt.core.readout import LR
 from bioopt.perturbation.base import weight_sizes
 
 from ..rules import OF_RULE, mlp, same, weights
@@ -65,9 +66,9 @@ def test_the_step_is_that_of_adam_or_as_published() -> None:
     with pytest.raises(TypeError, match=r"NodePerturbation\(relative=False\) needs lr=: "):
         bioopt.NodePerturbation(mlp(), relative=False)
     groups = bioopt.NodePerturbation(mlp(), readout="delta").param_groups
-    assert [group["lr"] for group in groups] == [2e-4, 1e-3]
-    groups = bioopt.NodePerturbation(mlp(), 0.1, readout="delta").param_groups
-    assert [group["lr"] for group in groups] == [0.1, 0.1]
+    assert [group["lr"] for group in groups] == [2e-4, LR]
+    groups = bioopt.NodePerturbation(mlp(), 0.1, readout="delta", readout_lr=0.2).param_groups
+    assert [group["lr"] for group in groups] == [0.1, 0.2]
 
 
 def homogeneous() -> nn.Sequential:

@@ -1,0 +1,352 @@
+"""Rules that send the error, or the target, from the output directly to every layer."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar, Unpack, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import UninitializedParameter
+
+from ..core.params import Params
+from ..core.recorder import Firing
+from ..core.rule import optional
+from ..core.synapse import Synapse
+from .base import OwnedFeedback, RandomFeedback, RandomOptions
+from .weights import drawn
+
+__all__ = ["DRTP", "DirectFeedbackAlignment", "DirectKolenPollack"]
+
+
+class DirectFeedback(RandomFeedback):
+    """A rule that sends a signal of the output's size to the input of every layer.
+
+    The output is that of the last layer that fires, or of ``readout_layer``.
+
+    Args:
+        params: as in `FeedbackRule`.
+        lr: learning rate of ``descent``, by default `torch.optim.Adam`.
+        readout_layer: the layer at whose output the error is taken, by name or as a module; by default the last layer
+            of the rule to fire in a forward pass.
+        own: as in `FeedbackRule`.
+        options: as in `RandomFeedback`.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 2e-3,
+        *,
+        readout_layer: str | nn.Module | None = None,
+        own: dict[str, Any] | None = None,
+        **options: Unpack[RandomOptions],
+    ) -> None:
+        self._error: Tensor | None = None  # at the output, samples × ... × outputs, in the backward pass
+        super().__init__(params, lr, own=own, **options)
+        self._readout_synapse = None if readout_layer is None else self._found(readout_layer)
+        self._shapes: dict[Synapse, torch.Size] = {}  # of feedback weights, from the first pass
+
+    @abstractmethod
+    def weights_of(self, synapse: Synapse) -> Tensor:
+        """The feedback weights of a layer, outputs × activity; called once its shape is known."""
+
+    def feedback(self, synapse: Synapse, g: Tensor, x_shape: torch.Size) -> Tensor:
+        """The error at the output, by the feedback weights."""
+        return self._sent(synapse, self._error_at(synapse, g), x_shape)
+
+    @optional
+    def feedback_of(self, firing: Firing) -> Callable[[Tensor], Tensor]:
+        """`feedback`, in the memory format of the layer's input."""
+        synapse, x_shape, last = firing.synapse, firing.x.shape, _channels_last(firing.x)
+        return lambda g: self._sent(synapse, self._error_at(synapse, g), x_shape, last)
+
+    @torch.no_grad()
+    def feedback_weights(self) -> dict[str, Tensor]:
+        """The feedback weights of each layer by its name, outputs × presynaptic activity, as copies.
+
+        Raises:
+            RuntimeError: before the first forward pass, which shows the shapes of activity.
+        """
+        named = {name: s for name, s in self.layers().items() if s in self._shapes}
+        if not named:
+            raise RuntimeError(
+                f"{type(self).__name__}: direct feedback has the shapes of activity, which are known after the first "
+                "forward pass in training mode"
+            )
+        return {name: self.weights_of(s).detach().clone() for name, s in named.items()}
+
+    def begin(self) -> None:
+        """Start an evaluation that alone will count."""
+        self._error = None
+        super().begin()
+
+    @property
+    def _output(self) -> Synapse:
+        """The layer whose output is that of the network."""
+        return self._readout_synapse or next(reversed(self._recorder.fired))
+
+    def _found(self, readout_layer: str | nn.Module) -> Synapse:
+        for name, synapse in self.layers().items():
+            if readout_layer in (name, synapse.name) or synapse.layer is readout_layer:
+                return synapse
+        shown = repr(readout_layer) if isinstance(readout_layer, str) else f"a {type(readout_layer).__name__}"
+        raise ValueError(
+            f"{type(self).__name__}: readout_layer={shown} is not a layer that the rule trains; it trains "
+            f"{', '.join(self.layers())}"
+        )
+
+    def _error_at(self, synapse: Synapse, g: Tensor) -> Tensor:
+        """The error at the output, samples × ... × outputs; ``g``: that at the layer's own output."""
+        output = self._output
+        if synapse is output:
+            self._error = g.movedim(output.channel_dim, -1)
+        if self._error is None:
+            raise RuntimeError(
+                f"{type(self).__name__}: the error has reached layer '{synapse.name}' before the readout "
+                f"'{output.name}': name the layer that gives the network's output, readout_layer='...'"
+            )
+        return self._error
+
+    def _matched(self, synapse: Synapse, signal: Tensor, x_shape: torch.Size) -> Tensor:
+        """``signal`` for each sample, or for each element of a sequence where the layer's input has as many."""
+        if synapse.channel_dim == -1 and signal.ndim > 1 and signal.shape[:-1] == x_shape[:-1]:
+            return signal
+        signal = signal.flatten(1, -2).sum(1) if signal.ndim > 2 else signal
+        if signal.ndim < 2 or len(signal) != x_shape[0]:
+            raise RuntimeError(
+                f"{type(self).__name__}: the input of layer '{synapse.name}' has the shape {tuple(x_shape)}, but the "
+                f"error at the output '{self._output.name}' has the shape {tuple(signal.shape)}: the first dimension "
+                "of both must be the sample"
+            )
+        return signal
+
+    def _sent(self, synapse: Synapse, signal: Tensor, x_shape: torch.Size, channels_last: bool = False) -> Tensor:
+        """``signal`` times the feedback weights, of the shape of the layer's input, and its memory format."""
+        signal = self._matched(synapse, signal, x_shape)
+        shape = torch.Size([signal.shape[-1], *x_shape[signal.ndim - 1 :]])
+        if (known := self._shapes.setdefault(synapse, shape)) != shape:
+            raise RuntimeError(
+                f"{type(self).__name__}: the input of layer '{synapse.name}' has the shape {tuple(x_shape)}, but its "
+                f"feedback weights have the shape {tuple(known)}, from an earlier pass: direct feedback needs inputs "
+                "of one size"
+            )
+        weights = self.weights_of(synapse).detach().to(signal.dtype)
+        if channels_last:
+            samples, channels, *space = x_shape
+            return (signal @ weights.movedim(1, -1).flatten(1)).view(samples, *space, channels).movedim(-1, 1)
+        return (signal @ weights.flatten(1)).view(x_shape)
+
+    def _fixed(self, synapse: Synapse) -> Tensor:
+        """Random weights."""
+        shape = self._shapes[synapse]
+        return self._random.fixed(synapse, synapse.weight, shape, self._deviation(synapse, shape), self._seed)
+
+    def _deviation(self, synapse: Synapse, shape: torch.Size) -> float:
+        """With which the error keeps its length on average, at a scale of 1."""
+        return self._scale(synapse) / math.sqrt(max(shape[1:].numel(), 1))
+
+
+@final
+class DirectFeedbackAlignment(DirectFeedback):
+    r"""The error at the output goes to every layer directly, by fixed random weights.
+
+    .. math::
+        \delta_l = \phi'(u_l) \odot B_l^\top e, \qquad \Delta W_l = -\delta_l\, x_l^\top
+
+    with the error :math:`e` at the network's output, and feedback weights :math:`B_l` of the shape outputs × activity,
+    normal numbers of standard deviation ``feedback_scale`` :math:`/ \sqrt{n}` for :math:`n` activities of a sample:
+    with 1, the error keeps its length on average. It arrives at the input of each layer, and passes what lies between
+    that and the layer below (normalisation, activation, pooling) as in backpropagation. The last layer learns by its
+    own error. Layers that share their weights over a sequence get the error of each element, where there is one.
+
+    Arguments and errors are those of `DirectFeedback`.
+
+    Source: A. Nøkland (2016), *Direct feedback alignment provides learning in deep neural networks*, NeurIPS 29.
+    """
+
+    def weights_of(self, synapse: Synapse) -> Tensor:
+        """Drawn from the seed and the index of the layer."""
+        return self._fixed(synapse)
+
+
+@final
+class DRTP(DirectFeedback):
+    r"""The target goes to every layer directly, by fixed random weights, in place of the error.
+
+    .. math::
+        \delta_l = -\phi'(u_l) \odot \tfrac{1}{N} B_l^\top (y - \bar y)
+
+    with :math:`N` samples, the one-hot target :math:`y`, and :math:`B_l` as in `DirectFeedbackAlignment`. Only the last
+    layer needs the error; all others can learn as soon as they have fired. The mean target :math:`\bar y = 1/K` of
+    :math:`K` classes is subtracted, or every neuron is pushed in one direction by all samples, and those with ReLU die;
+    ``centred=False`` is the published formula. Needs ``optimizer.target``, set before each forward pass.
+
+    Args:
+        params: as in `DirectFeedback`.
+        lr: learning rate of ``descent``, by default `torch.optim.Adam`.
+        centred: whether the mean target is subtracted.
+        readout_layer: as in `DirectFeedback`.
+        options: as in `RandomFeedback`.
+
+    Source: C. Frenkel, M. Lefebvre & D. Bol (2021), *Learning without feedback: fixed random learning signals allow for
+    feedforward training of deep neural networks*, Frontiers in Neuroscience 15.
+    """
+
+    scales_with_loss: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-3,
+        *,
+        centred: bool = True,
+        readout_layer: str | nn.Module | None = None,
+        **options: Unpack[RandomOptions],
+    ) -> None:
+        self._require_bool("centred", centred)
+        self.centred = centred
+        super().__init__(
+            params,
+            lr,
+            readout_layer=readout_layer,
+            **options,
+        )
+
+    def weights_of(self, synapse: Synapse) -> Tensor:
+        """Drawn from the seed and the index of the layer."""
+        return self._fixed(synapse)
+
+    def feedback_of(self, firing: Firing) -> Callable[[Tensor], Tensor]:
+        """The target of this forward pass."""
+        synapse, x_shape, last, target = firing.synapse, firing.x.shape, _channels_last(firing.x), self.target
+
+        def feedback(g: Tensor) -> Tensor:
+            error = self._error_at(synapse, g)
+            return self._sent(synapse, self._signal(target, error), x_shape, last)
+
+        return feedback
+
+    def _signal(self, target: Tensor | None, error: Tensor) -> Tensor:
+        """What takes the place of the error: minus the target, over the number of samples."""
+        name, outputs = type(self).__name__, error.shape[-1]
+        if target is None:
+            raise RuntimeError(
+                f"{name} was given no target for this forward pass: set optimizer.target to the labels before the "
+                "model runs"
+            )
+        if outputs < 2 and self.centred:
+            raise ValueError(
+                f"{name}: the readout '{self._output.name}' has one output, whose mean target cannot be subtracted: "
+                "write centred=False, or give it an output for each class"
+            )
+        wanted = _one_hot(name, target.to(error.device), error, self._output.name)
+        if self.centred:
+            wanted = wanted - wanted.mean(-1, keepdim=True)
+        return wanted.to(error.dtype).div_(-error.shape[:-1].numel())
+
+
+@final
+class DirectKolenPollack(OwnedFeedback, DirectFeedback):
+    r"""Direct feedback that learns: each layer's feedback weights change as weights from it to the output would.
+
+    .. math::
+        \delta_l = \phi'(u_l) \odot B_l^\top e, \qquad \Delta W_l = -\delta_l\, x_l^\top - \lambda W_l, \qquad
+        \Delta B_l = -e\, h_l^\top - \lambda B_l
+
+    with the error :math:`e` at the output and the activity :math:`h_l` to which :math:`B_l` sends it, as in
+    `DirectFeedbackAlignment`. For the last layer this is `KolenPollack`; for the others, :math:`B_l` learns to predict
+    the output from the activity, linearly. It is a parameter of the rule's own, as in `KolenPollack`.
+
+    Args:
+        params: as in `DirectFeedback`.
+        lr: learning rate of ``descent``, by default `torch.optim.Adam`.
+        decay: λ, of the weights of all layers (not of biases).
+        readout_layer: as in `DirectFeedback`.
+        options: as in `RandomFeedback`.
+
+    Source: M. B. Webster, J. Choi & C. Ahn (2021), *Learning the connections in direct feedback alignment*, OpenReview.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 2e-3,
+        *,
+        decay: float = 1e-4,
+        readout_layer: str | nn.Module | None = None,
+        **options: Unpack[RandomOptions],
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            readout_layer=readout_layer,
+            own={"decay": decay},
+            **options,
+        )
+
+    def new_feedback(self, synapse: Synapse) -> nn.Module:
+        """Weights whose shape the first pass decides."""
+        return LazyFeedback(synapse.weight)
+
+    def weights_of(self, synapse: Synapse) -> Tensor:
+        """The rule's own parameter, drawn at its first use."""
+        weights, shape = self.own_weights(synapse), self._shapes[synapse]
+        if isinstance(weights, UninitializedParameter):
+            weights.materialize(shape)
+            deviation = self._deviation(synapse, shape)
+            weights.data.copy_(drawn(weights, shape, deviation, self._seed, synapse.index))
+        return weights
+
+    def feedback_of(self, firing: Firing) -> Callable[[Tensor], Tensor]:
+        """Also add to the gradient of the feedback weights, which `zero_grad` drops like any other."""
+        synapse, x = firing.synapse, firing.x.detach()
+
+        def feedback(g: Tensor) -> Tensor:
+            error = self._error_at(synapse, g)
+            returned = self._sent(synapse, error, x.shape, _channels_last(x))
+            signal, weights = self._matched(synapse, error, x.shape).flatten(0, -2), self.own_weights(synapse)
+            product = (signal.T @ x.reshape(len(signal), -1).to(signal.dtype)).view_as(weights).to(weights.dtype)
+            weights.grad = product if weights.grad is None else weights.grad + product
+            return returned
+
+        return feedback
+
+    def learn_feedback(self, grads: dict[Tensor, Tensor], state: dict[str, Any]) -> None:
+        """The decay of forward and feedback weights."""
+        self._add_decay(grads)
+
+
+class LazyFeedback(LazyModuleMixin, nn.Module):
+    """Feedback weights of a shape that is not known yet, on the device and of the type of others."""
+
+    def __init__(self, like: Tensor) -> None:
+        super().__init__()
+        self.weight = UninitializedParameter(device=like.device, dtype=like.dtype)  # type: ignore[call-arg]
+
+
+def _channels_last(x: Tensor) -> bool:
+    """Whether the activity of a convolution has its channels last in memory."""
+    return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def _one_hot(rule: str, target: Tensor, error: Tensor, readout: str) -> Tensor:
+    """The target in the shape of the error at the output.
+
+    Raises:
+        ValueError: a target of another shape, or labels out of range.
+    """
+    classes = error.shape[-1]
+    if target.shape == error.shape and target.is_floating_point():
+        return target
+    if target.shape != error.shape[:-1] or target.is_floating_point():
+        raise ValueError(
+            f"{rule}: target of shape {tuple(target.shape)} and type {target.dtype} must be class labels, one per "
+            f"sample, or have the shape {tuple(error.shape)} of the readout '{readout}'"
+        )
+    if target.numel() and not 0 <= int(target.min()) <= int(target.max()) < classes:
+        raise ValueError(f"{rule}: target has labels outside 0 to {classes - 1}, the neurons of '{readout}'")
+    return nn.functional.one_hot(target.long(), classes).to(error.dtype)
