@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.checkpoint import checkpoint
 
 import bioopt
-from bioopt import LocalLoss, MonoForward
+from bioopt import ForwardForward, LocalLoss, MonoForward
 
 from ..rules import batch, cnn, mlp, ordinary, same, weights
 
@@ -56,7 +56,7 @@ def gradients(rule: Any, model: nn.Module, **options: Any) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("rule", [LocalLoss, MonoForward])
+@pytest.mark.parametrize("rule", [LocalLoss, MonoForward, ForwardForward])
 @pytest.mark.parametrize("build", [Residual, lambda: cnn(dropout=0.0)])
 def test_weights_above_a_block_do_not_change_its_update(rule: Any, build: Callable[[], nn.Module]) -> None:
     """The update below stays bit for bit, where backpropagation's changes."""
