@@ -564,7 +564,7 @@ class LearningRule(ModelGroups, Optimizer):
         """Replace each tensor by its sum over the ranks, in one message."""
         if self.process_group is None or not tensors:
             return
-        flat = torch.cat([t.flatten() for t in tensors])
+        flat = torch.cat([t.flatten().to(tensors[0].device) for t in tensors])
         dist.all_reduce(flat, group=self.process_group)
         for tensor, total in zip(tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True):
             tensor.copy_(total.view_as(tensor))
