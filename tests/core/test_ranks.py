@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import bioopt
-
 from bioopt.perturbation.base import Perturbation
 
 from ..rules import published
+
+multiprocessing.set_forkserver_preload(["bioopt", "pytest"])  # torch is imported once for all processes
 
 X = torch.randn(12, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(12) % 4
