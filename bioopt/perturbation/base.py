@@ -29,7 +29,7 @@ FILL = {"normal": fill_normal_, "rademacher": fill_rademacher_}
 MICRO_BATCHES = "if the closure runs several micro-batches, estimate each by itself, add up their .grad, and descend"
 HALF = (torch.float16, torch.bfloat16)
 TRUNK_LR, READOUT_LR = 2e-4, 1e-3  # default rates of Adam with a readout
-SUMS_FROM = 8  # directions to draw again: measured, summing all weights over two processes takes 1 to 2 of them
+SUMS_FROM = 8  # directions to draw again: summing the weights over two processes was measured to take as long as 2 to 4
 DISTRIBUTION: Constraint = one_of(*FILL)
 CREDIT: Constraint = (lambda v: v in ("sample", "global"), "'sample' or 'global'")
 
