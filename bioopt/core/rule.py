@@ -436,7 +436,9 @@ class LearningRule(ModelGroups, Optimizer):
             readout.require_fired_last(self._recorder.fired)
             readout.require_gradient()
             self._readout_state = {"readout": levels} if (levels := self._own_state.get("readout")) else {}
-            self._readout_grads = readout.collect(self._sum_over_ranks, self._ranks[1], self._readout_state)
+            # Ranks with the same batch have the same events, which must not count once for each rank.
+            together = (self._sum_over_ranks, self._ranks[1]) if self.splits_batch else (self._average_over_ranks, 1)
+            self._readout_grads = readout.collect(*together, self._readout_state)
             for p in self._trained():  # the next evaluation must not change these gradients
                 p.grad = None
         return losses

@@ -90,6 +90,9 @@ CASES = {
         network, False, lambda m, g: bioopt.ForwardGradient(
             m, 0.1, samples=3, space="activities", process_group=g)),
     # A readout beside rules that evaluate the loss several times: all ranks see the same batch, or each its share.
+    "NodePerturbation, standardised readout": (
+        network, False, lambda m, g: bioopt.NodePerturbation(
+            m, 0.1, sigma=0.1, relative=False, samples=3, readout="delta", process_group=g)),
     "NodePerturbation, readout": (
         network, False, lambda m, g: bioopt.NodePerturbation(
             m, 0.1, sigma=0.1, samples=3, readout="delta", readout_lr=0.5, process_group=g)),
@@ -145,7 +148,8 @@ def train(case: str, group: dist.ProcessGroup | None, rank: int = 0, ranks: int 
     optimizer = make(model, group)
     x, y = (X[rank::ranks], Y[rank::ranks]) if shares else (X, Y)
     losses = []
-    for _ in range(12 if case == "Hebbian, by default" else 3):  # of which ten are homeostasis alone
+    # Ten of homeostasis alone, or until the readout knows its principal components.
+    for _ in range(12 if case in ("Hebbian, by default", "NodePerturbation, standardised readout") else 3):
         optimizer.target = y
         losses.append(optimizer.step(lambda: F.cross_entropy(model(x), y, reduction="none")))
     return {**model.state_dict(), **({} if shares else {"loss": losses[-1]})}
