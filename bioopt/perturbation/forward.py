@@ -23,6 +23,7 @@ from ..core.synapse import Synapse
 from .base import FILL, NoisyActivity, Record, add_power, count_of, credit_of, sizes_of
 
 SPACES = ("weights", "activities")
+OUTCOME = ("the loss", "the slope of the loss")
 
 
 @final
@@ -155,10 +156,7 @@ class ForwardGradient(NoisyActivity):
             found[sample] = mean_loss(outcome)
             total = outcome[0].clone() if total is None else total + outcome[0]
         assert total is not None  # every rank has a sample
-        if summed:
-            slopes = torch.stack(list(found.values()))[:, 1]
-        else:
-            slopes = self._gathered(found, self.samples, ("the loss", "the slope of the loss"), total)[:, 1]
+        slopes = self._gathered(found, self.samples, OUTCOME, total, summed)[:, 1]
         grads = [torch.zeros_like(p) for p in params]
         drawn = mine if summed else range(self.samples)
         for sample, slope in zip(drawn, (slopes / self.samples).tolist(), strict=True):
@@ -215,10 +213,8 @@ class ForwardGradient(NoisyActivity):
         mine = {i: self._slope(probe, i, exact, differences) for i in self._share("samples", self.samples)}
         if self.relative and not self._own_state["step"]:
             self._compare(probe, clean, next(iter(mine.values()))[0])
-        if summed := self._sums_travel(self.samples):
-            outcomes = torch.stack(list(mine.values()))
-        else:
-            outcomes = self._gathered(mine, self.samples, ("the loss", "the slope of the loss"))
+        summed = self._sums_travel(self.samples)
+        outcomes = self._gathered(mine, self.samples, OUTCOME, alone=summed)
         losses = outcomes[0, 0]  # the same for all directions
         per_sample = self._per_sample(records, losses, probe)
         signals: list[Tensor] = []

@@ -141,16 +141,14 @@ class RankOnePerturbation(NoisyActivity):
             if routed:
                 ran[sample] = torch.stack([kept[1][synapse].ran for synapse in routed]).double()
         per_sample = self._per_sample(records, losses[next(iter(losses))][0], probe)
-        outcomes = torch.stack(list(losses.values())) if summed else self._gathered(losses, self.samples)
+        outcomes = self._gathered(losses, self.samples, alone=summed)
         changes = outcomes[:, 0] - outcomes[:, 1]
         if not summed:
             require_finite(self, "the loss", [changes])
         sizes = {record.synapse: record.samples for record in records}
         # On a sample that took another pathway, a direction did not change the loss: its credit would be mere noise.
-        took: dict[Synapse, Tensor] = {}
-        if routed:
-            all_ran = torch.stack(list(ran.values())) if summed else self._gathered(ran, self.samples)
-            took = dict(zip(routed, all_ran.unbind(1), strict=True))
+        found = self._gathered(ran, self.samples, alone=summed).unbind(1) if routed else ()
+        took = dict(zip(routed, found, strict=True))
         grads: dict[Tensor, Tensor] = {}
         for i, sample in enumerate(mine if summed else range(self.samples)):
             change, members = changes[i], kept[1]

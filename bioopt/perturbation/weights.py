@@ -165,7 +165,7 @@ class WeightPerturbation(Perturbation):
                 total = plus + minus if total is None else total.add_(plus).add_(minus)
         summed = self._sums_travel(self.population)
         alone = summed and self.shaping == "none"  # the losses of other members do not matter
-        outcomes = torch.stack(list(found.values())) if alone else self._gathered(found, self.population, total=total)
+        outcomes = self._gathered(found, self.population, total=total, alone=alone)
         if self.shaping == "none":
             change = outcomes[:, 2]
         else:
