@@ -35,6 +35,12 @@ def plain() -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)).double()
 
 
+def routed() -> nn.Sequential:
+    torch.manual_seed(0)
+    gate = bioopt.nn.Gate(nn.Linear(6, 3), [nn.Linear(6, 5) for _ in range(3)], active=1)
+    return nn.Sequential(gate, nn.Tanh(), nn.Linear(5, 4)).double()
+
+
 def machine() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Sigmoid(), bioopt.nn.RBM(6, 5), nn.Linear(5, 4)).double()
@@ -130,6 +136,10 @@ SUMMED = {
         network, False, lambda m, g: bioopt.WeightPerturbation(m, population=17, readout="delta", process_group=g)),
     "RankOnePerturbation, 17": (
         network, False, lambda m, g: bioopt.RankOnePerturbation(m, samples=17, process_group=g)),
+    "RankOnePerturbation, 17, routed": (
+        routed, False, lambda m, g: bioopt.RankOnePerturbation(m, samples=17, process_group=g)),
+    "NodePerturbation, 17, routed": (
+        routed, False, lambda m, g: bioopt.NodePerturbation(m, samples=17, process_group=g)),
     "NodePerturbation, 17": (network, False, lambda m, g: bioopt.NodePerturbation(m, samples=17, process_group=g)),
     "NodePerturbation, 17, batched": (
         plain, False, lambda m, g: bioopt.NodePerturbation(m, samples=17, batched=True, process_group=g)),
