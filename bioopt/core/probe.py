@@ -254,9 +254,13 @@ class Probe:
         if group is None:
             return
         self._after = self._after or {m: _Buffers(m) for m in self._before}
-        for buffers in self._after.values():
-            for _, value in buffers.held():
-                dist.broadcast(value, group=group, group_src=0)
+        held = [value for buffers in self._after.values() for _, value in buffers.held()]
+        for kind in dict.fromkeys((value.dtype, value.device) for value in held):  # each in one message
+            alike = [value for value in held if (value.dtype, value.device) == kind]
+            flat = torch.cat([value.flatten() for value in alike])
+            dist.broadcast(flat, group=group, group_src=0)
+            for value, first in zip(alike, torch.split(flat, [value.numel() for value in alike]), strict=True):
+                value.copy_(first.view_as(value))
 
     def moved(self) -> list[str]:
         """Attributes of modules other than buffers whose tensors have changed since the first evaluation."""

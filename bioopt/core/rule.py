@@ -460,7 +460,9 @@ class LearningRule(ModelGroups, Optimizer):
             readout.require_fired_last(self._recorder.fired)
             readout.require_gradient()
             self._readout_state = {"readout": levels} if (levels := self._own_state.get("readout")) else {}
-            self._readout_grads = readout.collect(self._sum_over_ranks, self._ranks[1], self._readout_state)
+            # Ranks with the same batch have the same events, which must not count once for each rank.
+            together = (self._sum_over_ranks, self._ranks[1]) if self.splits_batch else (self._average_over_ranks, 1)
+            self._readout_grads = readout.collect(*together, self._readout_state)
             for p in self._trained():  # the next evaluation must not change these gradients
                 p.grad = None
         return losses
@@ -588,7 +590,7 @@ class LearningRule(ModelGroups, Optimizer):
         """Replace each tensor by its sum over the ranks, in one message."""
         if self.process_group is None or not tensors:
             return
-        flat = torch.cat([t.flatten() for t in tensors])
+        flat = torch.cat([t.flatten().to(tensors[0].device) for t in tensors])
         dist.all_reduce(flat, group=self.process_group)
         for tensor, total in zip(tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True):
             tensor.copy_(total.view_as(tensor))

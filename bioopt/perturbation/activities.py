@@ -81,7 +81,8 @@ class NodePerturbation(NoisyActivity):
         seed: of the noise; with the step and the pass it determines all noise.
         descent: the `torch.optim` class that makes the step, by default Adam, or SGD with ``relative=False``; its
             options as further keywords.
-        process_group: split the noisy passes over these ranks, which have the same batch; they exchange only losses.
+        process_group: split the noisy passes over these ranks, which have the same batch. They exchange losses, or, if
+            the others have 8 passes or more, the sums of their own: equal to one process to rounding.
 
     Raises:
         ValueError: a hyperparameter out of range; a model without plastic layers, or with unknown ones.
@@ -146,7 +147,8 @@ class NodePerturbation(NoisyActivity):
         per_sample = self._per_sample(records, clean, probe)
         self._sizes = sizes_of(powers)
 
-        mine, alone = self._share("samples", self.samples), self._ranks[1] == 1
+        mine, summed = self._share("samples", self.samples), self._sums_travel(self.samples)
+        at_once = summed or self._ranks[1] == 1
         signals: list[Tensor] = []
 
         def credit(change: Tensor, noise: list[Tensor]) -> None:
@@ -161,14 +163,18 @@ class NodePerturbation(NoisyActivity):
                 losses[sample] = probe()
             if len(kept[sample]) != len(records):
                 raise RuntimeError(OTHER_LAYERS)
-            if alone:  # else all passes are added in order once those of other ranks are known
+            if at_once:  # else all passes are added in order once those of other ranks are known
                 credit(losses[sample] - clean, kept[sample])
-        changes = self._gathered(losses, self.samples) - clean
-        require_finite(self, "the loss", [changes])
+        if not summed:
+            changes = self._gathered(losses, self.samples) - clean
+            require_finite(self, "the loss", [changes])
         if not signals:
-            for sample, change in enumerate(changes):
+            for sample in mine if summed else range(self.samples):
+                change = losses[sample] - clean if summed else changes[sample]
                 credit(change, kept.get(sample) or self._drawn_again(sample, records))
         grads, state = self._products(records, signals), self._next_state()
+        if summed:
+            grads = self._summed(grads, torch.stack(list(losses.values())).mean())
         if inputs:
             state["decorrelation"] = self._decorrelate(grads, inputs)
         return clean, grads, state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -28,6 +29,7 @@ FILL = {"normal": fill_normal_, "rademacher": fill_rademacher_}
 MICRO_BATCHES = "if the closure runs several micro-batches, estimate each by itself, add up their .grad, and descend"
 HALF = (torch.float16, torch.bfloat16)
 TRUNK_LR = 2e-4  # default rate of Adam below a readout
+SUMS_FROM = 8  # directions to draw again: summing the weights over two processes was measured to take as long as 2 to 4
 DISTRIBUTION: Constraint = one_of(*FILL)
 CREDIT: Constraint = (lambda v: v in ("sample", "global"), "'sample' or 'global'")
 
@@ -42,7 +44,7 @@ class Perturbation(LearningRule):
             whose steps are as long for small gradients as for large ones, and else SGD, as published.
         seed: of all noise.
         options: as in `LearningRule`. The ranks of a ``process_group`` have the same batch and share the work of a
-            step; they exchange only losses.
+            step. They exchange losses, or the sums of their parts of the estimate (see `_sums_travel`).
     """
 
     def __init__(
@@ -204,6 +206,7 @@ class Perturbation(LearningRule):
         count: int,
         what: tuple[str, ...] = ("the loss",),
         total: Tensor | None = None,
+        alone: bool = False,
     ) -> Tensor:
         """The results of all ``count`` evaluations, each made by one of the ranks, stacked in order.
 
@@ -213,7 +216,10 @@ class Perturbation(LearningRule):
             count: the number of evaluations of all ranks.
             what: the name of a result in errors; several names for the entries of its first dimension.
             total: to be summed over the ranks in the same message.
+            alone: return the results of this rank, unchecked and without a message: those of others do not matter.
         """
+        if alone:
+            return torch.stack(list(found.values()))
         none = torch.zeros(3, dtype=torch.float64, device=None if total is None else total.device)
         like = next(iter(found.values()), none)
         everything = torch.stack([found.get(i, torch.zeros_like(like)) for i in range(count)])
@@ -221,6 +227,30 @@ class Perturbation(LearningRule):
         for i, name in enumerate(what):
             require_finite(self, name, [everything if len(what) == 1 else everything[:, i]])
         return everything
+
+    def _sums_travel(self, count: int) -> bool:
+        """Whether each rank adds up the directions of its own evaluations, and the sums are exchanged.
+
+        Otherwise losses are exchanged, and each rank draws the directions of all ``count`` evaluations again, which
+        gives the same bits on any number of ranks. The choice depends on counts alone: it is the same on all ranks, in
+        every run and after a resumption. Drawing and exchanging both take a time in proportion to the number of
+        weights, so that a measurement would add little.
+        """
+        return count - math.ceil(count / self._ranks[1]) >= SUMS_FROM
+
+    def _summed(self, grads: dict[Tensor, Tensor], losses: Tensor) -> dict[Tensor, Tensor]:
+        """The sum over the ranks of their parts of the estimate; sums ``losses`` in place, in the same message."""
+        params = [p for group in self.param_groups if not group["readout"] for p in group["params"] if p.requires_grad]
+        parts = []
+        for p in params:  # in single precision at least, as half precision would round once for each rank
+            part = grads[p] if p in grads else torch.zeros_like(p)
+            part = part.clone() if 0 in part.stride() else part  # an expanded tensor cannot be written to
+            parts.append(part.to(torch.promote_types(part.dtype, torch.float32)))
+        # A layer that ran on none of the ranks has no estimate, which is not an estimate of zero.
+        found = torch.tensor([float(p in grads) for p in params], device=losses.device)
+        self._sum_over_ranks([*parts, found, losses])
+        require_finite(self, "the loss", [losses])
+        return {p: part.to(p.dtype) for p, part, n in zip(params, parts, found.tolist(), strict=True) if n}
 
     def _mapped(self, evaluate: Callable[..., Tensor], *inputs: Any) -> Tensor | None:
         """The losses for all slices of the inputs in one evaluation, by `torch.func.vmap`.

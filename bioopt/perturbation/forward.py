@@ -23,6 +23,7 @@ from ..core.synapse import Synapse
 from .base import FILL, NoisyActivity, Record, add_power, count_of, credit_of, sizes_of
 
 SPACES = ("weights", "activities")
+OUTCOME = ("the loss", "the slope of the loss")
 
 
 @final
@@ -69,7 +70,8 @@ class ForwardGradient(NoisyActivity):
         seed: of the directions; with the step and the sample it determines each.
         descent: the `torch.optim` class that makes the step, by default Adam, or SGD with ``relative=False``; its
             options as further keywords.
-        process_group: split the directions over these ranks, which have the same batch; they exchange only slopes.
+        process_group: split the directions over these ranks, which have the same batch. They exchange slopes, or, if
+            the others have 8 directions or more, the sums of their own: equal to one process to rounding.
 
     Raises:
         ValueError: a hyperparameter out of range; with activities, a model without plastic layers.
@@ -146,20 +148,25 @@ class ForwardGradient(NoisyActivity):
 
         found: dict[int, Tensor] = {}
         total: Tensor | None = None
-        for sample in self._share("samples", self.samples):
+        mine, summed = self._share("samples", self.samples), self._sums_travel(self.samples)
+        for sample in mine:
             outcome = self._slope(probe, sample, exact, differences)
             if total is not None and len(found) == 1 and not self._own_state["step"]:
                 self._compare(probe, total, outcome[0])  # at the same weights
             found[sample] = mean_loss(outcome)
             total = outcome[0].clone() if total is None else total + outcome[0]
         assert total is not None  # every rank has a sample
-        slopes = self._gathered(found, self.samples, ("the loss", "the slope of the loss"), total)[:, 1]
+        slopes = self._gathered(found, self.samples, OUTCOME, total, summed)[:, 1]
         grads = [torch.zeros_like(p) for p in params]
-        for sample, slope in enumerate((slopes / self.samples).tolist()):
+        drawn = mine if summed else range(self.samples)
+        for sample, slope in zip(drawn, (slopes / self.samples).tolist(), strict=True):
             for g, size, z in zip(grads, sizes, self._directions(sample, params, fill=fill), strict=True):
                 g.add_(z, alpha=slope / size)
+        estimate = dict(zip(params, grads, strict=True))
+        if summed:
+            estimate = self._summed(estimate, total)
         probe.agree(self.process_group)
-        return total / self.samples, dict(zip(params, grads, strict=True)), self._next_state()
+        return total / self.samples, estimate, self._next_state()
 
     def _along_activities(self, probe: Probe) -> Estimate:
         records: list[Record] = []
@@ -206,15 +213,19 @@ class ForwardGradient(NoisyActivity):
         mine = {i: self._slope(probe, i, exact, differences) for i in self._share("samples", self.samples)}
         if self.relative and not self._own_state["step"]:
             self._compare(probe, clean, next(iter(mine.values()))[0])
-        outcomes = self._gathered(mine, self.samples, ("the loss", "the slope of the loss"))
-        losses = outcomes[0, 0]
+        summed = self._sums_travel(self.samples)
+        outcomes = self._gathered(mine, self.samples, OUTCOME, alone=summed)
+        losses = outcomes[0, 0]  # the same for all directions
         per_sample = self._per_sample(records, losses, probe)
         signals: list[Tensor] = []
-        for sample, slope in enumerate(outcomes[:, 1]):
+        for sample, slope in zip(mine if summed else range(self.samples), outcomes[:, 1], strict=True):
             drawn = noise if sample == max(mine) else self._drawn_again(sample, records)
             self._credit(signals, records, drawn, credit_of(slope, per_sample) / self.samples, width=1.0)
+        grads = self._products(records, signals)
+        if summed:
+            grads = self._summed(grads, outcomes.sum())
         probe.agree(self.process_group)
-        return losses, self._products(records, signals), self._next_state()
+        return losses, grads, self._next_state()
 
     def _slope(
         self,

@@ -75,7 +75,8 @@ class RankOnePerturbation(NoisyActivity):
         seed: of the directions; with the step and the pass it determines them all.
         descent: the `torch.optim` class that makes the step, by default Adam, or SGD with ``relative=False``; its
             options as further keywords.
-        process_group: split the pairs of passes over these ranks, which have the same batch; they exchange only losses.
+        process_group: split the pairs of passes over these ranks, which have the same batch. They exchange losses, or,
+            if the others have 8 pairs or more, the sums of their own directions: equal to one process to rounding.
 
     Raises:
         ValueError: a hyperparameter out of range; a model without plastic layers, or with plastic layers other than
@@ -127,7 +128,8 @@ class RankOnePerturbation(NoisyActivity):
         ran: dict[int, Tensor] = {}
         records: list[Record] = []
         kept: tuple[int, dict[Synapse, _Members]] = (-1, {})
-        for sample in self._share("samples", self.samples):
+        mine, summed = self._share("samples", self.samples), self._sums_travel(self.samples)
+        for sample in mine:
             kept = (sample, {})
             sides = []
             for sign in (1, -1):
@@ -139,15 +141,17 @@ class RankOnePerturbation(NoisyActivity):
             if routed:
                 ran[sample] = torch.stack([kept[1][synapse].ran for synapse in routed]).double()
         per_sample = self._per_sample(records, losses[next(iter(losses))][0], probe)
-        outcomes = self._gathered(losses, self.samples)
+        outcomes = self._gathered(losses, self.samples, alone=summed)
         changes = outcomes[:, 0] - outcomes[:, 1]
-        require_finite(self, "the loss", [changes])
+        if not summed:
+            require_finite(self, "the loss", [changes])
         sizes = {record.synapse: record.samples for record in records}
         # On a sample that took another pathway, a direction did not change the loss: its credit would be mere noise.
-        took = dict(zip(routed, self._gathered(ran, self.samples).unbind(1), strict=True)) if routed else {}
+        found = self._gathered(ran, self.samples, alone=summed).unbind(1) if routed else ()
+        took = dict(zip(routed, found, strict=True))
         grads: dict[Tensor, Tensor] = {}
-        for sample, change in enumerate(changes):
-            members = kept[1]
+        for i, sample in enumerate(mine if summed else range(self.samples)):
+            change, members = changes[i], kept[1]
             if sample != kept[0]:
                 draw = self._draws(sample)
                 members = {synapse: self._drawn(synapse, size, draw) for synapse, size in sizes.items()}
@@ -155,12 +159,15 @@ class RankOnePerturbation(NoisyActivity):
             for synapse, directions in members.items():
                 credit = (slope / self._width(synapse)).expand(sizes[synapse])
                 if synapse in took:
-                    credit = credit * took[synapse][sample].to(credit)
+                    credit = credit * took[synapse][i].to(credit)
                 with torch.autocast(change.device.type, enabled=False):
                     for p, g in _gradients(synapse, directions, credit):
                         grads[p] = grads[p] + g if p in grads else g
+        loss = outcomes.sum((0, 1)) / (2 * self.samples) if summed else outcomes.mean((0, 1))
+        if summed:
+            grads = self._summed(grads, loss)
         probe.agree(self.process_group)
-        return outcomes.mean((0, 1)), grads, self._next_state()
+        return loss, grads, self._next_state()
 
     def _disturbance(
         self, sample: int, sign: int, members: dict[Synapse, _Members], records: list[Record] | None

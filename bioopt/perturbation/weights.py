@@ -91,7 +91,8 @@ class WeightPerturbation(Perturbation):
         seed: of the noise; with the step and the member it determines every direction.
         descent: the `torch.optim` class that makes the step, by default Adam, or SGD with ``relative=False``; its
             options as further keywords.
-        process_group: split the population over these ranks, which have the same batch; they exchange only losses.
+        process_group: split the population over these ranks, which have the same batch. They exchange losses, or, if
+            the others have 8 members or more, the sums of their own directions: equal to one process to rounding.
 
     Raises:
         ValueError: a hyperparameter out of range.
@@ -162,7 +163,9 @@ class WeightPerturbation(Perturbation):
                 minus = probe()
                 found[member] = compared(plus, minus)
                 total = plus + minus if total is None else total.add_(plus).add_(minus)
-        outcomes = self._gathered(found, self.population, total=total)
+        summed = self._sums_travel(self.population)
+        alone = summed and self.shaping == "none"  # the losses of other members do not matter
+        outcomes = self._gathered(found, self.population, total=total, alone=alone)
         if self.shaping == "none":
             change = outcomes[:, 2]
         else:
@@ -173,7 +176,8 @@ class WeightPerturbation(Perturbation):
         # Credit goes to the change that the weight's precision preserved.
         grads = [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in saved]
         del saved
-        for member, factor in enumerate(factors):
+        credited = mine if summed else range(self.population)
+        for member, factor in zip(credited, factors if alone else [factors[m] for m in credited], strict=True):
             again = self._directions(member, params, fill=fill)
             for z, g, size, (p, group) in zip(again, grads, sizes, plastic, strict=True):
                 sigma = group["sigma"] * size
@@ -181,10 +185,14 @@ class WeightPerturbation(Perturbation):
                 width = 2 * sigma if clean is None else sigma
                 other = torch.add(moved, p, alpha=2) if clean is None else p
                 g.add_(moved.to(g.dtype).add_(other), alpha=-factor / width / sigma)
+        estimate = dict(zip(params, grads, strict=True))
+        if summed:  # the total may have been summed with the losses
+            sent = total if alone and total is not None else outcomes[:, 0].sum().float()
+            estimate = self._summed(estimate, sent)
         probe.agree(self.process_group)
         loss = clean if total is None else total / (2 * self.population)
         assert loss is not None
-        return loss, {p: g.to(p.dtype) for p, g in zip(params, grads, strict=True)}, self._next_state()
+        return loss, {p: g.to(p.dtype) for p, g in estimate.items()}, self._next_state()
 
 
 @final

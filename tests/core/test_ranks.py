@@ -1,8 +1,10 @@
-"""Two processes equal one."""
+"""Two and four processes equal one."""
 
 from __future__ import annotations
 
+import multiprocessing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +15,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import bioopt
+from bioopt.perturbation.base import Perturbation
 
 from ..rules import published
+
+multiprocessing.set_forkserver_preload(["bioopt", "pytest"])  # torch is imported once for all processes
 
 X = torch.randn(12, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(12) % 4
@@ -28,6 +33,12 @@ def network() -> nn.Sequential:
 def plain() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+
+
+def routed() -> nn.Sequential:
+    torch.manual_seed(0)
+    gate = bioopt.nn.Gate(nn.Linear(6, 3), [nn.Linear(6, 5) for _ in range(3)], active=1)
+    return nn.Sequential(gate, nn.Tanh(), nn.Linear(5, 4)).double()
 
 
 def machine() -> nn.Sequential:
@@ -85,6 +96,9 @@ CASES = {
         network, False, lambda m, g: bioopt.ForwardGradient(
             m, 0.1, samples=3, space="activities", process_group=g)),
     # A readout beside rules that evaluate the loss several times: all ranks see the same batch, or each its share.
+    "NodePerturbation, standardised readout": (
+        network, False, lambda m, g: bioopt.NodePerturbation(
+            m, 0.1, sigma=0.1, relative=False, samples=3, readout="delta", process_group=g)),
     "NodePerturbation, readout": (
         network, False, lambda m, g: bioopt.NodePerturbation(
             m, 0.1, sigma=0.1, samples=3, readout="delta", readout_lr=0.5, process_group=g)),
@@ -109,29 +123,80 @@ CASES = {
             m, 0.0, sigma=0.1, readout="teacher", readout_lr=0.5, process_group=g)),
 }  # fmt: skip
 
+# Enough evaluations for the ranks to exchange sums, and not equally many for each rank.
+SUMMED = {
+    "WeightPerturbation, 17": (
+        network, False, lambda m, g: bioopt.WeightPerturbation(m, population=17, process_group=g)),
+    "WeightPerturbation, 17, one-sided": (
+        network, False, lambda m, g: bioopt.WeightPerturbation(
+            m, population=17, antithetic=False, distribution="rademacher", process_group=g)),
+    "WeightPerturbation, 17, shaped": (
+        network, False, lambda m, g: bioopt.WeightPerturbation(m, population=17, shaping="ranks", process_group=g)),
+    "WeightPerturbation, 17, readout": (
+        network, False, lambda m, g: bioopt.WeightPerturbation(m, population=17, readout="delta", process_group=g)),
+    "RankOnePerturbation, 17": (
+        network, False, lambda m, g: bioopt.RankOnePerturbation(m, samples=17, process_group=g)),
+    "RankOnePerturbation, 17, routed": (
+        routed, False, lambda m, g: bioopt.RankOnePerturbation(m, samples=17, process_group=g)),
+    "NodePerturbation, 17, routed": (
+        routed, False, lambda m, g: bioopt.NodePerturbation(m, samples=17, process_group=g)),
+    "NodePerturbation, 17": (network, False, lambda m, g: bioopt.NodePerturbation(m, samples=17, process_group=g)),
+    "NodePerturbation, 17, batched": (
+        plain, False, lambda m, g: bioopt.NodePerturbation(m, samples=17, batched=True, process_group=g)),
+    "NodePerturbation, 17, decorrelated": (
+        network, False, lambda m, g: bioopt.NodePerturbation(m, samples=17, decorrelation=0.01, process_group=g)),
+    "ForwardGradient, 17": (
+        network, False, lambda m, g: bioopt.ForwardGradient(m, samples=17, space="weights", process_group=g)),
+    "ForwardGradient, 17, activities": (
+        network, False, lambda m, g: bioopt.ForwardGradient(m, samples=17, process_group=g)),
+}  # fmt: skip
+
 
 def train(case: str, group: dist.ProcessGroup | None, rank: int = 0, ranks: int = 1) -> dict[str, Tensor]:
-    build, shares, make = CASES[case]
+    build, shares, make = (CASES | SUMMED)[case]
     model = build()
     optimizer = make(model, group)
     x, y = (X[rank::ranks], Y[rank::ranks]) if shares else (X, Y)
     losses = []
-    for _ in range(12 if case == "Hebbian, by default" else 3):  # of which ten are homeostasis alone
+    # Ten of homeostasis alone, or until the readout knows its principal components.
+    for _ in range(12 if case in ("Hebbian, by default", "NodePerturbation, standardised readout") else 3):
         optimizer.target = y
         losses.append(optimizer.step(lambda: F.cross_entropy(model(x), y, reduction="none")))
     return {**model.state_dict(), **({} if shares else {"loss": losses[-1]})}
 
 
+def drawing(drawn: set[int], case: str, group: dist.ProcessGroup, rank: int, ranks: int) -> dict[str, Tensor]:
+    """As `train`; adds the numbers of the evaluations whose directions the rank draws."""
+    noise_of = Perturbation._noise_of
+
+    def noted(self: Perturbation, member: int, *args: Any) -> Any:
+        drawn.add(member)
+        return noise_of(self, member, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Perturbation, "_noise_of", noted)
+        return train(case, group, rank, ranks)
+
+
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    group = dist.group.WORLD
-    results = {case: train(case, group, rank, 2) for case in CASES}
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=4)
+    group = dist.new_group([0, 1])
+    found: dict[str, Any] = {"drawn": {}, "four": {}, **(of_pair(rank, group) if rank < 2 else {})}
+    for case in SUMMED:
+        found["four"][case] = drawing(found["drawn"].setdefault(case, set()), case, dist.group.WORLD, rank, 4)
+    torch.save(found, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def of_pair(rank: int, group: dist.ProcessGroup) -> dict[str, Any]:
+    """What one of two processes finds."""
+    results = {case: train(case, group, rank, 2) for case in CASES | SUMMED}
     model, other = plain(), plain()
-    wrapped, watching = DistributedDataParallel(other), published.Hebbian(other, 0.1)
+    wrapped, watching = DistributedDataParallel(other, process_group=group), published.Hebbian(other, 0.1)
     errors = []
     for build in (
-        lambda: published.Hebbian(DistributedDataParallel(model), 0.1),
+        lambda: published.Hebbian(DistributedDataParallel(model, process_group=group), 0.1),
         lambda: bioopt.WeightPerturbation(model, 0.1, population=1, process_group=group).step(
             lambda: F.cross_entropy(model(X), Y)
         ),
@@ -144,29 +209,31 @@ def worker(rank: int, folder: str) -> None:
         lambda: published.Oja(model, 0.1, readout=None, process_group=group).step(
             lambda: model(X).sum() * (float("nan") if rank == 0 else 1.0)
         ),
+        lambda: bioopt.WeightPerturbation(model, population=16, process_group=group).step(
+            lambda: model(X).sum() * (float("nan") if rank == 0 else 1.0)
+        ),
     ):
         try:
             build()
             errors.append("nothing")
         except (TypeError, ValueError, RuntimeError) as error:
             errors.append(str(error))
-    torch.save({"results": results, "errors": errors}, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+    return {"results": results, "errors": errors}
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder = tmp_path_factory.mktemp("ranks")
-    mp.start_processes(worker, (str(folder),), nprocs=2, start_method="forkserver")
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    mp.start_processes(worker, (str(folder),), nprocs=4, start_method="forkserver")
+    return [torch.load(folder / f"{rank}.pt") for rank in range(4)]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_processes_equal_one(case: str, two: list[dict]) -> None:
+def test_two_processes_equal_one(case: str, ranks: list[dict]) -> None:
     one = train(case, None)
     exact = not CASES[case][1]  # a sum over ranks is not in the order of a sum over the batch
     for rank in range(2):
-        got = two[rank]["results"][case]
+        got = ranks[rank]["results"][case]
         assert got.keys() == one.keys()
         for name in one:
             if exact and name != "loss":  # whose mean is over the evaluations of all ranks
@@ -175,12 +242,27 @@ def test_two_processes_equal_one(case: str, two: list[dict]) -> None:
                 torch.testing.assert_close(got[name], one[name], rtol=1e-10, atol=1e-12)
 
 
-def test_mistakes_with_ranks_are_explained(two: list[dict]) -> None:
+@pytest.mark.parametrize("case", SUMMED)
+def test_sums_over_two_and_four_processes_equal_one(case: str, ranks: list[dict]) -> None:
+    one = train(case, None)
+    for got in [*(found["results"][case] for found in ranks[:2]), *(found["four"][case] for found in ranks)]:
+        torch.testing.assert_close(got, one, rtol=1e-9, atol=1e-12)
+    for found in ([r["results"][case] for r in ranks[:2]], [r["four"][case] for r in ranks]):
+        for other in found[1:]:  # ranks must not drift apart, not even by their last bits
+            assert all(torch.equal(found[0][name], other[name]) for name in one if name != "loss")
+
+
+@pytest.mark.parametrize("case", SUMMED)
+def test_a_rank_draws_its_own_directions_alone(case: str, ranks: list[dict]) -> None:
+    assert [found["drawn"][case] for found in ranks] == [set(range(rank, 17, 4)) for rank in range(4)]
+
+
+def test_mistakes_with_ranks_are_explained(ranks: list[dict]) -> None:
     for rank in range(2):
-        wrapped, too_few, probed, watched, not_finite = two[rank]["errors"]
+        wrapped, too_few, probed, watched, *not_finite = ranks[rank]["errors"]
         assert "Hebbian(model.module, ..., process_group=" in wrapped
         assert "population=1 cannot be split over 2 ranks" in too_few
         for error in (probed, watched):
             assert "DistributedDataParallel" in error
             assert "(model.module), and give the rule process_group=torch.distributed.group.WORLD" in error
-        assert "the loss is nan" in not_finite
+        assert ["the loss is nan" in error for error in not_finite] == [True, True]
