@@ -392,7 +392,10 @@ class NoisyActivity(Perturbation):
             sigma = self._width(firing.synapse, width)
             noisy = inject(u, record.own(drawn), sigma)
             if u.dtype in HALF and record.rows is None:  # credit the noise that the precision preserved
-                drawn = noisy.float().sub_(u.detach()).div_(sigma)
+                if u.dtype == torch.bfloat16:
+                    drawn = torch.sub(noisy, u.detach(), out=drawn).div_(sigma)
+                else:  # float16 has too small a range for products with a credit
+                    drawn = noisy.float().sub_(u.detach()).div_(sigma)
                 self._require_noise(firing.synapse, drawn, u, width)
             noise.append(drawn)
             return noisy
@@ -557,4 +560,6 @@ def credit_of(change: Tensor, per_sample: bool) -> Tensor:
 
 def credited(noise: Tensor, credit: Tensor) -> Tensor:
     """Noise times its credit, of each sample or one for all, in place."""
+    if noise.dtype == torch.bfloat16:  # two precisions in one operation take three times as long
+        credit = credit.to(noise.dtype)
     return noise.mul_(credit.view(-1, *[1] * (noise.ndim - 1)) if credit.ndim else credit)
