@@ -168,6 +168,7 @@ class NodePerturbation(NoisyActivity):
         if not signals:
             for sample, change in enumerate(changes):
                 credit(change, kept.get(sample) or self._drawn_again(sample, records))
+        self._require_widths("sigma")
         grads, state = self._products(records, signals), self._next_state()
         if inputs:
             state["decorrelation"] = self._decorrelate(grads, inputs)
@@ -205,6 +206,8 @@ class NodePerturbation(NoisyActivity):
     ) -> tuple[dict[int, Tensor], dict[int, list[Tensor]]]:
         """The losses of all noisy passes from one evaluation, and their noise; empty if vmap cannot run the closure."""
         kept = {sample: self._drawn_again(sample, records) for sample in mine}
+        for record in records:
+            self._note_width(record.synapse, record.u, self._width(record.synapse))
 
         def noisy(noise: list[Tensor]) -> Tensor:
             rest = iter(noise)

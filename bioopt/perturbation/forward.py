@@ -142,18 +142,21 @@ class ForwardGradient(NoisyActivity):
                     for p, w, size, z in zip(params, saved, sizes, directions, strict=True):
                         p.copy_(torch.add(w, z, alpha=width * size))
                     sides.append(probe())
+            for p, size in zip(params, sizes, strict=True):
+                self._note_weight_width(p, self.difference, self.difference * size)
             return (sides[0] + sides[1]) / 2, (sides[0] - sides[1]) / (2 * self.difference)
 
         found: dict[int, Tensor] = {}
         total: Tensor | None = None
         for sample in self._share("samples", self.samples):
             outcome = self._slope(probe, sample, exact, differences)
-            if total is not None and len(found) == 1 and not self._own_state["step"]:
-                self._compare(probe, total, outcome[0])  # at the same weights
+            if total is not None and len(found) == 1 and not self._own_state["step"] and not self._by_differences:
+                self._compare(probe, total, outcome[0])  # at the same weights; differences average over others
             found[sample] = mean_loss(outcome)
             total = outcome[0].clone() if total is None else total + outcome[0]
         assert total is not None  # every rank has a sample
         slopes = self._gathered(found, self.samples, ("the loss", "the slope of the loss"), total)[:, 1]
+        self._require_widths("difference")
         grads = [torch.zeros_like(p) for p in params]
         for sample, slope in enumerate((slopes / self.samples).tolist()):
             for g, size, z in zip(grads, sizes, self._directions(sample, params, fill=fill), strict=True):
@@ -207,6 +210,7 @@ class ForwardGradient(NoisyActivity):
         if self.relative and not self._own_state["step"]:
             self._compare(probe, clean, next(iter(mine.values()))[0])
         outcomes = self._gathered(mine, self.samples, ("the loss", "the slope of the loss"))
+        self._require_widths("difference")
         losses = outcomes[0, 0]
         per_sample = self._per_sample(records, losses, probe)
         signals: list[Tensor] = []

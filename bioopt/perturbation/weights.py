@@ -312,13 +312,19 @@ class SerialPerturbation(Perturbation):
             if together is not None:
                 width = 2 * sigma if self.central else sigma
             else:  # the change that the weight's precision preserved
-                width = ((p[at] + sigma) - (p[at] - sigma if clean is None else p[at])).item()
+                seen = self._precision_of(p)
+                width = ((p[at] + sigma).to(seen) - (p[at] - sigma if clean is None else p[at]).to(seen)).item()
+                if width == 0 and seen != p.dtype:  # autocast has rounded the change away
+                    continue
             if width == 0:
                 raise RuntimeError(
                     f"SerialPerturbation: a change by {sigma} changes nothing at a weight of {p[at].item()}: raise "
                     "sigma"
                 )
             grads[p][at] = change / width
+        for (p, group), size in zip(plastic, sizes, strict=True):
+            self._note_weight_width(p, group["sigma"], group["sigma"] * size)
+        self._require_widths("sigma")
         probe.agree(self.process_group)
         state = self._next_state()
         done = position + len(visited)
