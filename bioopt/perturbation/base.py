@@ -177,9 +177,9 @@ class Perturbation(LearningRule):
             kept = int((p.to(seen) == w.to(seen)).sum())
             count, moved = count + p.numel(), moved + p.numel() - kept
             if group[option] > 0 and kept > worst:
-                worst, least = kept, 8 * torch.finfo(seen).eps * w.float().square().mean().sqrt().item() / size
+                worst, least = kept, CLEAR * roundoff(seen) * w.float().square().mean().sqrt().item() / size
                 value, dtype = group[option], seen
-        if not worst or count - moved <= count / 10:
+        if not worst or count - moved <= count / 3:  # as many as a width of the rounding itself leaves
             return
         share = f"{moved / count:.0%} of the weights" if moved else "no weight"
         what = (

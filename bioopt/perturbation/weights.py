@@ -66,6 +66,9 @@ class WeightPerturbation(Perturbation):
     tensor before it, whose neurons it belongs to; so biases that start at 0 are perturbed too. A matrix of zeros has
     the size :math:`1 / \sqrt{inputs}`. ``relative=False`` is the published rule: one width for all weights, and SGD.
 
+    In bfloat16, also by autocast, changes below 1/256 of a weight are mostly rounded away: from a relative ``sigma`` of
+    0.016 on, estimates are as good as in float32, and below some 0.004 the first step warns.
+
     ``shaping`` replaces the losses of a step by a relative measure: ``"zscore"``, their distance from the mean in
     standard deviations; ``"winsorised"``, the same after clipping at the 5th and 95th percentile; ``"ranks"``, their
     ranks, spread evenly from -1/2 to 1/2. The step is then as long on a plateau as on a slope, and :math:`\hat g` is no
