@@ -56,9 +56,10 @@ def check(config: DictConfig) -> None:
     for name, choices in CHOICES.items():
         if (value := OmegaConf.select(config, name)) not in choices:
             raise ValueError(f"{name}={value} must be {_listed(choices)}")
-    for name in ("amp", "data.augment.flip"):
-        if not isinstance(value := OmegaConf.select(config, name, default=False), bool):
-            raise ValueError(f"{name}={value} must be true or false")
+    if config.amp != "auto" and not isinstance(config.amp, bool):
+        raise ValueError(f"amp={config.amp} must be true, false or auto")
+    if not isinstance(flip := OmegaConf.select(config, "data.augment.flip", default=False), bool):
+        raise ValueError(f"data.augment.flip={flip} must be true or false")
     if not isinstance(config.control, int | float) or not 0 <= config.control <= 1:
         raise ValueError(f"control={config.control} must be a share of the run from 0 to 1, or true or false")
     require_counts(of="", null=True, threads=config.threads, plastic_epochs=config.plastic_epochs)

@@ -25,8 +25,10 @@ from .runs import (
     environment_info,
     held,
     new_folder,
+    precision,
     random_state,
     set_threads,
+    with_amp_chosen,
 )
 from .tasks import Task
 
@@ -44,6 +46,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     if config.task is not None and ranks.count > 1:
         raise ValueError(f"experiment={config.task.name} runs in one process; start it without torchrun")
     check_keywords(config)
+    config = with_amp_chosen(config)
     kind, plain = choose_device(config.device).type, resolved(config)
     shared = {key: value for key, value in flat(plain).items() if not is_local(key)}
     with ranks.joined(kind, {**shared, "device": kind, "resume": str(resumed)}) as device:
@@ -85,7 +88,7 @@ def perform(
         task.load_state_dict(started.state)
         started.restore_random(device)
     resumed = f", resumed after {task.unit} {started.epoch}" if started.epoch else ""
-    print(f"{task.heading(config, device)}{resumed}", flush=True)
+    print(f"{task.heading(config, device)}, {precision(config)}{resumed}", flush=True)
     plain, seconds = resolved(config), started.seconds
     if not ranks.first:
         plain["logger"]["mode"] = "disabled"
@@ -113,7 +116,8 @@ def perform(
             ).save(folder)
         memory = logs.peak_memory(device)  # of the training alone
         summary, pictures, lines = task.summarize(config, log.history, seconds, folder)
-        summary |= {"peak_memory_bytes": memory} | environment_info(device, started.commit)
+        summary |= {"peak_memory_bytes": memory, "precision": precision(config)}
+        summary |= environment_info(device, started.commit)
         log.finish(summary, pictures, lines)
     finally:
         log.close()

@@ -35,6 +35,28 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def with_amp_chosen(config: DictConfig) -> DictConfig:
+    """The configuration with ``true`` or ``false`` for ``amp=auto``, which a run keeps wherever it is resumed."""
+    if config.amp != "auto":
+        return config
+    chosen = config.copy()
+    chosen.amp = has_bf16(choose_device(config.device))
+    return chosen
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 in hardware; others emulate it, which is slower than single precision."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return any(found.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16"))  # the last is ARM's
+
+
+def precision(config: DictConfig) -> str:
+    """The precision of a run's forward passes."""
+    return "bf16" if config.amp else "fp32"
+
+
 def run_command(folder: Path) -> str:
     """The command that resumes a run."""
     name = str(folder)

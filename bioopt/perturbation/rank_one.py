@@ -16,7 +16,7 @@ from ..core.readout import ReadoutOptions
 from ..core.recorder import Firing
 from ..core.rule import Estimate, Visit
 from ..core.synapse import Synapse, convolve
-from .base import HALF, MICRO_BATCHES, NoisyActivity, Record, count_of, credit_of
+from .base import MICRO_BATCHES, NoisyActivity, Record, count_of, credit_of, rms
 
 
 class _Members(NamedTuple):
@@ -166,6 +166,7 @@ class RankOnePerturbation(NoisyActivity):
         loss = outcomes.sum((0, 1)) / (2 * self.samples) if summed else outcomes.mean((0, 1))
         if summed:
             grads = self._summed(grads, loss)
+        self._require_widths("sigma")
         probe.agree(self.process_group)
         return loss, grads, self._next_state()
 
@@ -197,10 +198,10 @@ class RankOnePerturbation(NoisyActivity):
                 return None
             a, b, c = members[synapse][:3]
             added = _added(synapse, firing.x.detach(), record.own(a), record.own(b), c if c is None else record.own(c))
-            disturbed = torch.add(u.detach(), added.to(u.dtype), alpha=sign * self._width(synapse))
-            if u.dtype in HALF:
-                self._require_noise(synapse, disturbed - u.detach(), u, self._width(synapse))
-            return disturbed
+            width = self._width(synapse)
+            if not self._own_state["step"] and synapse not in self._widths:
+                self._note_width(synapse, u, width * rms(added))
+            return torch.add(u.detach(), added.to(u.dtype), alpha=sign * width)
 
         return disturb
 

@@ -9,14 +9,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from omegaconf import OmegaConf
 
 from bioopt.registry import family_of, rule_classes
 from experiments import data
+from experiments.classification import Classification
+from experiments.config import resolved
 from experiments.run import run
+from experiments.runs import with_amp_chosen
+from experiments.sweeps import _same
 
 from ..commands import (
     OPTIMIZERS,
@@ -34,6 +40,7 @@ from ..commands import (
     train,
     unrender,
 )
+from .test_tasks import interrupted
 
 MODELS = sorted(p.stem for p in (ROOT / "conf/model").glob("*.yaml"))
 DATA = sorted(p.stem for p in (ROOT / "conf/data").glob("*.yaml"))
@@ -275,7 +282,7 @@ def test_a_run_with_wandb_offline(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""  # no progress bar, messages or prompt without a terminal
     lines = done.stdout.splitlines()
-    assert lines[0] == "hebbian on digits with cnn (2,060 parameters), seed 0, cpu"
+    assert lines[0] == "hebbian on digits with cnn (2,060 parameters), seed 0, cpu, fp32"
     assert lines[1].startswith("epoch 1/1   train loss ")
     assert lines[1].endswith("images/s")
     assert "Hebbian readout (delta)" in done.stdout
@@ -305,7 +312,7 @@ LATER = ["plastic_epochs=1", "epochs=1000"]  # an error before the first epoch
         (["readout.schedule=linear", *LATER], "readout.schedule=linear must be cosine, constant or halving"),
         (["readout.batch_size=0"], "readout.batch_size=0 must be an integer >= 1"),
         (["readout.batch_size=5000", *LATER], "readout.batch_size=5000 is larger than the training set"),
-        (["amp=maybe"], "amp=maybe must be true or false"),
+        (["amp=maybe"], "amp=maybe must be true, false or auto"),
         (["data.augment.flip=sometimes"], "data.augment.flip=sometimes must be true or false"),
         (["epochs=0"], "epochs=0 must be an integer >= 1"),
         (["data.augment.rotate=abc"], "data.augment.rotate=abc must be a number >= 0"),
@@ -400,6 +407,52 @@ def test_amp(tmp_path: Path) -> None:
     for optimizer in ("sgd", "hebbian", "node_perturbation"):  # the contract has all rules under autocast
         summary = run(config(*tiny(optimizer), "amp=true", f"run_dir={tmp_path / optimizer}"))
         assert summary["test_accuracy"] > 0
+        assert summary["precision"] == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "chosen"),
+    [({"amx_bf16": True}, True), ({"avx512_bf16": True}, True), ({"bf16": True}, True), ({"avx2": True}, False)],
+)
+def test_amp_auto_is_chosen_by_the_hardware(
+    capabilities: dict[str, bool], chosen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    given = config(*TINY, "amp=auto", "device=cpu")
+    assert with_amp_chosen(given).amp is chosen
+    assert given.amp == "auto"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", None)
+    assert with_amp_chosen(config(*TINY, f"amp={chosen}", "device=cpu")).amp is chosen
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # of an earlier torch
+    assert with_amp_chosen(given).amp is False
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_run_with_amp_auto_keeps_its_precision(
+    bf16: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": bf16})
+    options = [*TINY, "epochs=2", "amp=auto", "device=cpu", "control=false"]
+    whole = run(config(*options, f"run_dir={tmp_path / 'whole'}"))
+    name = "bf16" if bf16 else "fp32"
+    assert capsys.readouterr().out.splitlines()[0].endswith(f", seed 0, cpu, {name}")
+    assert whole["precision"] == name
+    assert OmegaConf.load(tmp_path / "whole" / "config.yaml").amp is bf16
+    interrupted(monkeypatch, Classification, 2, *options, f"run_dir={tmp_path / 'part'}")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": not bf16})  # of another machine
+    again = run(config(f"resume={tmp_path / 'part'}"))
+    assert (again["precision"], again["test_accuracy"]) == (name, whole["test_accuracy"])
+
+
+def test_a_sweep_accepts_what_amp_auto_chose(tmp_path: Path) -> None:
+    def plain(amp: str) -> dict[str, Any]:
+        return resolved(config(*TINY, f"amp={amp}"))
+
+    OmegaConf.save(OmegaConf.create(plain("true")), tmp_path / "config.yaml")
+    _same(tmp_path, plain("auto"))
+    with pytest.raises(ValueError, match="holds a run with amp=True, which is False now"):
+        _same(tmp_path, plain("false"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -136,39 +136,78 @@ def test_options_out_of_range(option: str) -> None:
                 pytest.fail(f"{case}({option}={value!r}) was taken")
 
 
-@pytest.mark.parametrize(("rule", "option"), [(bioopt.WeightPerturbation, "sigma"), (bioopt.HillClimbing, "lr")])
-def test_a_perturbation_that_the_precision_swallows_is_warned_of(rule: type, option: str) -> None:
+WIDTHS = [  # the width that is too small in bfloat16, and what it changes
+    (bioopt.WeightPerturbation, {"sigma": 2e-3}, r"moves \d+% of the weights"),
+    (bioopt.HillClimbing, {"lr": 2e-3}, r"moves \d+% of the weights"),
+    (bioopt.NodePerturbation, {"sigma": 2e-3}, "changes the activity of layer '[02]' by 0.002 of its size"),
+    (bioopt.NodePerturbation, {"sigma": 2e-3, "batched": True}, "changes the activity of layer '[02]' by 0.002"),
+    (bioopt.NodePerturbation, {"sigma": 1e-4, "relative": False, "lr": 0.1}, "changes the activity of layer '[02]'"),
+    (bioopt.RewardHebbian, {"sigma": 2e-3}, "changes the activity of layer '[02]' by 0.002 of its size"),
+    (bioopt.RankOnePerturbation, {"sigma": 5e-4}, "changes the activity of layer '[02]' by"),
+]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(("rule", "options", "what"), WIDTHS, ids=lambda v: getattr(v, "__name__", None))
+def test_a_width_that_bfloat16_cannot_carry_is_warned_of(
+    rule: type, options: dict[str, Any], what: str, autocast: bool
+) -> None:
     torch.manual_seed(0)
-    model = mlp(sizes=(6, 40, 4), dtype=torch.bfloat16)
-    x, y = torch.randn(8, 6, dtype=torch.bfloat16), torch.randint(4, (8,))
+    dtype = torch.float32 if autocast else torch.bfloat16
+    model, x, y = mlp(sizes=(6, 40, 4), dtype=dtype), torch.randn(8, 6, dtype=dtype), torch.randint(4, (8,))
+    option = "lr" if "lr" in options and "sigma" not in options else "sigma"
 
-    def step(value: float) -> None:
-        options = {"lr": 0.1, "sigma": 0.1} if option == "sigma" else {}
-        optimizer = rule(model, **{**options, option: value})
-        optimizer.step(lambda: F.cross_entropy(model(x).float(), y, reduction="none"))
+    def steps(value: float) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer = rule(model, **{**options, option: value})
+            for _ in range(2):
+                with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                    optimizer.step(lambda: F.cross_entropy(model(x).float(), y, reduction="none"))
+            optimizer.close()
+        return [str(warning.message) for warning in caught]
 
-    with pytest.warns(
-        UserWarning, match=rf"{option}=0.001 moves \d+% of the weights.*bfloat16; try {option}="
-    ) as caught:
-        step(1e-3)
-    advised = float(re.search(rf"try {option}=([\d.e-]+)", str(caught[0].message))[1])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        step(advised)
+    (message,) = steps(options[option])  # once
+    assert re.search(rf"{option}={options[option]:g} {what}.*torch.bfloat16", message)
+    assert steps(float(re.search(rf"try {option}=([\d.e-]+)$", message)[1])) == []
 
 
-@pytest.mark.parametrize("rule", [bioopt.NodePerturbation, bioopt.RewardHebbian, bioopt.RankOnePerturbation])
-def test_noise_that_half_precision_swallows_is_warned_of(rule: type) -> None:
-    torch.manual_seed(0)
-    model = mlp(sizes=(6, 40, 4), dtype=torch.bfloat16)
-    x, y = torch.randn(8, 6, dtype=torch.bfloat16), torch.randint(4, (8,))
-    optimizer = rule(model, 0.0, sigma=1e-4)
-    with pytest.warns(UserWarning, match=r"sigma=0.0001 reaches \d+% of the activity of layer '[02]'.*try sigma="):
-        optimizer.step(lambda: F.cross_entropy(model(x).float(), y, reduction="none"))
-    optimizer.close()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        rule(model, 0.0, sigma=0.3).step(lambda: F.cross_entropy(model(x).float(), y, reduction="none"))
+@pytest.mark.parametrize(("space", "what"), [("weights", "'0.weight'"), ("activities", "the activity of layer '[02]'")])
+def test_a_difference_that_bfloat16_cannot_carry_is_warned_of(space: str, what: str) -> None:
+    class Doubled(torch.autograd.Function):  # without a forward derivative
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return 2 * x
+
+    model, x, y = mlp(sizes=(6, 40, 4), dtype=torch.bfloat16), torch.randn(8, 6).bfloat16(), torch.randint(4, (8,))
+
+    def closure() -> Tensor:
+        return F.cross_entropy(Doubled.apply(model(x).float()), y, reduction="none")
+
+    optimizer = bioopt.ForwardGradient(model, space=space)
+    with pytest.warns(UserWarning, match="difference=0.001") as caught:
+        optimizer.step(closure)
+    slow, coarse = (str(warning.message) for warning in caught)
+    assert "no forward derivative" in slow
+    assert re.search(f"difference=0.001 changes {what} by 0.001 of its size.*bfloat16.*; try difference=0.02$", coarse)
+    optimizer.step(closure)
+
+
+def test_a_change_that_autocast_rounds_away_gives_no_gradient() -> None:
+    model = nn.Linear(2, 1, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[100.0, 0.01]]))
+    optimizer = bioopt.SerialPerturbation(model, 0.1, sigma=0.02, relative=False, coordinates=2)
+
+    def closure() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(torch.tensor([[0.0, 1.0]])).float().sum()
+
+    with pytest.warns(UserWarning, match="sigma=0.02 changes 'weight' by 0.0003 of its size.*bfloat16.*; try sigma=1$"):
+        optimizer.estimate(closure)
+    assert model.weight.grad[0, 0] == 0
+    assert model.weight.grad[0, 1] == pytest.approx(1.0, rel=0.01)
+    optimizer.estimate(closure)
 
 
 def test_noise_in_half_precision_is_credited_as_it_was_added() -> None:
