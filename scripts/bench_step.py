@@ -73,6 +73,7 @@ def build(name: str, device: torch.device, batch: int, width: int, *, lean: bool
     optimizer = build_optimizer(config, model)
 
     def closure() -> torch.Tensor:
+        optimizer.target = y  # which some rules need
         optimizer.zero_grad()
         losses = F.cross_entropy(model(x), y, reduction="none")
         if losses.requires_grad:

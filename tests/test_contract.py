@@ -179,15 +179,25 @@ def test_descent_is_the_optimizer_itself(case: Case, descent: type, options: dic
     model, twin = case.cnn(), case.cnn()
     optimizer = case.make(model, descent=descent, **options)
     names = {p: name for name, p in model.named_parameters()}
-    own = [p for g in optimizer.param_groups for p in g["params"] if p in names]  # of the model
-    trained = [dict(twin.named_parameters())[names[p]] for p in own]
-    plain = descent(trained, lr=0.01, **options)
+    own, twins, steps = [], dict(twin.named_parameters()), []
+    for group in optimizer.param_groups:
+        of_model = [p for p in group["params"] if p in names]
+        own += of_model
+        if not of_model:
+            continue
+        trained = [twins[names[p]] for p in of_model]
+        if group["standardised"]:  # such a readout descends by SGD
+            sgd = {name: group[name] for name in ("lr", "momentum", "weight_decay")}
+            steps.append(torch.optim.SGD(trained, **sgd))
+        else:
+            steps.append(descent(trained, lr=0.01, **options))
     for i in range(3):
         optimizer.estimate(per_sample(optimizer, model, *batch(i)))
-        for p, q in zip(own, trained, strict=True):
-            q.grad = None if p.grad is None else p.grad.clone()
+        for p in own:
+            twins[names[p]].grad = None if p.grad is None else p.grad.clone()
         optimizer.descend()
-        plain.step()
+        for plain in steps:
+            plain.step()
         if not case.regulates:
             assert same(weights(model), weights(twin))
             continue
