@@ -81,7 +81,7 @@ def mono_forward(h: Tensor, head: Any, y: Tensor) -> Tensor:
         (bioopt.LocalLoss, {"loss": "both", "pool": 2, "beta": 0.7}, local_loss("both", 0.7)),
         (bioopt.MonoForward, {}, mono_forward),
     ],
-    ids=str,
+    ids=["cross_entropy", "similarity", "both", "MonoForward"],
 )
 def test_the_slow_twin_agrees(rule: Any, options: dict[str, Any], slow: Callable[..., Tensor]) -> None:
     generator = torch.Generator().manual_seed(1)
