@@ -67,7 +67,7 @@ class Readout:
 
     .. math::
         \Delta v = -\frac{\eta}{1 + \nu} \, \nabla v
-        \Big[ \frac{1 - \sum_i q_i q_i^\top}{\rho} + \sum_i \frac{q_i q_i^\top}{\lambda_i + \rho} \Big],
+        [ \frac{1 - \sum_i q_i q_i^\top}{\rho} + \sum_i \frac{q_i q_i^\top}{\lambda_i + \rho} ],
 
     where :math:`\nu` is the trace of the matrix in brackets times :math:`\langle z z^\top \rangle`, over the events of
     the batch: a small batch is no good estimate of all directions. ``"teacher"``: without a loss; the target

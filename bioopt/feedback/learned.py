@@ -84,7 +84,7 @@ class WeightMirror(LayerwiseFeedback):
     r"""Feedback weights learn the forward weights from the layer's response to noise.
 
     .. math::
-        \Delta B_l = \mathrm{mirror\_lr}\,\big(\langle u\,\xi^\top \rangle - \mathrm{mirror\_decay}\; B_l\big),
+        \Delta B_l = \mathrm{mirror\_lr}\,(\langle u\,\xi^\top \rangle - \mathrm{mirror\_decay}\; B_l),
         \qquad u = W_l\, \xi
 
     for independent normal noise :math:`\xi` of deviation 1 at the layer's input, after each step, and the mean over

@@ -37,7 +37,7 @@ class ForwardForward(BlockRule):
     :math:`h^2` over neurons and positions,
 
     .. math::
-        L = \mathrm{softplus}\big(n (\theta - g^+)\big) + \mathrm{softplus}\big(n (g^- - \theta)\big) .
+        L = \mathrm{softplus}(n (\theta - g^+)) + \mathrm{softplus}(n (g^- - \theta)) .
 
     The next layer receives :math:`h / \sqrt{g}`, so that it cannot read the goodness from the length of its input, but
     must find it in the pattern. A third, ordinary pass trains the readout, by the loss. A class can also be told

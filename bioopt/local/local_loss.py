@@ -23,8 +23,8 @@ class LocalLoss(LocalLossRule):
     At the end of each block, with activity :math:`h` of a batch,
 
     .. math::
-        L = (1 - \beta)\, \mathrm{CE}\big(V\, \mathrm{pool}(h), y\big)
-        + \beta\, \big\lVert S(g(h)) - S(\mathrm{onehot}(y)) \big\rVert^2 ,
+        L = (1 - \beta)\, \mathrm{CE}(V\, \mathrm{pool}(h), y)
+        + \beta\, \lVert S(g(h)) - S(\mathrm{onehot}(y)) \rVert^2 ,
 
     where :math:`V` is a linear classifier on activity that is averaged over positions until at most ``pool`` are left
     along each dimension, :math:`g` a linear map of the neurons at each position, of which the deviation over positions

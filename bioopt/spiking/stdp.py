@@ -30,12 +30,12 @@ class STDP(LocalRule):
 
     .. math::
         p(t) = e^{-\delta/\tau_+}\, p(t - \delta) + x(t), \qquad
-        q(t) = e^{-\delta/\tau_-}\, \bigl(q(t - \delta) + s(t - \delta)\bigr)
+        q(t) = e^{-\delta/\tau_-}\, (q(t - \delta) + s(t - \delta))
 
     .. math::
-        P_+ = \Bigl\langle \sum_t s(t)\, p(t)^\top \Bigr\rangle, \qquad
-        P_- = \Bigl\langle \sum_t q(t)\, x(t)^\top \Bigr\rangle, \qquad
-        P_0 = \Bigl\langle \sum_t s(t)\, \mathbf 1^\top \Bigr\rangle
+        P_+ = \langle \sum_t s(t)\, p(t)^\top \rangle, \qquad
+        P_- = \langle \sum_t q(t)\, x(t)^\top \rangle, \qquad
+        P_0 = \langle \sum_t s(t)\, \mathbf 1^\top \rangle
 
     .. math::
         \Delta W = f_+ \odot A_+ P_+ - f_- \odot (A_- P_- + A_+ p_0 P_0)
