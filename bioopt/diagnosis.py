@@ -114,7 +114,7 @@ def diagnose(optimizer: LearningRule, closure: Closure, samples: int = 4) -> dic
         for what in {what: None for each in of_feedback for what in each.get(synapse, {})}:
             entry[what] = sum(each[synapse][what] for each in of_feedback) / samples
         if name in found:
-            entry["update_angle"] = math.degrees(math.acos(max(-1.0, min(1.0, entry["cosine"]))))
+            entry["update_angle"] = _degrees(entry["cosine"])
     together = [torch.cat([u[p].flatten() for p in params]) for u in updates]
     found["all"] = _compare(torch.cat([true[p].flatten() for p in params]), together)
     found["all"]["forward_passes"] = evaluations
@@ -157,7 +157,11 @@ def _feedback(
 
 def _angle(one: Tensor, other: Tensor) -> float:
     cosine = torch.nn.functional.cosine_similarity(one.flatten().double(), other.flatten().double(), 0)
-    return math.degrees(math.acos(max(-1.0, min(1.0, cosine.item()))))
+    return _degrees(cosine.item())
+
+
+def _degrees(cosine: float) -> float:
+    return math.degrees(math.acos(max(-1.0, min(1.0, cosine))))
 
 
 def _rank(error: Tensor) -> float:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import bioopt
+from bioopt.core.probe import keeping_modes
 
 from . import pictures
 from .checks import require_counts
@@ -125,15 +126,13 @@ class Diagnostics:
                     found.setdefault(what, {})[synapse.name] = value
 
         handles = [module.register_forward_hook(look) for module in self.model.modules() if not [*module.children()]]
-        modes = {module: module.training for module in self.model.modules()}
         try:
-            self.model.eval()
-            self.model(self._inputs)
+            with keeping_modes(self.model):
+                self.model.eval()
+                self.model(self._inputs)
         finally:
             for handle in handles:
                 handle.remove()
-            for module, mode in modes.items():
-                module.training = mode
         return found
 
     @torch.no_grad()

@@ -6,6 +6,9 @@ import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+import torch
+from torch import Tensor
+
 #: whether a value is in range, and the range in words
 Constraint: TypeAlias = tuple[Callable[[Any], bool], str]
 
@@ -30,3 +33,22 @@ def require_in_range(owner: str, name: str, value: Any, constraint: Constraint) 
         ok = False
     if not ok:
         raise ValueError(f"{owner}: {name}={value!r} must be {range_}")
+
+
+def require_labels(rule: str, target: Tensor, samples: torch.Size | None, shape: torch.Size, readout: str) -> None:
+    """Raise if a target is no class label for each sample.
+
+    Args:
+        rule: its name.
+        target: that is not activity of the readout's shape.
+        samples: the shape of labels; ``None``: the readout has other dimensions than samples and neurons.
+        shape: of the readout's activity, neurons last.
+        readout: its name.
+    """
+    if target.shape != samples or target.is_floating_point():
+        raise ValueError(
+            f"{rule}: target of shape {tuple(target.shape)} and type {target.dtype} must be class labels, one per "
+            f"sample, or have the shape {tuple(shape)} of the readout '{readout}'"
+        )
+    if target.numel() and not 0 <= int(target.min()) <= int(target.max()) < shape[-1]:
+        raise ValueError(f"{rule}: target has labels outside 0 to {shape[-1] - 1}, the neurons of '{readout}'")

@@ -35,7 +35,7 @@ from .reach import Pending
 from .readout import ReadoutOptions, Survey, as_grad
 from .recorder import Firing
 from .rule import optional
-from .sums import Gathering, Sums, product_sums
+from .sums import Gathering, Sums, add_up, product_sums
 from .synapse import Synapse, Unwatchable, refusal
 
 __all__ = ["LocalProductRule", "LocalRule", "SynapticRule"]
@@ -446,9 +446,7 @@ class LocalRule(OnePass):
                 if self._homeostatic_rate(self.param_groups[synapse.group]):
                     # Optimizers create their state at the first gradient, and checkpoints expect it of all parameters.
                     changes = {p: torch.zeros_like(p) for p in synapse.parameters() if p not in changes} | changes
-                for p, change in changes.items():  # one weight in two layers learns from both
-                    grad = as_grad(change, p)
-                    grads[p] = grads[p] + grad if p in grads else grad
+                add_up(grads, ((p, as_grad(change, p)) for p, change in changes.items()))
             self._gathering.end()
             require_finite(self, "the activity of a layer", tensors_of(state.get("homeostasis", {}).values()))
             return grads, state

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
 from weakref import WeakKeyDictionary
@@ -49,6 +50,17 @@ def settled(undo: list[Callable[[], None]], work: Callable[[], _T]) -> _T:
                 undo.pop()
         if interrupt is not None or failure is not None:
             raise interrupt or failure  # type: ignore[misc]
+
+
+@contextmanager
+def keeping_modes(model: nn.Module) -> Iterator[None]:
+    """Restore training or evaluation mode of every module at the end of a ``with`` block."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def restoring_grad_mode() -> Callable[[], None]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .acts import Isolated, cut, detached, isolate
-from .constraints import NON_NEGATIVE, require_in_range
+from .constraints import NON_NEGATIVE, require_in_range, require_labels
 from .homeostasis import NOT_MOVING, RATE, Level, along_neurons, in_weight_form, kept_in_place
 from .params import RuleOptions, named_modules_of, no_plastic_layer, surveyed
 from .products import in_full, over_events, squares_over_events
@@ -294,15 +294,8 @@ class Readout:
         target = target.to(u.device)
         if target.shape == u.shape:
             return target.to(torch.promote_types(u.dtype, torch.float32))
-        classes = u.shape[-1]
-        if u.ndim != 2 or target.shape != u.shape[:1] or target.is_floating_point():
-            raise ValueError(
-                f"{name}: target of shape {tuple(target.shape)} and type {target.dtype} must be class labels, one per "
-                f"sample, or have the shape {tuple(u.shape)} of the readout '{synapse.name}'"
-            )
-        if target.numel() and not 0 <= int(target.min()) <= int(target.max()) < classes:
-            raise ValueError(f"{name}: target has labels outside 0 to {classes - 1}, the neurons of '{synapse.name}'")
-        rest = 1 / max(classes - 1, 1)
+        require_labels(name, target, u.shape[:1] if u.ndim == 2 else None, u.shape, synapse.name)
+        rest = 1 / max(u.shape[-1] - 1, 1)
         hot = torch.zeros_like(u, dtype=torch.promote_types(u.dtype, torch.float32)).sub_(rest)
         return hot.scatter_(1, target.long().unsqueeze(1), 1.0)
 
@@ -403,7 +396,7 @@ def _input_sums(firing: Firing, level: Level | None) -> Sums:
     x, channel = in_full(firing.x.detach()), firing.x.ndim + firing.synapse.channel_dim
     total, square = over_events(x, channel), squares_over_events(x, channel)
     if level is None:
-        along = _components(total).zero_()
+        along = total.new_zeros(len(total), min(COMPONENTS, len(total)))
     else:
         mean, power = _moments(level, firing.synapse.bias is not None)
         rows = (x.movedim(channel, -1).flatten(0, -2) - mean.to(x)) / power.to(x).sqrt()
@@ -467,7 +460,10 @@ def _standardised(grads: dict[Tensor, Tensor], synapse: Synapse, level: Level) -
     mean, grad = in_weight_form(mean, synapse), grads[weight]
     if bias is not None and centred:
         grad = grad - along_neurons(grads[bias], weight) * mean
-    rates, rest, noise = _rates(level, centred, weight)
+    variance = level["variance"].to(weight)
+    if not centred:
+        variance = variance + level["mean"].to(weight).square()
+    rates, rest, noise = _rates(level, (variance / power).sum())
     places = weight[0].numel() / weight.shape[1]  # of a kernel, each of which adds as much
     change = grad / deviation
     along = change.movedim(1, -1)
@@ -482,13 +478,14 @@ def _standardised(grads: dict[Tensor, Tensor], synapse: Synapse, level: Level) -
     return {weight: change, bias: grads[bias] / noise - (change * mean).flatten(1).sum(1)}
 
 
-def _rates(level: Level, centred: bool, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One over each eigenvalue and over a bound of the others; and how much larger noise makes a batch's curvature."""
-    eigenvalues = level["eigenvalues"].to(like)
-    total = (level["variance"].to(like) + (0 if centred else level["mean"].to(like).square())).div(
-        _moments(level, centred)[1].to(like)
-    )
-    trace = total.sum()
+def _rates(level: Level, trace: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One over each eigenvalue and over a bound of the others; and how much larger noise makes a batch's curvature.
+
+    Args:
+        level: of the readout.
+        trace: of the covariance of standardised input.
+    """
+    eigenvalues = level["eigenvalues"].to(trace)
     if level["steps"] <= KNOWN:  # none of them exceeds the trace
         bound = 1 + trace
         return (1 / bound).expand_as(eigenvalues), 1 / bound, torch.ones_like(bound)

@@ -507,6 +507,11 @@ class LearningRule(ModelGroups, Optimizer):
     def _trained(self) -> list[Tensor]:
         return params_in(self)
 
+    def _of_model(self) -> list[Tensor]:
+        """The parameters of the model that are not frozen, without those of the rule's own modules."""
+        owned = {*self._owned.modules.parameters()}
+        return [p for p in self._trained() if p.requires_grad and p not in owned]
+
     def _pop_renamed(self, options: dict[str, Any]) -> dict[str, Any]:
         """Remove options with former names from ``options``, and return them with their present names."""
         found = {}
@@ -594,6 +599,17 @@ class LearningRule(ModelGroups, Optimizer):
         dist.all_reduce(flat, group=self.process_group)
         for tensor, total in zip(tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True):
             tensor.copy_(total.view_as(tensor))
+
+    def _average_gradients(self, losses: Tensor | None, grads: dict[Tensor, Tensor]) -> None:
+        """Replace each gradient by its mean over the ranks, which must learn from the same layers; check the loss."""
+        params = [p for p in self._trained() if p in grads]
+        if self.process_group is not None:
+            names = self._names()
+            self._require_same_on_ranks([names[p] for p in params])
+        loss = torch.zeros((), device=self._trained()[0].device) if losses is None else losses.mean()
+        self._average_over_ranks([loss, *(grads[p] for p in params)])
+        if losses is not None:
+            require_finite(self, "the loss", [losses])
 
     def _average_over_ranks(self, tensors: list[Tensor]) -> None:
         """Replace each tensor by its mean over the ranks, in one message."""

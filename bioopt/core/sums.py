@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -85,6 +86,12 @@ class Sums:
         """Replace the events by their product."""
         if self.few is not None:
             self.values, self.few = {"product": self.few.product(), **self.values}, None
+
+
+def add_up(grads: dict[Tensor, Tensor], others: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Add gradients to those of the same parameters; one weight in two layers learns from both."""
+    for p, g in others:
+        grads[p] = grads[p] + g if p in grads else g
 
 
 def product_sums(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, Unpack
@@ -12,7 +13,6 @@ from torch.optim import Adam
 
 from ..core.acts import detached, relay
 from ..core.constraints import NON_NEGATIVE, POSITIVE, SEED, Constraint, one_of
-from ..core.errors import require_finite
 from ..core.integrations import PACKED
 from ..core.one_pass import OnePass
 from ..core.params import (
@@ -155,8 +155,7 @@ class FeedbackRule(OnePass):
 
     def gradient_parameters(self) -> list[Tensor]:
         """All parameters of the model that are not frozen."""
-        owned = {*self._owned.modules.parameters()}
-        return [p for p in self._trained() if p.requires_grad and p not in owned]
+        return self._of_model()
 
     def layers(self) -> dict[str, Synapse]:
         """The layers by their names in the model."""
@@ -182,13 +181,7 @@ class FeedbackRule(OnePass):
                 f"{name} learns from the loss, but no gradient has reached a layer: call loss.backward() before "
                 "step(), or give step() a closure that returns the loss"
             )
-        if self.process_group is not None:
-            names = self._names()
-            self._require_same_on_ranks([names[p] for p in grads])
-        loss = torch.zeros((), device=self._trained()[0].device) if losses is None else losses.mean()
-        self._average_over_ranks([loss, *grads.values()])
-        if losses is not None:
-            require_finite(self, "the loss", [losses])
+        self._average_gradients(losses, grads)
         if self.orthogonal:
             self._orthogonalise(grads)
         state = self._next_state()
@@ -242,8 +235,9 @@ class RandomFeedback(FeedbackRule):
         """That of the state, which may have been loaded."""
         return int(self._own_state.get("seed", self._first_seed))
 
-    def _scale(self, synapse: Synapse) -> float:
-        return float(self.param_groups[synapse.group]["feedback_scale"])
+    def _deviation(self, synapse: Synapse, count: int) -> float:
+        """Of weights by which the error reaches so many activities; at a scale of 1 it keeps its length on average."""
+        return float(self.param_groups[synapse.group]["feedback_scale"]) / math.sqrt(max(count, 1))
 
 
 class LayerwiseFeedback(RandomFeedback):
@@ -268,7 +262,7 @@ class LayerwiseFeedback(RandomFeedback):
     def _drawn(self, synapse: Synapse) -> Tensor:
         """The random weights of a layer, with which the error keeps its length at a scale of 1."""
         weight = synapse.weight
-        deviation = self._scale(synapse) / weight[0].numel() ** 0.5
+        deviation = self._deviation(synapse, weight[0].numel())
         return self._random.fixed(synapse, weight, weight.shape, deviation, self._seed)
 
 

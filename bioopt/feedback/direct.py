@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, Unpack, final
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedParameter
 
+from ..core.constraints import require_labels
 from ..core.params import Params
 from ..core.recorder import Firing
 from ..core.rule import optional
@@ -143,11 +143,8 @@ class DirectFeedback(RandomFeedback):
     def _fixed(self, synapse: Synapse) -> Tensor:
         """Random weights."""
         shape = self._shapes[synapse]
-        return self._random.fixed(synapse, synapse.weight, shape, self._deviation(synapse, shape), self._seed)
-
-    def _deviation(self, synapse: Synapse, shape: torch.Size) -> float:
-        """With which the error keeps its length on average, at a scale of 1."""
-        return self._scale(synapse) / math.sqrt(max(shape[1:].numel(), 1))
+        deviation = self._deviation(synapse, shape[1:].numel())
+        return self._random.fixed(synapse, synapse.weight, shape, deviation, self._seed)
 
 
 @final
@@ -297,7 +294,7 @@ class DirectKolenPollack(OwnedFeedback, DirectFeedback):
         weights, shape = self.own_weights(synapse), self._shapes[synapse]
         if isinstance(weights, UninitializedParameter):
             weights.materialize(shape)
-            deviation = self._deviation(synapse, shape)
+            deviation = self._deviation(synapse, shape[1:].numel())
             weights.data.copy_(drawn(weights, shape, deviation, self._seed, synapse.index))
         return weights
 
@@ -342,11 +339,5 @@ def _one_hot(rule: str, target: Tensor, error: Tensor, readout: str) -> Tensor:
     classes = error.shape[-1]
     if target.shape == error.shape and target.is_floating_point():
         return target
-    if target.shape != error.shape[:-1] or target.is_floating_point():
-        raise ValueError(
-            f"{rule}: target of shape {tuple(target.shape)} and type {target.dtype} must be class labels, one per "
-            f"sample, or have the shape {tuple(error.shape)} of the readout '{readout}'"
-        )
-    if target.numel() and not 0 <= int(target.min()) <= int(target.max()) < classes:
-        raise ValueError(f"{rule}: target has labels outside 0 to {classes - 1}, the neurons of '{readout}'")
+    require_labels(rule, target, error.shape[:-1], error.shape, readout)
     return nn.functional.one_hot(target.long(), classes).to(error.dtype)

@@ -81,7 +81,7 @@ class SignSymmetry(LayerwiseFeedback):
         weight, mode = synapse.weight.detach(), self.param_groups[synapse.group]["mode"]
         if mode == "fixed":
             return self._drawn(synapse).abs().copysign(weight).mul_(weight != 0)
-        deviation = self._scale(synapse) / weight[0].numel() ** 0.5
+        deviation = self._deviation(synapse, weight[0].numel())
         if mode == "uniform":
             return weight.sign().mul_(deviation)
         drawn = self._random.at_step(synapse, weight, self._seed, self._own_state.get("draws", 0))

@@ -15,7 +15,7 @@ from torch.optim import Adam
 from ..core._torch_private import in_backward
 from ..core.acts import detached
 from ..core.constraints import NON_NEGATIVE, POSITIVE_INT, SEED
-from ..core.errors import is_captured, require_finite, warn
+from ..core.errors import is_captured, warn
 from ..core.one_pass import OnePass
 from ..core.params import (
     Params,
@@ -25,10 +25,12 @@ from ..core.params import (
     no_plastic_layer,
     synapses_of,
 )
+from ..core.probe import keeping_modes
 from ..core.reach import Gates, Pending, gates_behind, shut_gates
 from ..core.recorder import Firing
 from ..core.rows import rows_now
 from ..core.rule import LearningRule, optional
+from ..core.sums import add_up
 from ..core.synapse import Synapse
 
 __all__ = ["Block", "BlockRule", "LocalLossRule"]
@@ -280,11 +282,10 @@ class BlockRule(LearningRule):
         ((_, model),) = modules
         inputs = example if isinstance(example, tuple) else (example,)
         buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-        modes = [(module, module.training) for module in model.modules()]
         devices = [t.device for t in inputs if isinstance(t, Tensor) and t.is_cuda]
         count = next(len(t) for t in inputs if isinstance(t, Tensor))
         try:
-            with torch.random.fork_rng(devices), torch.enable_grad():
+            with torch.random.fork_rng(devices), torch.enable_grad(), keeping_modes(model):
                 self.target = torch.zeros(count, dtype=torch.long)
                 model.train()(*inputs)
         finally:
@@ -293,8 +294,6 @@ class BlockRule(LearningRule):
             with torch.no_grad():
                 for buffer, value in buffers:
                     buffer.copy_(value)
-            for module, mode in modes:
-                module.training = mode
 
     # -- one pass -----------------------------------------------------------------------------------------------
 
@@ -395,8 +394,7 @@ class BlockRule(LearningRule):
 
     def gradient_parameters(self) -> list[Tensor]:
         """All parameters of the model that are not frozen; those of blocks get no gradient from the loss."""
-        owned = {*self._owned.modules.parameters()}
-        return [p for p in self._trained() if p.requires_grad and p not in owned]
+        return self._of_model()
 
     @torch.no_grad()
     def _gathered(self, losses: Tensor | None) -> tuple[dict[Tensor, Tensor], dict[str, Any]]:
@@ -419,14 +417,7 @@ class BlockRule(LearningRule):
                 elif p in of_synapses:  # a layer that is the readout, too; others learn from the loss of their block
                     grads[p] = grads[p] + g
             self._look_for_blocks_that_did_not_end(grads)
-            if self.process_group is not None:
-                names = self._names()
-                self._require_same_on_ranks([names[p] for p in self._trained() if p in grads])
-            loss = torch.zeros((), device=self._trained()[0].device) if losses is None else losses.mean()
-            in_order = [p for p in self._trained() if p in grads]
-            self._average_over_ranks([loss, *(grads[p] for p in in_order)])
-            if losses is not None:
-                require_finite(self, "the loss", [losses])
+            self._average_gradients(losses, grads)
             for share in self._counted:
                 share.learned = True
             return grads, self._next_state()
@@ -440,8 +431,7 @@ class BlockRule(LearningRule):
         for share in self._counted:
             if share.grads is None:
                 raise RuntimeError(self._no_target())
-            for p, g in share.grads.items():
-                grads[p] = grads[p] + g if p in grads else g
+            add_up(grads, share.grads.items())
         return grads
 
     def _look_for_blocks_that_did_not_end(self, grads: dict[Tensor, Tensor]) -> None:

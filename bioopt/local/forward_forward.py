@@ -14,9 +14,10 @@ from ..core.acts import detached
 from ..core.constraints import POSITIVE, Constraint, one_of
 from ..core.noise import NoiseSource
 from ..core.params import Params
-from ..core.probe import Probe
-from ..core.reach import gates_behind
+from ..core.probe import Probe, keeping_modes
+from ..core.reach import Gates, gates_behind
 from ..core.rule import Estimate
+from ..core.sums import add_up
 from ..core.synapse import Synapse
 from .base import Block, BlockRule, Share
 from .heads import LocalOptions
@@ -114,7 +115,8 @@ class ForwardForward(BlockRule):
 
     def _receive(self, synapse: Synapse, x: Tensor) -> Tensor:
         """What a layer receives: inputs carry labels, activity is normalised."""
-        hidden = self._is_hidden(x)
+        behind = self._gates_behind(x)
+        hidden = bool(behind.open or behind.shut)
         x = self._enter(synapse, x)
         if not self._sign:
             return x
@@ -134,9 +136,9 @@ class ForwardForward(BlockRule):
             raise ValueError("ForwardForward: negatives= returned the positive inputs themselves; they must differ")
         return negative
 
-    def _is_hidden(self, x: Tensor) -> bool:
-        behind = None if x.grad_fn is None else gates_behind(x.grad_fn, self._recorder.reach)
-        return behind is not None and bool(behind.open or behind.shut)
+    def _gates_behind(self, x: Tensor) -> Gates:
+        """None for an input of the network."""
+        return Gates() if x.grad_fn is None else gates_behind(x.grad_fn, self._recorder.reach)
 
     def _wrong_labels(self, x: Tensor) -> Tensor:
         y = self.labels(x)
@@ -186,8 +188,7 @@ class ForwardForward(BlockRule):
             for self._sign in (1, -1):
                 self.begin()
                 probe.gradients(self.gradient_parameters(), anchors)
-                for p, g in self._local_gradients().items():
-                    grads[p] = grads[p] + g if p in grads else g
+                add_up(grads, self._local_gradients().items())
         finally:
             self._sign, self._other = 0, None
         for p, gradient in of_readout.items():
@@ -210,24 +211,19 @@ class ForwardForward(BlockRule):
         if len(self._modules) != 1:
             raise RuntimeError("ForwardForward: predict() needs a rule that was given the model, not parts of it")
         model = self._modules[0][1]
-        modes = [(module, module.training) for module in model.modules()]
-        try:
+        with keeping_modes(model):
             model.eval()
             scores: Tensor = model(inputs) if self.prediction == "readout" else self._goodness_of_classes(model, inputs)
             return scores
-        finally:
-            for module, mode in modes:
-                module.training = mode
 
     def _goodness_of_classes(self, model: nn.Module, inputs: Any) -> Tensor:
         scores: list[Tensor] = []
-        label = 0
         seen: set[Any] = set()
 
         def receive(synapse: Synapse, x: Tensor) -> Tensor:
-            behind = gates_behind(x.grad_fn, self._recorder.reach) if x.grad_fn is not None else None
-            if behind is None or not behind.open:
-                return self._with_label(x, torch.full((len(x),), label, device=x.device), synapse)
+            behind = self._gates_behind(x)
+            if not behind.open:
+                return self._with_label(x, torch.full((len(x),), len(scores) - 1, device=x.device), synapse)
             if not seen.issuperset(behind.open):
                 seen.update(behind.open)
                 scores[-1] = scores[-1] + goodness(x.detach())
@@ -236,12 +232,11 @@ class ForwardForward(BlockRule):
         recorder = self._recorder
         recorder.in_evaluation = True
         try:
-            while label < self.number_of_classes:
+            for _ in range(self.number_of_classes):
                 scores.append(torch.zeros(()))
                 seen.clear()
                 with recorder.acting(receive, self._leave), torch.enable_grad():  # gates tell where a block ends
                     model(inputs)
-                label += 1
         finally:
             recorder.in_evaluation = False
         return torch.stack(scores, 1)

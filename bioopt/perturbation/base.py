@@ -23,6 +23,7 @@ from ..core.readout import ReadoutOptions
 from ..core.recorder import Firing
 from ..core.rows import Rows
 from ..core.rule import LearningRule, Visit
+from ..core.sums import add_up
 from ..core.synapse import BUILT_IN, Synapse
 
 FILL = {"normal": fill_normal_, "rademacher": fill_rademacher_}
@@ -517,8 +518,7 @@ class NoisyActivity(Perturbation):
         grads: dict[Tensor, Tensor] = {}
         for record, signal in zip(records, signals, strict=True):
             params, s = record.synapse.parameters(), record.own(signal).to(record.u.dtype)
-            for p, g in zip(params, torch.autograd.grad(record.u, params, s), strict=True):
-                grads[p] = grads[p] + g if p in grads else g
+            add_up(grads, zip(params, torch.autograd.grad(record.u, params, s), strict=True))
         return grads
 
     def _per_sample(self, records: list[Record], losses: Tensor, probe: Probe) -> bool:

@@ -15,6 +15,7 @@ from ..core.probe import Probe
 from ..core.readout import ReadoutOptions
 from ..core.recorder import Firing
 from ..core.rule import Estimate, Visit
+from ..core.sums import add_up
 from ..core.synapse import Synapse, convolve
 from .base import MICRO_BATCHES, NoisyActivity, Record, count_of, credit_of, rms
 
@@ -161,8 +162,7 @@ class RankOnePerturbation(NoisyActivity):
                 if synapse in took:
                     credit = credit * took[synapse][i].to(credit)
                 with torch.autocast(change.device.type, enabled=False):
-                    for p, g in _gradients(synapse, directions, credit):
-                        grads[p] = grads[p] + g if p in grads else g
+                    add_up(grads, _gradients(synapse, directions, credit))
         loss = outcomes.sum((0, 1)) / (2 * self.samples) if summed else outcomes.mean((0, 1))
         if summed:
             grads = self._summed(grads, loss)

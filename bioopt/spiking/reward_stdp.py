@@ -16,6 +16,7 @@ from ..core.readout import ReadoutOptions
 from ..core.recorder import Firing
 from ..core.reward import reward_prediction_errors
 from ..core.rule import Estimate, LearningRule
+from ..core.sums import add_up
 from ..core.synapse import Synapse
 from ..perturbation.base import CREDIT, MICRO_BATCHES, ambiguous
 from .neurons import NeuronFinder, Neurons
@@ -206,8 +207,7 @@ class RewardSTDP(LearningRule):
             for synapse, change in changes.items():
                 weight, group = synapse.weight, self.param_groups[synapse.group]
                 up, down = change.clamp(min=0), (-change).clamp(min=0)
-                grad = -bounded(up, down, weight.detach(), group, group["scaling"])
-                grads[weight] = grads[weight] + grad if weight in grads else grad
+                add_up(grads, [(weight, -bounded(up, down, weight.detach(), group, group["scaling"]))])
             return losses.mean(0), grads, state
         finally:
             self._traces.clear()
