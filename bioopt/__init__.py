@@ -15,6 +15,7 @@ Each is a `torch.optim.Optimizer` that trains an unmodified `torch.nn.Module` by
 """
 
 from . import costs, nn
+from .auditing import Audit, audit
 from .contrastive import ContrastiveDivergence
 from .core.errors import Diverged
 from .core.kernels import compile_kernels
@@ -57,6 +58,7 @@ __all__ = [
     "DRTP",
     "STDP",
     "AntiHebbian",
+    "Audit",
     "ContrastiveDivergence",
     "DirectFeedbackAlignment",
     "DirectKolenPollack",
@@ -94,6 +96,7 @@ __all__ = [
     "SynapticRule",
     "WeightMirror",
     "WeightPerturbation",
+    "audit",
     "compile_kernels",
     "costs",
     "create_optimizer",

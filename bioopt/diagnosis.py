@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .core.probe import Closure, Probe, restoring_grad_mode, settled
+from .core.probe import Closure, Probe
 from .core.rule import LearningRule
 from .core.synapse import Synapse
+from .core.trial import Trial
 from .feedback import FeedbackRule
 
 __all__ = ["diagnose"]
-
-_T = TypeVar("_T")
 
 
 def diagnose(optimizer: LearningRule, closure: Closure, samples: int = 4) -> dict[str, dict[str, float]]:
@@ -55,28 +54,8 @@ def diagnose(optimizer: LearningRule, closure: Closure, samples: int = 4) -> dic
         raise ValueError(f"diagnose: samples={samples!r} must be an integer >= 2")
     if not isinstance(optimizer, LearningRule):
         raise TypeError(f"diagnose takes a single rule, not {type(optimizer).__name__}; diagnose its members, if any")
-    owned = {*optimizer._owned.modules.parameters()}
-    params = [p for p in optimizer._trained() if p.requires_grad and p not in owned]
-    grads, own_state = {p: p.grad for p in optimizer._trained()}, optimizer._own_state
-    target = optimizer.target
-    evaluations = 0
-
-    def evaluated(what: Callable[[Probe], _T]) -> _T:
-        """From the same random state each time, which is restored."""
-        nonlocal evaluations
-        with torch.random.fork_rng(sorted({p.device.index for p in params if p.device.type == "cuda"})):
-            probe = Probe(closure, params, optimizer._known, optimizer._undo)
-            optimizer._undo += [probe.restart, optimizer._recorder.restoring(), restoring_grad_mode()]
-
-            def work() -> _T:
-                nonlocal evaluations
-                try:
-                    return probe.run(type(optimizer).__name__, what)
-                finally:
-                    evaluations = probe.count
-
-            return settled(optimizer._undo, work)
-
+    trial = Trial(optimizer)
+    params = trial.params
     synapses = list(optimizer._recorder.synapses.values()) if isinstance(optimizer, FeedbackRule) else []
 
     def gradient(probe: Probe) -> dict[Tensor, Tensor]:
@@ -89,24 +68,15 @@ def diagnose(optimizer: LearningRule, closure: Closure, samples: int = 4) -> dic
     updates: list[dict[Tensor, Tensor]] = []
     true_errors: dict[Synapse, Tensor] = {}
     of_feedback: list[dict[Synapse, dict[str, float]]] = []
-    try:
-        with torch.no_grad():
-            true = evaluated(gradient)
-            for _ in range(samples):
-                optimizer.target = target  # each step clears it
-                errors: dict[Synapse, Tensor] = {}
-                with _errors(synapses, errors):
-                    _, update, state = evaluated(optimizer.evaluate)
-                of_feedback.append(_feedback(optimizer, errors, true_errors))
-                optimizer._own_state = state
-                optimizer._recorder.reset()
-                updates.append({p: update.get(p, torch.zeros_like(p)) for p in params})
-    finally:
-        optimizer._recorder.reset()
-        optimizer._own_state = own_state
-        optimizer.target = target
-        for p, grad in grads.items():
-            p.grad = grad
+    with trial.undone():
+        true = trial.run(closure, gradient)
+        for _ in range(samples):
+            errors: dict[Synapse, Tensor] = {}
+            with _errors(synapses, errors):
+                update, state = trial.update(closure)
+            of_feedback.append(_feedback(optimizer, errors, true_errors))
+            optimizer._own_state = state
+            updates.append({p: update.get(p, torch.zeros_like(p)) for p in params})
     names = optimizer._names()
     found = {names[p]: _compare(true[p].flatten(), [u[p].flatten() for u in updates]) for p in params}
     for synapse in synapses:
@@ -117,7 +87,7 @@ def diagnose(optimizer: LearningRule, closure: Closure, samples: int = 4) -> dic
             entry["update_angle"] = _degrees(entry["cosine"])
     together = [torch.cat([u[p].flatten() for p in params]) for u in updates]
     found["all"] = _compare(torch.cat([true[p].flatten() for p in params]), together)
-    found["all"]["forward_passes"] = evaluations
+    found["all"]["forward_passes"] = trial.evaluations
     return found
 
 

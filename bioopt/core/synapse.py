@@ -151,7 +151,7 @@ class Synapse:
             if kind in _CONVOLVE:
                 u = convolve(layer, x, weight)
             else:
-                u = torch.func.functional_call(_Unhooked(layer), {"layer.weight": weight}, (x,))
+                u = torch.func.functional_call(Unhooked(layer), {"layer.weight": weight}, (x,))
             (gradient,) = torch.autograd.grad(u, x, g.to(u.dtype))
         return gradient.to(g.dtype)
 
@@ -329,7 +329,7 @@ class Exclusion(NamedTuple):
         self.params.update(module.parameters())
 
 
-class _Unhooked(nn.Module):
+class Unhooked(nn.Module):
     """A layer called without its hooks."""
 
     def __init__(self, layer: nn.Module) -> None:
@@ -380,6 +380,6 @@ def _product_at(
     state = {f"layer.{name}": b.clone() for name, b in layer.named_buffers()} | {"layer.weight": weight}
     devices = [weight.device] if weight.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.enable_grad():
-        u = torch.func.functional_call(_Unhooked(layer), state, args, kwargs)
+        u = torch.func.functional_call(Unhooked(layer), state, args, kwargs)
         (product,) = torch.autograd.grad(u, weight, signal.to(u.dtype), allow_unused=True)
     return torch.zeros_like(weight) if product is None else product

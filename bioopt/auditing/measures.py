@@ -1,0 +1,299 @@
+"""`audit`: what each intervention changes of each layer's update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..core.probe import Closure
+from ..core.synapse import Synapse, survey
+from ..core.trial import Trial
+from ..mixed import Mixed
+from .card import MEASURES, Audit, LayerAudit
+from .interventions import (
+    Trace,
+    error_changed,
+    labels_permuted,
+    neuron_moved,
+    outputs_replaced,
+    permuted_loss,
+    relative,
+    reversed_loss,
+    samples_replaced,
+    tracing,
+    unseen_part,
+    weights_moved,
+)
+
+__all__ = ["audit"]
+
+# The part of the weights that no activity meets is reversed. First it also grows, so that a rule that reads lengths of
+# weight vectors is found; where that changes activity (the width of noise may follow the length), it is reversed alone.
+CHANGES = (-3.0, -2.0)
+
+
+def audit(optimizer: Optimizer, model: nn.Module, closure: Closure) -> Audit:
+    r"""Measure what a rule's next update depends on, layer by layer, without changing anything.
+
+    Nothing is asserted by a rule: each number is the relative change of an update under an intervention, with the same
+    noise, the same batch and the same state of the rule.
+
+    **Weight transport.** Let the rows of :math:`X` be the presynaptic activity of a layer in all evaluations of a step
+    (over samples and positions; a convolution's patches). Its weights are changed by :math:`V` with :math:`V X^\top =
+    0`: the part of each neuron's weight vector that no activity meets is reversed. Outputs, activities and the error
+    at the layer's output stand still, so that the update of a layer below moves only if the rule reads the weights by
+    another way than their use in the forward pass. Backpropagation reads them as :math:`W^\top`.
+
+    **Locality.** Other layers: the same :math:`V` in a layer below; and another activity of a neuron of any other
+    layer, which the rule receives and the network does not. Other neurons: of one neuron of the layer itself both its
+    weights, by :math:`V`, and its activity are changed; the update of the other neurons is compared. Other samples:
+    with the inputs of samples :math:`i`, :math:`j` or both replaced by their mirror images, :math:`\lVert \Delta_{ij} -
+    \Delta_i - \Delta_j + \Delta \rVert / (\lVert \Delta_i - \Delta \rVert + \lVert \Delta_j - \Delta \rVert)`, which is
+    0 where each sample has a contribution of its own.
+
+    **Signals.** Labels: each sample is paired with the label of the next one, in the loss (by the order of the model's
+    outputs) and in ``optimizer.target``. Error: each entry of the error at the model's output times a number from 0.5
+    to 2, with the same value of the loss. Loss: the value that the closure returns is reversed and doubled, with the
+    same error.
+
+    **Timing.** All layers above return something else: a rule without update locking has the same update.
+
+    **Feedback weights**, of rules that have the method ``feedback_weights`` (`FeedbackRule`): their angle to the
+    forward weights, and how far they move, now or after the step, with :math:`V`.
+
+    What a rule does inside `LearningRule.descend` (and what its ``descent`` makes of the update) is not measured.
+
+    Args:
+        optimizer: a rule, or an optimizer of torch, which learns by backpropagation.
+        model: the network that the closure runs; its first dimension is the sample.
+        closure: as of `LearningRule.step`, on one small batch. The weights of a layer have a part that no activity
+            meets only if a neuron has more inputs than there are events in all evaluations: two to four samples, and
+            small images. In double precision, rounding is far below every effect.
+
+    Returns:
+        a row for each layer and a line of summary: ``print(bioopt.audit(...))``.
+
+    Raises:
+        TypeError: anything but a single optimizer and a module; of `Mixed`, audit the members.
+        RuntimeError: the closure is not repeatable, or does not run the model; as `LearningRule.step`.
+
+    Example::
+
+        model = model.double()
+        optimizer = bioopt.FeedbackAlignment(model)
+        print(bioopt.audit(optimizer, model, lambda: F.cross_entropy(model(x), y, reduction="none")))
+    """
+    if isinstance(optimizer, Mixed) or not isinstance(optimizer, Optimizer):
+        raise TypeError(f"audit takes a single optimizer, not {type(optimizer).__name__}; audit its members, if any")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"audit takes the model that the closure runs, not a {type(model).__name__}")
+    auditor = _Auditor(optimizer, model, closure)
+    with auditor.trial.undone():
+        return auditor.audit()
+
+
+class _Outcome(NamedTuple):
+    """What a step would do."""
+
+    updates: dict[Synapse, Tensor]  # neurons × (weights and bias), where the layer learns
+    owned: list[Tensor]  # updates of the rule's own parameters
+    feedback: list[dict[Synapse, Tensor]]  # weights now, and after the step
+    trace: Trace
+    evaluations: int
+
+
+class _Auditor:
+    def __init__(self, optimizer: Optimizer, model: nn.Module, closure: Closure) -> None:
+        self.optimizer, self.model, self.closure = optimizer, model, closure
+        self.trial = Trial(optimizer, model)
+        self.synapses = survey(model)[0]
+        dtypes = {s.weight.dtype for s in self.synapses}
+        self.tolerance = 10 * math.sqrt(max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0))
+        owned = {*self.trial.params}
+        self.owned = [p for p in self.trial.trained if p not in owned and p.requires_grad]
+        self.found: dict[str, dict[Synapse, float]] = {measure: {} for measure in MEASURES}
+
+    # -- one evaluation ---------------------------------------------------------------------------------------------
+
+    def evaluate(
+        self, *interventions: AbstractContextManager[None], returned: Callable[[Any], Any] = lambda loss: loss
+    ) -> _Outcome:
+        """The update under some interventions; ``returned``: what the rule gets in place of the closure's value."""
+        trace = Trace()
+        with ExitStack() as stack:
+            for intervention in interventions:
+                stack.enter_context(intervention)
+            before = self.feedback()
+            with tracing(self.synapses, trace):
+                grads, state = self.trial.update(lambda: returned(trace.noted(self.closure())))
+            feedback = [before, self.feedback(state)]
+        updates = {s: update for s in self.synapses if (update := _update(s, grads)) is not None}
+        owned = [grads[p].clone() if p in grads else torch.zeros(0) for p in self.owned]
+        return _Outcome(updates, owned, feedback, trace, self.trial.evaluations)
+
+    def feedback(self, state: dict[str, Any] | None = None) -> dict[Synapse, Tensor]:
+        """The feedback weights of each layer, now or with this state of the rule; empty if it has none, or none yet."""
+        rule = self.trial.rule
+        weights_of = getattr(rule, "feedback_weights", None)
+        if rule is None or weights_of is None:
+            return {}
+        own_state = rule._own_state
+        rule._own_state = own_state if state is None else state
+        try:
+            by_name = weights_of()
+        except RuntimeError:  # shapes are not known before the first pass
+            return {}
+        finally:
+            rule._own_state = own_state
+        layers = rule.layers() if hasattr(rule, "layers") else {}
+        of_weight = {s.weight: s for s in self.synapses}
+        of_name = {s.name: s for s in self.synapses} | {
+            name: of_weight[one.weight] for name, one in layers.items() if one.weight in of_weight
+        }
+        return {of_name[name]: weights.clone() for name, weights in by_name.items() if name in of_name}
+
+    # -- all measures -----------------------------------------------------------------------------------------------
+
+    def audit(self) -> Audit:
+        self.evaluate()  # lazy modules get their shapes, and feedback weights theirs
+        base, again = self.evaluate(), self.evaluate()
+        if not base.trace.runs:
+            raise RuntimeError("audit: the closure runs no layer of the model")
+        self.base, self.layers = base, list(base.trace.runs)
+        for synapse in base.updates:
+            if self.moved(again, synapse) > self.tolerance:
+                raise RuntimeError(
+                    f"audit: two evaluations from the same state gave layer '{synapse.name}' different updates: draw "
+                    "the batch before, not inside of the closure"
+                )
+        for i, synapse in enumerate(self.layers):
+            unseen = unseen_part(synapse, base.trace.inputs[synapse])
+            if unseen is not None:
+                self.measure_weights(i, synapse, unseen)
+            self.measure_neuron(synapse, unseen)
+            if i + 1 < len(self.layers):
+                outcome = self.evaluate(outputs_replaced(self.layers[i + 1 :]))
+                self.note("layers_above", synapse, self.moved(outcome, synapse))
+        self.measure_samples()
+        self.compare("labels", self.evaluate(labels_permuted(self.model, self.trial.rule)), self.layers)
+        self.compare("error", self.evaluate(error_changed(self.model)), self.layers)
+        self.compare("loss", self.evaluate(returned=reversed_loss), self.layers)
+        return Audit(
+            type(self.optimizer).__name__,
+            tuple(self.row(s) for s in self.layers),
+            base.evaluations,
+            sum(len(layers) > 1 for layers in base.trace.crossed.values()),
+            self.loss_numbers(),
+            self.feedback_changes(),
+            self.tolerance,
+        )
+
+    def measure_weights(self, i: int, synapse: Synapse, unseen: Tensor) -> None:
+        """Other weights of a layer, with the same activity: what moves in other layers, and of its feedback weights."""
+        for change in CHANGES:
+            outcome = self.evaluate(weights_moved(synapse.weight, change * unseen))
+            if self.stands_still(outcome):
+                break
+        others = [s for s in self.layers if s.weight is not synapse.weight]
+        self.compare("transport", outcome, [s for s in others if s in self.layers[:i]])
+        self.compare("other_layers", outcome, [s for s in others if s in self.layers[i:]])
+        if i and synapse in self.base.feedback[0]:  # those of the first layer carry nothing
+            pairs = [
+                (was[synapse], now[synapse]) for was, now in zip(self.base.feedback, outcome.feedback, strict=True)
+            ]
+            pairs += [(a, b) for a, b in zip(self.base.owned, outcome.owned, strict=True) if a.shape == b.shape]
+            self.note("feedback_reads", synapse, max(relative(a, b) for a, b in pairs))
+
+    def measure_neuron(self, synapse: Synapse, unseen: Tensor | None) -> None:
+        """Another activity, then other weights, of one neuron: what moves of other neurons, and in other layers."""
+        outcome = self.evaluate(neuron_moved(synapse, 0))
+        if self.stands_still(outcome):  # otherwise the network has received the other activity
+            self.note("other_neurons", synapse, self.moved(outcome, synapse, first=1))
+            self.compare("other_layers", outcome, [s for s in self.layers if s is not synapse])
+        if unseen is not None:
+            change = torch.zeros_like(unseen)
+            change[0] = CHANGES[-1] * unseen[0]
+            outcome = self.evaluate(weights_moved(synapse.weight, change))
+            self.note("other_neurons", synapse, self.moved(outcome, synapse, first=1))
+
+    def stands_still(self, outcome: _Outcome) -> bool:
+        """Whether all activity and the loss are what they were."""
+        return outcome.trace.differs(self.base.trace) <= self.tolerance
+
+    def measure_samples(self) -> None:
+        """How far the effects of two samples are from adding up."""
+        first, second, both = (self.evaluate(samples_replaced(self.model, which)) for which in ((0,), (1,), (0, 1)))
+        for synapse, update in self.base.updates.items():
+            one, two, together = (outcome.updates.get(synapse) for outcome in (first, second, both))
+            if one is None or two is None or together is None:
+                continue
+            effects = (one - update).norm() + (two - update).norm()
+            if effects > self.tolerance * update.norm():
+                self.note("other_samples", synapse, ((together - one - two + update).norm() / effects).item())
+
+    def loss_numbers(self) -> int:
+        """Numbers that the value of the loss brings to the trunk in a step."""
+        trunk = self.layers[:-1]
+        if not any(self.found["loss"].get(s, 0.0) > self.tolerance for s in trunk):
+            return 0
+        outcome = self.evaluate(returned=permuted_loss)
+        each = any(self.moved(outcome, s) > self.tolerance for s in trunk)
+        return self.base.evaluations * (self.samples() if each else 1)
+
+    def samples(self) -> int:
+        """The number of samples in the batch: those of the first layer's input."""
+        return len(self.base.trace.inputs[self.layers[0]][0])
+
+    def feedback_changes(self) -> bool | None:
+        """Whether feedback weights change in the step."""
+        now, after = self.base.feedback
+        if not now:
+            return None
+        return any(not torch.equal(now[s], after[s]) for s in now) or any(bool(g.any()) for g in self.base.owned)
+
+    # -- what was found ---------------------------------------------------------------------------------------------
+
+    def moved(self, outcome: _Outcome, synapse: Synapse, first: int = 0) -> float:
+        """The relative change of a layer's update, from this neuron on; NaN if there is no update."""
+        before, after = self.base.updates.get(synapse), outcome.updates.get(synapse)
+        if before is None or not before[first:].any():
+            return math.nan
+        after = torch.zeros_like(before) if after is None else after
+        return relative(before[first:], after[first:])
+
+    def note(self, measure: str, synapse: Synapse, value: float) -> None:
+        """Keep the largest value of a measure."""
+        found = self.found[measure]
+        if not math.isnan(value):
+            found[synapse] = max(found.get(synapse, 0.0), value)
+
+    def compare(self, measure: str, outcome: _Outcome, layers: list[Synapse]) -> None:
+        """Note the change of the update of these layers."""
+        for synapse in layers:
+            self.note(measure, synapse, self.moved(outcome, synapse))
+
+    def row(self, synapse: Synapse) -> LayerAudit:
+        """All that was found of a layer."""
+        found = {measure: values.get(synapse, math.nan) for measure, values in self.found.items()}
+        weights = self.base.feedback[0].get(synapse)
+        forward = synapse.weight.detach()
+        used = weights is not None and synapse is not self.layers[0] and weights.shape == forward.shape
+        angle = _angle(weights, forward) if used and weights is not None else math.nan
+        return LayerAudit(synapse.name, **found, feedback_angle=angle, runs=self.base.trace.runs[synapse])
+
+
+def _update(synapse: Synapse, grads: dict[Tensor, Tensor]) -> Tensor | None:
+    """The update of a layer, neurons × (weights and bias); ``None`` if it learns nothing."""
+    parts = [grads[p].detach().double().reshape(len(p), -1) for p in (synapse.weight, synapse.bias) if p in grads]
+    return torch.cat(parts, 1) if parts else None
+
+
+def _angle(one: Tensor, other: Tensor) -> float:
+    cosine = torch.nn.functional.cosine_similarity(one.flatten().double(), other.flatten().double(), 0).item()
+    return math.degrees(math.acos(max(-1.0, min(1.0, cosine))))
