@@ -36,7 +36,7 @@ IMPORTS = {
     "nn": {"core", "hebbian"},  # memories that store by the Hebbian rule
     "contrastive": {"core", "nn.rbm"},
 }
-TOP = {"diagnosis", "mixed", "registry"}  # which import anything, and are imported by ``bioopt`` alone
+TOP = {"auditing", "diagnosis", "mixed", "registry"}  # which import anything, and are imported by ``bioopt`` alone
 
 
 def classes() -> list[type[LearningRule]]:

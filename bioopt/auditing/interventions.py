@@ -28,7 +28,7 @@ class Trace:
         inputs: presynaptic activity of each run of each layer, and its tangents; the layer that ran first is first.
         runs: of each layer.
         crossed: backward passes by number -> the layers at whose outputs an error arrived from above.
-        losses: what the closure returned.
+        losses: what the closure returned, and their tangents.
     """
 
     inputs: dict[Synapse, list[Tensor]] = field(default_factory=dict)
@@ -37,9 +37,9 @@ class Trace:
     losses: list[Tensor] = field(default_factory=list)
 
     def noted(self, loss: Any) -> Any:
-        """Note a loss, and return it."""
-        if isinstance(loss, Tensor | int | float):
-            self.losses.append(torch.as_tensor(loss).detach().clone())
+        """Note a loss and its tangent, and return it."""
+        if isinstance(loss, Tensor):
+            self.losses += _with_tangent(loss)
         return loss
 
     def differs(self, other: Trace) -> float:
@@ -49,6 +49,12 @@ class Trace:
         pairs = [(a, b) for s in self.inputs for a, b in zip(self.inputs[s], other.inputs[s], strict=True)]
         pairs += zip(self.losses, other.losses, strict=True)
         return max((relative(a, b) for a, b in pairs if a.shape == b.shape), default=0.0)
+
+
+def _with_tangent(value: Tensor) -> list[Tensor]:
+    """Copies of a tensor, and of its tangent in forward-mode differentiation."""
+    parts = forward_ad.unpack_dual(value) if in_dual_level() else (value, None)
+    return [part.detach().clone() for part in parts if part is not None]
 
 
 def relative(before: Tensor, after: Tensor) -> float:
@@ -69,8 +75,7 @@ def tracing(synapses: list[Synapse], trace: Trace) -> Iterator[None]:
                     f"audit cannot look into torch.func.vmap, in which layer '{synapse.name}' ran: build the rule "
                     "with batched=False"
                 )
-            seen = forward_ad.unpack_dual(x) if in_dual_level() else (x, None)
-            trace.inputs.setdefault(synapse, []).extend(t.detach().clone() for t in seen if t is not None)
+            trace.inputs.setdefault(synapse, []).extend(_with_tangent(x))
             trace.runs[synapse] = trace.runs.get(synapse, 0) + 1
         return forward(*args, **kwargs)
 
@@ -235,6 +240,17 @@ def labels_permuted(model: nn.Module, rule: LearningRule | None) -> Iterator[Non
 
     with _hooks(model.register_forward_pre_hook(before), model.register_forward_hook(after)):
         yield
+
+
+@contextmanager
+def in_other_order(labels: Tensor) -> Iterator[None]:
+    """Give each sample the label of the next one, in place: whoever reads them is found."""
+    before = labels.clone()
+    labels.copy_(before.roll(-1, 0))
+    try:
+        yield
+    finally:
+        labels.copy_(before)
 
 
 @contextmanager

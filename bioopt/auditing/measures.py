@@ -19,6 +19,7 @@ from .card import MEASURES, Audit, LayerAudit
 from .interventions import (
     Trace,
     error_changed,
+    in_other_order,
     labels_permuted,
     neuron_moved,
     outputs_replaced,
@@ -38,7 +39,7 @@ __all__ = ["audit"]
 CHANGES = (-3.0, -2.0)
 
 
-def audit(optimizer: Optimizer, model: nn.Module, closure: Closure) -> Audit:
+def audit(optimizer: Optimizer, model: nn.Module, closure: Closure, *, labels: Tensor | None = None) -> Audit:
     r"""Measure what a rule's next update depends on, layer by layer, without changing anything.
 
     Nothing is asserted by a rule: each number is the relative change of an update under an intervention, with the same
@@ -57,10 +58,10 @@ def audit(optimizer: Optimizer, model: nn.Module, closure: Closure) -> Audit:
     \Delta_i - \Delta_j + \Delta \rVert / (\lVert \Delta_i - \Delta \rVert + \lVert \Delta_j - \Delta \rVert)`, which is
     0 where each sample has a contribution of its own.
 
-    **Signals.** Labels: each sample is paired with the label of the next one, in the loss (by the order of the model's
-    outputs) and in ``optimizer.target``. Error: each entry of the error at the model's output times a number from 0.5
-    to 2, with the same value of the loss. Loss: the value that the closure returns is reversed and doubled, with the
-    same error.
+    **Signals.** Labels: each sample gets the label of the next one, in ``labels`` itself, or else in
+    ``optimizer.target`` and, by the order of the model's outputs, in the loss. Error: each entry of the error at the
+    model's output times a number from 0.5 to 2, with the same value of the loss. Loss: the value that the closure
+    returns is reversed and doubled, with the same error.
 
     **Timing.** All layers above return something else: a rule without update locking has the same update.
 
@@ -75,6 +76,8 @@ def audit(optimizer: Optimizer, model: nn.Module, closure: Closure) -> Audit:
         closure: as of `LearningRule.step`, on one small batch. The weights of a layer have a part that no activity
             meets only if a neuron has more inputs than there are events in all evaluations: two to four samples, and
             small images. In double precision, rounding is far below every effect.
+        labels: the tensor from which the closure takes the labels, one for each sample. With it a rule is found that
+            knows them by some way of its own.
 
     Returns:
         a row for each layer and a line of summary: ``print(bioopt.audit(...))``.
@@ -93,7 +96,12 @@ def audit(optimizer: Optimizer, model: nn.Module, closure: Closure) -> Audit:
         raise TypeError(f"audit takes a single optimizer, not {type(optimizer).__name__}; audit its members, if any")
     if not isinstance(model, nn.Module):
         raise TypeError(f"audit takes the model that the closure runs, not a {type(model).__name__}")
-    auditor = _Auditor(optimizer, model, closure)
+    if not callable(closure):
+        raise TypeError(
+            "audit takes a closure, a function that runs the model and returns the loss, not a "
+            f"{torch.typename(closure)}"
+        )
+    auditor = _Auditor(optimizer, model, closure, labels)
     with auditor.trial.undone():
         return auditor.audit()
 
@@ -109,8 +117,8 @@ class _Outcome(NamedTuple):
 
 
 class _Auditor:
-    def __init__(self, optimizer: Optimizer, model: nn.Module, closure: Closure) -> None:
-        self.optimizer, self.model, self.closure = optimizer, model, closure
+    def __init__(self, optimizer: Optimizer, model: nn.Module, closure: Closure, labels: Tensor | None) -> None:
+        self.optimizer, self.model, self.closure, self.labels = optimizer, model, closure, labels
         self.trial = Trial(optimizer, model)
         self.synapses = survey(model)[0]
         dtypes = {s.weight.dtype for s in self.synapses}
@@ -181,7 +189,8 @@ class _Auditor:
                 outcome = self.evaluate(outputs_replaced(self.layers[i + 1 :]))
                 self.note("layers_above", synapse, self.moved(outcome, synapse))
         self.measure_samples()
-        self.compare("labels", self.evaluate(labels_permuted(self.model, self.trial.rule)), self.layers)
+        permuted = labels_permuted(self.model, self.trial.rule) if self.labels is None else in_other_order(self.labels)
+        self.compare("labels", self.evaluate(permuted), self.layers)
         self.compare("error", self.evaluate(error_changed(self.model)), self.layers)
         self.compare("loss", self.evaluate(returned=reversed_loss), self.layers)
         return Audit(
