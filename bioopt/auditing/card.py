@@ -90,8 +90,8 @@ class Audit:
 
     @property
     def trunk(self) -> tuple[LayerAudit, ...]:
-        """All layers but the last."""
-        return self.layers[:-1]
+        """All layers but the last; the only one if there is one."""
+        return self.layers[:-1] or self.layers
 
     def largest(self, measure: str) -> float:
         """The largest value of a measure in the trunk; NaN if it was measured in no layer.

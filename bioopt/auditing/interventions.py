@@ -118,10 +118,7 @@ def unseen_part(synapse: Synapse, inputs: list[Tensor]) -> Tensor | None:
     """
     weight = synapse.weight.detach()
     rows = weight.flatten(1).double()
-    different = [
-        x for i, x in enumerate(inputs) if not any(x.shape == y.shape and torch.equal(x, y) for y in inputs[:i])
-    ]
-    events = _events(synapse, different).double()
+    events = _events(synapse, inputs).double()
     _, sizes, directions = torch.linalg.svd(events, full_matrices=False)
     precision = torch.finfo(weight.dtype).eps * max(events.shape) * 8
     seen = directions[sizes > precision * sizes.max()] if sizes.numel() else directions
@@ -139,6 +136,7 @@ def _events(synapse: Synapse, inputs: list[Tensor]) -> Tensor:
     """
     if type(synapse.layer) is nn.Linear:
         return torch.cat([x.reshape(-1, x.shape[-1]).double() for x in inputs])
+    inputs = [x for i, x in enumerate(inputs) if not any(x.shape == y.shape and torch.equal(x, y) for y in inputs[:i])]
     weight = synapse.weight.detach().clone().requires_grad_()
     generator, vectors = torch.Generator().manual_seed(0), []
     with torch.enable_grad(), torch.autocast(weight.device.type, enabled=False):
@@ -243,14 +241,22 @@ def labels_permuted(model: nn.Module, rule: LearningRule | None) -> Iterator[Non
 
 
 @contextmanager
-def in_other_order(labels: Tensor) -> Iterator[None]:
-    """Give each sample the label of the next one, in place: whoever reads them is found."""
-    before = labels.clone()
+def in_other_order(labels: Tensor, rule: LearningRule | None) -> Iterator[None]:
+    """Give each sample the label of the next one, in place: whoever reads them is found.
+
+    A target of the rule that is another tensor, such as a one-hot code, is permuted too. (If the closure makes it from
+    the labels, it takes the place of this one.)
+    """
+    before, target = labels.clone(), None if rule is None else rule.target
     labels.copy_(before.roll(-1, 0))
+    if rule is not None and target is not None and target.ndim and target.data_ptr() != labels.data_ptr():
+        rule.target = target.roll(-1, 0)
     try:
         yield
     finally:
         labels.copy_(before)
+        if rule is not None:
+            rule.target = target
 
 
 @contextmanager

@@ -189,7 +189,8 @@ class _Auditor:
                 outcome = self.evaluate(outputs_replaced(self.layers[i + 1 :]))
                 self.note("layers_above", synapse, self.moved(outcome, synapse))
         self.measure_samples()
-        permuted = labels_permuted(self.model, self.trial.rule) if self.labels is None else in_other_order(self.labels)
+        rule, labels = self.trial.rule, self.labels
+        permuted = labels_permuted(self.model, rule) if labels is None else in_other_order(labels, rule)
         self.compare("labels", self.evaluate(permuted), self.layers)
         self.compare("error", self.evaluate(error_changed(self.model)), self.layers)
         self.compare("loss", self.evaluate(returned=reversed_loss), self.layers)
@@ -248,7 +249,7 @@ class _Auditor:
 
     def loss_numbers(self) -> int:
         """Numbers that the value of the loss brings to the trunk in a step."""
-        trunk = self.layers[:-1]
+        trunk = self.layers[:-1] or self.layers
         if not any(self.found["loss"].get(s, 0.0) > self.tolerance for s in trunk):
             return 0
         outcome = self.evaluate(returned=permuted_loss)
