@@ -166,6 +166,6 @@ def shown(value: float, tolerance: float, measure: str = "") -> str:
         return f"{value:.0f}°"
     if value <= tolerance:
         return "0"
-    if value > 99:
-        return "> 9900 %"
+    if value >= 10:
+        return f"{value:.0f}×"
     return f"{100 * value:.0f} %" if value >= 0.005 else f"{100 * value:.1g} %"

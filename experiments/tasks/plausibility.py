@@ -14,6 +14,7 @@ from torch import Tensor
 
 import bioopt
 from bioopt.costs import CrossEntropy
+from bioopt.registry import family_of, rules
 
 from .. import building, data
 from ..learner import Block, Learner
@@ -24,6 +25,8 @@ MEASURES = (
     "transport", "other_layers", "other_neurons", "other_samples", "labels", "error", "loss", "layers_above",
     "feedback_reads",
 )  # fmt: skip
+#: families from those that read most to those that read least; others come last
+ORDER = {name: i for i, name in enumerate(("gradient", "feedback", "perturbation", "local", "hebbian", "spiking"))}
 COUNTS = ("forward_passes", "backward_passes", "loss_numbers")
 
 
@@ -48,7 +51,8 @@ class Plausibility(Task):
         self.require_counts("batch_size")
         self.require_counts("steps", least=0)
         self.require_counts("images", least=2)
-        known = [*bioopt.list_optimizers(), "sgd"]
+        self.families = {"sgd": "gradient"} | {name: family_of(rule) for name, rule in rules().items()}
+        known = sorted(self.families, key=lambda name: ORDER.get(self.families[name], len(ORDER)))
         self.names = known if self.rules == "all" else list(self.rules)
         for name in (*self.names, *self.structure, *self.options):
             if name not in known:
@@ -122,7 +126,8 @@ class Plausibility(Task):
         """The largest value of each measure in each rule's trunk, and a table as a picture."""
         found = {f"{line['rule']}.{measure}": v for line in history for measure, v in line["trunk"].items()}
         cards = {line["rule"]: line["trunk"] for line in history}
-        return found, [plausibility_plots.table(cards, title, folder / "plausibility.png")]
+        families = {rule: self.families[rule] for rule in cards}
+        return found, [plausibility_plots.table(cards, families, title, folder / "plausibility.png")]
 
     def summarize(
         self, config: DictConfig, history: list[dict[str, Any]], seconds: float, folder: Path
