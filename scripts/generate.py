@@ -77,6 +77,7 @@ def generated() -> dict[Path, str]:
         "rule names": lambda page: " ".join(f"`{name}`" for name in sorted(rule.name for rule in found)),
         "rule pages": lambda page: rule_pages(found, page),
         "base classes": lambda page: base_table(),
+        "plausibility": lambda page: plausibility_table(found, page),
     }
     for family in {rule.family for rule in found}:
         blocks[f"rules of {family}"] = lambda page, family=family: api_entries(found, family)  # type: ignore[misc]
@@ -299,6 +300,51 @@ def base_table() -> str:
         if cls.__name__ == name and inspect.isabstract(cls) and issubclass(cls, bioopt.LearningRule):
             rows.append(f"| `{name}` | {(inspect.getdoc(cls) or '').partition(chr(10))[0].removesuffix('.')} |")
     return "\n".join(rows)
+
+
+def plausibility_table(found: list[Rule], page: Path) -> str:
+    """What the record of ``experiment=plausibility`` has measured of each rule's trunk."""
+    measured = json.loads((ROOT / "experiments/records/plausibility/result.json").read_text("utf-8"))["measured"]
+    cards: dict[str, dict[str, float]] = {}
+    for key, (value, *_) in measured.items():
+        rule, _, measure = key.partition(".")
+        cards.setdefault(rule, {})[measure] = value
+    heads = ["rule", "weight transport", "other layers", "other neurons", "other samples", "labels", "error", "loss"]
+    heads += ["layers above", "feedback weights", "passes forward, backward", "numbers of the loss"]
+    rows = [f"| {' | '.join(heads)} |", f"|---|{'---:|' * 8}---|---:|---:|"]
+    links = {rule.name: linked(rule, page) for rule in found}
+    for name, card in cards.items():
+        cells = [links.get(name, f"`{name}`"), *(relative(card.get(measure)) for measure in DEPENDENCES)]
+        cells += [feedback_weights(card), f"{card['forward_passes']:.0f}, {card['backward_passes']:.0f}"]
+        rows.append(f"| {' | '.join(cells)} | {card['loss_numbers']:.0f} |")
+    return "\n".join(rows)
+
+
+#: the measures of a rule's trunk that are columns of their own
+DEPENDENCES = (
+    *("transport", "other_layers", "other_neurons", "other_samples", "labels", "error", "loss"),
+    "layers_above",
+)
+
+
+def relative(value: float | None) -> str:
+    """A relative change of an update; a dash where there was nothing to measure."""
+    if value is None:
+        return "–"
+    if value >= 10:
+        return f"{value:.0f}×"
+    return "0" if not value else f"{100 * value:.0f} %" if value >= 0.095 else f"{100 * value:.1g} %"
+
+
+def feedback_weights(card: dict[str, float]) -> str:
+    """Whether feedback weights read the forward weights, whether they change, and their angle to them."""
+    if "feedback_changes" not in card:
+        return ""
+    reads = {None: [], True: ["read W"], False: ["do not read W"]}[
+        None if "feedback_reads" not in card else card["feedback_reads"] > 0
+    ]
+    angle = [f"{card['feedback_angle']:.0f}°"] if "feedback_angle" in card else []
+    return ", ".join([*reads, "change" if card["feedback_changes"] else "fixed", *angle])
 
 
 def linked(rule: Rule, page: Path) -> str:

@@ -320,7 +320,7 @@ def project(generate: types.ModuleType, tmp_path: Path, monkeypatch: pytest.Monk
     """A copy of what is read, to be changed."""
     monkeypatch.setattr(generate, "ROOT", tmp_path)
     shutil.copy(ROOT / "README.md", tmp_path)
-    for folder in ("conf/optimizer", "conf/model", "docs"):
+    for folder in ("conf/optimizer", "conf/model", "docs", "experiments/records/plausibility"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.png", "_*"))
     (tmp_path / "bioopt").mkdir()
     shutil.copy(ROOT / "bioopt" / "presets.json", tmp_path / "bioopt")
