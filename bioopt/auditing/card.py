@@ -36,7 +36,8 @@ class LayerAudit:
     Attributes:
         name: of the layer.
         transport: other weights of a layer above, with the same outputs, activities and errors: **weight transport**.
-        other_layers: other weights of a layer below, or another activity of a neuron of any other layer.
+        other_layers: other weights or another learning signal of a layer below, or another activity of a neuron of any
+            other layer.
         other_neurons: of the update of all other neurons of the layer, when one has other weights and another activity.
         other_samples: how far the changes of two samples' inputs are from adding up.
         labels: each sample with the label of another.
@@ -44,8 +45,8 @@ class LayerAudit:
         loss: another value of the loss, with the same error.
         layers_above: all layers above compute something else. If 0, the update can be made before they run: no
             **update locking**.
-        feedback_reads: how far feedback weights, now or after the step, follow a change of the forward weights that
-            changes no activity.
+        feedback_reads: how far feedback weights, now or after the step, and updates of other parameters of the rule's
+            own, follow a change of the forward weights that changes no activity.
         feedback_angle: between feedback and forward weights, in degrees.
         runs: of the layer in one step.
     """

@@ -194,6 +194,21 @@ def outputs_replaced(synapses: list[Synapse]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def signal_changed(synapse: Synapse) -> Iterator[None]:
+    """Double the learning signal from which the layer's own parameters learn.
+
+    What the layer sends to those below by other weights is as it was; backpropagation's error below is doubled too.
+    """
+
+    def before(layer: nn.Module, args: Any, u: Tensor) -> None:
+        if u.requires_grad:
+            u.register_hook(lambda g: None if g is None else 2 * g)
+
+    with _hooks(synapse.layer.register_forward_hook(before, prepend=True)):
+        yield
+
+
 def root_mean_square(u: Tensor) -> Tensor:
     """Of all entries."""
     return u.detach().square().mean().sqrt()

@@ -27,6 +27,7 @@ from .interventions import (
     relative,
     reversed_loss,
     samples_replaced,
+    signal_changed,
     tracing,
     unseen_part,
     weights_moved,
@@ -49,14 +50,15 @@ def audit(optimizer: Optimizer, model: nn.Module, closure: Closure, *, labels: T
     (over samples and positions; a convolution's patches). Its weights are changed by :math:`V` with :math:`V X^\top =
     0`: the part of each neuron's weight vector that no activity meets is reversed. Outputs, activities and the error
     at the layer's output stand still, so that the update of a layer below moves only if the rule reads the weights by
-    another way than their use in the forward pass. Backpropagation reads them as :math:`W^\top`.
+    another way than their use in the forward pass. Backpropagation reads them as :math:`W^\top`. A second step, from
+    the rule's state after the first, must stand still as well: the rule may have copied the weights.
 
-    **Locality.** Other layers: the same :math:`V` in a layer below; and another activity of a neuron of any other
-    layer, which the rule receives and the network does not. Other neurons: of one neuron of the layer itself both its
-    weights, by :math:`V`, and its activity are changed; the update of the other neurons is compared. Other samples:
-    with the inputs of samples :math:`i`, :math:`j` or both replaced by their mirror images, :math:`\lVert \Delta_{ij} -
-    \Delta_i - \Delta_j + \Delta \rVert / (\lVert \Delta_i - \Delta \rVert + \lVert \Delta_j - \Delta \rVert)`, which is
-    0 where each sample has a contribution of its own.
+    **Locality.** Other layers: the same :math:`V` in a layer below; another activity of a neuron of any other layer,
+    which the rule receives and the network does not; another learning signal in a layer below. Other neurons: one
+    neuron of the layer itself has other weights, by :math:`V`, or another activity; the update of the other neurons is
+    compared. Other samples: with the inputs of samples :math:`i`, :math:`j` or both replaced by their mirror images,
+    :math:`\lVert \Delta_{ij} - \Delta_i - \Delta_j + \Delta \rVert / (\lVert \Delta_i - \Delta \rVert + \lVert
+    \Delta_j - \Delta \rVert)`, which is 0 where each sample has a contribution of its own.
 
     **Signals.** Labels: each sample gets the label of the next one, in ``labels`` itself, or else in
     ``optimizer.target`` and, by the order of the model's outputs, in the loss. Error: each entry of the error at the
@@ -66,7 +68,8 @@ def audit(optimizer: Optimizer, model: nn.Module, closure: Closure, *, labels: T
     **Timing.** All layers above return something else: a rule without update locking has the same update.
 
     **Feedback weights**, of rules that have the method ``feedback_weights`` (`FeedbackRule`): their angle to the
-    forward weights, and how far they move, now or after the step, with :math:`V`.
+    forward weights, and how far they move, now or after the step, with :math:`V`; and the updates of other parameters
+    of the rule's own, such as local heads.
 
     What a rule does inside `LearningRule.descend` (and what its ``descent`` makes of the update) is not measured.
 
@@ -96,6 +99,9 @@ def audit(optimizer: Optimizer, model: nn.Module, closure: Closure, *, labels: T
         raise TypeError(f"audit takes a single optimizer, not {type(optimizer).__name__}; audit its members, if any")
     if not isinstance(model, nn.Module):
         raise TypeError(f"audit takes the model that the closure runs, not a {type(model).__name__}")
+    small = next((p for p in model.parameters() if p.element_size() < 4), None)
+    if small is not None:
+        raise ValueError(f"audit needs single or double precision, not {small.dtype}: model.double()")
     if not callable(closure):
         raise TypeError(
             "audit takes a closure, a function that runs the model and returns the loss, not a "
@@ -107,9 +113,10 @@ def audit(optimizer: Optimizer, model: nn.Module, closure: Closure, *, labels: T
 
 
 class _Outcome(NamedTuple):
-    """What a step would do."""
+    """What a step would do, and maybe the one after it."""
 
     updates: dict[Synapse, Tensor]  # neurons × (weights and bias), where the layer learns
+    later: dict[Synapse, Tensor]  # the same of a second step, with the rule's state after the first
     owned: list[Tensor]  # updates of the rule's own parameters
     feedback: list[dict[Synapse, Tensor]]  # weights now, and after the step
     trace: Trace
@@ -130,35 +137,54 @@ class _Auditor:
     # -- one evaluation ---------------------------------------------------------------------------------------------
 
     def evaluate(
-        self, *interventions: AbstractContextManager[None], returned: Callable[[Any], Any] = lambda loss: loss
+        self,
+        *interventions: AbstractContextManager[None],
+        returned: Callable[[Any], Any] = lambda loss: loss,
+        twice: bool = False,
     ) -> _Outcome:
-        """The update under some interventions; ``returned``: what the rule gets in place of the closure's value."""
-        trace = Trace()
+        """The update under some interventions.
+
+        Args:
+            interventions: in place during the evaluation.
+            returned: what the rule gets in place of the closure's value.
+            twice: whether a second step follows, from the rule's state after the first, at the same weights.
+        """
+        trace, rule = Trace(), self.trial.rule
+
+        def closure() -> Any:
+            return returned(trace.noted(self.closure()))
+
         with ExitStack() as stack:
             for intervention in interventions:
                 stack.enter_context(intervention)
+            if rule is not None:
+                stack.callback(setattr, rule, "_own_state", rule._own_state)
+            stack.enter_context(tracing(self.synapses, trace))
             before = self.feedback()
-            with tracing(self.synapses, trace):
-                grads, state = self.trial.update(lambda: returned(trace.noted(self.closure())))
-            feedback = [before, self.feedback(state)]
-        updates = {s: update for s in self.synapses if (update := _update(s, grads)) is not None}
-        owned = [grads[p].clone() if p in grads else torch.zeros(0) for p in self.owned]
-        return _Outcome(updates, owned, feedback, trace, self.trial.evaluations)
+            grads, state = self.trial.update(closure)
+            updates = self.updates(grads)
+            owned = [grads[p].clone() if p in grads else torch.zeros(0) for p in self.owned]
+            evaluations = self.trial.evaluations
+            if rule is not None:
+                rule._own_state = state
+            feedback = [before, self.feedback()]
+            later = self.updates(self.trial.update(closure)[0]) if twice else {}
+        return _Outcome(updates, later, owned, feedback, trace, evaluations)
 
-    def feedback(self, state: dict[str, Any] | None = None) -> dict[Synapse, Tensor]:
-        """The feedback weights of each layer, now or with this state of the rule; empty if it has none, or none yet."""
+    def updates(self, grads: dict[Tensor, Tensor]) -> dict[Synapse, Tensor]:
+        """The update of each layer that learns."""
+        return {s: update for s in self.synapses if (update := _update(s, grads)) is not None}
+
+    def feedback(self) -> dict[Synapse, Tensor]:
+        """The feedback weights of each layer; empty if the rule has none, or none yet."""
         rule = self.trial.rule
         weights_of = getattr(rule, "feedback_weights", None)
         if rule is None or weights_of is None:
             return {}
-        own_state = rule._own_state
-        rule._own_state = own_state if state is None else state
         try:
             by_name = weights_of()
         except RuntimeError:  # shapes are not known before the first pass
             return {}
-        finally:
-            rule._own_state = own_state
         layers = rule.layers() if hasattr(rule, "layers") else {}
         of_weight = {s.weight: s for s in self.synapses}
         of_name = {s.name: s for s in self.synapses} | {
@@ -173,7 +199,13 @@ class _Auditor:
         base, again = self.evaluate(), self.evaluate()
         if not base.trace.runs:
             raise RuntimeError("audit: the closure runs no layer of the model")
+        if self.trial.autocast:
+            raise RuntimeError(
+                "audit: the closure runs under autocast, whose rounding is as large as what is measured: audit it in "
+                "single or double precision"
+            )
         self.base, self.layers = base, list(base.trace.runs)
+        self.base_twice = self.evaluate(twice=True)
         for synapse in base.updates:
             if self.moved(again, synapse) > self.tolerance:
                 raise RuntimeError(
@@ -181,10 +213,9 @@ class _Auditor:
                     "the batch before, not inside of the closure"
                 )
         for i, synapse in enumerate(self.layers):
-            unseen = unseen_part(synapse, base.trace.inputs[synapse])
-            if unseen is not None:
-                self.measure_weights(i, synapse, unseen)
-            self.measure_neuron(synapse, unseen)
+            self.measure_weights(i, synapse)
+            self.measure_neuron(synapse)
+            self.measure_signal(i, synapse)
             if i + 1 < len(self.layers):
                 outcome = self.evaluate(outputs_replaced(self.layers[i + 1 :]))
                 self.note("layers_above", synapse, self.moved(outcome, synapse))
@@ -204,37 +235,49 @@ class _Auditor:
             self.tolerance,
         )
 
-    def measure_weights(self, i: int, synapse: Synapse, unseen: Tensor) -> None:
+    def measure_weights(self, i: int, synapse: Synapse) -> None:
         """Other weights of a layer, with the same activity: what moves in other layers, and of its feedback weights."""
+        base = self.base_twice
+        unseen = unseen_part(synapse, base.trace.inputs[synapse])
+        if unseen is None:  # two steps have too many events
+            base = self.base
+            unseen = unseen_part(synapse, base.trace.inputs[synapse])
+        if unseen is None:
+            return
         for change in CHANGES:
-            outcome = self.evaluate(weights_moved(synapse.weight, change * unseen))
-            if self.stands_still(outcome):
+            outcome = self.evaluate(weights_moved(synapse.weight, change * unseen), twice=base is self.base_twice)
+            if self.stands_still(outcome, base):
                 break
-        others = [s for s in self.layers if s.weight is not synapse.weight]
-        self.compare("transport", outcome, [s for s in others if s in self.layers[:i]])
-        self.compare("other_layers", outcome, [s for s in others if s in self.layers[i:]])
-        if i and synapse in self.base.feedback[0]:  # those of the first layer carry nothing
-            pairs = [
-                (was[synapse], now[synapse]) for was, now in zip(self.base.feedback, outcome.feedback, strict=True)
-            ]
-            pairs += [(a, b) for a, b in zip(self.base.owned, outcome.owned, strict=True) if a.shape == b.shape]
-            self.note("feedback_reads", synapse, max(relative(a, b) for a, b in pairs))
+        for other in self.layers:
+            if other.weight is not synapse.weight:
+                measure = "transport" if other in self.layers[:i] else "other_layers"
+                self.note(measure, other, self.moved(outcome, other))
+                self.note(measure, other, _moved(base.later.get(other), outcome.later.get(other)))
+        if i:  # feedback weights of the first layer carry nothing
+            pairs = [(a, b) for a, b in zip(base.owned, outcome.owned, strict=True) if a.shape == b.shape]
+            for was, now in zip(base.feedback, outcome.feedback, strict=True):
+                pairs += [(was[synapse], now[synapse])] if synapse in was else []
+            self.note("feedback_reads", synapse, max((relative(a, b) for a, b in pairs), default=math.nan))
+        neuron = torch.zeros_like(unseen)
+        neuron[0] = CHANGES[-1] * unseen[0]
+        outcome = self.evaluate(weights_moved(synapse.weight, neuron))
+        self.note("other_neurons", synapse, self.moved(outcome, synapse, first=1))
 
-    def measure_neuron(self, synapse: Synapse, unseen: Tensor | None) -> None:
-        """Another activity, then other weights, of one neuron: what moves of other neurons, and in other layers."""
+    def measure_neuron(self, synapse: Synapse) -> None:
+        """Another activity of one neuron, as the rule receives it: what moves of other neurons, and in other layers."""
         outcome = self.evaluate(neuron_moved(synapse, 0))
-        if self.stands_still(outcome):  # otherwise the network has received the other activity
+        if self.stands_still(outcome, self.base):  # otherwise the network has received the other activity
             self.note("other_neurons", synapse, self.moved(outcome, synapse, first=1))
             self.compare("other_layers", outcome, [s for s in self.layers if s is not synapse])
-        if unseen is not None:
-            change = torch.zeros_like(unseen)
-            change[0] = CHANGES[-1] * unseen[0]
-            outcome = self.evaluate(weights_moved(synapse.weight, change))
-            self.note("other_neurons", synapse, self.moved(outcome, synapse, first=1))
 
-    def stands_still(self, outcome: _Outcome) -> bool:
+    def measure_signal(self, i: int, synapse: Synapse) -> None:
+        """Another learning signal in one layer: what moves in the layers above, to which it does not return."""
+        outcome = self.evaluate(signal_changed(synapse))
+        self.compare("other_layers", outcome, self.layers[i + 1 :])
+
+    def stands_still(self, outcome: _Outcome, base: _Outcome) -> bool:
         """Whether all activity and the loss are what they were."""
-        return outcome.trace.differs(self.base.trace) <= self.tolerance
+        return outcome.trace.differs(base.trace) <= self.tolerance
 
     def measure_samples(self) -> None:
         """How far the effects of two samples are from adding up."""
@@ -271,11 +314,7 @@ class _Auditor:
 
     def moved(self, outcome: _Outcome, synapse: Synapse, first: int = 0) -> float:
         """The relative change of a layer's update, from this neuron on; NaN if there is no update."""
-        before, after = self.base.updates.get(synapse), outcome.updates.get(synapse)
-        if before is None or not before[first:].any():
-            return math.nan
-        after = torch.zeros_like(before) if after is None else after
-        return relative(before[first:], after[first:])
+        return _moved(self.base.updates.get(synapse), outcome.updates.get(synapse), first)
 
     def note(self, measure: str, synapse: Synapse, value: float) -> None:
         """Keep the largest value of a measure."""
@@ -296,6 +335,12 @@ class _Auditor:
         used = weights is not None and synapse is not self.layers[0] and weights.shape == forward.shape
         angle = _angle(weights, forward) if used and weights is not None else math.nan
         return LayerAudit(synapse.name, **found, feedback_angle=angle, runs=self.base.trace.runs[synapse])
+
+
+def _moved(before: Tensor | None, after: Tensor | None, first: int = 0) -> float:
+    if before is None or not before[first:].any():
+        return math.nan
+    return relative(before[first:], torch.zeros_like(before[first:]) if after is None else after[first:])
 
 
 def _update(synapse: Synapse, grads: dict[Tensor, Tensor]) -> Tensor | None:

@@ -45,6 +45,11 @@ class Trial:
             self._known.roots[model] = None
         self._with_grads = list(dict.fromkeys([*self.trained, *(model.parameters() if model else ())]))
 
+    @property
+    def autocast(self) -> bool:
+        """Whether the closure is known to run under autocast."""
+        return self._known.autocast is not None
+
     @contextmanager
     def undone(self) -> Iterator[None]:
         """Restore, at the end of a ``with`` block, each ``.grad``, the target and the state of the rule."""

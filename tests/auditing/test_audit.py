@@ -169,6 +169,31 @@ class StoresTheDifference(LayerwiseFeedback):
         return synapse.weight.detach() + self._drawn(synapse)
 
 
+class CopiesTheWeights(LayerwiseFeedback):
+    """Feedback alignment in name, whose feedback weights are what the forward weights were in the step before."""
+
+    def weights_of(self, synapse: bioopt.Synapse) -> Tensor:
+        return self._own_state.get("copies", {}).get(synapse, self._drawn(synapse))
+
+    def feedback_weights(self) -> dict[str, Tensor]:
+        return {}
+
+    def learn_feedback(self, grads: dict[Tensor, Tensor], state: dict[str, Any]) -> None:
+        state["copies"] = {s: s.weight.detach().clone() for s in self.layers().values()}
+
+
+class ClipsTheNorm(LayerwiseFeedback):
+    """Feedback alignment whose update has length 1, over all layers."""
+
+    def weights_of(self, synapse: bioopt.Synapse) -> Tensor:
+        return self._drawn(synapse)
+
+    def learn_feedback(self, grads: dict[Tensor, Tensor], state: dict[str, Any]) -> None:
+        length = torch.stack([g.norm() for g in grads.values()]).norm()
+        for p in grads:
+            grads[p] = grads[p] / length
+
+
 class CallsAutograd(bioopt.LearningRule):
     """A perturbation rule in name, which differentiates the loss."""
 
@@ -258,6 +283,17 @@ def test_feedback_weights_stored_as_a_difference_are_caught() -> None:
     found = audited(StoresTheDifference)
     assert found.largest("transport") > 0.1
     assert found.largest("feedback_reads") > 0.1
+
+
+def test_weights_that_are_copied_for_the_next_step_are_caught() -> None:
+    assert audited(CopiesTheWeights).largest("transport") > 0.1
+
+
+def test_one_length_for_the_updates_of_all_layers_is_caught() -> None:
+    found = audited(ClipsTheNorm)
+    assert found.layers[1].other_layers > 1e-3
+    assert found.largest("other_samples") > 1e-3
+    assert found.largest("transport") < 1e-12
 
 
 def test_a_gradient_of_the_loss_is_caught() -> None:
@@ -436,8 +472,12 @@ def test_what_cannot_be_audited_is_explained() -> None:
     batches = iter(torch.randn(9, 3, SIZES[0], dtype=torch.float64))
     with pytest.raises(RuntimeError, match="two evaluations from the same state gave layer '0' different updates"):
         bioopt.audit(sgd(model), model, lambda: F.cross_entropy(model(next(batches)), LABELS))
-    with pytest.raises(TypeError, match="closure"):
+    with pytest.raises(TypeError, match="a function that runs the model and returns the loss, not a NoneType"):
         bioopt.audit(optimizer, model, None)
+    with pytest.raises(RuntimeError, match="runs under autocast"), torch.autocast("cpu", torch.bfloat16):
+        bioopt.audit(optimizer, model, closure)
+    with pytest.raises(ValueError, match=re.escape("not torch.bfloat16: model.double()")):
+        bioopt.audit(optimizer, nn.Linear(2, 2, dtype=torch.bfloat16), closure)
     optimizer.close()
     rule = bioopt.NodePerturbation(model, batched=True)
     with pytest.raises(ValueError, match=re.escape("build the rule with batched=False")):
