@@ -1,9 +1,10 @@
 """`audit`: how plausible a rule is, measured layer by layer by interventions, never asserted.
 
-`card` is what is found, `interventions` what is done to a network, `measures` what is concluded. Rules declare nothing.
+`entry` describes what is measured, `interventions` what is done to a network; `measures` concludes, `card` is the result.
+Rules declare nothing.
 """
 
 from .card import Audit, LayerAudit
-from .measures import audit
+from .entry import audit
 
 __all__ = ["Audit", "LayerAudit", "audit"]

@@ -472,18 +472,20 @@ def test_what_cannot_be_audited_is_explained() -> None:
         bioopt.audit(bioopt.Mixed(optimizer), model, closure)
     with pytest.raises(TypeError, match="takes the model that the closure runs, not a function"):
         bioopt.audit(optimizer, closure, closure)
+    with pytest.raises(RuntimeError, match=re.escape("layer '0' is also watched by a rule other than SGD: close()")):
+        bioopt.audit(sgd(model), model, closure)
     with pytest.raises(RuntimeError, match="runs no layer of the model"):
         bioopt.audit(sgd(model), mlp(), closure)
-    batches = iter(torch.randn(9, 3, SIZES[0], dtype=torch.float64))
-    with pytest.raises(RuntimeError, match="two evaluations from the same state gave layer '0' different updates"):
-        bioopt.audit(sgd(model), model, lambda: F.cross_entropy(model(next(batches)), LABELS))
     with pytest.raises(TypeError, match="a function that runs the model and returns the loss, not a NoneType"):
         bioopt.audit(optimizer, model, None)
     with pytest.raises(RuntimeError, match="runs under autocast"), torch.autocast("cpu", torch.bfloat16):
         bioopt.audit(optimizer, model, closure)
+    optimizer.close()
+    batches = iter(torch.randn(9, 3, SIZES[0], dtype=torch.float64))
+    with pytest.raises(RuntimeError, match="two evaluations from the same state gave layer '0' different updates"):
+        bioopt.audit(sgd(model), model, lambda: F.cross_entropy(model(next(batches)), LABELS))
     with pytest.raises(ValueError, match=re.escape("not torch.bfloat16: model.double()")):
         bioopt.audit(optimizer, nn.Linear(2, 2, dtype=torch.bfloat16), closure)
-    optimizer.close()
     rule = bioopt.NodePerturbation(model, batched=True)
     with pytest.raises(ValueError, match=re.escape("build the rule with batched=False")):
         bioopt.audit(rule, model, lambda: F.cross_entropy(model(x), LABELS, reduction="none"))
