@@ -1,7 +1,7 @@
 """`audit`: how plausible a rule is, measured layer by layer by interventions, never asserted.
 
-`entry` describes what is measured, `interventions` what is done to a network; `measures` concludes, `card` is the result.
-Rules declare nothing.
+`entry` describes what is measured, `interventions` what is done to a network; `measures` concludes, `card` is the
+result. Rules declare nothing.
 """
 
 from .card import Audit, LayerAudit
