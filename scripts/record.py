@@ -29,6 +29,7 @@ from experiments.statistics import interval, percent, plain
 
 ROOT = Path(__file__).parent.parent
 RECORDS = ROOT / "experiments" / "records"
+LISTED = 50  # numbers of a record; pages of the documentation show those of larger ones
 # What the summary of any training run has.
 USUAL = {
     *("optimizer", "model", "data", "seed", "evaluated_on", "test_accuracy", "best_test_accuracy", "epochs", "seconds"),
@@ -185,6 +186,9 @@ def tables() -> str:
         text += ["## Experiments, and what was measured after training\n", "| record | | mean ± 95 % | seeds |"]
         text += ["|---|---|---:|---:|"]
     for name, numbers in measuring.items():
+        if len(numbers) > LISTED:
+            text += [f"| {markdown_text(name)} | [{len(numbers)} numbers]({name}/result.json) | | |"]
+            continue
         names = [markdown_text(what.replace("_", " ")) for what in numbers]
         rows = zip(names, numbers.values(), strict=True)
         text += [f"| {markdown_text(name)} | {what} | {plain(v)} | {len(v)} |" for what, v in rows]

@@ -25,10 +25,10 @@ __all__ = ["Readout", "ReadoutOptions"]
 KINDS = ("delta", "teacher", None)
 #: of a readout on standardised activity, in units of one over the eigenvalues of its covariance: with momentum 0.9,
 #: cross-entropy (whose curvature is at most 1/2) and squared error (2) are stable below 7.6 and 1.9
-LR = 0.3
+LR = 1.0
 MOMENTUM = 0.9
 COMPONENTS = 16  # principal components of the input with a rate of their own
-MARGIN = 2.0  # of the smallest of their eigenvalues, above those of all others
+NOISE = 6.0  # how much the noise of a small batch counts, which momentum adds up over some 10 batches
 KNOWN = 10  # steps after which the estimates are good
 FLOOR = 0.1  # of the variance of an input, as a share of the mean variance: rare inputs are not blown up
 
@@ -69,8 +69,8 @@ class Readout:
         \Delta v = -\frac{\eta}{1 + \nu} \, \nabla v
         [ \frac{1 - \sum_i q_i q_i^\top}{\rho} + \sum_i \frac{q_i q_i^\top}{\lambda_i + \rho} ],
 
-    where :math:`\nu` is the trace of the matrix in brackets times :math:`\langle z z^\top \rangle`, over the events of
-    the batch: a small batch is no good estimate of all directions. ``"teacher"``: without a loss; the target
+    where :math:`\nu` is 6 times the trace of the matrix in brackets times :math:`\langle z z^\top \rangle`, over the
+    events of the batch: a small batch is no good estimate of all directions. ``"teacher"``: without a loss; the target
     :math:`t` takes the place of its postsynaptic activity, and the weights of each neuron move towards the activity
     that accompanies its target: :math:`\Delta w_k = \langle t_k (x - t_k w_k)\rangle`. ``None``: no readout; all layers
     follow the rule.
@@ -489,10 +489,10 @@ def _rates(level: Level, trace: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if level["steps"] <= KNOWN:  # none of them exceeds the trace
         bound = 1 + trace
         return (1 / bound).expand_as(eigenvalues), 1 / bound, torch.ones_like(bound)
-    bound = (MARGIN * eigenvalues[-1]).clamp(min=FLOOR)
+    bound = eigenvalues[-1].clamp(min=FLOOR)  # others are smaller
     rates = 1 / (eigenvalues + bound)
     scaled = (eigenvalues * rates).sum() + (trace - eigenvalues.sum()).clamp(min=0) / bound
-    return rates, 1 / bound, 1 + scaled / level["events"]
+    return rates, 1 / bound, 1 + NOISE * scaled / level["events"]
 
 
 def as_grad(change: Tensor, p: Tensor) -> Tensor:

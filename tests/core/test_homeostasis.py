@@ -454,11 +454,12 @@ class StandardisedReadout:
         if self.steps <= 10:
             rates, noise = torch.eye(len(share)).double() / (1 + share.sum()), 1.0
         else:
-            bound = max(2 * float(self.eigenvalues[-1]), 0.1)
+            bound = max(float(self.eigenvalues[-1]), 0.1)
             outside = torch.eye(len(share)).double() - self.q @ self.q.T
             rates = outside / bound + self.q @ torch.diag(1 / (self.eigenvalues + bound)) @ self.q.T
             known = self.eigenvalues / (self.eigenvalues + bound)
-            noise = 1 + float(known.sum() + (share.sum() - self.eigenvalues.sum()).clamp(min=0) / bound) / len(h)
+            trace = known.sum() + (share.sum() - self.eigenvalues.sum()).clamp(min=0) / bound
+            noise = 1 + 6 * float(trace) / len(h)
         change = v.grad @ rates / noise / self.deviation, c.grad / noise
         change = change[0], change[1] - change[0] @ self.mean
         self.velocity = [self.momentum * old + new for old, new in zip(self.velocity, change, strict=True)]
