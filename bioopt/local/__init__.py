@@ -3,9 +3,11 @@
 `base` has the base class, which finds where a block ends and what it consists of; a rule defines the loss.
 """
 
-from .base import Block, BlockRule, LocalLossRule
+from .base import BlockRule
+from .blocks import Block
 from .forward_forward import ForwardForward
+from .gradient import LocalGradientRule, LocalLossRule
 from .local_loss import LocalLoss
 from .mono_forward import MonoForward
 
-__all__ = ["Block", "BlockRule", "ForwardForward", "LocalLoss", "LocalLossRule", "MonoForward"]
+__all__ = ["Block", "BlockRule", "ForwardForward", "LocalGradientRule", "LocalLoss", "LocalLossRule", "MonoForward"]

@@ -19,7 +19,9 @@ from ..core.reach import Gates, gates_behind
 from ..core.rule import Estimate
 from ..core.sums import add_up
 from ..core.synapse import Synapse
-from .base import Block, BlockRule, Share
+from .base import Share
+from .blocks import Block
+from .gradient import LocalGradientRule
 from .heads import LocalOptions
 
 __all__ = ["ForwardForward"]
@@ -30,7 +32,7 @@ CODE = 8.0  # the size of a one-hot code, in units of the range of the sample
 
 
 @final
-class ForwardForward(BlockRule):
+class ForwardForward(LocalGradientRule):
     r"""Each layer is active for inputs that carry their own label, and quiet for those that carry another one.
 
     A step has a pass of positive inputs, which carry their label, and one of negative inputs, which carry a wrong one.

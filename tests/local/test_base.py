@@ -293,7 +293,7 @@ def test_options_that_make_no_sense_are_named(options: dict[str, Any], message: 
 @pytest.mark.parametrize(
     ("target", "error", "message"),
     [
-        (torch.tensor([5] * 10), ValueError, r"labels 5 to 5, but the classes are 0 to 4, .* readout '8'; .*classes="),
+        (torch.tensor([5] * 10), ValueError, r"labels 5 to 5, outside 0 to 4, the neurons of .8.; .*classes="),
         (torch.tensor([-1] * 10), ValueError, "labels -1 to -1"),
         (torch.zeros(10), ValueError, r"shape \(10,\) and type torch.float32 must be class labels"),
         (
