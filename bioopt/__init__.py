@@ -37,7 +37,7 @@ from .feedback import (
     WeightMirror,
 )
 from .hebbian import BCM, AntiHebbian, Hebbian, Homeostasis, KrotovHopfield, Oja, RewardHebbian, Sanger, SoftHebb
-from .local import ForwardForward, LocalLoss, LocalLossRule, MonoForward
+from .local import ForwardForward, LocalLoss, LocalLossRule, LocalPerturbation, MonoForward
 from .mixed import Mixed
 from .perturbation import (
     ForwardGradient,
@@ -74,6 +74,7 @@ __all__ = [
     "LearningRule",
     "LocalLoss",
     "LocalLossRule",
+    "LocalPerturbation",
     "LocalProductRule",
     "LocalRule",
     "Mixed",

@@ -9,5 +9,15 @@ from .forward_forward import ForwardForward
 from .gradient import LocalGradientRule, LocalLossRule
 from .local_loss import LocalLoss
 from .mono_forward import MonoForward
+from .perturbation import LocalPerturbation
 
-__all__ = ["Block", "BlockRule", "ForwardForward", "LocalGradientRule", "LocalLoss", "LocalLossRule", "MonoForward"]
+__all__ = [
+    "Block",
+    "BlockRule",
+    "ForwardForward",
+    "LocalGradientRule",
+    "LocalLoss",
+    "LocalLossRule",
+    "LocalPerturbation",
+    "MonoForward",
+]

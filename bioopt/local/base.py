@@ -15,7 +15,7 @@ from ..core._torch_private import in_backward
 from ..core.acts import detached
 from ..core.constraints import NON_NEGATIVE, POSITIVE_INT, SEED, require_labels
 from ..core.errors import warn
-from ..core.params import Params, RuleOptions, named_modules_of
+from ..core.params import Params, RuleOptions, named_modules_of, synapses_of
 from ..core.probe import keeping_modes
 from ..core.reach import Gates, Pending, gates_behind, shut_gates
 from ..core.recorder import Firing
@@ -178,6 +178,12 @@ class BlockRule(LearningRule):
         return len(self._readout_synapse.weight) if self.classes is None else self.classes
 
     # -- which layers -------------------------------------------------------------------------------------------
+
+    def _synapses_of(self, params: Any) -> list[Synapse]:
+        """The layers of the modules given as ``params``, which are noted."""
+        synapses = synapses_of(type(self).__name__, params, self._exclusion)
+        self._modules += named_modules_of(params)
+        return synapses
 
     def _own_for(self, synapses: list[Synapse]) -> None:
         order = {m: i for i, m in enumerate(dict.fromkeys(m for _, root in self._modules for m in root.modules()))}

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from ..core.one_pass import OnePass
-from ..core.params import learning_parameters_of, named_modules_of, no_plastic_layer, synapses_of
+from ..core.params import learning_parameters_of, no_plastic_layer
 from ..core.reach import Gates
 from ..core.synapse import Synapse
 from .base import BlockRule
@@ -39,11 +39,10 @@ class LocalGradientRule(BlockRule):
         """
 
     def _select(self, group: dict[str, Any]) -> tuple[list[Any], list[Synapse]]:
-        synapses = synapses_of(type(self).__name__, group["params"], self._exclusion)
+        synapses = self._synapses_of(group["params"])
         named = learning_parameters_of(group["params"], self._exclusion)
         if not synapses and not named:
             raise ValueError(no_plastic_layer(type(self).__name__))
-        self._modules += named_modules_of(group["params"])
         return named, synapses
 
     def _at_end(self, blocks: list[Block], behind: Gates, x: Tensor, channel_dim: int) -> dict[Tensor, Tensor]:
