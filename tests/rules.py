@@ -277,6 +277,7 @@ CASES = [
     Case(bioopt.KolenPollack),
     Case(bioopt.KrotovHopfield, PUBLISHED),
     Case(bioopt.LocalLoss, needs_target=True),
+    Case(bioopt.LocalPerturbation, needs_target=True, evaluates_once=True),
     Case(bioopt.MonoForward, needs_target=True),
     Case(bioopt.NodePerturbation),
     Case(bioopt.Oja, PUBLISHED),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,9 +12,12 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ..core.one_pass import OnePass
 from ..core.params import learning_parameters_of, no_plastic_layer
+from ..core.probe import Probe
 from ..core.reach import Gates
+from ..core.rule import Estimate
+from ..core.sums import add_up
 from ..core.synapse import Synapse
-from .base import BlockRule
+from .base import BlockRule, Share
 from .blocks import Block
 
 __all__ = ["LocalGradientRule", "LocalLossRule"]
@@ -27,6 +31,8 @@ class LocalGradientRule(BlockRule):
 
     Arguments, attributes and errors are those of `BlockRule`.
     """
+
+    _phase = 0  # of the pass that runs, for rules of several
 
     @abstractmethod
     def local_loss(self, block: Block, h: Tensor, channel_dim: int) -> Tensor | None:
@@ -60,6 +66,30 @@ class LocalGradientRule(BlockRule):
         with torch.autocast(x.device.type, enabled=False):
             grads = torch.autograd.grad(loss, learning, retain_graph=True, allow_unused=True)
         return {p: g for p, g in zip(learning, grads, strict=True) if g is not None}
+
+    def _in_passes(self, probe: Probe, phases: Sequence[int]) -> Estimate:
+        """An ordinary pass, from which the readout learns, and further passes, from which the blocks learn.
+
+        Args:
+            probe: the closure.
+            phases: of the further passes, which `local_loss` finds in ``self._phase``; 0 is the ordinary pass.
+        """
+        self.begin()
+        anchors = [self._recorder.reach.anchor]
+        losses, _ = probe.gradients(self.gradient_parameters(), anchors)
+        of_readout, blocks = {p: p.grad for p in self.gradient_parameters()}, [*self._counted]
+        grads: dict[Tensor, Tensor] = {}
+        try:
+            for self._phase in phases:
+                self.begin()
+                probe.gradients(self.gradient_parameters(), anchors)
+                add_up(grads, self._local_gradients().items())
+        finally:
+            self._phase = 0
+        for p, gradient in of_readout.items():
+            p.grad = gradient
+        self._counted = [*blocks, Share((), grads, at_once=False)]
+        return losses, *self._gathered(losses)
 
 
 class LocalLossRule(LocalGradientRule, OnePass):

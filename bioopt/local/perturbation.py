@@ -37,6 +37,7 @@ class Noisy(NamedTuple):
     """A firing with noise.
 
     Attributes:
+        pending: the firing.
         synapse: that fired.
         u: its output, with the graph of the layer alone.
         noise: of its shape.
@@ -44,6 +45,7 @@ class Noisy(NamedTuple):
         beneath: firings of the same block whose activity it received.
     """
 
+    pending: Pending
     synapse: Synapse
     u: Tensor
     noise: Tensor
@@ -112,7 +114,7 @@ class LocalPerturbation(BlockRule):
     def __init__(
         self,
         params: Params,
-        lr: float = 1e-3,
+        lr: float = 2e-3,
         *,
         groups: int = 16,
         patches: int | None = None,
@@ -125,13 +127,17 @@ class LocalPerturbation(BlockRule):
         self._noise = NoiseSource()
         self._streams: dict[torch.device, torch.Generator] | None = None  # in a step, the noise to come
         self._noisy: dict[Pending, Noisy] = {}  # whose block has not ended yet
-        self._found: dict[Synapse, Units | None] = {}  # in the last pass; None: a sample is one unit
-        self._found_before: dict[Synapse, Units | None] = {}
-        self._spread: dict[Synapse, Tensor] | None = None  # in a pass that measures it
+        self._shapes: dict[Synapse, torch.Size] = {}  # of activity, neurons second
+        self._found: dict[Synapse, tuple[Units, int]] = {}  # in the last pass, and its place among those that end there
+        self._spread: dict[Synapse, Tensor] = {}
+        self._measured: dict[Synapse, Units] | None = None  # whose spread is measured in a pass, from noise of its own
+        example = options.pop("example", None)
         super().__init__(params, lr, own={"groups": groups, "patches": patches, "pool": pool}, **options)
         prepare_forward_ad()
         self._own_state = {"step": 0, "in_units": {}}
         self._recorder.act(self._receive, self._perturb)
+        if example is not None:
+            self._size_heads(params, example)
 
     def _select(self, group: dict[str, Any]) -> tuple[list[Any], list[Synapse]]:
         synapses = self._synapses_of(group["params"])
@@ -147,29 +153,31 @@ class LocalPerturbation(BlockRule):
     def _estimate(self, probe: Probe) -> Estimate:
         losses = self._evaluated(probe)
         in_units: dict[int, bool] = self._own_state["in_units"]
-        new = [s for s, units in self._found.items() if units is not None and s.index not in in_units]
-        if new:
-            spread = self._measured(probe, new)
+        if new := {s: found for s, found in self._found.items() if s.index not in in_units}:
+            spread = self._spread_of(new, probe)
             in_units = in_units | {s.index: share < LEAK for s, share in zip(new, spread.tolist(), strict=True)}
             self._own_state = {**self._own_state, "in_units": in_units}
             losses = self._evaluated(probe)
         return losses, *self._gathered(losses)
 
-    def _measured(self, probe: Probe, synapses: list[Synapse]) -> Tensor:
+    def _spread_of(self, layers: dict[Synapse, tuple[Units, int]], probe: Probe) -> Tensor:
         """How far noise in every other unit of these layers spreads to the features of the other units."""
-        self._spread = {}
+        self._spread.clear()
         try:
-            self._evaluated(probe)
-            spread = torch.stack([self._spread[s] for s in synapses])
+            for turn in range(1 + max(place for _, place in layers.values())):
+                self._measured = {s: units for s, (units, place) in layers.items() if place == turn}
+                self._evaluated(probe)
         finally:
-            self._spread = None
+            self._measured = None
+        spread = torch.stack([self._spread[s] for s in layers])
         self._average_over_ranks([spread])
         return spread
 
     def _evaluated(self, probe: Probe) -> Tensor:
         """The losses of one pass, with noise."""
         self.begin()
-        self._found_before, self._found = self._found, {}
+        if self._measured is None:
+            self._found.clear()
         self._streams = {}
         self._undo.append(self._end_pass)
         try:
@@ -204,12 +212,14 @@ class LocalPerturbation(BlockRule):
             forward_ad.exit_dual_level()
             forward_ad.enter_dual_level()
         if synapse not in self._blocks:
-            return forward_ad.unpack_dual(entered).primal
+            primal: Tensor = forward_ad.unpack_dual(entered).primal
+            return primal
         return isolate(synapse, x if entered is x else forward_ad.unpack_dual(entered).primal)
 
     def _perturb(self, firing: Firing, u: Tensor) -> Tensor:
         """The activity that a layer hands on: clean, with noise as its derivative."""
         synapse, reach = firing.synapse, self._recorder.reach
+        self._shapes[synapse] = _neurons_second(u, synapse).shape
         if self._streams is None or synapse not in self._blocks:
             return self._leave(firing, u)
         if firing.replay or not torch.is_grad_enabled():
@@ -218,14 +228,14 @@ class LocalPerturbation(BlockRule):
             raise RuntimeError(NO_TANGENT)
         primal, tangent = forward_ad.unpack_dual(u)
         noise = FILL[self.distribution](torch.empty_like(primal.detach()), self._stream(u.device))
-        if self._spread is not None:
+        if self._measured is not None:
             self._keep_every_other_unit(synapse, noise)
         pending = reach.pending(synapse)
         token = reach.token(firing.x, pending)
         assert token is not None  # grad mode is on
         inner = gates_behind(firing.x.grad_fn, reach).open if firing.x.grad_fn is not None else ()
         beneath = tuple(gate.pending for gate in inner if gate.pending in self._noisy)
-        self._noisy[pending] = Noisy(synapse, primal, noise, firing.rows_of(u), beneath)
+        self._noisy[pending] = Noisy(pending, synapse, primal, noise, firing.rows_of(u), beneath)
         given = forward_ad.make_dual(primal.detach(), noise if tangent is None else noise + tangent)
         return reach.gate(given, pending, token)
 
@@ -248,24 +258,28 @@ class LocalPerturbation(BlockRule):
         head: Any = self._owned[blocks[0].name]
         group = self.param_groups[blocks[0].synapses[0].group]
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            like = next(iter(ended), None)
-            at = _as_beneath(h, channel_dim, like)
+            like = self._shapes[max((gate.pending.synapse for gate in behind.open), key=lambda s: s.index)]
+            at = in_positions(h, channel_dim, like[1], like[2:])
             features = pooled(at, 1 - at.ndim, group["pool"]).to(head.weight.dtype)
             require_size(type(self).__name__, blocks[0].name, head, features)
             scores = in_full(self.head(blocks[0], features))
             if tangent is None:  # a pass of no step
                 return {}
             error = scores.softmax(1) - F.one_hot(self.labels(h), self.number_of_classes)
-            grads = {head.weight: error.mT @ features, head.bias: error.sum(0)}
+            found = {head.weight: error.mT @ in_full(features), head.bias: error.sum(0)}
+            grads = {p: g.to(p.dtype) for p, g in found.items()}
             units = Units.of(at, group["groups"], group["patches"])
             windows = [min(group["pool"], n) for n in units.positions]
             weight = unpooled(head.weight.view(-1, units.neurons, *windows), units.positions)
-            moved = _as_beneath(tangent, channel_dim, like).to(weight.dtype)
-            if self._spread is not None:
+            moved = in_positions(tangent, channel_dim, like[1], like[2:]).to(weight.dtype)
+            if self._measured is not None:
                 self._measure_spread(units, moved, ended)
             slopes = units.sums(_slopes(weight, moved, error, units.groups))
-        for noisy in ended:
-            s = self._signal(noisy, slopes, units)
+        inner = {one for noisy in ended for one in noisy.beneath}
+        for place, noisy in enumerate(ended):
+            if noisy.pending not in inner and not units.single and units.fit(_neurons_second(noisy.u, noisy.synapse)):
+                self._found[noisy.synapse] = units, place
+            s = self._signal(noisy, slopes)
             params = noisy.synapse.parameters()
             add_up(grads, zip(params, torch.autograd.grad(noisy.u, params, s), strict=True))
         return {p: g / len(h) for p, g in grads.items() if p.requires_grad}
@@ -280,14 +294,13 @@ class LocalPerturbation(BlockRule):
                 pending += self._noisy[one].beneath
         return [self._noisy.pop(one) for one in [*self._noisy] if one in ending]
 
-    def _signal(self, noisy: Noisy, slopes: Tensor, units: Units) -> Tensor:
+    def _signal(self, noisy: Noisy, slopes: Tensor) -> Tensor:
         """The noise times its credit, in place."""
         synapse, noise = noisy.synapse, noisy.noise
-        at = _neurons_second(noise, synapse)
-        self._found[synapse] = units if units.fit(at) and not units.single else None
         if noisy.rows is not None and len(slopes) == noisy.rows.count:
             slopes = slopes[noisy.rows.index]
-        if self._found[synapse] is not None and self._own_state["in_units"].get(synapse.index, False):
+        if synapse in self._found and self._own_state["in_units"].get(synapse.index, False):
+            units, at = self._found[synapse][0], _neurons_second(noise, synapse)
             credit = units.at_positions(slopes, at.shape[2:]).to(noise.dtype)
             at.unflatten(1, (units.groups, -1)).mul_(credit.unsqueeze(2))
             return noise
@@ -297,32 +310,25 @@ class LocalPerturbation(BlockRule):
     # -- where noise spreads ------------------------------------------------------------------------------------
 
     def _keep_every_other_unit(self, synapse: Synapse, noise: Tensor) -> None:
-        """Leave noise in the even units alone, if a pass before has found units."""
-        if (units := self._found_before.get(synapse)) is not None:
-            at = _neurons_second(noise, synapse)
-            odd = units.at_positions(units.odd(noise.device), at.shape[2:])
-            at.unflatten(1, (units.groups, -1)).mul_(1 - odd.unsqueeze(2).to(noise.dtype))
+        """Leave noise in the even units alone, and none in layers that are not measured."""
+        assert self._measured is not None
+        if (units := self._measured.get(synapse)) is None:
+            noise.zero_()
+            return
+        at = _neurons_second(noise, synapse)
+        odd = units.at_positions(units.odd(noise.device), at.shape[2:])
+        at.unflatten(1, (units.groups, -1)).mul_(1 - odd.unsqueeze(2).to(noise.dtype))
 
     def _measure_spread(self, units: Units, moved: Tensor, ended: list[Noisy]) -> None:
         """The share of the slopes' power that is in odd units."""
-        assert self._spread is not None
         power = units.sums(in_full(moved).square())
         share = (power * units.odd(power.device)).sum() / power.sum().clamp_min(torch.finfo(power.dtype).tiny)
-        for noisy in ended:
-            self._spread[noisy.synapse] = share
+        self._spread |= {noisy.synapse: share for noisy in ended if noisy.synapse in (self._measured or ())}
 
 
 def _neurons_second(values: Tensor, synapse: Synapse) -> Tensor:
     """Activity of a layer with its neurons in the second dimension, a view."""
     return values.movedim(synapse.channel_dim, 1)
-
-
-def _as_beneath(h: Tensor, channel_dim: int, noisy: Noisy | None) -> Tensor:
-    """The activity at the end of a block, neurons in the second dimension, with positions as in the layer below."""
-    if noisy is None:
-        return in_positions(h, channel_dim, 1, ())
-    _, neurons, *positions = _neurons_second(noisy.u, noisy.synapse).shape
-    return in_positions(h, channel_dim, neurons, positions)
 
 
 def _slopes(weight: Tensor, moved: Tensor, error: Tensor, groups: int) -> Tensor:
