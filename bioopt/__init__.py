@@ -37,7 +37,7 @@ from .feedback import (
     WeightMirror,
 )
 from .hebbian import BCM, AntiHebbian, Hebbian, Homeostasis, KrotovHopfield, Oja, RewardHebbian, Sanger, SoftHebb
-from .local import ForwardForward, LocalLoss, LocalLossRule, LocalPerturbation, MonoForward
+from .local import ForwardForward, LocalContrastive, LocalLoss, LocalLossRule, LocalPerturbation, MonoForward
 from .mixed import Mixed
 from .perturbation import (
     ForwardGradient,
@@ -72,6 +72,7 @@ __all__ = [
     "KolenPollack",
     "KrotovHopfield",
     "LearningRule",
+    "LocalContrastive",
     "LocalLoss",
     "LocalLossRule",
     "LocalPerturbation",

@@ -276,6 +276,7 @@ CASES = [
     Case(bioopt.Homeostasis),
     Case(bioopt.KolenPollack),
     Case(bioopt.KrotovHopfield, PUBLISHED),
+    Case(bioopt.LocalContrastive),
     Case(bioopt.LocalLoss, needs_target=True),
     Case(bioopt.LocalPerturbation, needs_target=True, evaluates_once=True),
     Case(bioopt.MonoForward, needs_target=True),

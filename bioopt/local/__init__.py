@@ -5,6 +5,7 @@
 
 from .base import BlockRule
 from .blocks import Block
+from .contrastive import LocalContrastive
 from .forward_forward import ForwardForward
 from .gradient import LocalGradientRule, LocalLossRule
 from .local_loss import LocalLoss
@@ -15,6 +16,7 @@ __all__ = [
     "Block",
     "BlockRule",
     "ForwardForward",
+    "LocalContrastive",
     "LocalGradientRule",
     "LocalLoss",
     "LocalLossRule",

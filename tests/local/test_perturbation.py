@@ -112,11 +112,12 @@ def two_layers() -> nn.Sequential:
         return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 6), nn.Sigmoid(), nn.Linear(6, 4)).double()
 
 
-@pytest.mark.parametrize(("groups", "distribution", "draws"), [(8, "rademacher", 1), (1, "normal", 400)])
+@pytest.mark.parametrize(("groups", "distribution", "draws"), [(8, "rademacher", 1), (1, "normal", 60)])
 def test_the_mean_is_the_gradient_of_the_blocks_own_loss(groups: int, distribution: str, draws: int) -> None:
     """With one neuron in a unit each draw is, since the square of -1 and 1 is 1."""
     torch.manual_seed(0)
-    model, x, y = two_layers(), torch.randn(20, 6).double(), torch.randint(4, (20,))
+    model, x = two_layers(), torch.randn(400, 6).double()
+    y = x[:, :4].argmax(1)
     optimizer = LocalPerturbation(model, 0.0, groups=groups, distribution=distribution, example=x, **SGD)
     true = gradients_of_own_losses(two_layers(), optimizer._owned.modules.values(), x, y)
     found = []
@@ -128,7 +129,7 @@ def test_the_mean_is_the_gradient_of_the_blocks_own_loss(groups: int, distributi
         error = (mean - expected).norm()
         noise = torch.stack([one - mean for one in each]).square().sum().sqrt() / draws if draws > 1 else 1e-12
         assert error < 2 * noise
-        assert draws == 1 or noise < expected.norm()
+        assert draws == 1 or noise < 0.5 * expected.norm()
 
 
 def test_without_noise_only_heads_and_readout_learn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,16 +211,17 @@ def test_where_noise_spreads_further_a_sample_is_one_unit() -> None:
 def test_noise_of_all_layers_of_a_block_is_credited() -> None:
     torch.manual_seed(0)
     body = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh())
-    model, x, y = nn.Sequential(body, nn.Linear(8, 4)).double(), torch.randn(20, 6).double(), torch.randint(4, (20,))
+    model, x = nn.Sequential(body, nn.Linear(8, 4)).double(), torch.randn(400, 6).double()
+    y = x[:, :4].argmax(1)
     optimizer = LocalPerturbation(model, 0.0, blocks=["0"], example=x, **SGD)
     (head,) = optimizer._owned.modules.values()
     true = torch.autograd.grad(F.cross_entropy(head(body(x)), y), [body[0].weight, body[2].weight])
     mean = [torch.zeros_like(g) for g in true]
-    for _ in range(200):
+    for _ in range(60):
         optimizer.target = y
         optimizer.step(lambda: F.cross_entropy(model(x), y))
         for m, layer in zip(mean, (body[0], body[2]), strict=True):
-            m += layer.weight.grad / 200
+            m += layer.weight.grad / 60
     assert optimizer._own_state["in_units"] == {1: True}  # below it, a sample is one unit
     for m, g in zip(mean, true, strict=True):
         assert F.cosine_similarity(m.flatten(), g.flatten(), dim=0) > 0.9
