@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple, Unpack, final
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple, TypeAlias, Unpack, final
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -25,12 +26,19 @@ from ..core.synapse import Synapse
 from .base import BlockRule
 from .blocks import Block
 from .heads import LocalOptions, pooled, require_size
-from .units import Units, in_positions, unpooled
+from .units import Scope, Units, in_positions, scopes_of, unpooled
 
 __all__ = ["LocalPerturbation"]
 
 FILL = {"normal": fill_normal_, "rademacher": fill_rademacher_}
-LEAK = 0.1  # of the noise of some units, the share that may reach the features of others
+LEAK = 0.1  # of the effect of some units' activity, the share that may be on the features of others
+STILL = 1e-3  # of the effect of noise, that of a direction that is called to have none
+FEW = 32  # activities that are normalised together, of which one is a part that its own unit would credit wrongly
+TINY = 1e-30
+
+Direction: TypeAlias = Callable[
+    [Tensor, torch.Generator], Tensor
+]  # of a layer's activity, samples × neurons × positions
 
 
 class Noisy(NamedTuple):
@@ -51,6 +59,20 @@ class Noisy(NamedTuple):
     noise: Tensor
     rows: Rows | None
     beneath: tuple[Pending, ...]
+
+
+class Found(NamedTuple):
+    """What a pass has found about a layer: units at the end of its block, whether it has them, its place among others.
+
+    Attributes:
+        units: at the end of its block.
+        fits: whether its neurons and positions are those of the units.
+        place: among the layers that end together.
+    """
+
+    units: Units
+    fits: bool
+    place: int
 
 
 @final
@@ -128,13 +150,13 @@ class LocalPerturbation(BlockRule):
         self._streams: dict[torch.device, torch.Generator] | None = None  # in a step, the noise to come
         self._noisy: dict[Pending, Noisy] = {}  # whose block has not ended yet
         self._shapes: dict[Synapse, torch.Size] = {}  # of activity, neurons second
-        self._found: dict[Synapse, tuple[Units, int]] = {}  # in the last pass, and its place among those that end there
-        self._spread: dict[Synapse, Tensor] = {}
-        self._measured: dict[Synapse, Units] | None = None  # whose spread is measured in a pass, from noise of its own
+        self._found: dict[Synapse, Found] = {}  # in the last pass with noise
+        self._along: dict[Synapse, Direction] | None = None  # the directions of a pass that measures, in place of noise
+        self._reached: dict[Synapse, Tensor] = {}  # the power of what they change, of each unit
         example = options.pop("example", None)
         super().__init__(params, lr, own={"groups": groups, "patches": patches, "pool": pool}, **options)
         prepare_forward_ad()
-        self._own_state = {"step": 0, "in_units": {}}
+        self._own_state = {"step": 0, "spread": {}}
         self._recorder.act(self._receive, self._perturb)
         if example is not None:
             self._size_heads(params, example)
@@ -152,32 +174,18 @@ class LocalPerturbation(BlockRule):
 
     def _estimate(self, probe: Probe) -> Estimate:
         losses = self._evaluated(probe)
-        in_units: dict[int, bool] = self._own_state["in_units"]
-        if new := {s: found for s, found in self._found.items() if s.index not in in_units}:
-            spread = self._spread_of(new, probe)
-            in_units = in_units | {s.index: share < LEAK for s, share in zip(new, spread.tolist(), strict=True)}
-            self._own_state = {**self._own_state, "in_units": in_units}
+        spread: dict[int, tuple[bool, tuple[Any, ...] | None]] = self._own_state["spread"]
+        if new := [s for s in self._found if s.index not in spread]:
+            self._own_state = {**self._own_state, "spread": spread | self._spread_of(new, probe)}
             losses = self._evaluated(probe)
         return losses, *self._gathered(losses)
-
-    def _spread_of(self, layers: dict[Synapse, tuple[Units, int]], probe: Probe) -> Tensor:
-        """How far noise in every other unit of these layers spreads to the features of the other units."""
-        self._spread.clear()
-        try:
-            for turn in range(1 + max(place for _, place in layers.values())):
-                self._measured = {s: units for s, (units, place) in layers.items() if place == turn}
-                self._evaluated(probe)
-        finally:
-            self._measured = None
-        spread = torch.stack([self._spread[s] for s in layers])
-        self._average_over_ranks([spread])
-        return spread
 
     def _evaluated(self, probe: Probe) -> Tensor:
         """The losses of one pass, with noise."""
         self.begin()
-        if self._measured is None:
+        if self._along is None:
             self._found.clear()
+        self._reached.clear()
         self._streams = {}
         self._undo.append(self._end_pass)
         try:
@@ -228,8 +236,12 @@ class LocalPerturbation(BlockRule):
             raise RuntimeError(NO_TANGENT)
         primal, tangent = forward_ad.unpack_dual(u)
         noise = FILL[self.distribution](torch.empty_like(primal.detach()), self._stream(u.device))
-        if self._measured is not None:
-            self._keep_every_other_unit(synapse, noise)
+        if self._along is not None:
+            along = self._along.get(synapse)
+            noise.zero_()
+            if along is not None:
+                at = _neurons_second(noise, synapse)
+                at.copy_(along(_neurons_second(primal.detach(), synapse), self._stream(u.device)))
         pending = reach.pending(synapse)
         token = reach.token(firing.x, pending)
         assert token is not None  # grad mode is on
@@ -272,13 +284,16 @@ class LocalPerturbation(BlockRule):
             windows = [min(group["pool"], n) for n in units.positions]
             weight = unpooled(head.weight.view(-1, units.neurons, *windows), units.positions)
             moved = in_positions(tangent, channel_dim, like[1], like[2:]).to(weight.dtype)
-            if self._measured is not None:
-                self._measure_spread(units, moved, ended)
             slopes = units.sums(_slopes(weight, moved, error, units.groups))
+            if any(noisy.synapse.index not in self._own_state["spread"] for noisy in ended):
+                power = units.sums(in_full(moved).square()).sum(0, keepdim=True)
+                self._reached |= {noisy.synapse: power for noisy in ended}
+        if self._along is not None:
+            return {}
         inner = {one for noisy in ended for one in noisy.beneath}
         for place, noisy in enumerate(ended):
-            if noisy.pending not in inner and not units.single and units.fit(_neurons_second(noisy.u, noisy.synapse)):
-                self._found[noisy.synapse] = units, place
+            fits = noisy.pending not in inner and units.fit(_neurons_second(noisy.u, noisy.synapse))
+            self._found[noisy.synapse] = Found(units, fits, place)
             s = self._signal(noisy, slopes)
             params = noisy.synapse.parameters()
             add_up(grads, zip(params, torch.autograd.grad(noisy.u, params, s), strict=True))
@@ -299,31 +314,55 @@ class LocalPerturbation(BlockRule):
         synapse, noise = noisy.synapse, noisy.noise
         if noisy.rows is not None and len(slopes) == noisy.rows.count:
             slopes = slopes[noisy.rows.index]
-        if synapse in self._found and self._own_state["in_units"].get(synapse.index, False):
-            units, at = self._found[synapse][0], _neurons_second(noise, synapse)
+        units, at = self._found[synapse].units, _neurons_second(noise, synapse)
+        in_units, scope = self._own_state["spread"].get(synapse.index, (False, None))
+        if in_units and self._found[synapse].fits:
             credit = units.at_positions(slopes, at.shape[2:]).to(noise.dtype)
             at.unflatten(1, (units.groups, -1)).mul_(credit.unsqueeze(2))
-            return noise
-        credit = slopes.flatten(1).sum(1).to(noise.dtype)
-        return noise.mul_(credit.view(-1, *[1] * (noise.ndim - 1)))
+        else:
+            credit = slopes.flatten(1).sum(1).to(noise.dtype)
+            noise.mul_(credit.view(-1, *[1] * (noise.ndim - 1)))
+        if scope is not None:
+            at.copy_(Scope(*scope).with_effect(at, _neurons_second(noisy.u.detach(), synapse)))
+        return noise
 
     # -- where noise spreads ------------------------------------------------------------------------------------
 
-    def _keep_every_other_unit(self, synapse: Synapse, noise: Tensor) -> None:
-        """Leave noise in the even units alone, and none in layers that are not measured."""
-        assert self._measured is not None
-        if (units := self._measured.get(synapse)) is None:
-            noise.zero_()
-            return
-        at = _neurons_second(noise, synapse)
-        odd = units.at_positions(units.odd(noise.device), at.shape[2:])
-        at.unflatten(1, (units.groups, -1)).mul_(1 - odd.unsqueeze(2).to(noise.dtype))
+    def _spread_of(self, layers: list[Synapse], probe: Probe) -> dict[int, tuple[bool, tuple[Any, ...] | None]]:
+        """Of each layer, whether noise stays in its unit, and the scope of a normalisation that follows, if any."""
+        found, by_noise = {s: self._found[s] for s in layers}, {s: float(self._reached[s].sum()) for s in layers}
+        own: dict[Synapse, tuple[bool, Scope | None]] = {}
+        sizes = {m.num_groups for _, root in self._modules for m in root.modules() if isinstance(m, nn.GroupNorm)}
+        try:
+            for place in range(1 + max(one.place for one in found.values())):
+                here = [s for s in layers if found[s].place == place]
+                reached = self._power(probe, {s: found[s].units.every_other for s in here})
+                leaks = {
+                    s: float((p * found[s].units.odd(p.device)).sum() / p.sum().clamp_min(TINY))
+                    for s, p in reached.items()
+                }
+                own |= {s: (found[s].fits and leaks[s] < LEAK, None) for s in here}
+                options = {s: scopes_of(self._shapes[s], sizes) for s in here}
+                options = {
+                    s: scopes[-1:] if own[s][0] or not found[s].fits else scopes for s, scopes in options.items()
+                }
+                while options := {s: scopes for s, scopes in options.items() if scopes}:
+                    tried = {s: scopes.pop(0) for s, scopes in options.items()}
+                    reached = self._power(probe, {s: scope.without_effect for s, scope in tried.items()})
+                    for s, p in reached.items():
+                        if float(p.sum()) < STILL * by_noise[s]:
+                            options[s] = []
+                            if tried[s].size(self._shapes[s]) >= FEW:
+                                own[s] = found[s].fits, tried[s]
+        finally:
+            self._along = None
+        return {s.index: (fits, None if scope is None else tuple(scope)) for s, (fits, scope) in own.items()}
 
-    def _measure_spread(self, units: Units, moved: Tensor, ended: list[Noisy]) -> None:
-        """The share of the slopes' power that is in odd units."""
-        power = units.sums(in_full(moved).square())
-        share = (power * units.odd(power.device)).sum() / power.sum().clamp_min(torch.finfo(power.dtype).tiny)
-        self._spread |= {noisy.synapse: share for noisy in ended if noisy.synapse in (self._measured or ())}
+    def _power(self, probe: Probe, along: dict[Synapse, Direction]) -> dict[Synapse, Tensor]:
+        """How far activity at the ends of blocks moves along directions of some layers, squared, for each unit."""
+        self._along = along
+        self._evaluated(probe)
+        return {s: self._reached[s] for s in along}
 
 
 def _neurons_second(values: Tensor, synapse: Synapse) -> Tensor:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Units", "in_positions", "unpooled"]
+from ..core.products import in_full
+
+__all__ = ["Scope", "Units", "in_positions", "scopes_of", "unpooled"]
 
 
 def in_positions(h: Tensor, channel_dim: int, neurons: int, positions: Sequence[int]) -> Tensor:
@@ -105,12 +108,80 @@ class Units:
             values = values.index_select(d, _patch_of(positions, patches, values.device)[at])
         return values
 
+    def every_other(self, u: Tensor, generator: torch.Generator) -> Tensor:
+        """A direction of a layer's activity, the same for all that belong to even units: a shift and a stretch.
+
+        It needs no random numbers; `Scope.without_effect` does.
+        """
+        if not self.fit(u):
+            return torch.zeros_like(u)
+        odd = self.at_positions(self.odd(u.device), u.shape[2:]).repeat_interleave(self.neurons // self.groups, 1)
+        return (1 - odd) * (1 + u / (u.square().mean().sqrt() + torch.finfo(u.dtype).tiny))
+
     def odd(self, device: torch.device) -> Tensor:
         """1 for every other unit, as the black fields of a chessboard; 1 × groups × patches."""
         total = torch.arange(self.groups, device=device)
         for size in self.patches:
             total = total.unsqueeze(-1) + torch.arange(size, device=device)
         return (total % 2).to(torch.float32).unsqueeze(0)
+
+
+class Scope(NamedTuple):
+    """Activities that are normalised together: those of one group of neurons.
+
+    Attributes:
+        samples: of all samples, or of one.
+        groups: the number of groups.
+        positions: at all positions, or at one.
+    """
+
+    samples: bool
+    groups: int
+    positions: bool
+
+    def size(self, shape: Sequence[int]) -> int:
+        """The number of activities, of samples × neurons × positions, that are normalised together."""
+        samples, neurons, *positions = shape
+        return (
+            neurons // self.groups * (samples if self.samples else 1) * (math.prod(positions) if self.positions else 1)
+        )
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over the scope; values and result: samples × groups × neurons of a group × positions."""
+        dims = [2, *([0] if self.samples else []), *(range(3, values.ndim) if self.positions else [])]
+        return values.mean(dims, keepdim=True)
+
+    def standardised(self, u: Tensor) -> Tensor:
+        """Activity, samples × neurons × positions, with mean 0 and mean square 1, in groups."""
+        u = in_full(u.unflatten(1, (self.groups, -1)))
+        u = u - self.mean(u)
+        return u / (self.mean(u.square()).sqrt() + torch.finfo(u.dtype).eps)
+
+    def without_effect(self, u: Tensor, generator: torch.Generator) -> Tensor:
+        """A direction along which normalised activity does not change: a shift and a stretch of each scope."""
+        u = self.standardised(u)
+        shift, stretch = (torch.randn(self.mean(u).shape, generator=generator, device=u.device) for _ in range(2))
+        return (shift + stretch * u).flatten(1, 2)
+
+    def with_effect(self, signal: Tensor, u: Tensor) -> Tensor:
+        """A teaching signal without its part along these directions, all samples × neurons × positions."""
+        u, dtype = self.standardised(u), signal.dtype
+        signal = in_full(signal.unflatten(1, (self.groups, -1)))
+        signal = signal - self.mean(signal)
+        return (signal - u * self.mean(signal * u)).flatten(1, 2).to(dtype)
+
+
+def scopes_of(shape: Sequence[int], groups: Iterable[int]) -> list[Scope]:
+    """Those that layers of normalisation may have, narrow ones first: what changes nothing there, does so in wide ones.
+
+    Args:
+        shape: of activity, samples × neurons × positions.
+        groups: the numbers of groups that there may be, besides one, and one for each neuron.
+    """
+    neurons = shape[1]
+    numbers = sorted({g for g in (1, *groups, neurons) if neurons % g == 0}, reverse=True)
+    at_positions = [Scope(False, 1, False)] if len(shape) > 2 else []
+    return [*at_positions, *(Scope(False, g, True) for g in numbers), Scope(True, neurons, True)]
 
 
 def _patch_of(positions: int, patches: int, device: torch.device) -> Tensor:

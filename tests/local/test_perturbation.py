@@ -204,8 +204,47 @@ def test_where_noise_spreads_further_a_sample_is_one_unit() -> None:
         estimate(Attention(), x, y)
     optimizer = estimate(Mixing(), x, y)
     names = {s.index: s.name for s in optimizer._recorder.synapses.values()}
-    found = {names[i]: in_units for i, in_units in optimizer._own_state["in_units"].items()}
-    assert found == {"q": False, "k": False, "v": False, "out": True}
+    found = {names[i]: spread for i, spread in optimizer._own_state["spread"].items()}
+    assert found == {"q": (False, None), "k": (False, None), "v": (False, None), "out": (True, None)}
+
+
+class FlatNorm(nn.Module):
+    """Over neurons, at each position."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        return F.layer_norm(h.movedim(1, -1), h.shape[1:2]).movedim(-1, 1)
+
+
+@pytest.mark.parametrize(
+    ("norm", "scope"),
+    [
+        (nn.BatchNorm2d(4), (True, 4, True)),
+        (nn.GroupNorm(2, 4), (False, 2, True)),
+        (nn.GroupNorm(1, 4), (False, 1, True)),
+        (nn.InstanceNorm2d(4), (False, 4, True)),
+        (FlatNorm(), None),
+    ],
+    ids=["batch", "group", "layer", "instance", "position"],
+)
+def test_what_normalisation_takes_away_is_not_learned(norm: nn.Module, scope: Any) -> None:
+    """With one neuron at one position in a unit, each draw is the gradient, but for an activity's share in the scope.
+
+    The four activities of the last are too few for that: a sample is one unit.
+    """
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), norm, nn.Tanh(), nn.Flatten(), nn.Linear(400, 5)).double()
+    x = torch.randn(16, 2, 10, 10).double()
+    y = x.flatten(1)[:, :5].argmax(1)
+    optimizer = estimate(model, x, y, groups=4, example=x)
+    assert optimizer._own_state["spread"] == {0: (scope is not None, scope)}
+    if scope is None:
+        return
+    (head,) = optimizer._owned.modules.values()
+    optimizer.close()
+    h = F.adaptive_avg_pool2d(model[:3](x), 4).flatten(1)
+    (true,) = torch.autograd.grad(F.cross_entropy(head(h), y), model[0].weight)
+    error = (model[0].weight.grad - true).norm() / true.norm()
+    assert error < 0.15
 
 
 def test_noise_of_all_layers_of_a_block_is_credited() -> None:
@@ -222,7 +261,7 @@ def test_noise_of_all_layers_of_a_block_is_credited() -> None:
         optimizer.step(lambda: F.cross_entropy(model(x), y))
         for m, layer in zip(mean, (body[0], body[2]), strict=True):
             m += layer.weight.grad / 60
-    assert optimizer._own_state["in_units"] == {1: True}  # below it, a sample is one unit
+    assert optimizer._own_state["spread"] == {0: (False, None), 1: (True, None)}
     for m, g in zip(mean, true, strict=True):
         assert F.cosine_similarity(m.flatten(), g.flatten(), dim=0) > 0.9
         assert 0.8 < m.norm() / g.norm() < 1.3
