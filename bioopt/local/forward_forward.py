@@ -48,6 +48,9 @@ class ForwardForward(LocalGradientRule):
     that enters a convolution carries it as a wave over all positions, whose direction (or length, of a sequence) is
     that of the label.
 
+    On convolutions it ended below a random trunk here: filters are spent on the wave, which ordinary images do not
+    have, and the readout receives activity of inputs that the layers were not trained with.
+
     Args:
         params: as in `BlockRule`.
         lr: learning rate of ``descent``, by default `torch.optim.Adam`.

@@ -26,7 +26,7 @@ from ..core.synapse import Synapse
 from .base import BlockRule
 from .blocks import Block
 from .heads import LocalOptions, pooled, require_size
-from .units import Scope, Units, in_positions, scopes_of, unpooled
+from .units import Found, Scope, Units, in_positions, scopes_of, slopes_of, unpooled
 
 __all__ = ["LocalPerturbation"]
 
@@ -61,20 +61,6 @@ class Noisy(NamedTuple):
     beneath: tuple[Pending, ...]
 
 
-class Found(NamedTuple):
-    """What a pass has found about a layer: units at the end of its block, whether it has them, its place among others.
-
-    Attributes:
-        units: at the end of its block.
-        fits: whether its neurons and positions are those of the units.
-        place: among the layers that end together.
-    """
-
-    units: Units
-    fits: bool
-    place: int
-
-
 @final
 class LocalPerturbation(BlockRule):
     r"""Noise on a block's activity is credited with the slope of the block's own loss, without a backward pass.
@@ -95,25 +81,29 @@ class LocalPerturbation(BlockRule):
     grows with the number of activities in a unit. The classifier learns by its own error, the exact gradient of its
     weights, and so does the readout. The next layer receives the clean activity.
 
-    With one neuron and one position in a unit, and ``distribution="rademacher"``, this would be backpropagation through
-    the classifier, whose weights would be known to each neuron. The fewer the units, the less needs to be known: with
-    ``groups=1`` and ``pool=1``, one number for each sample and block.
+    With one neuron at one position in a unit, and ``distribution="rademacher"``, a draw is the gradient itself, and each
+    neuron must know its weights in the classifier. The fewer the units, the less must be known, and the noisier the
+    estimate: with ``neuron_groups=1`` and ``patches=1`` it is one number for each sample and block.
 
-    A unit is taken to be what lies beneath its features: the same neurons, and the positions beneath its patch. In the
-    first step two more passes find out in which layers noise spreads further (a layer of ``blocks=`` with others above
-    it, attention, a flattening in another order), and there each sample is one unit. What little spreads over borders,
-    below a tenth, through batch statistics or windows of pooling that overlap, is not credited.
+    A unit credits what lies beneath it: the same neurons, at the positions beneath its patch. In the first step, about
+    four more passes find out where that is not all that noise acts on. Where a normalisation follows the layer, over
+    the batch, a sample or a group, shifts and stretches of the activity have no effect; the teaching signal loses its
+    part along these, as each neuron can by its own average activity. Where noise spreads otherwise (layers beneath
+    others in ``blocks=``, attention, a flattening in another order), a sample is one unit. What little spreads over
+    borders of patches, as from windows of pooling that overlap, is not credited.
 
-    Cost of a step: one forward pass with derivatives between the layers, one product of weights' shape for each layer,
-    and a closure, which may call ``backward()``.
+    Cost of a step: one forward pass with derivatives between the layers, one local product of each layer, and a
+    backward pass of the readout alone. It needs a closure.
 
     Args:
         params: the model (or modules, or groups whose ``"params"`` are modules). Weight and bias of each layer learn;
             other parameters, such as those of normalisation, stay as they are.
         lr: learning rate of ``descent``, by default `torch.optim.Adam`.
-        groups: of neurons, at most; as many as divide the neurons of a layer evenly.
-        pool: the number of patches along each dimension of images or sequences, and of the positions that a classifier
-            sees.
+        neuron_groups: the number of groups that the neurons of a layer are divided into, at most: as many as divide
+            them evenly. A layer of no more neurons has each in a group of its own.
+        patches: the number of patches along each dimension of images or sequences, at most; ``None``: each position at
+            the end of a block is one.
+        pool: the number of positions that a classifier sees along each dimension of images or sequences.
         distribution: of :math:`\xi`: ``"rademacher"``, -1 and 1, or ``"normal"``.
         options: ``head_lr``, ``blocks``, ``classes``, ``seed``, of heads and noise, ``example``, ``exclude``,
             ``descent`` and its options, ``process_group``, as in `BlockRule`.
@@ -128,7 +118,7 @@ class LocalPerturbation(BlockRule):
     """
 
     constraints: ClassVar[dict[str, Constraint]] = {
-        "groups": POSITIVE_INT,
+        "neuron_groups": POSITIVE_INT,
         "pool": POSITIVE_INT,
         "patches": (lambda v: v is None or (isinstance(v, int) and v >= 1), "an integer >= 1, or None"),
     }
@@ -138,7 +128,7 @@ class LocalPerturbation(BlockRule):
         params: Params,
         lr: float = 2e-3,
         *,
-        groups: int = 16,
+        neuron_groups: int = 64,
         patches: int | None = None,
         pool: int = 4,
         distribution: str = "rademacher",
@@ -154,7 +144,7 @@ class LocalPerturbation(BlockRule):
         self._along: dict[Synapse, Direction] | None = None  # the directions of a pass that measures, in place of noise
         self._reached: dict[Synapse, Tensor] = {}  # the power of what they change, of each unit
         example = options.pop("example", None)
-        super().__init__(params, lr, own={"groups": groups, "patches": patches, "pool": pool}, **options)
+        super().__init__(params, lr, own={"neuron_groups": neuron_groups, "patches": patches, "pool": pool}, **options)
         prepare_forward_ad()
         self._own_state = {"step": 0, "spread": {}}
         self._recorder.act(self._receive, self._perturb)
@@ -280,11 +270,11 @@ class LocalPerturbation(BlockRule):
             error = scores.softmax(1) - F.one_hot(self.labels(h), self.number_of_classes)
             found = {head.weight: error.mT @ in_full(features), head.bias: error.sum(0)}
             grads = {p: g.to(p.dtype) for p, g in found.items()}
-            units = Units.of(at, group["groups"], group["patches"])
+            units = Units.of(at, group["neuron_groups"], group["patches"])
             windows = [min(group["pool"], n) for n in units.positions]
             weight = unpooled(head.weight.view(-1, units.neurons, *windows), units.positions)
             moved = in_positions(tangent, channel_dim, like[1], like[2:]).to(weight.dtype)
-            slopes = units.sums(_slopes(weight, moved, error, units.groups))
+            slopes = units.sums(slopes_of(weight, moved, error, units.groups))
             if any(noisy.synapse.index not in self._own_state["spread"] for noisy in ended):
                 power = units.sums(in_full(moved).square()).sum(0, keepdim=True)
                 self._reached |= {noisy.synapse: power for noisy in ended}
@@ -368,20 +358,3 @@ class LocalPerturbation(BlockRule):
 def _neurons_second(values: Tensor, synapse: Synapse) -> Tensor:
     """Activity of a layer with its neurons in the second dimension, a view."""
     return values.movedim(synapse.channel_dim, 1)
-
-
-def _slopes(weight: Tensor, moved: Tensor, error: Tensor, groups: int) -> Tensor:
-    """What the change of each group, at each position, contributes to the slope of its sample's loss.
-
-    Args:
-        weight: of the scores, classes × neurons × positions.
-        moved: the derivative of the activity, samples × neurons × positions.
-        error: of the scores, samples × classes.
-        groups: of neurons.
-
-    Returns:
-        samples × groups × positions.
-    """
-    of_groups, by = moved.unflatten(1, (groups, -1)), weight.unflatten(1, (groups, -1))
-    scores = torch.einsum("ngc...,kgc...->ngk...", of_groups, by)
-    return torch.einsum("ngk...,nk->ng...", in_full(scores), error)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..core.products import in_full
 
-__all__ = ["Scope", "Units", "in_positions", "scopes_of", "unpooled"]
+__all__ = ["Found", "Scope", "Units", "in_positions", "scopes_of", "slopes_of", "unpooled"]
 
 
 def in_positions(h: Tensor, channel_dim: int, neurons: int, positions: Sequence[int]) -> Tensor:
@@ -126,6 +126,20 @@ class Units:
         return (total % 2).to(torch.float32).unsqueeze(0)
 
 
+class Found(NamedTuple):
+    """What a pass has found about a layer: units at the end of its block, whether it has them, its place among others.
+
+    Attributes:
+        units: at the end of its block.
+        fits: whether its neurons and positions are those of the units.
+        place: among the layers that end together.
+    """
+
+    units: Units
+    fits: bool
+    place: int
+
+
 class Scope(NamedTuple):
     """Activities that are normalised together: those of one group of neurons.
 
@@ -182,6 +196,23 @@ def scopes_of(shape: Sequence[int], groups: Iterable[int]) -> list[Scope]:
     numbers = sorted({g for g in (1, *groups, neurons) if neurons % g == 0}, reverse=True)
     at_positions = [Scope(False, 1, False)] if len(shape) > 2 else []
     return [*at_positions, *(Scope(False, g, True) for g in numbers), Scope(True, neurons, True)]
+
+
+def slopes_of(weight: Tensor, moved: Tensor, error: Tensor, groups: int) -> Tensor:
+    """What the change of each group, at each position, contributes to the slope of its sample's loss.
+
+    Args:
+        weight: of the scores, classes × neurons × positions.
+        moved: the derivative of the activity, samples × neurons × positions.
+        error: of the scores, samples × classes.
+        groups: of neurons.
+
+    Returns:
+        samples × groups × positions.
+    """
+    of_groups, by = moved.unflatten(1, (groups, -1)), weight.unflatten(1, (groups, -1))
+    scores = torch.einsum("ngc...,kgc...->ngk...", of_groups, by)
+    return torch.einsum("ngk...,nk->ng...", in_full(scores), error)
 
 
 def _patch_of(positions: int, patches: int, device: torch.device) -> Tensor:

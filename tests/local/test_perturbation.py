@@ -87,7 +87,7 @@ def slow_estimate(model: nn.Sequential, heads: list[nn.Linear], x: Tensor, y: Te
 def test_the_slow_twin_agrees(groups: int, patches: int) -> None:
     x, y = data()
     model, twin = network(), network()
-    optimizer = estimate(model, x, y, groups=groups, patches=patches, pool=2, example=x)
+    optimizer = estimate(model, x, y, neuron_groups=groups, patches=patches, pool=2, example=x)
     heads: Any = [*optimizer._owned.modules.values()]
     grads = slow_estimate(twin, heads, x, y, groups, patches)
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
@@ -118,7 +118,7 @@ def test_the_mean_is_the_gradient_of_the_blocks_own_loss(groups: int, distributi
     torch.manual_seed(0)
     model, x = two_layers(), torch.randn(400, 6).double()
     y = x[:, :4].argmax(1)
-    optimizer = LocalPerturbation(model, 0.0, groups=groups, distribution=distribution, example=x, **SGD)
+    optimizer = LocalPerturbation(model, 0.0, neuron_groups=groups, distribution=distribution, example=x, **SGD)
     true = gradients_of_own_losses(two_layers(), optimizer._owned.modules.values(), x, y)
     found = []
     for _ in range(draws):
@@ -235,7 +235,7 @@ def test_what_normalisation_takes_away_is_not_learned(norm: nn.Module, scope: An
     model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), norm, nn.Tanh(), nn.Flatten(), nn.Linear(400, 5)).double()
     x = torch.randn(16, 2, 10, 10).double()
     y = x.flatten(1)[:, :5].argmax(1)
-    optimizer = estimate(model, x, y, groups=4, example=x)
+    optimizer = estimate(model, x, y, neuron_groups=4, example=x)
     assert optimizer._own_state["spread"] == {0: (scope is not None, scope)}
     if scope is None:
         return
@@ -283,7 +283,7 @@ def test_noise_that_reaches_no_head_is_named() -> None:
 
 def test_options_that_make_no_sense_are_named() -> None:
     for options, message in (
-        ({"groups": 0}, "groups=0 must be an integer >= 1"),
+        ({"neuron_groups": 0}, "neuron_groups=0 must be an integer >= 1"),
         ({"patches": 0}, "patches=0 must be an integer >= 1, or None"),
         ({"distribution": "uniform"}, "distribution='uniform' must be one of normal, rademacher"),
     ):
