@@ -81,9 +81,9 @@ class LocalPerturbation(BlockRule):
     grows with the number of activities in a unit. The classifier learns by its own error, the exact gradient of its
     weights, and so does the readout. The next layer receives the clean activity.
 
-    With one neuron at one position in a unit, and ``distribution="rademacher"``, a draw is the gradient itself, and each
-    neuron must know its weights in the classifier. The fewer the units, the less must be known, and the noisier the
-    estimate: with ``neuron_groups=1`` and ``patches=1`` it is one number for each sample and block.
+    With one neuron at one position in a unit, and ``distribution="rademacher"``, a draw is the gradient itself, and
+    each neuron must know its weights in the classifier. The fewer the units, the less must be known, and the noisier
+    the estimate: with ``neuron_groups=1`` and ``patches=1`` it is one number for each sample and block.
 
     A unit credits what lies beneath it: the same neurons, at the positions beneath its patch. In the first step, about
     four more passes find out where that is not all that noise acts on. Where a normalisation follows the layer, over
