@@ -34,7 +34,7 @@ class LocalContrastive(LocalGradientRule):
 
     .. math::
         z = \frac{V\, \mathrm{pool}(h)}{\lVert V\, \mathrm{pool}(h) \rVert}, \qquad
-        L = -\Big\langle \log \frac{\exp(z_i \cdot z'_i / \tau)}{\sum_j \exp(z_i \cdot z'_j / \tau)} \Big\rangle_i
+        L = -\langle \log \frac{\exp(z_i \cdot z'_i / \tau)}{\sum_j \exp(z_i \cdot z'_j / \tau)} \rangle_i
 
     over the samples :math:`i, j` of the batch, with a linear map :math:`V` that belongs to the optimizer and learns by
     the same gradient. :math:`z'` is what the block remembers of the first pass: it gets no gradient. The readout learns

@@ -72,7 +72,7 @@ class LocalPerturbation(BlockRule):
     .. math::
         z = V f + c, \qquad e = \mathrm{softmax}(z) - \mathrm{onehot}(y), \qquad
         \lambda_k = e \cdot V_k \dot f_k, \qquad
-        \Delta W = -\Big\langle \sum_k \lambda_k\, \xi_k\, x^\top \Big\rangle, \qquad
+        \Delta W = -\langle \sum_k \lambda_k\, \xi_k\, x^\top \rangle, \qquad
         \Delta V = -\langle e\, f^\top \rangle .
 
     A *unit* :math:`k` is a group of neurons in a patch of positions: one experiment for each unit of each sample, of
