@@ -38,7 +38,7 @@ from .feedback import (
     WeightMirror,
 )
 from .hebbian import BCM, AntiHebbian, Hebbian, Homeostasis, KrotovHopfield, Oja, RewardHebbian, Sanger, SoftHebb
-from .local import ForwardForward, LocalLoss, LocalLossRule, MonoForward
+from .local import ForwardForward, LocalContrastive, LocalLoss, LocalLossRule, LocalPerturbation, MonoForward
 from .mixed import Mixed
 from .perturbation import (
     ForwardGradient,
@@ -74,8 +74,10 @@ __all__ = [
     "KolenPollack",
     "KrotovHopfield",
     "LearningRule",
+    "LocalContrastive",
     "LocalLoss",
     "LocalLossRule",
+    "LocalPerturbation",
     "LocalProductRule",
     "LocalRule",
     "Mixed",

@@ -147,7 +147,9 @@ RULES: dict[str, Rule] = {
     "bcm": bioopt.BCM,
     "anti_hebbian": bioopt.AntiHebbian,
     "reward_hebbian": bioopt.RewardHebbian,
+    "local_contrastive": bioopt.LocalContrastive,
     "local_loss": bioopt.LocalLoss,
+    "local_perturbation": bioopt.LocalPerturbation,
     "mono_forward": bioopt.MonoForward,
     "forward_forward": bioopt.ForwardForward,
 }

@@ -9,6 +9,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from .errors import is_captured
+
 #: whether a value is in range, and the range in words
 Constraint: TypeAlias = tuple[Callable[[Any], bool], str]
 
@@ -35,20 +37,37 @@ def require_in_range(owner: str, name: str, value: Any, constraint: Constraint) 
         raise ValueError(f"{owner}: {name}={value!r} must be {range_}")
 
 
-def require_labels(rule: str, target: Tensor, samples: torch.Size | None, shape: torch.Size, readout: str) -> None:
+def require_labels(
+    rule: str,
+    target: Tensor,
+    samples: torch.Size | None,
+    classes: int,
+    readout: str,
+    shape: torch.Size | None = None,
+    more: str = "",
+) -> None:
     """Raise if a target is no class label for each sample.
 
     Args:
         rule: its name.
-        target: that is not activity of the readout's shape.
+        target: to be checked.
         samples: the shape of labels; ``None``: the readout has other dimensions than samples and neurons.
-        shape: of the readout's activity, neurons last.
+        classes: their number.
         readout: its name.
+        shape: of the readout's activity, if a target may have that too.
+        more: the way out where labels are out of range.
     """
-    if target.shape != samples or target.is_floating_point():
+    if target.shape != samples or target.is_floating_point() or target.is_complex():
+        other = f", or have the shape {tuple(shape)} of the readout '{readout}'" if shape is not None else ""
         raise ValueError(
-            f"{rule}: target of shape {tuple(target.shape)} and type {target.dtype} must be class labels, one per "
-            f"sample, or have the shape {tuple(shape)} of the readout '{readout}'"
+            f"{rule}: target of shape {tuple(target.shape)} and type {target.dtype} must be class labels, one integer "
+            f"for each sample{other}"
         )
-    if target.numel() and not 0 <= int(target.min()) <= int(target.max()) < shape[-1]:
-        raise ValueError(f"{rule}: target has labels outside 0 to {shape[-1] - 1}, the neurons of '{readout}'")
+    if is_captured([target]) or not target.numel():
+        return
+    low, high = int(target.min()), int(target.max())
+    if not 0 <= low <= high < classes:
+        raise ValueError(
+            f"{rule}: target has the labels {low} to {high}, outside 0 to {classes - 1}, the neurons of "
+            f"'{readout}'{more}"
+        )

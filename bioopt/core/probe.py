@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -317,6 +318,13 @@ class Probe:
 
 
 NO_TANGENT = "a layer runs where forward AD is switched off, as in checkpoint(..., use_reentrant=True)"
+
+
+def prepare_forward_ad() -> None:
+    """Let torch give its own warning at the first dual tensor, unseen."""
+    with warnings.catch_warnings(), forward_ad.dual_level():
+        warnings.simplefilter("ignore", FutureWarning)
+        forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
 
 
 def _tensors(module: nn.Module) -> dict[str, tuple[Tensor, int | None]]:

@@ -294,7 +294,7 @@ class Readout:
         target = target.to(u.device)
         if target.shape == u.shape:
             return target.to(torch.promote_types(u.dtype, torch.float32))
-        require_labels(name, target, u.shape[:1] if u.ndim == 2 else None, u.shape, synapse.name)
+        require_labels(name, target, u.shape[:1] if u.ndim == 2 else None, u.shape[-1], synapse.name, u.shape)
         rest = 1 / max(u.shape[-1] - 1, 1)
         hot = torch.zeros_like(u, dtype=torch.promote_types(u.dtype, torch.float32)).sub_(rest)
         return hot.scatter_(1, target.long().unsqueeze(1), 1.0)

@@ -339,5 +339,5 @@ def _one_hot(rule: str, target: Tensor, error: Tensor, readout: str) -> Tensor:
     classes = error.shape[-1]
     if target.shape == error.shape and target.is_floating_point():
         return target
-    require_labels(rule, target, error.shape[:-1], error.shape, readout)
+    require_labels(rule, target, error.shape[:-1], classes, readout, error.shape)
     return nn.functional.one_hot(target.long(), classes).to(error.dtype)

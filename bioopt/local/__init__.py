@@ -3,9 +3,23 @@
 `base` has the base class, which finds where a block ends and what it consists of; a rule defines the loss.
 """
 
-from .base import Block, BlockRule, LocalLossRule
+from .base import BlockRule
+from .blocks import Block
+from .contrastive import LocalContrastive
 from .forward_forward import ForwardForward
+from .gradient import LocalGradientRule, LocalLossRule
 from .local_loss import LocalLoss
 from .mono_forward import MonoForward
+from .perturbation import LocalPerturbation
 
-__all__ = ["Block", "BlockRule", "ForwardForward", "LocalLoss", "LocalLossRule", "MonoForward"]
+__all__ = [
+    "Block",
+    "BlockRule",
+    "ForwardForward",
+    "LocalContrastive",
+    "LocalGradientRule",
+    "LocalLoss",
+    "LocalLossRule",
+    "LocalPerturbation",
+    "MonoForward",
+]

@@ -1,4 +1,4 @@
-"""`BlockRule`: where the blocks of a network end, and their gradients; `LocalLossRule`: those learned in one pass."""
+"""`BlockRule`: where the blocks of a network end, and what counts of what they learn there."""
 
 from __future__ import annotations
 
@@ -9,22 +9,13 @@ from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.optim import Adam
 
 from ..core._torch_private import in_backward
 from ..core.acts import detached
-from ..core.constraints import NON_NEGATIVE, POSITIVE_INT, SEED
-from ..core.errors import is_captured, warn
-from ..core.one_pass import OnePass
-from ..core.params import (
-    Params,
-    RuleOptions,
-    learning_parameters_of,
-    named_modules_of,
-    no_plastic_layer,
-    synapses_of,
-)
+from ..core.constraints import NON_NEGATIVE, POSITIVE_INT, SEED, require_labels
+from ..core.errors import warn
+from ..core.params import Params, RuleOptions, named_modules_of, synapses_of
 from ..core.probe import keeping_modes
 from ..core.reach import Gates, Pending, gates_behind, shut_gates
 from ..core.recorder import Firing
@@ -32,23 +23,9 @@ from ..core.rows import rows_now
 from ..core.rule import LearningRule, optional
 from ..core.sums import add_up
 from ..core.synapse import Synapse
+from .blocks import Block, divided
 
-__all__ = ["Block", "BlockRule", "LocalLossRule"]
-
-
-@dataclass(eq=False)
-class Block:
-    """Layers that learn from one loss.
-
-    Attributes:
-        name: of the block in the model, and of its head.
-        synapses: its layers.
-        named: whether the user has named it, so that it ends only where its activity enters a layer of another block.
-    """
-
-    name: str
-    synapses: tuple[Synapse, ...]
-    named: bool = False
+__all__ = ["BlockRule"]
 
 
 @dataclass(eq=False)
@@ -71,14 +48,12 @@ class Share:
 class BlockRule(LearningRule):
     r"""A rule with a loss for each block of layers, from which that block alone learns.
 
-    A block reaches from a layer to the next layer that its activity enters. There `local_loss` computes a loss from
-    the activity, usually with a head that belongs to the optimizer; the parameters of the block and the head learn
-    from its gradient, and the next layer receives the activity without its graph. So no error passes between blocks,
-    whatever connections bypass them: a gradient ends where a block has ended. Layers whose activities enter the next
-    layer together (queries, keys and values) learn together, by the head of the first of them. A layer that runs
-    twice learns from the loss of each run. Parameters outside of layers, such as those of normalisation, belong to the
-    block that they are in; where several blocks along a skip use the same, they learn from the first. The readout,
-    the last layer, learns from the loss of the closure, by the exact gradient of its own weights.
+    A block reaches from a layer to the next layer that its activity enters. There it learns from a loss of its own,
+    usually with a head that belongs to the optimizer, and the next layer receives the activity without its graph. So no
+    error passes between blocks, whatever connections bypass them: a gradient ends where a block has ended. Layers whose
+    activities enter the next layer together (queries, keys and values) learn together, by the head of the first of
+    them. A layer that runs twice learns from the loss of each run. The readout, the last layer, learns from the loss of
+    the closure, by the exact gradient of its own weights.
 
     A block's update counts when a backward pass reaches it, like the updates of local rules, so that a loss that is
     thrown away teaches nothing.
@@ -154,20 +129,21 @@ class BlockRule(LearningRule):
     # -- what a rule implements ---------------------------------------------------------------------------------
 
     @abstractmethod
-    def local_loss(self, block: Block, h: Tensor, channel_dim: int) -> Tensor | None:
-        """The loss of a block, a scalar with a graph; ``None``: the block learns nothing from this pass.
+    def _at_end(self, blocks: list[Block], behind: Gates, x: Tensor, channel_dim: int) -> dict[Tensor, Tensor]:
+        """The ``.grad`` of the parameters of blocks that end together, and of the head of the first.
 
         Args:
-            block: that ends here.
-            h: its activity, as the next layer receives it, with its graph.
-            channel_dim: the dimension of the neurons in ``h``, counted from the end.
+            blocks: whose activity enters the next layer here.
+            behind: the gates behind ``x``; those of these blocks are open.
+            x: the activity, with its graph.
+            channel_dim: the dimension of the neurons in ``x``, counted from the end.
         """
 
     @optional
     def new_head(self, block: Block) -> nn.Module | None:
         """A module of the rule's own for the loss of a block, which may be lazy; by default none.
 
-        `local_loss` calls it by ``self.head(block, activity)``.
+        ``self.head(block, activity)`` calls it.
         """
         return None
 
@@ -183,19 +159,8 @@ class BlockRule(LearningRule):
         if target is None:
             raise RuntimeError(self._no_target())
         if target is not self._checked:
-            if target.ndim != 1 or target.is_floating_point() or target.is_complex():
-                raise ValueError(
-                    f"{name}: target of shape {tuple(target.shape)} and type {target.dtype} must be class labels, one "
-                    "integer for each sample"
-                )
-            classes = self.number_of_classes
-            inside = is_captured([target]) or not target.numel()
-            if not inside and not 0 <= int(target.min()) <= int(target.max()) < classes:
-                raise ValueError(
-                    f"{name}: target has the labels {int(target.min())} to {int(target.max())}, but the classes are 0 "
-                    f"to {classes - 1}, one for each neuron of the readout '{self._readout_synapse.name}'; if there "
-                    "are others, write classes="
-                )
+            readout, more = self._readout_synapse.name, "; if there are other classes, write classes="
+            require_labels(name, target, target.shape[:1], self.number_of_classes, readout, more=more)
             self._checked = target
         if rows is not None:
             target = target[rows.index]
@@ -214,18 +179,17 @@ class BlockRule(LearningRule):
 
     # -- which layers -------------------------------------------------------------------------------------------
 
-    def _select(self, group: dict[str, Any]) -> tuple[list[Any], list[Synapse]]:
-        synapses = synapses_of(type(self).__name__, group["params"], self._exclusion)
-        named = learning_parameters_of(group["params"], self._exclusion)
-        if not synapses and not named:
-            raise ValueError(no_plastic_layer(type(self).__name__))
-        self._modules += named_modules_of(group["params"])
-        return named, synapses
+    def _synapses_of(self, params: Any) -> list[Synapse]:
+        """The layers of the modules given as ``params``, which are noted."""
+        synapses = synapses_of(type(self).__name__, params, self._exclusion)
+        self._modules += named_modules_of(params)
+        return synapses
 
     def _own_for(self, synapses: list[Synapse]) -> None:
         order = {m: i for i, m in enumerate(dict.fromkeys(m for _, root in self._modules for m in root.modules()))}
         everything = sorted(self._recorder.synapses.values(), key=lambda s: order[s.layer])
-        self._blocks = {s: block for block in self._divided(everything) for s in block.synapses}
+        blocks = divided(type(self).__name__, everything, self._given_blocks, self._modules)
+        self._blocks = {s: block for block in blocks for s in block.synapses}
         self._owned.seed = self.seed
         new: dict[str, nn.Module] = {}
         for block in dict.fromkeys(self._blocks.values()):
@@ -234,40 +198,6 @@ class BlockRule(LearningRule):
         if new:
             self.own(new, lr=self.defaults["lr"] if self.head_lr is None else self.head_lr)
         self._mine = {*self._trained()}
-
-    def _divided(self, synapses: list[Synapse]) -> list[Block]:
-        """The blocks, without the readout."""
-        if self._given_blocks is None:
-            return [Block(f"{s.index}.{s.name}", (s,)) for s in synapses[:-1]]
-        rule, found, homes = type(self).__name__, [], dict[Synapse, str]()
-        for given in self._given_blocks:
-            name, module = self._module(given)
-            inside = tuple(s for s in synapses if any(s.layer is layer for layer in module.modules()))
-            if not inside:
-                raise ValueError(f"{rule}: block '{name}' has no plastic layer of its own: leave it out of blocks=")
-            if twice := next((s for s in inside if s in homes), None):
-                raise ValueError(
-                    f"{rule}: the blocks '{homes[twice]}' and '{name}' overlap, both have layer '{twice.name}': leave "
-                    "one of them out of blocks="
-                )
-            homes |= dict.fromkeys(inside, name)
-            found.append(Block(name, inside, named=True))
-        rest = [s.name for s in synapses if s not in homes]
-        if len(rest) != 1:
-            which = f"the layers {', '.join(map(repr, rest))}" if rest else "none"
-            raise ValueError(
-                f"{rule}: blocks= leaves out {which}, but must leave out exactly one layer, the readout, which learns "
-                "from the loss"
-            )
-        return found
-
-    def _module(self, given: str | nn.Module) -> tuple[str, nn.Module]:
-        for prefix, root in self._modules:
-            for name, module in root.named_modules(prefix=prefix):
-                if module is given or (not isinstance(given, nn.Module) and name == str(given)):
-                    return name or type(module).__name__, module
-        what = f"a module of type {type(given).__name__}" if isinstance(given, nn.Module) else repr(given)
-        raise ValueError(f"{type(self).__name__}: blocks= names {what}, which is not in the model")
 
     @property
     def _readout_synapse(self) -> Synapse:
@@ -321,7 +251,7 @@ class BlockRule(LearningRule):
         blocks = sorted({self._blocks[one.synapse] for one in pending}, key=lambda block: block.synapses[0].index)
         for gate in inner:  # these layers have not ended
             gate.kept = False
-        grads = self._gradients(blocks, behind, x, synapse.channel_dim) if self._can_learn() else None
+        grads = self._at_end(blocks, behind, x, synapse.channel_dim) if self._can_learn() else None
         for gate in inner:
             gate.kept = True
         shut_gates(ending, x.grad_fn, behind)
@@ -330,22 +260,6 @@ class BlockRule(LearningRule):
             one.contribution = share
         if share.at_once:
             self._counted.append(share)
-
-    def _gradients(self, blocks: list[Block], behind: Gates, x: Tensor, channel_dim: int) -> dict[Tensor, Tensor]:
-        """The gradients of the loss of blocks that end together, of their parameters and the head."""
-        # With hooks of its own, so that activation checkpointing around it does not run the head again.
-        with torch.enable_grad(), saved_tensors_hooks(lambda t: t.detach(), lambda t: t):
-            loss = self.local_loss(blocks[0], x, channel_dim)
-        if loss is None:
-            return {}
-        head = [p for p in self._head_parameters(blocks[0]) if p.requires_grad]
-        mine = [p for p in behind.leaves if p in self._mine and p.requires_grad]
-        inside = {p for block in blocks for s in block.synapses for p in s.parameters()}
-        # Beneath gates that are shut, other parameters have learned from a loss of their own.
-        learning = [p for p in mine if p in inside or p not in behind.beneath] + head
-        with torch.autocast(x.device.type, enabled=False):
-            grads = torch.autograd.grad(loss, learning, retain_graph=True, allow_unused=True)
-        return {p: g for p, g in zip(learning, grads, strict=True) if g is not None}
 
     def _no_target(self) -> str:
         return (
@@ -452,14 +366,3 @@ class BlockRule(LearningRule):
                 "layer nor the loss with a graph; checkpoint(..., use_reentrant=True) and steps without a derivative "
                 "leave none. exclude=[...] leaves layers out without this warning"
             )
-
-
-class LocalLossRule(BlockRule, OnePass):
-    """A rule that learns from a loss of each block in one ordinary pass.
-
-    Arguments, attributes and errors are those of `BlockRule`.
-    """
-
-    def collect(self, losses: Tensor | None = None) -> tuple[dict[Tensor, Tensor], dict[str, Any]]:
-        """The gradients of each block's loss, and the readout's, averaged over ranks."""
-        return self._gathered(losses)

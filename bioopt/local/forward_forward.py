@@ -17,9 +17,9 @@ from ..core.params import Params
 from ..core.probe import Probe, keeping_modes
 from ..core.reach import Gates, gates_behind
 from ..core.rule import Estimate
-from ..core.sums import add_up
 from ..core.synapse import Synapse
-from .base import Block, BlockRule, Share
+from .blocks import Block
+from .gradient import LocalGradientRule
 from .heads import LocalOptions
 
 __all__ = ["ForwardForward"]
@@ -30,7 +30,7 @@ CODE = 8.0  # the size of a one-hot code, in units of the range of the sample
 
 
 @final
-class ForwardForward(BlockRule):
+class ForwardForward(LocalGradientRule):
     r"""Each layer is active for inputs that carry their own label, and quiet for those that carry another one.
 
     A step has a pass of positive inputs, which carry their label, and one of negative inputs, which carry a wrong one.
@@ -47,6 +47,9 @@ class ForwardForward(BlockRule):
     An input that enters a Linear layer carries its label as a one-hot code in its first values. An image or a sequence
     that enters a convolution carries it as a wave over all positions, whose direction (or length, of a sequence) is
     that of the label.
+
+    On convolutions it ended below a random trunk here: filters are spent on the wave, which ordinary images do not
+    have, and the readout receives activity of inputs that the layers were not trained with.
 
     Args:
         params: as in `BlockRule`.
@@ -97,7 +100,6 @@ class ForwardForward(BlockRule):
         self.prediction = prediction
         self.negatives, self.label_scale = negatives, label_scale
         self.needs_target = negatives == "label"
-        self._sign = 0  # 1 in the pass of positive inputs, -1 in that of negative ones
         self._other: Tensor | None = None  # labels of the negative inputs
         self._noise = NoiseSource()
         super().__init__(params, lr, own={"threshold": threshold}, **options)
@@ -106,23 +108,25 @@ class ForwardForward(BlockRule):
         self._own_state = {"step": 0}
         self._recorder.act(self._receive, self._leave)
 
+    # `_phase`: 1 in the pass of positive inputs, -1 in that of negative ones
+
     def local_loss(self, block: Block, h: Tensor, channel_dim: int) -> Tensor | None:
         """Of positive or of negative inputs; in the ordinary pass, blocks learn nothing."""
-        if not self._sign:
+        if not self._phase:
             return None
         threshold, neurons = self.param_groups[block.synapses[0].group]["threshold"], h.shape[channel_dim]
-        return F.softplus(self._sign * neurons * (threshold - goodness(h))).mean()
+        return F.softplus(self._phase * neurons * (threshold - goodness(h))).mean()
 
     def _receive(self, synapse: Synapse, x: Tensor) -> Tensor:
         """What a layer receives: inputs carry labels, activity is normalised."""
         behind = self._gates_behind(x)
         hidden = bool(behind.open or behind.shut)
         x = self._enter(synapse, x)
-        if not self._sign:
+        if not self._phase:
             return x
         if hidden:
             return normalised(x)
-        if self._sign > 0:
+        if self._phase > 0:
             return x if callable(self.negatives) else self._with_label(x, self.labels(x), synapse)
         if not callable(self.negatives):
             return self._with_label(x, self._wrong_labels(x), synapse)
@@ -179,22 +183,10 @@ class ForwardForward(BlockRule):
         return x + scale * wave
 
     def _estimate(self, probe: Probe) -> Estimate:
-        self.begin()
-        anchors = [self._recorder.reach.anchor]
-        losses, _ = probe.gradients(self.gradient_parameters(), anchors)
-        of_readout, blocks = {p: p.grad for p in self.gradient_parameters()}, [*self._counted]
-        grads: dict[Tensor, Tensor] = {}
         try:
-            for self._sign in (1, -1):
-                self.begin()
-                probe.gradients(self.gradient_parameters(), anchors)
-                add_up(grads, self._local_gradients().items())
+            return self._in_passes(probe, [1, -1])
         finally:
-            self._sign, self._other = 0, None
-        for p, gradient in of_readout.items():
-            p.grad = gradient
-        self._counted = [*blocks, Share((), grads, at_once=False)]
-        return losses, *self._gathered(losses)
+            self._other = None
 
     # -- prediction ---------------------------------------------------------------------------------------------
 

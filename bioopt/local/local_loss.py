@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ..core.constraints import POSITIVE_INT, Constraint, one_of
 from ..core.params import Params
-from .base import Block, LocalLossRule
+from .blocks import Block
+from .gradient import LocalLossRule
 from .heads import Heads, LocalOptions, cross_entropy, deviation, pooled, require_size
 
 __all__ = ["LocalLoss"]

@@ -6,7 +6,8 @@ from typing import final
 
 from torch import Tensor, nn
 
-from .base import Block, LocalLossRule
+from .blocks import Block
+from .gradient import LocalLossRule
 from .heads import cross_entropy, require_size
 
 __all__ = ["MonoForward"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any, Unpack, final
 
@@ -15,7 +14,7 @@ from ..core.constraints import POSITIVE, POSITIVE_INT
 from ..core.errors import warn
 from ..core.losses import mean_loss
 from ..core.params import Params, groups_of, named_modules_of
-from ..core.probe import NO_TANGENT, Probe
+from ..core.probe import NO_TANGENT, Probe, prepare_forward_ad
 from ..core.readout import ReadoutOptions
 from ..core.recorder import Firing
 from ..core.rule import Estimate
@@ -114,9 +113,7 @@ class ForwardGradient(NoisyActivity):
         self.samples = samples
         self.difference = difference
         self._by_differences = False  # an operator without a forward derivative was met
-        with warnings.catch_warnings(), forward_ad.dual_level():
-            warnings.simplefilter("ignore", FutureWarning)  # torch's own, at the first dual tensor
-            forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
+        prepare_forward_ad()
 
     def _select(self, group: dict[str, Any]) -> tuple[list[Any], list[Synapse]]:
         return self._select_weights(group) if self.space == "weights" else self._select_synapses(group)

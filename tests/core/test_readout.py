@@ -43,7 +43,7 @@ def test_a_readout_with_a_teacher_learns_the_target_for_its_own_activity(form: s
     [
         (torch.zeros(4, dtype=torch.long), r"target of shape \(4,\).*or have the shape \(5, 3\) of the readout '1'"),
         (torch.zeros(5), "target of shape .* type torch.float32 must be class labels"),
-        (torch.tensor([0, 1, 2, 3, 0]), "labels outside 0 to 2, the neurons of '1'"),
+        (torch.tensor([0, 1, 2, 3, 0]), "outside 0 to 2, the neurons of '1'"),
     ],
     ids=["another batch", "no labels", "a class too many"],
 )

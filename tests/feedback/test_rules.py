@@ -346,7 +346,7 @@ def test_a_target_that_does_not_fit_is_named() -> None:
     with pytest.raises(RuntimeError, match=r"DRTP was given no target for this forward pass: set optimizer\.target"):
         F.cross_entropy(model(x), y).backward()
     for target, message in ((y[:3], r"target of shape \(3,\) and type torch.int64 must be class labels"),
-                            (y.float(), "must be class labels"), (y + 3, "labels outside 0 to 4")):  # fmt: skip
+                            (y.float(), "must be class labels"), (y + 3, "outside 0 to 4")):  # fmt: skip
         optimizer.discard()
         optimizer.target = target
         with pytest.raises(ValueError, match=f"DRTP: .*{message}"):
