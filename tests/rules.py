@@ -267,6 +267,8 @@ CASES = [
     Case(bioopt.DRTP, needs_target=True),
     Case(bioopt.DirectFeedbackAlignment),
     Case(bioopt.DirectKolenPollack),
+    Case(bioopt.EProp, cnn=spiking_cnn, mlp=spiking_mlp),
+    Case(bioopt.EProp, {"feedback": "adaptive"}, spiking_cnn, spiking_mlp, variant="adaptive"),
     Case(bioopt.FeedbackAlignment),
     Case(bioopt.ForwardForward, needs_target=True),
     Case(bioopt.ForwardGradient),
