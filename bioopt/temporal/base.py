@@ -161,9 +161,10 @@ class TemporalFeedback(LearnedDirectFeedback):
             error = self._error_in(synapse, number, shape)
             if error is None:
                 return g.new_zeros(shape)
+            returned = self._sent(synapse, error, shape, last)
             if x is not None:
                 self._add_product(synapse, error, x)
-            return self._sent(synapse, error, shape, last)
+            return returned
 
         return feedback
 
