@@ -92,6 +92,8 @@ class TemporalFeedback(LearnedDirectFeedback):
         """The gradients of all backward passes since the last step, and what feedback weights learn."""
         if self._recorder.fired:
             self._require_open()
+            if self._traces is not None:
+                self._traces.require_neurons()
         collected = super().collect(losses)
         if self._traces is None:
             self._warn_without_time(not self._sequence.has_time())
@@ -115,11 +117,11 @@ class TemporalFeedback(LearnedDirectFeedback):
     def _require_open(self) -> None:
         """Raise if the readout feeds back into the network."""
         output = self._output
-        if output in self._sequence.recurrent | self._sequence.looped:
+        if output in self._sequence.fed_back:
             raise RuntimeError(
-                f"{type(self).__name__}: the readout '{output.name}' feeds back into the network, since its input "
-                "depends on its own earlier output: detach what is fed back (y.detach()), or name the layer that gives "
-                "the network's output, readout_layer='...'"
+                f"{type(self).__name__}: the readout '{output.name}' feeds back into the network, since a recurrent "
+                "layer's input depends on its output: detach what is fed back (y.detach()), or name the layer that "
+                "gives the network's output, readout_layer='...'"
             )
 
     # -- as a layer fires ---------------------------------------------------------------------------------------------
@@ -188,10 +190,10 @@ class TemporalFeedback(LearnedDirectFeedback):
                 )
             return self._last_error
         error = self._errors.get(place.readout)
-        if error is None or place.count == 1:
+        if error is None or place.shared_by == 1:
             return error
         if error.ndim > 2 and type(output.layer) is nn.Linear:  # the readout ran once, on all time steps
-            along = [dim for dim in (0, 1) if error.shape[dim] == place.count and error.shape[1 - dim] == shape[0]]
+            along = [dim for dim in (0, 1) if error.shape[dim] == place.shared_by and error.shape[1 - dim] == shape[0]]
             if len(along) > 1:
                 raise RuntimeError(
                     f"{type(self).__name__}: the error at the output '{output.name}' has the shape "
@@ -199,8 +201,8 @@ class TemporalFeedback(LearnedDirectFeedback):
                     "call the readout once per time step"
                 )
             if along:
-                return error.select(along[0], place.index)
-        return error / place.count  # one output for several time steps
+                return error.select(along[0], place.position)
+        return error / place.shared_by  # one output for several time steps
 
     def _own_step(self) -> None:
         """Drop what belongs to earlier time steps."""

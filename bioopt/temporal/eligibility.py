@@ -121,17 +121,17 @@ class Eligibility:
         self._drives, self._groups = {}, {}
         self._running.clear()
 
-    def finish_step(self) -> None:
-        """End a time step, all of whose layers have fired.
-
-        Raises:
-            RuntimeError: no layer is followed by neurons whose state is an argument.
-        """
+    def require_neurons(self) -> None:
+        """Raise if no layer is followed by neurons whose state is an argument."""
         if not self._traces:
             raise RuntimeError(
                 f"{self._name}: no neurons with a state were found. They must be modules that take their state and "
                 "return it after their output, as bioopt.nn.LIF, ALIF and LeakyRate do"
             )
+
+    def finish_step(self) -> None:
+        """End a time step, all of whose layers have fired."""
+        self.require_neurons()
         rule, readout = self._rule(), next(reversed(self._drives.values())).synapse
         if rule is not None:
             readout = rule._readout_synapse or readout
@@ -148,6 +148,7 @@ class Eligibility:
                 self.finish_step()
             self._step = step
             self.steps += 1
+            self._running.clear()
         synapse, x = firing.synapse, firing.x.detach()
         x = x.reshape(-1, x.shape[-1]).to(u.dtype)
         if synapse.bias is not None:
@@ -160,6 +161,8 @@ class Eligibility:
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Let the graph of a time step end at the former states of neurons."""
         tensors = list(_tensors_in([*args, *kwargs.values()]))
+        if self._running:  # inside of other neurons
+            return None
         if not (module.training and torch.is_grad_enabled() and tensors and self._behind(tensors[0])):
             return None
         u = tensors[0]
@@ -243,15 +246,15 @@ class Eligibility:
             events = torch.arange(h.numel(), device=h.device)
             board = ((events % width + events // width) % 2).view_as(h).to(h.dtype)
             for slope, part in zip(slopes, along(board), strict=True):
-                if slope is not None and part is not None:
-                    if slope.shape != h.shape or not torch.equal(slope * board, part):
-                        self._local.discard((owner, len(inputs)))
-                        name = owner.name if isinstance(owner, Synapse) else type(owner).__name__
-                        raise RuntimeError(
-                            f"{self._name}: what '{name}' receives must depend, for each neuron, on that neuron's own "
-                            "input and state alone, without pooling or normalisation between: call backward() once for "
-                            "the whole sequence (online=False)"
-                        )
+                if slope is None or part is None or (slope.shape == h.shape and torch.equal(slope * board, part)):
+                    continue
+                self._local.discard((owner, len(inputs)))
+                name = owner.name if isinstance(owner, Synapse) else type(owner).__name__
+                raise RuntimeError(
+                    f"{self._name}: what '{name}' receives must depend, for each neuron, on that neuron's own input "
+                    "and state alone, without pooling or normalisation between: call backward() once for the whole "
+                    "sequence (online=False)"
+                )
         flat = [None if slope is None else slope.reshape(-1, slope.shape[-1]) for slope in slopes]
         return Slopes(flat[:drives], flat[drives:])
 
@@ -279,7 +282,9 @@ class Eligibility:
     def _arrive_at_readout(self, held: Held, gradient: Tensor) -> None:
         """Add to the gradients of the layers below a leaky readout, which has kept the past."""
         rule = self._rule()
-        for receiver, (x, traces) in held.items() if rule is not None and not self._measuring else ():
+        if rule is None or self._measuring:
+            return
+        for receiver, (x, traces) in held.items():
             signal = rule.returned_by(receiver, gradient, x.shape)
             for synapse, trace in traces.items():
                 _add(synapse, signal.reshape(-1, signal.shape[-1]), trace)
@@ -363,10 +368,13 @@ class Memory:
                     "output of neurons itself: call backward() once for the whole sequence (online=False)"
                 )
             former, sums = self._held.get(receiver, (torch.zeros_like(x), {}))
-            held[receiver] = leak * former + gain * x, {
-                synapse: gain * trace + (leak * sums[synapse] if synapse in sums else 0.0)
-                for synapse, trace in traces.items()
-            }
+            held[receiver] = (
+                leak * former + gain * x,
+                {
+                    synapse: gain * trace + (leak * sums[synapse] if synapse in sums else 0.0)
+                    for synapse, trace in traces.items()
+                },
+            )
         self._held = held
 
     def _rates(self, rule: str, neurons: Neurons) -> tuple[float, float]:
@@ -377,8 +385,8 @@ class Memory:
         alike = all(bool((slope == slope.flatten()[0]).all()) for slope in given if slope is not None)
         if len(neurons.slopes) > 1 or len(neurons.drives) > 1 or not alike or slopes.drives[0] is None:
             raise RuntimeError(
-                f"{rule}: the readout '{neurons.drives[0].synapse.name}' must be linear, with one leak for all of its "
-                "units, such as bioopt.nn.LeakyRate(activation=None)"
+                f"{rule}: the readout '{neurons.drives[0].synapse.name}' must have one state, linear and with the same "
+                "leak for all of its units, such as bioopt.nn.LeakyRate(activation=None)"
             )
         return (rates[1] if len(rates) > 1 else 0.0), rates[0]
 
@@ -391,10 +399,7 @@ def _common(slope: Tensor) -> Tensor:
 
 def _add(synapse: Synapse, signal: Tensor, trace: Tensor) -> None:
     """Add ``Σ signal × trace`` to the gradients of a layer."""
-    if trace.shape[1] == 1:
-        product = signal.T @ trace[:, 0]
-    else:
-        product = torch.einsum("nj,nji->ji", signal, trace)
+    product = signal.T @ trace[:, 0] if trace.shape[1] == 1 else torch.einsum("nj,nji->ji", signal, trace)
     parts = [(synapse.weight, product[:, : synapse.weight.shape[1]])]
     if synapse.bias is not None:
         parts.append((synapse.bias, product[:, -1]))

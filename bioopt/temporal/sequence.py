@@ -14,8 +14,8 @@ class Place(NamedTuple):
     """A firing among those of its layer that lie between two firings of the readout."""
 
     readout: int  #: number of the readout's firing after it
-    index: int  #: among the firings that share it
-    count: int  #: of these
+    position: int  #: among the firings that share it
+    shared_by: int  #: the number of these
 
 
 class Sequence:
@@ -26,13 +26,13 @@ class Sequence:
 
     Attributes:
         recurrent: the recurrent layers found or given.
-        looped: other layers whose input depends on their own earlier output.
+        fed_back: all layers whose output a recurrent layer's input was found to depend on.
         step: the number of the present time step.
     """
 
     def __init__(self) -> None:
         self.recurrent: set[Synapse] = set()
-        self.looped: set[Synapse] = set()
+        self.fed_back: set[Synapse] = set()
         self.step = 0
         self._fired: set[Synapse] = set()  # in the present time step
         self._numbers: dict[Synapse, list[int]] = {}
@@ -58,14 +58,16 @@ class Sequence:
         newest = self._newest_behind(x.grad_fn) if x.grad_fn is not None else {}
         if synapse not in newest:
             return False
-        (self.looped if max(newest.values()) == self.step else self.recurrent).add(synapse)
+        if max(newest.values()) < self.step:
+            self.recurrent.add(synapse)
+            self.fed_back.update(newest)
         return True
 
     def mark(self, synapse: Synapse, u: Tensor) -> None:
         """Let later firings find the output of a layer in their graph."""
-        if u.grad_fn is not None:
-            behind = self._newest_behind(u.grad_fn)
-            u.grad_fn.metadata[self] = {**behind, synapse: self.step}
+        node: Any = u.grad_fn
+        if node is not None:
+            node.metadata[self] = {**self._newest_behind(node), synapse: self.step}
 
     def keep_step(self) -> None:
         """Drop the numbers of firings before the present time step."""
