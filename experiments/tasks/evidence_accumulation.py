@@ -183,6 +183,6 @@ class EvidenceAccumulation(Task):
             spikes, labels = self.drawn(1)
             scores, _ = shown.predict([(spikes, labels)])
         activity = shown.network.activity[:, 0]  # type: ignore[index]
-        answer = f"{shown.name}: {GROUPS[int(scores.argmax())]}, right is {GROUPS[int(labels)]}"
+        answer = f"{shown.name} answers {GROUPS[int(scores.argmax())]}, where {GROUPS[int(labels)]} had more cues"
         path = folder / "trial.png"
         return found, [*pictures, evidence_accumulation_plots.trial(spikes[:, 0], activity, answer, path)]
