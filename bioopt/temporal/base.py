@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any, Unpack
@@ -10,13 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import warn
-from ..core.params import Params
+from ..core.params import Params, RuleOptions
 from ..core.recorder import Firing
 from ..core.synapse import Synapse
-from ..feedback.base import RandomOptions
 from ..feedback.direct import LearnedDirectFeedback, _channels_last
 from .eligibility import Eligibility
 from .sequence import Sequence
+
+
+class TemporalOptions(RuleOptions, total=False):
+    """Options of temporal rules, as of other feedback; `RandomFeedback` and `FeedbackRule` describe them."""
+
+    seed: int
+    feedback_scale: float
+    orthogonal: bool
 
 
 class TemporalFeedback(LearnedDirectFeedback):
@@ -31,7 +39,8 @@ class TemporalFeedback(LearnedDirectFeedback):
         online: whether ``backward()`` is called at each time step.
         readout_layer: as in `DirectFeedback`.
         own: as in `FeedbackRule`.
-        options: as in `RandomFeedback`.
+        options: ``seed``, ``feedback_scale``, ``orthogonal``, ``exclude``, ``descent`` and its options,
+            ``process_group``, as in `RandomFeedback`.
     """
 
     def __init__(
@@ -43,7 +52,7 @@ class TemporalFeedback(LearnedDirectFeedback):
         online: bool,
         readout_layer: str | nn.Module | None,
         own: dict[str, Any],
-        **options: Unpack[RandomOptions],
+        **options: Unpack[TemporalOptions],
     ) -> None:
         self._require_bool("online", online)
         self._sequence = Sequence()
@@ -79,8 +88,9 @@ class TemporalFeedback(LearnedDirectFeedback):
         self._forget()
 
     def begin(self) -> None:
-        """Start an evaluation that alone will count."""
-        self.reset()
+        """Start an evaluation that alone will count; online, the sequence goes on."""
+        if not self.online:
+            self._forget()
         super().begin()
 
     def discard(self) -> None:
@@ -134,16 +144,18 @@ class TemporalFeedback(LearnedDirectFeedback):
         before, self._number = sequence.step, sequence.fire(synapse)
         if self.online and sequence.step != before:
             self._own_step()
-        records = torch.is_grad_enabled()
-        if records and (self._looking or self.online) and sequence.look(synapse, firing.x) and self.online:
+        if not torch.is_grad_enabled():
+            return u if synapse in sequence.recurrent else self._leave(firing, u)
+        looking = self._looking or self.online
+        if looking and sequence.look(synapse, firing.x) and self.online:
             raise RuntimeError(
                 f"{type(self).__name__}(online=True): the input of layer '{synapse.name}' depends on its own earlier "
                 "output: detach the activity and the states that are carried to the next time step"
             )
         u = u if synapse in sequence.recurrent else self._leave(firing, u)
-        if records and (self._looking or self.online):
+        if looking:
             sequence.mark(synapse, u)
-        if self._traces is not None and records:
+        if self._traces is not None:
             self._traces.fire(firing, u, sequence.step)
         return u
 
@@ -151,24 +163,31 @@ class TemporalFeedback(LearnedDirectFeedback):
         """The error of the time step of this firing."""
         synapse, shape, last, number = firing.synapse, firing.x.shape, _channels_last(firing.x), self._number
         x = firing.x.detach() if self.learns(synapse) else None
+        own = weakref.ref(self)  # online, the rule holds parts of the graph, which must not hold it
 
         def feedback(g: Tensor) -> Tensor:
-            if synapse in self._sequence.recurrent:  # found after this firing
+            rule = own()
+            if rule is None or synapse in rule._sequence.recurrent:  # found after this firing
                 return g.new_zeros(shape)
-            if synapse is self._output:
-                self._last_error = g.movedim(synapse.channel_dim, -1)
+            if synapse is rule._output:
+                rule._last_error = g.movedim(synapse.channel_dim, -1)
                 if number is not None:
-                    self._errors[number] = self._last_error
-                return self.returned_by(synapse, g, shape)
-            error = self._error_in(synapse, number, shape)
+                    rule._errors[number] = rule._last_error
+                return rule.returned_by(synapse, g, shape)
+            error = rule._error_in(synapse, number, shape)
             if error is None:
                 return g.new_zeros(shape)
-            returned = self._sent(synapse, error, shape, last)
+            returned = rule._sent(synapse, error, shape, last)
             if x is not None:
-                self._add_product(synapse, error, x)
+                rule._add_product(synapse, error, x)
             return returned
 
         return feedback
+
+    def learn_from(self, synapse: Synapse, error: Tensor, x: Tensor) -> None:
+        """Add to the gradient of feedback weights that learn; those of the readout have that of its weights."""
+        if self.learns(synapse) and synapse is not self._output:
+            self._add_product(synapse, error, x)
 
     def returned_by(self, synapse: Synapse, g: Tensor, shape: torch.Size) -> Tensor:
         """The learning signal at the input of a layer, for an error at the output of the network."""

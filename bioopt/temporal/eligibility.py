@@ -1,13 +1,6 @@
-r"""Eligibility traces, by which a backward pass of one time step reaches the past.
+"""The online mode: hooks on neurons, by which a backward pass of one time step reaches the past.
 
-A neuron's state after a time step, :math:`h(t)`, depends on its own former state and its input alone. So its derivative
-by the weights of the neuron follows from that of the step before,
-
-.. math::
-    \epsilon(t) = \frac{\partial h(t)}{\partial h(t - 1)}\, \epsilon(t - 1)
-    + \frac{\partial h(t)}{\partial u(t)}\, x(t)^\top,
-
-and the gradient at :math:`h(t - 1)`, where the graph of a time step ends, gives the change of the weights by the past.
+The equations are in `traces`.
 """
 
 from __future__ import annotations
@@ -15,55 +8,19 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..core.hooks import Hook, leave_no_trace
+from ..core.products import in_full
 from ..core.recorder import Firing
 from ..core.synapse import Synapse
+from .traces import Drive, Held, Memory, Neurons, Slopes, ending_in_the_past
 
 if TYPE_CHECKING:
     from .base import TemporalFeedback
-
-
-class Drive(NamedTuple):
-    """A layer's firing in this time step."""
-
-    synapse: Synapse
-    edge: Any  #: of the layer's output, in the graph
-    x: Tensor  #: presynaptic activity, samples × inputs, with a column of ones where there is a bias
-
-
-class Slopes(NamedTuple):
-    """The derivatives of some activity, samples × neurons; ``None`` where it does not depend on them."""
-
-    drives: list[Tensor | None]  #: by the input that each layer gives
-    leaves: list[Tensor | None]  #: by each former state
-
-
-class Neurons(NamedTuple):
-    """Some neurons in this time step."""
-
-    drives: list[Drive]  #: the layers that give their input
-    leaves: list[Tensor]  #: their former states, where the graph of this time step ends
-    before: dict[Synapse, list[Tensor]]  #: traces of the former states for each layer, samples × neurons × inputs each
-    slopes: list[Slopes]  #: of each new state
-
-    def advanced(self, slopes: Slopes) -> dict[Synapse, Tensor]:
-        """The trace of something with these slopes, for each layer; of one neuron where all are alike."""
-        found = {}
-        for drive, slope in zip(self.drives, slopes.drives, strict=True):
-            terms = [
-                _common(of_leaf).unsqueeze(-1) * trace
-                for of_leaf, trace in zip(slopes.leaves, self.before.get(drive.synapse, []), strict=False)
-                if of_leaf is not None
-            ]
-            if slope is not None:
-                terms.append(_common(slope).unsqueeze(-1) * drive.x.unsqueeze(1))
-            found[drive.synapse] = sum(terms[1:], terms[0]) if terms else torch.zeros_like(drive.x).unsqueeze(1)
-        return found
 
 
 class Eligibility:
@@ -87,22 +44,21 @@ class Eligibility:
         self._step = -1
         self._drives: dict[Any, Drive] = {}  # of this time step, by the nodes of their outputs
         self._groups: dict[Synapse, Neurons] = {}  # of this time step, by the layers that drive them
-        self._running: dict[nn.Module, tuple[Tensor, list[Tensor]]] = {}
-        self._measuring = False
+        self._running: dict[nn.Module, tuple[Tensor, list[Any]]] = {}
         self._local: set[Any] = set()  # what was found to be local
         self._require_possible(rule)
-        for root in rule._known.roots:
-            for module in root.modules():
-                layers = rule._recorder.synapses.keys()
-                if not type(module).__module__.startswith("torch.nn.") and layers.isdisjoint(module.modules()):
-                    self._watch(module, rule)
+        self._watch(rule)
 
-    def _watch(self, module: nn.Module, rule: TemporalFeedback) -> None:
-        if module not in self.watched:
-            self.watched.add(module)
-            rule._recorder.keep(module.register_forward_pre_hook(Hook(self, "before"), with_kwargs=True))
-            rule._recorder.keep(module.register_forward_hook(Hook(self, "after")))
-            leave_no_trace(type(module))
+    def _watch(self, rule: TemporalFeedback) -> None:
+        """Install hooks on all modules that may be neurons."""
+        layers = rule._recorder.synapses.keys()
+        for module in (module for root in rule._known.roots for module in root.modules()):
+            own = type(module).__module__.startswith("torch.nn.")
+            if module not in self.watched and not own and layers.isdisjoint(module.modules()):
+                self.watched.add(module)
+                rule._recorder.keep(module.register_forward_pre_hook(Hook(self, "before"), with_kwargs=True))
+                rule._recorder.keep(module.register_forward_hook(Hook(self, "after")))
+                leave_no_trace(type(module))
 
     def _require_possible(self, rule: TemporalFeedback) -> None:
         """Raise for parameters that traces cannot train."""
@@ -120,6 +76,8 @@ class Eligibility:
         self._traces, self._memory = {}, Memory()
         self._drives, self._groups = {}, {}
         self._running.clear()
+        if (rule := self._rule()) is not None:  # whose groups may be more by now
+            self._watch(rule)
 
     def require_neurons(self) -> None:
         """Raise if no layer is followed by neurons whose state is an argument."""
@@ -150,7 +108,7 @@ class Eligibility:
             self.steps += 1
             self._running.clear()
         synapse, x = firing.synapse, firing.x.detach()
-        x = x.reshape(-1, x.shape[-1]).to(u.dtype)
+        x = in_full(x.reshape(-1, x.shape[-1]))
         if synapse.bias is not None:
             x = torch.cat([x, x.new_ones(len(x), 1)], 1)
         if self._memory.leaky is not False and firing.x.requires_grad:
@@ -161,14 +119,16 @@ class Eligibility:
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Let the graph of a time step end at the former states of neurons."""
         tensors = list(_tensors_in([*args, *kwargs.values()]))
-        if self._running:  # inside of other neurons
-            return None
-        if not (module.training and torch.is_grad_enabled() and tensors and self._behind(tensors[0])):
+        inside = bool(self._running)  # of other neurons
+        if inside or not (module.training and torch.is_grad_enabled() and tensors and self._behind(tensors[0])):
             return None
         u = tensors[0]
-        leaves: list[Tensor] = []
+        formers: list[Any] = []
+        layers = tuple(drive.synapse for drive in self._behind(u))
+        traces, held = self._traces.get((module, *layers), {}), self._memory.held_by(layers)
+        synapses = {*layers, *(synapse for _, of_input in held.values() for synapse in of_input)}
 
-        def leaf(value: Tensor) -> Tensor:
+        def former(value: Tensor) -> Tensor:
             if value is u or value.shape != u.shape:
                 return value
             if value.requires_grad:
@@ -176,17 +136,20 @@ class Eligibility:
                     f"{self._name}: a state that {type(module).__name__} receives has a graph: detach the states that "
                     "are carried to the next time step (state.detach())"
                 )
-            leaves.append(value.detach().requires_grad_())
-            return leaves[-1]
+            # The graph must not hold the rule, which holds parts of the graph.
+            products = partial(_products, self._rule, traces, len(formers), held)
+            state = ending_in_the_past(value, products, synapses)
+            formers.append(torch.autograd.graph.get_gradient_edge(state))
+            return state
 
-        given = _mapped(leaf, args), {name: _mapped(leaf, value) for name, value in kwargs.items()}
-        self._running[module] = u, leaves
+        given = _mapped(former, args), {name: _mapped(former, value) for name, value in kwargs.items()}
+        self._running[module] = u, formers
         return given
 
     @torch.no_grad()
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Advance the traces of neurons."""
-        u, leaves = self._running.pop(module, (None, []))
+        u, formers = self._running.pop(module, (None, []))
         if u is None:
             return
         states = [value for value in list(_tensors_in([output]))[1:] if value.shape == u.shape]
@@ -196,16 +159,11 @@ class Eligibility:
         drives = self._behind(u)
         key = (module, *(drive.synapse for drive in drives))
         before = self._traces.get(key, {})
-        self._require_sequence(module, u, leaves, states, before)
-        inputs = [*(drive.edge for drive in drives), *leaves]
-        neurons = Neurons(drives, leaves, before, [self._slopes(module, h, inputs, len(drives)) for h in states])
+        self._require_sequence(module, u, formers, states, before)
+        inputs = [*(drive.edge for drive in drives), *formers]
+        neurons = Neurons(drives, formers, before, [self._slopes(module, h, inputs, len(drives)) for h in states])
         rows = [neurons.advanced(slopes) for slopes in neurons.slopes]
         self._traces[key] = {drive.synapse: [row[drive.synapse] for row in rows] for drive in drives}
-        for index, leaf in enumerate(leaves):
-            leaf.register_hook(partial(self._arrive, before, index))
-        if any(drive.synapse is self._memory.readout for drive in drives):
-            for leaf in leaves:
-                leaf.register_hook(partial(self._arrive_at_readout, self._memory.held()))
         for drive in drives:
             self._groups[drive.synapse] = neurons
 
@@ -233,11 +191,7 @@ class Eligibility:
             return Slopes([None] * drives, [None] * (len(inputs) - drives))
 
         def along(signal: Tensor) -> list[Tensor | None]:
-            self._measuring = True  # the hooks on former states are for the user's backward passes
-            try:
-                return list(torch.autograd.grad(h, inputs, signal, retain_graph=True, allow_unused=True))
-            finally:
-                self._measuring = False
+            return list(torch.autograd.grad(h, inputs, signal, retain_graph=True, allow_unused=True))
 
         slopes = along(torch.ones_like(h))
         if (owner, len(inputs)) not in self._local:
@@ -263,33 +217,12 @@ class Eligibility:
         groups = {id(group): group for d in self._behind(x) if (group := self._groups.get(d.synapse)) is not None}
         found: dict[Synapse, Tensor] = {}
         for group in groups.values():
-            inputs = [*(drive.edge for drive in group.drives), *group.leaves]
+            inputs = [*(drive.edge for drive in group.drives), *group.formers]
             try:
                 found |= group.advanced(self._slopes(synapse, x, inputs, len(group.drives)))
             except RuntimeError:
                 return None
         return found
-
-    # -- as a backward pass ends at a former state --------------------------------------------------------------------
-
-    @torch.no_grad()
-    def _arrive(self, traces: dict[Synapse, list[Tensor]], index: int, gradient: Tensor) -> None:
-        """Add to the gradients of the layers that drive the neurons."""
-        for synapse, rows in traces.items() if not self._measuring else ():
-            _add(synapse, gradient.reshape(-1, gradient.shape[-1]), rows[index])
-
-    @torch.no_grad()
-    def _arrive_at_readout(self, held: Held, gradient: Tensor) -> None:
-        """Add to the gradients of the layers below a leaky readout, which has kept the past."""
-        rule = self._rule()
-        if rule is None or self._measuring:
-            return
-        for receiver, (x, traces) in held.items():
-            signal = rule.returned_by(receiver, gradient, x.shape)
-            for synapse, trace in traces.items():
-                _add(synapse, signal.reshape(-1, signal.shape[-1]), trace)
-            if receiver is not self._memory.readout and rule.learns(receiver):
-                rule._add_product(receiver, gradient, x)
 
     # -- bad input ----------------------------------------------------------------------------------------------------
 
@@ -305,20 +238,20 @@ class Eligibility:
         self,
         module: nn.Module,
         u: Tensor,
-        leaves: list[Tensor],
+        formers: list[Any],
         states: list[Tensor],
         before: dict[Synapse, list[Tensor]],
     ) -> None:
         """Raise where a new sequence has begun without `reset`."""
         name = type(module).__name__
-        if before and not leaves:
+        if before and not formers:
             raise RuntimeError(
                 f"{self._name}: {name} starts a new sequence, but traces of the last one remain: call "
                 "optimizer.reset() at the start of each sequence"
             )
-        if leaves and len(leaves) != len(states):
+        if formers and len(formers) != len(states):
             raise RuntimeError(
-                f"{self._name}: {name} received {len(leaves)} states and returned {len(states)}: it must take all of "
+                f"{self._name}: {name} received {len(formers)} states and returned {len(states)}: it must take all of "
                 "its states as arguments, and return them after its output"
             )
         samples = u.numel() // u.shape[-1]
@@ -330,83 +263,30 @@ class Eligibility:
                 )
 
 
-#: for each layer with feedback: its input, and the traces of that for the layers behind it
-Held: TypeAlias = dict[Synapse, tuple[Tensor, dict[Synapse, Tensor]]]
+def _products(
+    rule: weakref.ref[TemporalFeedback],
+    traces: dict[Synapse, list[Tensor]],
+    index: int,
+    held: Held,
+    gradient: Tensor,
+) -> Iterator[tuple[Synapse, Tensor, Tensor]]:
+    """The signals and traces of all layers that acted on a former state.
 
-
-class Memory:
-    """What a leaky readout remembers: the inputs of layers with feedback, and their traces, filtered by its leak.
-
-    Attributes:
-        readout: the layer whose output the readout's neurons receive, known from the second time step on.
-        leaky: whether the readout has a state; ``None``: not known yet.
-        inputs: of this time step, as in `held`; with ``None`` for traces that are not known.
+    Args:
+        rule: whose feedback goes to the layers below a leaky readout.
+        traces: of the former states.
+        index: of the state.
+        held: what the readout remembers of its input, if the neurons are its own.
+        gradient: at the state.
     """
-
-    def __init__(self) -> None:
-        self.readout: Synapse | None = None
-        self.leaky: bool | None = None
-        self.inputs: dict[Synapse, tuple[Tensor, dict[Synapse, Tensor] | None]] = {}
-        self._held: Held = {}
-
-    def held(self) -> Held:
-        """The sums over the past, before this time step."""
-        return self._held
-
-    def advance(self, rule: str, readout: Synapse, neurons: Neurons | None) -> None:
-        """End a time step, with the neurons that follow the readout."""
-        self.readout, self.leaky = readout, neurons is not None
-        inputs, self.inputs = self.inputs, {}
-        if neurons is None:
-            return
-        leak, gain = self._rates(rule, neurons)
-        held: Held = {}
-        for receiver, (x, traces) in inputs.items():
-            if traces is None:
-                raise RuntimeError(
-                    f"{rule}: the readout '{readout.name}' has a state, so layer '{receiver.name}' must receive the "
-                    "output of neurons itself: call backward() once for the whole sequence (online=False)"
-                )
-            former, sums = self._held.get(receiver, (torch.zeros_like(x), {}))
-            held[receiver] = (
-                leak * former + gain * x,
-                {
-                    synapse: gain * trace + (leak * sums[synapse] if synapse in sums else 0.0)
-                    for synapse, trace in traces.items()
-                },
-            )
-        self._held = held
-
-    def _rates(self, rule: str, neurons: Neurons) -> tuple[float, float]:
-        """The leak of the readout, and the factor of its input."""
-        slopes = neurons.slopes[0]
-        given = [slopes.drives[0], *slopes.leaves]
-        rates = [float(slope.flatten()[0]) for slope in given if slope is not None]
-        alike = all(bool((slope == slope.flatten()[0]).all()) for slope in given if slope is not None)
-        if len(neurons.slopes) > 1 or len(neurons.drives) > 1 or not alike or slopes.drives[0] is None:
-            raise RuntimeError(
-                f"{rule}: the readout '{neurons.drives[0].synapse.name}' must have one state, linear and with the same "
-                "leak for all of its units, such as bioopt.nn.LeakyRate(activation=None)"
-            )
-        return (rates[1] if len(rates) > 1 else 0.0), rates[0]
-
-
-def _common(slope: Tensor) -> Tensor:
-    """The slope of one neuron, if it is that of all."""
-    first = slope[:, :1]
-    return first if bool((slope == first).all()) else slope
-
-
-def _add(synapse: Synapse, signal: Tensor, trace: Tensor) -> None:
-    """Add ``Σ signal × trace`` to the gradients of a layer."""
-    product = signal.T @ trace[:, 0] if trace.shape[1] == 1 else torch.einsum("nj,nji->ji", signal, trace)
-    parts = [(synapse.weight, product[:, : synapse.weight.shape[1]])]
-    if synapse.bias is not None:
-        parts.append((synapse.bias, product[:, -1]))
-    for p, part in parts:
-        if any(p is own for own in synapse.parameters()):
-            part = part.to(p.dtype)
-            p.grad = part.clone() if p.grad is None else p.grad + part
+    for synapse, rows in traces.items():
+        yield synapse, gradient, rows[index]
+    own = rule()
+    for receiver, (x, of_input) in held.items() if own is not None else ():
+        signal = own.returned_by(receiver, gradient, x.shape)  # type: ignore[union-attr]
+        for synapse, trace in of_input.items():
+            yield synapse, signal, trace
+        own.learn_from(receiver, gradient, x)  # type: ignore[union-attr]
 
 
 def _tensors_in(values: Any) -> Iterator[Tensor]:

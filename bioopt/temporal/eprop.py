@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from ..core.constraints import Constraint, one_of
 from ..core.params import Params
 from ..core.synapse import Synapse
-from ..feedback.base import RandomOptions
 from ..feedback.direct import LazyFeedback
-from .base import TemporalFeedback
+from .base import TemporalFeedback, TemporalOptions
 
 FEEDBACK: Constraint = one_of("symmetric", "random", "adaptive")
 
@@ -42,7 +41,8 @@ class EProp(TemporalFeedback):
     the same. Neurons must be modules that take their state as an argument and return it after their output, such as
     those of `bioopt.nn` and snntorch; layers must be Linear. A trace takes samples × inputs numbers where all neurons
     of a layer filter their input alike (`bioopt.nn.LIF`, `bioopt.nn.LeakyRate`), and samples × neurons × inputs
-    otherwise: for a second state (`bioopt.nn.ALIF`), and below a leaky readout.
+    otherwise: for a second state (`bioopt.nn.ALIF`), and below a leaky readout. Traces are no part of the state that is
+    saved: save between sequences.
 
     The feedback weights of the readout are of the shape of its own; those of other layers that receive neurons of the
     network are of the shape outputs × presynaptic activity, as in `DirectFeedbackAlignment`.
@@ -61,7 +61,8 @@ class EProp(TemporalFeedback):
         decay: of the weights of all layers (not of biases) with ``feedback="adaptive"``.
         readout_layer: the layer at whose output the error is taken, by name or as a module; by default the last layer
             to fire.
-        options: as in `RandomFeedback`.
+        options: ``seed``, ``feedback_scale``, ``orthogonal``, ``exclude``, ``descent`` and its options,
+            ``process_group``, as in the feedback family.
 
     Raises:
         ValueError: a hyperparameter out of range; a fused `torch.nn.RNN`, `torch.nn.LSTM` or `torch.nn.GRU`; a name of
@@ -83,7 +84,7 @@ class EProp(TemporalFeedback):
         online: bool = False,
         decay: float = 1e-4,
         readout_layer: str | nn.Module | None = None,
-        **options: Unpack[RandomOptions],
+        **options: Unpack[TemporalOptions],
     ) -> None:
         self._check_value("feedback", feedback, FEEDBACK)
         self.kind = feedback
@@ -105,7 +106,7 @@ class EProp(TemporalFeedback):
         """By ``feedback``."""
         if self.kind == "adaptive":
             return self._own(synapse)
-        if self.kind == "symmetric" and self._shapes[synapse] == synapse.weight.shape and synapse in self._readouts:
+        if self.kind == "symmetric" and synapse in self._readouts:
             return synapse.weight
         return self._fixed(synapse)
 

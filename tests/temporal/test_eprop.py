@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 import bioopt
 from bioopt.nn import ALIF, LIF
 
-from ..rules import same, weights
+from ..rules import hooks, same, weights
 from .networks import (
     CELLS,
     NEURONS,
@@ -94,7 +94,8 @@ def test_both_modes_agree_on_spiking_readouts() -> None:
     assert gradients(models[0])["recurrent.0.weight"].any()
 
 
-def test_a_step_may_be_taken_within_a_sequence() -> None:
+@pytest.mark.parametrize("closure", [False, True])
+def test_a_step_may_be_taken_within_a_sequence(closure: bool) -> None:
     """The traces stay: only the gradient is used up."""
     model, (xs, target) = network("ALIF"), problem()
     optimizer = build(model, online=True)
@@ -105,9 +106,18 @@ def test_a_step_may_be_taken_within_a_sequence() -> None:
     state = None
     for x, y in zip(xs, target, strict=True):
         optimizer.zero_grad()
-        output, state = model.step(x, detached(state))
-        loss_of(output, y).backward()
-        optimizer.step()
+        output, state = model.step(x, detached(state)) if not closure else (None, state)
+        if output is None:
+
+            def evaluate(x: Tensor = x, y: Tensor = y) -> Tensor:
+                nonlocal state
+                output, state = model.step(x, detached(state))
+                return loss_of(output, y)
+
+            optimizer.step(evaluate)
+        else:
+            loss_of(output, y).backward()
+            optimizer.step()
         for name, gradient in gradients(model).items():
             total[name] += gradient
     twin = network("ALIF")
@@ -117,19 +127,77 @@ def test_a_step_may_be_taken_within_a_sequence() -> None:
     close(gradients(twin), total)
 
 
-@pytest.mark.parametrize("cell", ["LIF", "ALIF"])
-def test_memory_does_not_grow_with_time(cell: str) -> None:
-    def alive() -> int:
-        gc.collect()
-        return sum(o.numel() for o in gc.get_objects() if issubclass(type(o), Tensor) and not is_lazy(o))
-
+@pytest.mark.parametrize(
+    ("cell", "lengths"),
+    [
+        ("LIF", (5, 25)),
+        ("ALIF", (5, 25)),
+        pytest.param("LIF", (100, 1000), marks=pytest.mark.slow),
+        pytest.param("ALIF", (100, 1000), marks=pytest.mark.slow),
+    ],
+)
+def test_memory_does_not_grow_with_time(cell: str, lengths: tuple[int, int]) -> None:
+    """Of all tensors alive after a sequence."""
     model = network(cell, leaky=True)
     optimizer, found = build(model, online=True), []
-    for steps in (100, 1000):
-        online(optimizer, model, *problem(steps=steps))
+    for steps in lengths:
+        xs, target = problem(steps=steps)
+        online(optimizer, model, xs, target)
         optimizer.zero_grad()
-        found.append(alive())
+        del xs, target
+        gc.collect()
+        alive = [o for o in gc.get_objects() if issubclass(type(o), Tensor) and not is_lazy(o)]
+        found.append((len(alive), sum(o.numel() for o in alive)))
+        del alive
     assert found[1] == found[0]
+
+
+def test_a_closure_may_run_a_whole_sequence() -> None:
+    results = []
+    for closure in (False, True):
+        model, (xs, target) = network("ALIF", leaky=True), problem()
+        optimizer = build(model, online=True)
+
+        def run(optimizer: Any = optimizer, model: Any = model, xs: Tensor = xs, target: Tensor = target) -> Tensor:
+            optimizer.zero_grad()
+            online(optimizer, model, xs, target)
+            return torch.zeros(())
+
+        if closure:
+            optimizer.step(run)
+        else:
+            run()
+            optimizer.step()
+        results.append(weights(model))
+    assert same(*results)
+
+
+def test_hooks_go_with_the_optimizer() -> None:
+    model, (xs, target) = network("ALIF", leaky=True), problem()
+    optimizer = build(model, online=True)
+    online(optimizer, model, xs, target)
+    optimizer.reset()
+    output, _ = model.step(xs[0])
+    gc.disable()
+    try:
+        del optimizer  # nothing in it, or in the graph, refers back to it
+        assert hooks(model) == 0
+    finally:
+        gc.enable()
+    loss_of(output, target[0]).backward()
+
+
+def test_half_precision_has_traces_in_full() -> None:
+    xs, target = problem()
+    found = []
+    for amp in (False, True):
+        model = network("ALIF").float()
+        optimizer = build(model, online=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            online(optimizer, model, xs.float(), target.float())
+        optimizer.estimate()
+        found.append(torch.cat([g.flatten() for g in gradients(model).values()]))
+    assert F.cosine_similarity(*found, 0) > 0.8
 
 
 def test_traces_of_neurons_that_are_alike_take_one_row() -> None:
