@@ -34,7 +34,7 @@ def curves(task: EvidenceAccumulation, history: list[dict[str, Any]], title: str
     axes.axhline(95, color="grey", linewidth=0.8, linestyle=":")
     axes.set(xlabel=f"steps of {task.batch_size} trials", ylabel="right answers (%)", ylim=(45, 101))
     uncluttered(axes)
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return saved(figure, path)
 
 
