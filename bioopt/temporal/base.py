@@ -147,7 +147,7 @@ class TemporalFeedback(LearnedDirectFeedback):
         if not torch.is_grad_enabled():
             return u if synapse in sequence.recurrent else self._leave(firing, u)
         looking = self._looking or self.online
-        if looking and sequence.look(synapse, firing.x) and self.online:
+        if looking and self._depends_on_itself(synapse, firing.x) and self.online:
             raise RuntimeError(
                 f"{type(self).__name__}(online=True): the input of layer '{synapse.name}' depends on its own earlier "
                 "output: detach the activity and the states that are carried to the next time step"
@@ -158,6 +158,12 @@ class TemporalFeedback(LearnedDirectFeedback):
         if self._traces is not None:
             self._traces.fire(firing, u, sequence.step)
         return u
+
+    def _depends_on_itself(self, synapse: Synapse, x: Tensor) -> bool:
+        try:
+            return self._sequence.look(synapse, x)
+        except RuntimeError as error:
+            raise RuntimeError(f"{type(self).__name__}: {error}") from None
 
     def feedback_of(self, firing: Firing) -> Callable[[Tensor], Tensor]:
         """The error of the time step of this firing."""

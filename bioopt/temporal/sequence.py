@@ -18,6 +18,13 @@ class Place(NamedTuple):
     shared_by: int  #: the number of these
 
 
+class Behind(NamedTuple):
+    """What a node of the graph depends on."""
+
+    newest: dict[Synapse, int]  #: for each layer behind it, the newest time step in which it fired
+    output: Synapse | None = None  #: the layer whose output it is
+
+
 class Sequence:
     """The firings since the last step of learning, in order.
 
@@ -54,20 +61,29 @@ class Sequence:
         return self._count
 
     def look(self, synapse: Synapse, x: Tensor) -> bool:
-        """Whether the input ``x`` of a layer that fires depends on the layer's own earlier output."""
+        """Whether the input ``x`` of a layer that fires depends on the layer's own earlier output.
+
+        Raises:
+            RuntimeError: on that directly, and on layers of this time step as well.
+        """
         newest = self._newest_behind(x.grad_fn) if x.grad_fn is not None else {}
         if synapse not in newest:
             return False
         if max(newest.values()) < self.step:
             self.recurrent.add(synapse)
             self.fed_back.update(newest)
+        elif self._directly_behind(x.grad_fn, synapse):
+            raise RuntimeError(
+                f"layer '{synapse.name}' receives its own earlier output together with activity of the present time "
+                "step, so that it is recurrent in part: give either a Linear layer of its own, and add their outputs"
+            )
         return True
 
     def mark(self, synapse: Synapse, u: Tensor) -> None:
         """Let later firings find the output of a layer in their graph."""
         node: Any = u.grad_fn
         if node is not None:
-            node.metadata[self] = {**self._newest_behind(node), synapse: self.step}
+            node.metadata[self] = Behind({**self._newest_behind(node), synapse: self.step}, synapse)
 
     def keep_step(self) -> None:
         """Drop the numbers of firings before the present time step."""
@@ -101,9 +117,24 @@ class Sequence:
                 todo += new
                 continue
             newest: dict[Synapse, int] = {}
-            for found in (n.metadata[self] for n in behind):
+            for found in (n.metadata[self].newest for n in behind):
                 newest |= {synapse: max(step, newest.get(synapse, step)) for synapse, step in found.items()}
-            node.metadata[self] = newest
+            node.metadata[self] = Behind(newest)
             todo.pop()
-        found_behind: dict[Synapse, int] = end.metadata[self]
+        found_behind: dict[Synapse, int] = end.metadata[self].newest
         return found_behind
+
+    def _directly_behind(self, end: Any, synapse: Synapse) -> bool:
+        """Whether a node depends on an output of a layer by way of no other layer's; the nodes behind it are known."""
+        todo, seen = [end], set()
+        while todo:
+            node = todo.pop()
+            known: Behind | None = node.metadata.get(self)
+            if node in seen or known is None or synapse not in known.newest:
+                continue
+            seen.add(node)
+            if known.output is synapse:
+                return True
+            if known.output is None:
+                todo += [n for n, _ in node.next_functions if n is not None]
+        return False

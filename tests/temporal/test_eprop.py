@@ -471,6 +471,28 @@ def test_a_readout_that_feeds_back_is_named() -> None:
     optimizer.step()
 
 
+def test_a_layer_that_is_recurrent_in_part_is_named() -> None:
+    class Joined(nn.Module):
+        """The second layer has one Linear for its input and its recurrence; the first one may."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.out = nn.Linear(3 + 4, 4), nn.Linear(4 + 4, 4), nn.Linear(4, 2)
+
+        def forward(self, xs: Tensor) -> Tensor:
+            a = b = xs.new_zeros(xs.shape[1], 4)
+            for x in xs:
+                a = torch.tanh(self.first(torch.cat([x, a], 1)))
+                b = torch.tanh(self.second(torch.cat([a, b], 1)))
+            return self.out(b)
+
+    model = Joined().double()
+    optimizer = build(model)
+    with pytest.raises(RuntimeError, match=r"EProp: layer 'second' receives its own earlier output together with"):
+        model(problem()[0])
+    assert {s.name for s in optimizer._sequence.recurrent} == {"first"}
+
+
 def test_mistakes_in_the_online_loop_are_named() -> None:
     xs, target = problem()
     model = network("ALIF")
