@@ -66,12 +66,12 @@ class Rows(nn.Module):
         return x.permute(2, 0, 1, 3).flatten(2).repeat_interleave(self.repeats, 0)
 
 
-class MeanOverTime(nn.Module):
-    """The mean of a sequence over its time steps."""
+class LaterMean(nn.Module):
+    """The mean of a sequence over the later half of its time steps, when most of the image has been seen."""
 
     def forward(self, ys: Tensor) -> Tensor:
         """From steps × batch × outputs to batch × outputs."""
-        return ys.mean(0)
+        return ys[len(ys) // 2 :].mean(0)
 
 
 def recurrent(
@@ -86,7 +86,7 @@ def recurrent(
     beta: float,
     gain: float,
 ) -> nn.Module:
-    """A recurrent layer that receives an image row by row, and the mean of a linear readout over time.
+    """A recurrent layer that receives an image row by row, and the mean of a linear readout over the later half of the time.
 
     Args:
         shape: channels, height and width of an image.
@@ -102,4 +102,4 @@ def recurrent(
     require_counts(of="model.", hidden=hidden, repeats=repeats)
     channels, _, width = shape
     layer = RecurrentLayer(channels * width, hidden, neurons, tau, tau_adaptation, beta, gain)
-    return nn.Sequential(Rows(repeats), layer, nn.Linear(hidden, classes), MeanOverTime())
+    return nn.Sequential(Rows(repeats), layer, nn.Linear(hidden, classes), LaterMean())
