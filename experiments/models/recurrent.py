@@ -86,7 +86,7 @@ def recurrent(
     beta: float,
     gain: float,
 ) -> nn.Module:
-    """A recurrent layer that receives an image row by row, and a linear readout, averaged over the later half of the time.
+    """A recurrent layer that receives an image row by row, and a linear readout averaged over the later half of time.
 
     Args:
         shape: channels, height and width of an image.
