@@ -50,6 +50,7 @@ from .perturbation import (
 )
 from .registry import create_optimizer, list_optimizers, presets
 from .spiking import STDP, RewardSTDP
+from .temporal import EProp
 
 __version__ = "0.1.0"
 
@@ -63,6 +64,7 @@ __all__ = [
     "DirectFeedbackAlignment",
     "DirectKolenPollack",
     "Diverged",
+    "EProp",
     "FeedbackAlignment",
     "FeedbackRule",
     "Firing",

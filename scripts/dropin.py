@@ -161,6 +161,7 @@ FEEDBACK: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "direct_feedback_alignment": bioopt.DirectFeedbackAlignment,
     "drtp": bioopt.DRTP,
     "direct_kolen_pollack": bioopt.DirectKolenPollack,
+    "eprop": bioopt.EProp,  # which is direct feedback alignment here, as it warns: these networks have no time
 }
 RULES |= FEEDBACK
 for _name, _rule in {

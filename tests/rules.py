@@ -86,6 +86,9 @@ class Neurons(nn.Module):
 class SpikingNet(nn.Sequential):
     """Unrolls three time steps; what is no part of time (normalisation, dropout) works on the image before them."""
 
+    def encode(self, x: Tensor, step: int) -> Tensor:
+        return (x > 0.5 * step).to(x.dtype)  # the stronger, the more spikes
+
     def forward(self, x: Tensor) -> Tensor:
         for module in self:
             if isinstance(module, nn.BatchNorm2d | nn.Dropout):
@@ -93,7 +96,7 @@ class SpikingNet(nn.Sequential):
         total = torch.zeros(())
         voltage: dict[nn.Module, Tensor | None] = {}
         for step in range(3):
-            h = (x > 0.5 * step).to(x.dtype)  # the stronger, the more spikes
+            h = self.encode(x, step)
             for module in self:
                 if isinstance(module, Neurons):
                     h, voltage[module] = module(h, voltage.get(module))
@@ -105,11 +108,18 @@ class SpikingNet(nn.Sequential):
         return total
 
 
-def spiking_cnn(seed: int = 0, dropout: float = 0.2) -> nn.Sequential:
+class CurrentNet(SpikingNet):
+    """The image is a current, so that errors reach what works on it."""
+
+    def encode(self, x: Tensor, step: int) -> Tensor:
+        return x
+
+
+def spiking_cnn(seed: int = 0, dropout: float = 0.2, net: type[SpikingNet] = SpikingNet) -> nn.Sequential:
     """`cnn` for rules of spikes: convolutions, batch norm, readout and bias stand in the same places."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return SpikingNet(
+        return net(
             nn.Conv2d(2, 6, 3, padding=1),
             nn.BatchNorm2d(2),
             Neurons(),
@@ -121,6 +131,11 @@ def spiking_cnn(seed: int = 0, dropout: float = 0.2) -> nn.Sequential:
             nn.Linear(32, 5),
             Neurons(),
         )
+
+
+def current_cnn(seed: int = 0, dropout: float = 0.2) -> nn.Sequential:
+    """`spiking_cnn` for rules of errors."""
+    return spiking_cnn(seed, dropout, CurrentNet)
 
 
 def spiking_mlp(seed: int = 0, sizes: tuple[int, ...] = (6, 5, 4), dtype: torch.dtype = torch.float64) -> nn.Sequential:
@@ -267,6 +282,7 @@ CASES = [
     Case(bioopt.DRTP, needs_target=True),
     Case(bioopt.DirectFeedbackAlignment),
     Case(bioopt.DirectKolenPollack),
+    Case(bioopt.EProp, {"feedback": "adaptive"}, cnn=current_cnn, mlp=spiking_mlp),
     Case(bioopt.FeedbackAlignment),
     Case(bioopt.ForwardForward, needs_target=True),
     Case(bioopt.ForwardGradient),

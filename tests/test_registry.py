@@ -25,8 +25,9 @@ from .commands import ROOT
 from .rules import RULES, mlp
 
 SMALL = {"cnn": ["model.width=2"], "mlp": ["model.hidden=[8]"], "softhebb": ["model.width=0.03"]}
-OWN_NETWORKS = {  # rules that cannot train `model=cnn`
+OWN_NETWORKS = {  # rules that are not made for `model=cnn`
     "contrastive_divergence": ["model=rbm", "model.hidden=[8]"],
+    "eprop": ["model=recurrent", "model.hidden=8"],
     "reward_stdp": ["model=spiking", "model.neurons=21", "model.steps=3", "model.readout=groups"],
     "stdp": ["model=spiking", "model.neurons=20", "model.steps=3"],
 }

@@ -161,6 +161,13 @@ def test_bench_feedback(call: Call, tmp_path: Path) -> None:
     assert all(row["ms"]["lenet5"] > 0 for row in found)
 
 
+@pytest.mark.parametrize("form", ["bptt", "eprop", "online"])
+def test_bench_eprop(call: Call, form: str) -> None:
+    found = json.loads(call("bench_eprop.py", "--one", form, "--steps", "2", "--neurons", "alif", "--hidden", "4"))
+    assert found["ms"] > 0
+    assert found["mb"] >= 0
+
+
 def test_bench_scaling(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     script = importlib.import_module("scripts.bench_scaling")
     monkeypatch.setattr(script.mp, "spawn", functools.partial(mp.start_processes, start_method="forkserver"))

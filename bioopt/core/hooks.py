@@ -5,28 +5,35 @@ from __future__ import annotations
 import copyreg
 import weakref
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from ._torch_private import HOOK_TABLES
 
-if TYPE_CHECKING:
-    from .recorder import Recorder
-
 IN_PYTHON = "learning rules run in Python, around the compiled layers: leave fullgraph=True out"
+
+
+class Watcher(Protocol):
+    """What hooks call: the recorder of a rule, or a part of a rule that watches other modules."""
+
+    watched: set[nn.Module]
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is called."""
 
 
 class Hook:
     """A forward hook that calls a recorder without keeping it alive."""
 
-    def __init__(self, recorder: Recorder | None = None, method: str = "") -> None:
+    def __init__(self, recorder: Watcher | None = None, method: str = "") -> None:
         self._recorder = weakref.ref(recorder) if recorder is not None else None
         self._method = method
 
     @property
-    def recorder(self) -> Recorder | None:
+    def recorder(self) -> Watcher | None:
         """The recorder, if it still exists."""
         return None if self._recorder is None else self._recorder()
 

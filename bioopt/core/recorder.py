@@ -148,6 +148,10 @@ class Recorder:
             leave_no_trace(type(synapse.neurons))
             self.watched.add(synapse.neurons)
 
+    def keep(self, handle: Any) -> None:
+        """Remove this hook of another module together with its own, by `close` or when garbage-collected."""
+        self._handles.append(handle)
+
     def act(self, enter: Enter | None, leave: Leave | None) -> None:
         """Call these as a synapse fires; ``None``: nothing. Bound methods are held weakly."""
         self._enter, self._leave = weakly(enter), weakly(leave)

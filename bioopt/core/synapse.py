@@ -182,6 +182,10 @@ def convolve(layer: Any, x: Tensor, weight: Tensor, groups: int | None = None) -
 
 
 UNKNOWN = "not a known synapse"
+FUSED = (
+    "it does not show its synapses: in its place, call nn.Linear layers for the input and for the recurrence once per "
+    "time step, and bioopt.nn.LeakyRate, LIF or ALIF on their sum"
+)
 
 
 class Unwatchable(NamedTuple):
@@ -230,6 +234,9 @@ def survey(
                 )
                 unwatchable.append(Unwatchable(name, layer, reason))
         elif any(p.ndim > 1 for _, p in own):
+            if isinstance(layer, nn.RNNBase | nn.RNNCellBase):
+                unwatchable.append(Unwatchable(name, layer, FUSED))
+                continue
             inside = [child for child in layer.modules() if type(child) in _KINDS]
             names = tuple(".".join(filter(None, (name, n))) for n, p in own if p.ndim > 1) if inside else ()
             unwatchable.append(Unwatchable(name, layer, UNKNOWN, names))

@@ -275,8 +275,8 @@ class OwnedFeedback(RandomFeedback):
     constraints: ClassVar[dict[str, Constraint]] = {**RandomFeedback.constraints, "decay": NON_NEGATIVE}
 
     @abstractmethod
-    def new_feedback(self, synapse: Synapse) -> nn.Module:
-        """A module with the feedback weights of a layer as its parameter ``weight``."""
+    def new_feedback(self, synapse: Synapse) -> nn.Module | None:
+        """A module with the feedback weights of a layer as its parameter ``weight``; ``None``: they do not learn."""
 
     def own_weights(self, synapse: Synapse) -> nn.Parameter:
         """The feedback weights of a layer."""
@@ -286,7 +286,8 @@ class OwnedFeedback(RandomFeedback):
         self._owned.seed = self._seed
         by_group: dict[int, dict[str, nn.Module]] = {}
         for synapse in synapses:
-            by_group.setdefault(synapse.group, {})[_key(synapse)] = self.new_feedback(synapse)
+            if (module := self.new_feedback(synapse)) is not None:
+                by_group.setdefault(synapse.group, {})[_key(synapse)] = module
         for i, modules in by_group.items():
             options = {name: value for name, value in self.param_groups[i].items() if name not in OF_THE_MODEL}
             self.own(modules, **options)

@@ -47,7 +47,7 @@ class DirectFeedback(RandomFeedback):
     ) -> None:
         self._error: Tensor | None = None  # at the output, samples × ... × outputs, in the backward pass
         super().__init__(params, lr, own=own, **options)
-        self._readout_synapse = None if readout_layer is None else self._found(readout_layer)
+        self._readout_synapse = None if readout_layer is None else self._found(readout_layer, "readout_layer")
         self._shapes: dict[Synapse, torch.Size] = {}  # of feedback weights, from the first pass
 
     @abstractmethod
@@ -89,13 +89,14 @@ class DirectFeedback(RandomFeedback):
         """The layer whose output is that of the network."""
         return self._readout_synapse or next(reversed(self._recorder.fired))
 
-    def _found(self, readout_layer: str | nn.Module) -> Synapse:
+    def _found(self, layer: str | nn.Module, option: str) -> Synapse:
+        """The layer that an option gives, by name or as a module."""
         for name, synapse in self.layers().items():
-            if readout_layer in (name, synapse.name) or synapse.layer is readout_layer:
+            if layer in (name, synapse.name) or synapse.layer is layer:
                 return synapse
-        shown = repr(readout_layer) if isinstance(readout_layer, str) else f"a {type(readout_layer).__name__}"
+        shown = repr(layer) if isinstance(layer, str) else f"a {type(layer).__name__}"
         raise ValueError(
-            f"{type(self).__name__}: readout_layer={shown} is not a layer that the rule trains; it trains "
+            f"{type(self).__name__}: {option}={shown} is not a layer that the rule trains; it trains "
             f"{', '.join(self.layers())}"
         )
 
@@ -246,8 +247,27 @@ class DRTP(DirectFeedback):
         return wanted.to(error.dtype).div_(-error.shape[:-1].numel())
 
 
+class LearnedDirectFeedback(OwnedFeedback, DirectFeedback):
+    """Direct feedback by weights that are parameters of the rule's own, and learn."""
+
+    def _own(self, synapse: Synapse) -> Tensor:
+        """The feedback weights of a layer whose shape is known, drawn at their first use."""
+        weights, shape = self.own_weights(synapse), self._shapes[synapse]
+        if isinstance(weights, UninitializedParameter):
+            weights.materialize(shape)
+            deviation = self._deviation(synapse, shape[1:].numel())
+            weights.data.copy_(drawn(weights, shape, deviation, self._seed, synapse.index))
+        return weights
+
+    def _add_product(self, synapse: Synapse, error: Tensor, x: Tensor) -> None:
+        """Add that of the error and the activity to the gradient, which `zero_grad` drops like any other."""
+        signal, weights = self._matched(synapse, error, x.shape).flatten(0, -2), self.own_weights(synapse)
+        product = (signal.T @ x.reshape(len(signal), -1).to(signal.dtype)).view_as(weights).to(weights.dtype)
+        weights.grad = product if weights.grad is None else weights.grad + product
+
+
 @final
-class DirectKolenPollack(OwnedFeedback, DirectFeedback):
+class DirectKolenPollack(LearnedDirectFeedback):
     r"""Direct feedback that learns: each layer's feedback weights change as weights from it to the output would.
 
     .. math::
@@ -291,23 +311,16 @@ class DirectKolenPollack(OwnedFeedback, DirectFeedback):
 
     def weights_of(self, synapse: Synapse) -> Tensor:
         """The rule's own parameter, drawn at its first use."""
-        weights, shape = self.own_weights(synapse), self._shapes[synapse]
-        if isinstance(weights, UninitializedParameter):
-            weights.materialize(shape)
-            deviation = self._deviation(synapse, shape[1:].numel())
-            weights.data.copy_(drawn(weights, shape, deviation, self._seed, synapse.index))
-        return weights
+        return self._own(synapse)
 
     def feedback_of(self, firing: Firing) -> Callable[[Tensor], Tensor]:
-        """Also add to the gradient of the feedback weights, which `zero_grad` drops like any other."""
+        """Also add to the gradient of the feedback weights."""
         synapse, x = firing.synapse, firing.x.detach()
 
         def feedback(g: Tensor) -> Tensor:
             error = self._error_at(synapse, g)
             returned = self._sent(synapse, error, x.shape, _channels_last(x))
-            signal, weights = self._matched(synapse, error, x.shape).flatten(0, -2), self.own_weights(synapse)
-            product = (signal.T @ x.reshape(len(signal), -1).to(signal.dtype)).view_as(weights).to(weights.dtype)
-            weights.grad = product if weights.grad is None else weights.grad + product
+            self._add_product(synapse, error, x)
             return returned
 
         return feedback

@@ -13,6 +13,7 @@ from .layers import Power, QuickDropout, Triangle
 from .lenet5 import lenet5
 from .mlp import mlp
 from .rbm import Binarize, ToUnitInterval, rbm
+from .recurrent import RecurrentLayer, recurrent
 from .resnet import BasicBlock, resnet
 from .shapes import Shape
 from .softhebb import softhebb
@@ -29,6 +30,7 @@ __all__ = [
     "PositionalEncoding",
     "Power",
     "QuickDropout",
+    "RecurrentLayer",
     "Residual",
     "Shape",
     "ToUnitInterval",
@@ -41,6 +43,7 @@ __all__ = [
     "mlp",
     "random_trunk",
     "rbm",
+    "recurrent",
     "resnet",
     "softhebb",
     "spiking",

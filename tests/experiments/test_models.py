@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import types
+from typing import Any
 
 import pytest
 import torch
@@ -285,3 +286,22 @@ def test_a_wider_lenet() -> None:
     ]  # fmt: skip
     with pytest.raises(ValueError, match=r"model=lenet5: model\.channels=\[32\] and .* must have two numbers each"):
         build_model(config("model=lenet5", "model.channels=[32]"), images)  # type: ignore[arg-type]
+
+
+def test_a_recurrent_layer_sees_an_image_row_by_row() -> None:
+    images = types.SimpleNamespace(shape=(1, 4, 3), classes=2)
+    model: Any = build_model(config("model=recurrent", "model.hidden=6", "model.repeats=2"), images)  # type: ignore[arg-type]
+    x = torch.rand(5, 1, 4, 3)
+    rows = model[0](x)
+    assert rows.shape == (8, 5, 3)
+    assert torch.equal(rows[::2].transpose(0, 1), x[:, 0])
+    assert torch.equal(rows[1::2], rows[::2])
+    assert model(x).shape == (5, 2)
+    assert not model[1].recurrent.weight.diagonal().any()
+    later = x.clone()
+    later[:, :, -1] += 5
+    assert torch.equal(model[1](rows)[:6], model[1](model[0](later))[:6])  # what comes later changes nothing before
+    for neurons in ("lif", "rate"):
+        assert build_model(config("model=recurrent", f"model.neurons={neurons}"), images)(x).shape == (5, 2)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"model\.neurons=gru must be one of lif, alif, rate"):
+        build_model(config("model=recurrent", "model.neurons=gru"), images)  # type: ignore[arg-type]
