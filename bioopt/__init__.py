@@ -26,6 +26,7 @@ from .core.rows import on_rows
 from .core.rule import LearningRule
 from .core.synapse import Synapse, find_synapses, register_synapse
 from .diagnosis import diagnose
+from .energy import EnergyRule, EquilibriumPropagation, PredictiveCoding
 from .feedback import (
     DRTP,
     DirectFeedbackAlignment,
@@ -61,6 +62,8 @@ __all__ = [
     "DirectFeedbackAlignment",
     "DirectKolenPollack",
     "Diverged",
+    "EnergyRule",
+    "EquilibriumPropagation",
     "FeedbackAlignment",
     "FeedbackRule",
     "Firing",
@@ -81,6 +84,7 @@ __all__ = [
     "NodePerturbation",
     "Oja",
     "OnePass",
+    "PredictiveCoding",
     "Probe",
     "RankOnePerturbation",
     "Recorder",

@@ -1,0 +1,292 @@
+"""`EnergyRule`: states in place of activities relax to low energy, and then the weights learn."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple, Unpack
+
+import torch
+from torch import Tensor
+from torch.optim import Adam
+
+from ..core.constraints import POSITIVE, Constraint
+from ..core.errors import Diverged, warn
+from ..core.params import Params, RuleOptions, learning_parameters_of, no_plastic_layer, synapses_of
+from ..core.probe import Probe
+from ..core.recorder import Firing
+from ..core.rule import Estimate, LearningRule, optional
+from ..core.synapse import Synapse
+from .states import Evaluation, Wiring, precise
+
+__all__ = ["EnergyRule", "Relaxation"]
+
+EXPLODED = 1e3  # growth of the residual, after which a relaxation has exploded
+
+
+class Relaxation(NamedTuple):
+    """What one relaxation did, step by step.
+
+    Attributes:
+        nudge: the factor of the loss in the free energy.
+        energy: the free energy before each step, per sample.
+        residual: the norm of its gradient by the states before each step, per sample.
+    """
+
+    nudge: float
+    energy: list[float]
+    residual: list[float]
+
+
+class EnergyRule(LearningRule):
+    r"""A rule whose layers have states that relax to low energy; weights learn from the relaxed states.
+
+    Each layer predicts its activity, :math:`u_l = W_l\, h_{l-1} + b_l`, where :math:`h_{l-1}` is what the network makes
+    of the states below (activation, normalisation, pooling, skip connections). The network sees a state :math:`z_l` in
+    place of :math:`u_l`. The states descend the free energy
+
+    .. math::
+        F = \sum_l E(z_l, u_l) + \beta N L, \qquad z_l \leftarrow z_l - \gamma\, \partial F / \partial z_l
+
+    over :math:`N` samples with their mean loss :math:`L`, and the weights then descend :math:`F / N`. A layer on which
+    no other layer depends is an output: it has no state, and its prediction goes to the loss. Since a gradient ends at
+    the nearest states, the update of a layer depends on its own state and on those next to it. All other parameters of
+    the model (normalisation, those above the outputs) learn as well. Each step of relaxation evaluates the closure, with
+    batch statistics of its own; running statistics advance once, and dropout masks stay the same.
+
+    Args:
+        params: the model (or modules, or groups whose ``"params"`` are modules), all of whose parameters learn. Bare
+            parameters are refused.
+        lr: learning rate of ``descent``, by default `torch.optim.Adam`.
+        inference_lr: :math:`\gamma`, the rate of the relaxation. May differ between groups.
+        options: ``exclude``, ``descent`` and its options, ``process_group`` (average gradients over these ranks, each
+            with its share of the batch), as in `bioopt.LearningRule`.
+
+    Attributes:
+        relaxations: what the relaxations of the last step did, in order.
+
+    Raises:
+        ValueError: a hyperparameter out of range; a model without plastic layers, or with layers that have weights and
+            are no known synapses.
+        TypeError: bare parameters.
+        Diverged: a relaxation whose residual grows without bound, with the rate to try; nothing is changed.
+        RuntimeError: a step without a closure; a loss that depends on no layer.
+    """
+
+    constraints: ClassVar[dict[str, Constraint]] = {"inference_lr": POSITIVE}
+    splits_batch = True
+
+    def __init__(self, params: Params, lr: float, *, inference_lr: float, **options: Unpack[RuleOptions]) -> None:
+        name = type(self).__name__
+        if (readout := dict(options).get("readout")) is not None:
+            raise TypeError(
+                f"{name}: readout={readout!r} is not possible, because the last layer learns from the loss by the rule; "
+                "for other options of the last layer, give it a param group of its own"
+            )
+        options.setdefault("descent", Adam)
+        super().__init__(params, {"lr": lr, "inference_lr": inference_lr}, **options)
+        self.relaxations: list[Relaxation] = []
+        self._history: list[tuple[float, list[Tensor], list[Tensor]]] = []  # of the estimate in progress
+        self._now: Evaluation | None = None
+        self._wiring: Wiring | None = None
+        self._warned = False
+
+    # -- what a rule implements ---------------------------------------------------------------------------------
+
+    @abstractmethod
+    def energy(self, z: Tensor, u: Tensor) -> Tensor:
+        """The energy of one layer, summed over samples and neurons: a scalar."""
+
+    @abstractmethod
+    def _learn(self, probe: Probe) -> tuple[Tensor, dict[Tensor, Tensor]]:
+        """The losses, and the gradient for each parameter."""
+
+    @optional
+    def project(self, z: Tensor) -> Tensor:
+        """The nearest state in range."""
+        return z
+
+    # -- one evaluation -----------------------------------------------------------------------------------------
+
+    def _select(self, group: dict[str, Any]) -> tuple[list[Any], list[Synapse]]:
+        synapses = synapses_of(type(self).__name__, group["params"], self._exclusion)
+        named = learning_parameters_of(group["params"], self._exclusion)
+        if not synapses and not named:
+            raise ValueError(no_plastic_layer(type(self).__name__))
+        return named, synapses
+
+    def _enter(self, synapse: Synapse, x: Tensor) -> Tensor:
+        return x
+
+    def _leave(self, firing: Firing, u: Tensor) -> Tensor:
+        assert self._now is not None
+        return self._now.leave(firing, u)
+
+    def _forward(self, probe: Probe) -> Evaluation:
+        """The first evaluation of a step: the ordinary forward pass, with states equal to their predictions."""
+        evaluation = self._run(probe, lambda i, u: precise(u))
+        if not evaluation.leaves:
+            raise RuntimeError(self._coverage.none_fired())
+        self._wiring = evaluation.wiring()
+        return evaluation
+
+    def _evaluate(self, probe: Probe, states: dict[int, Tensor]) -> Evaluation:
+        """Evaluate with these states, by the numbers of their firings."""
+        evaluation = self._run(probe, lambda i, u: states[i] if i in states else precise(u))
+        if tuple(evaluation.synapses) != self._wired.synapses:
+            raise RuntimeError(f"{type(self).__name__}: the closure ran other layers than in its first evaluation")
+        return evaluation
+
+    def _run(self, probe: Probe, given: Callable[[int, Tensor], Tensor]) -> Evaluation:
+        self._now = evaluation = Evaluation(type(self).__name__, given)
+        params = self._of_model()
+        for p in params:
+            p.grad = None
+        evaluation.losses = probe(grad=True)
+        evaluation.send_back(params)
+        evaluation.losses = evaluation.losses.detach()
+        return evaluation
+
+    @property
+    def _wired(self) -> Wiring:
+        assert self._wiring is not None
+        return self._wiring
+
+    def _gradients(
+        self, evaluation: Evaluation, of: Sequence[Tensor], nudge: float, *, retain: bool = False
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """The free energy, and its gradients."""
+        self._now = evaluation  # checkpointing runs its layers again
+        wiring = self._wired
+        samples = evaluation.samples(wiring)
+        with torch.enable_grad():
+            terms = [
+                self.energy(evaluation.leaves[i], evaluation.predictions[i].to(evaluation.leaves[i].dtype))
+                for i in wiring.hidden
+            ]
+        found = evaluation.gradients(terms, wiring.outputs, of, nudge * samples, retain)
+        total = evaluation.losses.mean() * (nudge * samples) + sum(term.detach() for term in terms)
+        return total / samples, found
+
+    # -- relaxation ---------------------------------------------------------------------------------------------
+
+    def _relax(
+        self,
+        probe: Probe,
+        evaluation: Evaluation,
+        nudge: float,
+        steps: int,
+        *,
+        alternate: bool = False,
+        retain: bool = False,
+    ) -> Evaluation:
+        """Let the states descend the free energy; return the evaluation with the relaxed states.
+
+        Args:
+            probe: the closure.
+            evaluation: with the states to start from. Its graph is used up, unless ``retain``.
+            nudge: the factor of the loss.
+            steps: of relaxation, each of which evaluates the closure once.
+            alternate: whether a step moves every other layer, in turn, rather than all.
+            retain: whether the graph of ``evaluation`` is needed again.
+        """
+        history = self._begin_relaxation(nudge)
+        for step in range(steps):
+            hidden = self._wired.hidden
+            moving = hidden[step % 2 :: 2] if alternate and len(hidden) > 1 else hidden
+            leaves = [evaluation.leaves[i] for i in moving]
+            energy, found = self._gradients(evaluation, leaves, nudge, retain=retain and step == 0)
+            self._note(history, energy, found, evaluation)
+            states = {i: evaluation.leaves[i].detach() for i in hidden}
+            for i, gradient in zip(moving, found, strict=True):
+                if gradient is not None:
+                    states[i] = self._moved(evaluation.synapses[i], states[i], gradient)
+            evaluation = self._evaluate(probe, states)
+        return evaluation
+
+    def _moved(self, synapse: Synapse, z: Tensor, gradient: Tensor) -> Tensor:
+        """A state after one step of relaxation."""
+        rate = float(self.param_groups[synapse.group]["inference_lr"])
+        return self.project(torch.add(z, gradient, alpha=-rate))
+
+    def _begin_relaxation(self, nudge: float) -> tuple[list[Tensor], list[Tensor]]:
+        history: tuple[list[Tensor], list[Tensor]] = [], []
+        self._history.append((nudge, *history))
+        return history
+
+    def _note(
+        self,
+        history: tuple[list[Tensor], list[Tensor]],
+        energy: Tensor,
+        gradients: Sequence[Tensor | None],
+        evaluation: Evaluation,
+    ) -> None:
+        """Note the free energy before a step, and the norm of its gradient by the states."""
+        norms = [g.detach().float().square().sum() for g in gradients if g is not None]
+        samples = evaluation.samples(self._wired)
+        residual = torch.stack(norms).sum().div(samples).sqrt() if norms else torch.zeros(())
+        for values, value in zip(history, (energy, residual), strict=True):
+            values.append(value.detach().float())
+
+    # -- a step -------------------------------------------------------------------------------------------------
+
+    def _estimate(self, probe: Probe) -> Estimate:
+        self._recorder.reset()
+        self._recorder.act(self._enter, self._leave)
+        self._history.clear()
+        self._undo.append(self._forget)
+        losses, grads = self._learn(probe)
+        fired = self._recorder.fired
+        # A layer in evaluation mode passed the gradient on without a state, so it must not learn.
+        silent = {p for s in self._recorder.synapses.values() if s not in fired for p in s.parameters()}
+        silent.difference_update(p for s in fired for p in s.parameters())  # shared with a layer that has one
+        grads = {p: g for p, g in grads.items() if p not in silent}
+        with torch.no_grad():
+            self._average_gradients(losses, grads)
+            self._report()
+        return losses, grads, self._next_state()
+
+    def _forget(self) -> None:
+        """Drop the graphs of the last evaluation."""
+        self._now = self._wiring = None
+        self._history.clear()
+
+    def _of_parameters(
+        self, evaluation: Evaluation, nudge: float, *, weight: float = 1.0
+    ) -> dict[Tensor, Tensor]:
+        """``weight`` times the gradient of the free energy per sample."""
+        params = self._of_model()
+        _, found = self._gradients(evaluation, params, nudge)
+        scale = weight / evaluation.samples(self._wired)
+        return {p: g * scale for p, g in zip(params, found, strict=True) if g is not None}
+
+    def _report(self) -> None:
+        """Keep what the relaxations did; raise or warn where one has not descended."""
+        values = [torch.stack([v for phase in self._history for v in (*phase[1], *phase[2])])] if self._history else []
+        self._average_over_ranks(values)
+        numbers = iter(values[0].tolist() if values else [])
+        self.relaxations = [
+            Relaxation(nudge, [next(numbers) for _ in energy], [next(numbers) for _ in residual])
+            for nudge, energy, residual in self._history
+        ]
+        for one in self.relaxations:
+            self._judge(one)
+
+    def _judge(self, one: Relaxation) -> None:
+        first, last = one.residual[0], one.residual[-1]
+        finite = all(map(math.isfinite, (*one.energy, *one.residual)))
+        if finite and (last <= first or one.energy[-1] <= one.energy[0]):
+            return
+        growth = max((b / a for a, b in zip(one.residual, one.residual[1:]) if 0 < a and b < math.inf), default=1.0)
+        rate = max(float(group["inference_lr"]) for group in self.param_groups)
+        try_ = f"try inference_lr={rate / (1 + max(growth, 1)):.2g}"
+        name, over = type(self).__name__, f"{len(one.residual)} steps of relaxation with inference_lr={rate:g}"
+        if not finite or last > EXPLODED * first > 0:
+            raise Diverged(f"{name}: in {over}, the states have diverged; nothing was changed: {try_}", lr=rate)
+        if not self._warned:
+            self._warned = True
+            warn(
+                f"{name}: in {over}, the free energy has risen from {one.energy[0]:.3g} to {one.energy[-1]:.3g}: the "
+                f"states have not converged; {try_}"
+            )
