@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple, Unpack
+from typing import Any, ClassVar, NamedTuple, TypeAlias, Unpack
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from ..core.synapse import Synapse
 from .states import Evaluation, Wiring, precise
 
 __all__ = ["EnergyRule", "Relaxation"]
+
+#: runs the network in an evaluation, and sends the loss back; returns the losses, or the prediction
+Run: TypeAlias = Callable[[Evaluation], Tensor]
 
 EXPLODED = 1e3  # growth of the residual, after which a relaxation has exploded
 
@@ -77,7 +80,7 @@ class EnergyRule(LearningRule):
     constraints: ClassVar[dict[str, Constraint]] = {"inference_lr": POSITIVE}
     splits_batch = True
 
-    def __init__(self, params: Params, lr: float, *, inference_lr: float, **options: Unpack[RuleOptions]) -> None:
+    def __init__(self, params: Params, lr: float, *, inference_lr: float, relative: bool, **options: Unpack[RuleOptions]) -> None:
         name = type(self).__name__
         if (readout := dict(options).get("readout")) is not None:
             raise TypeError(
@@ -86,6 +89,8 @@ class EnergyRule(LearningRule):
             )
         options.setdefault("descent", Adam)
         super().__init__(params, {"lr": lr, "inference_lr": inference_lr}, **options)
+        self.relative = relative
+        self._powers: dict[int, Tensor] = {}
         self.relaxations: list[Relaxation] = []
         self._history: list[tuple[float, list[Tensor], list[Tensor]]] = []  # of the estimate in progress
         self._now: Evaluation | None = None
@@ -99,8 +104,8 @@ class EnergyRule(LearningRule):
         """The energy of one layer, summed over samples and neurons: a scalar."""
 
     @abstractmethod
-    def _learn(self, probe: Probe) -> tuple[Tensor, dict[Tensor, Tensor]]:
-        """The losses, and the gradient for each parameter."""
+    def _learn(self, run: Run) -> tuple[Tensor, dict[Tensor, Tensor]]:
+        """The losses, and the gradient of each parameter; ``run`` evaluates the closure."""
 
     @optional
     def project(self, z: Tensor) -> Tensor:
@@ -123,29 +128,37 @@ class EnergyRule(LearningRule):
         assert self._now is not None
         return self._now.leave(firing, u)
 
-    def _forward(self, probe: Probe) -> Evaluation:
-        """The first evaluation of a step: the ordinary forward pass, with states equal to their predictions."""
-        evaluation = self._run(probe, lambda i, u: precise(u))
+    def _forward(self, run: Run, *, errors: bool = False, loss: bool = True) -> Evaluation:
+        """The first evaluation of a step: the ordinary forward pass, with states equal to their predictions.
+
+        Args:
+            run: evaluates the closure.
+            errors: whether leaves are errors, which are added to predictions, rather than states.
+            loss: whether ``run`` evaluates the loss.
+        """
+        evaluation = self._run(run, _no_error if errors else _predicted, errors)
         if not evaluation.leaves:
             raise RuntimeError(self._coverage.none_fired())
-        self._wiring = evaluation.wiring()
+        self._wiring = evaluation.wiring(loss)
+        self._powers = {i: self._power(evaluation.predictions[i]) for i in self._wiring.hidden}
         return evaluation
 
-    def _evaluate(self, probe: Probe, states: dict[int, Tensor]) -> Evaluation:
-        """Evaluate with these states, by the numbers of their firings."""
-        evaluation = self._run(probe, lambda i, u: states[i] if i in states else precise(u))
+    def _evaluate(self, run: Run, states: dict[int, Tensor], *, errors: bool = False) -> Evaluation:
+        """Evaluate with these states, by the numbers of their firings, or with these errors added to predictions."""
+
+        def given(i: int, u: Tensor) -> Tensor:
+            return states[i] if i in states else (_no_error if errors else _predicted)(i, u)
+
+        return self._like_the_first(self._run(run, given, errors))
+
+    def _run(self, run: Run, given: Callable[[int, Tensor], Tensor], errors: bool = False) -> Evaluation:
+        self._now = evaluation = Evaluation(type(self).__name__, given, errors)
+        evaluation.losses = run(evaluation).detach()
+        return evaluation
+
+    def _like_the_first(self, evaluation: Evaluation) -> Evaluation:
         if tuple(evaluation.synapses) != self._wired.synapses:
             raise RuntimeError(f"{type(self).__name__}: the closure ran other layers than in its first evaluation")
-        return evaluation
-
-    def _run(self, probe: Probe, given: Callable[[int, Tensor], Tensor]) -> Evaluation:
-        self._now = evaluation = Evaluation(type(self).__name__, given)
-        params = self._of_model()
-        for p in params:
-            p.grad = None
-        evaluation.losses = probe(grad=True)
-        evaluation.send_back(params)
-        evaluation.losses = evaluation.losses.detach()
         return evaluation
 
     @property
@@ -163,6 +176,7 @@ class EnergyRule(LearningRule):
         with torch.enable_grad():
             terms = [
                 self.energy(evaluation.leaves[i], evaluation.predictions[i].to(evaluation.leaves[i].dtype))
+                / self._powers[i]
                 for i in wiring.hidden
             ]
         found = evaluation.gradients(terms, wiring.outputs, of, nudge * samples, retain)
@@ -173,7 +187,7 @@ class EnergyRule(LearningRule):
 
     def _relax(
         self,
-        probe: Probe,
+        run: Run,
         evaluation: Evaluation,
         nudge: float,
         steps: int,
@@ -184,7 +198,7 @@ class EnergyRule(LearningRule):
         """Let the states descend the free energy; return the evaluation with the relaxed states.
 
         Args:
-            probe: the closure.
+            run: evaluates the closure.
             evaluation: with the states to start from. Its graph is used up, unless ``retain``.
             nudge: the factor of the loss.
             steps: of relaxation, each of which evaluates the closure once.
@@ -192,23 +206,30 @@ class EnergyRule(LearningRule):
             retain: whether the graph of ``evaluation`` is needed again.
         """
         history = self._begin_relaxation(nudge)
-        for step in range(steps):
-            hidden = self._wired.hidden
-            moving = hidden[step % 2 :: 2] if alternate and len(hidden) > 1 else hidden
+        hidden = self._wired.hidden
+        for step in range(steps if hidden else 0):
+            # From the layer beneath the outputs on, where the loss acts first.
+            moving = hidden[::-1][step % 2 :: 2] if alternate and len(hidden) > 1 else hidden
             leaves = [evaluation.leaves[i] for i in moving]
             energy, found = self._gradients(evaluation, leaves, nudge, retain=retain and step == 0)
             self._note(history, energy, found, evaluation)
             states = {i: evaluation.leaves[i].detach() for i in hidden}
             for i, gradient in zip(moving, found, strict=True):
                 if gradient is not None:
-                    states[i] = self._moved(evaluation.synapses[i], states[i], gradient)
-            evaluation = self._evaluate(probe, states)
+                    states[i] = self._moved(i, states[i], gradient)
+            evaluation = self._evaluate(run, states)
         return evaluation
 
-    def _moved(self, synapse: Synapse, z: Tensor, gradient: Tensor) -> Tensor:
-        """A state after one step of relaxation."""
-        rate = float(self.param_groups[synapse.group]["inference_lr"])
-        return self.project(torch.add(z, gradient, alpha=-rate))
+    def _moved(self, i: int, z: Tensor, gradient: Tensor) -> Tensor:
+        """The state of a firing, or its error, after one step of relaxation."""
+        rate = float(self.param_groups[self._wired.synapses[i].group]["inference_lr"])
+        return self.project(torch.addcmul(z, gradient, self._powers[i], value=-rate))
+
+    def _power(self, u: Tensor) -> Tensor:
+        """The mean square of a layer's activity, in units of which states and their energy are measured."""
+        u = precise(u)
+        power = u.square().mean() if self.relative and u.numel() else u.new_zeros(())
+        return torch.where(power > 0, power, torch.ones_like(power))
 
     def _begin_relaxation(self, nudge: float) -> tuple[list[Tensor], list[Tensor]]:
         history: tuple[list[Tensor], list[Tensor]] = [], []
@@ -236,7 +257,16 @@ class EnergyRule(LearningRule):
         self._recorder.act(self._enter, self._leave)
         self._history.clear()
         self._undo.append(self._forget)
-        losses, grads = self._learn(probe)
+        params = self._of_model()
+
+        def run(evaluation: Evaluation) -> Tensor:
+            for p in params:
+                p.grad = None
+            losses = probe(grad=True)
+            evaluation.send_back(losses, params)
+            return losses
+
+        losses, grads = self._learn(run)
         fired = self._recorder.fired
         # A layer in evaluation mode passed the gradient on without a state, so it must not learn.
         silent = {p for s in self._recorder.synapses.values() if s not in fired for p in s.parameters()}
@@ -252,14 +282,17 @@ class EnergyRule(LearningRule):
         self._now = self._wiring = None
         self._history.clear()
 
-    def _of_parameters(
-        self, evaluation: Evaluation, nudge: float, *, weight: float = 1.0
-    ) -> dict[Tensor, Tensor]:
-        """``weight`` times the gradient of the free energy per sample."""
+    def _of_parameters(self, evaluation: Evaluation, nudge: float, *, retain: bool = False) -> dict[Tensor, Tensor]:
+        """The gradient of the free energy per sample, for each parameter."""
         params = self._of_model()
-        _, found = self._gradients(evaluation, params, nudge)
-        scale = weight / evaluation.samples(self._wired)
-        return {p: g * scale for p, g in zip(params, found, strict=True) if g is not None}
+        _, found = self._gradients(evaluation, params, nudge, retain=retain)
+        return self._per_sample(evaluation, params, found)
+
+    def _per_sample(
+        self, evaluation: Evaluation, params: Sequence[Tensor], found: Sequence[Tensor | None]
+    ) -> dict[Tensor, Tensor]:
+        samples = evaluation.samples(self._wired)
+        return {p: g / samples for p, g in zip(params, found, strict=True) if g is not None}
 
     def _report(self) -> None:
         """Keep what the relaxations did; raise or warn where one has not descended."""
@@ -274,6 +307,8 @@ class EnergyRule(LearningRule):
             self._judge(one)
 
     def _judge(self, one: Relaxation) -> None:
+        if not one.residual:  # a network of outputs alone
+            return
         first, last = one.residual[0], one.residual[-1]
         finite = all(map(math.isfinite, (*one.energy, *one.residual)))
         if finite and (last <= first or one.energy[-1] <= one.energy[0]):
@@ -290,3 +325,11 @@ class EnergyRule(LearningRule):
                 f"{name}: in {over}, the free energy has risen from {one.energy[0]:.3g} to {one.energy[-1]:.3g}: the "
                 f"states have not converged; {try_}"
             )
+
+
+def _predicted(i: int, u: Tensor) -> Tensor:
+    return precise(u)
+
+
+def _no_error(i: int, u: Tensor) -> Tensor:
+    return torch.zeros_like(precise(u))

@@ -45,6 +45,8 @@ class Evaluation:
     Args:
         rule: its name, for messages.
         given: the leaf for a firing, from its number and its prediction.
+        added: whether the network sees ``u`` plus the leaf, with its graph, in place of the leaf; the errors of
+            error-based predictive coding are such leaves.
 
     Attributes:
         predictions: :math:`u` of each firing.
@@ -53,8 +55,8 @@ class Evaluation:
         losses: the value of the closure.
     """
 
-    def __init__(self, rule: str, given: Callable[[int, Tensor], Tensor]) -> None:
-        self._rule, self._given = rule, given
+    def __init__(self, rule: str, given: Callable[[int, Tensor], Tensor], added: bool = False) -> None:
+        self._rule, self._given, self._added = rule, given, added
         self._inputs: list[Tensor] = []  # without graphs, to recognise a firing that checkpointing runs again
         self.predictions: list[Tensor] = []
         self.leaves: list[Tensor] = []
@@ -64,7 +66,7 @@ class Evaluation:
     def leave(self, firing: Firing, u: Tensor) -> Tensor:
         """Keep the prediction of a firing, and hand on the leaf in its place."""
         if firing.replay:
-            return _seen(self.leaves[self._number(firing)], u)
+            return self._seen(self.leaves[self._number(firing)], u)
         if not (u.requires_grad and torch.is_grad_enabled()):
             raise RuntimeError(
                 f"{self._rule}: layer '{firing.synapse.name}' ran under no_grad, where its state cannot relax: in "
@@ -75,7 +77,13 @@ class Evaluation:
         self.leaves.append(leaf)
         self.synapses.append(firing.synapse)
         self._inputs.append(firing.x.detach())
-        return _seen(leaf, u)
+        return self._seen(leaf, u)
+
+    def _seen(self, leaf: Tensor, u: Tensor) -> Tensor:
+        """What the network sees in place of ``u``."""
+        if self._added:
+            return u + leaf.to(u.dtype)
+        return clamp(leaf) if leaf.dtype == u.dtype else leaf.to(u.dtype)
 
     def _number(self, firing: Firing) -> int:
         """Of the firing that is run again."""
@@ -84,10 +92,10 @@ class Evaluation:
             found = [i for i in found if torch.equal(self._inputs[i], firing.x)]
         return found[0]
 
-    def send_back(self, above: Sequence[Tensor]) -> None:
+    def send_back(self, losses: Tensor, above: Sequence[Tensor]) -> None:
         """Let the loss reach the leaves, and parameters above them, unless the closure has done so."""
         if self.leaves:
-            backward_where_missing(self.losses, [*self.leaves, *above], retain_graph=True)
+            backward_where_missing(losses, [*self.leaves, *above], retain_graph=True)
 
     def wiring(self, with_loss: bool = True) -> Wiring:
         """Which firings have a state, and which are outputs; those that the loss does not reach are neither.
@@ -117,13 +125,15 @@ class Evaluation:
     ) -> list[Tensor | None]:
         """Those of the sum of ``terms`` plus ``scale`` times the mean loss; ``None`` where nothing depends on it."""
         ends, signals = list(terms), [torch.ones_like(term) for term in terms]
+        found: list[Tensor | None] = [None] * len(of)
         if scale:
             for i in outputs:
                 if (error := self.leaves[i].grad) is not None:
                     ends.append(self.predictions[i])
                     signals.append((error * scale).to(self.predictions[i].dtype))
         try:
-            found = list(torch.autograd.grad(ends, of, signals, retain_graph=retain, allow_unused=True))
+            if ends and of:
+                found = list(torch.autograd.grad(ends, of, signals, retain_graph=retain, allow_unused=True))
         except RuntimeError as error:
             if "second time" not in str(error):
                 raise
@@ -131,7 +141,8 @@ class Evaluation:
         if scale:  # what the loss depends on past the outputs
             for i, p in enumerate(of):
                 if p.grad is not None:
-                    found[i] = p.grad * scale if found[i] is None else found[i] + p.grad * scale
+                    own = found[i]
+                    found[i] = p.grad * scale if own is None else own + p.grad * scale
         return found
 
     def samples(self, wiring: Wiring) -> int:
@@ -143,11 +154,6 @@ class Evaluation:
 def precise(u: Tensor) -> Tensor:
     """The values of an activity, in single precision at least: small steps of relaxation would be rounded away."""
     return u.detach().to(torch.promote_types(u.dtype, torch.float32))
-
-
-def _seen(leaf: Tensor, u: Tensor) -> Tensor:
-    """A leaf as the network sees it in place of ``u``."""
-    return clamp(leaf) if leaf.dtype == u.dtype else leaf.to(u.dtype)
 
 
 def _leaves_behind(u: Tensor, numbers: dict[Tensor, int]) -> set[int]:
