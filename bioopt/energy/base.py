@@ -141,6 +141,8 @@ class EnergyRule(LearningRule):
             raise RuntimeError(self._coverage.none_fired())
         self._wiring = evaluation.wiring(loss)
         self._powers = {i: self._power(evaluation.predictions[i]) for i in self._wiring.hidden}
+        if loss:  # ranks take this step together
+            self._average_over_ranks(list(self._powers.values()))
         return evaluation
 
     def _evaluate(self, run: Run, states: dict[int, Tensor], *, errors: bool = False) -> Evaluation:
@@ -313,9 +315,11 @@ class EnergyRule(LearningRule):
         finite = all(map(math.isfinite, (*one.energy, *one.residual)))
         if finite and (last <= first or one.energy[-1] <= one.energy[0]):
             return
-        growth = max((b / a for a, b in zip(one.residual, one.residual[1:]) if 0 < a and b < math.inf), default=1.0)
         rate = max(float(group["inference_lr"]) for group in self.param_groups)
-        try_ = f"try inference_lr={rate / (1 + max(growth, 1)):.2g}"
+        # Along the direction of the largest curvature c, a step multiplies the residual by |1 - rate c|.
+        pairs = zip(one.residual, one.residual[1:], strict=False)
+        growth = max((b / a for a, b in pairs if 0 < a and b < math.inf), default=1.0)
+        try_ = f"try inference_lr={rate / min(2 + 2 * growth, 1e3):.2g}"
         name, over = type(self).__name__, f"{len(one.residual)} steps of relaxation with inference_lr={rate:g}"
         if not finite or last > EXPLODED * first > 0:
             raise Diverged(f"{name}: in {over}, the states have diverged; nothing was changed: {try_}", lr=rate)

@@ -136,6 +136,8 @@ class PredictiveCoding(EnergyRule):
         """Move weights along with states; return the sum of their gradients, with the weights as they were."""
         params, hidden, total = self._of_model(), self._wired.hidden, dict[Tensor, Tensor]()
         self._undo.append(partial(_restore, [(p, p.detach().clone()) for p in params]))
+        # A layer moves in its own units, as its states do.
+        scales = {p: self._powers[i] for i in hidden for p in self._wired.synapses[i].parameters()}
         rates = {p: float(group["lr"]) for group in self.param_groups for p in group["params"]}
         history = self._begin_relaxation(1.0)
         for step in range(self.steps):
@@ -147,6 +149,7 @@ class PredictiveCoding(EnergyRule):
                 for i, leaf, g in zip(hidden, leaves, found, strict=False)
             }
             grads = self._per_sample(evaluation, params, found[len(hidden) :])
+            grads = {p: g * scales[p].to(g.dtype) if p in scales else g for p, g in grads.items()}
             self._average_over_ranks(list(grads.values()))
             add_up(total, grads.items())
             for p, gradient in grads.items():

@@ -102,6 +102,8 @@ def predictive_coding(
         grads = step_of_weights(layers, x, y, z, power, 1.0, False)
         z = [step_of_states(layers, *one, power, rate, 1.0, False) for one in zip(x, y, z, strict=True)]
         if lr is not None:
+            scales = [*power, 1.0]  # each layer in its own units
+            grads = [(g * scale, d * scale) for (g, d), scale in zip(grads, scales, strict=True)]
             layers = [(w - lr * g, b - lr * d) for (w, b), (g, d) in zip(layers, grads, strict=True)]
             total = [(w + g, b + d) for (w, b), (g, d) in zip(total, grads, strict=True)]
     return total if lr is not None else step_of_weights(layers, x, y, z, power, 1.0, False)
