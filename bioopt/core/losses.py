@@ -31,5 +31,6 @@ def backward_where_missing(
     """
     if losses.requires_grad and all(p.grad is None for p in params):
         # If the closure's own backward pass freed the graph, then a parameter has a gradient.
+        inputs = [*(p for p in params if p.requires_grad), *anchors]
         with torch.enable_grad():
-            torch.autograd.backward(losses.mean(), inputs=[*(p for p in params if p.requires_grad), *anchors], retain_graph=retain_graph)
+            torch.autograd.backward(losses.mean(), inputs=inputs, retain_graph=retain_graph)

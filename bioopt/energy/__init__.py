@@ -1,7 +1,7 @@
 """The energy family: states in place of activities relax to low energy before the weights learn.
 
-`base` has the base class and `states` what one evaluation with states gives; a rule defines the energy, and when weights
-learn.
+`base` has the base class, `states` one evaluation of a network with states; a rule defines the energy, and the phases
+after which weights learn.
 """
 
 from .base import EnergyRule

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeAlias, Unpack
 
 import torch
@@ -50,19 +50,28 @@ class EnergyRule(LearningRule):
     place of :math:`u_l`. The states descend the free energy
 
     .. math::
-        F = \sum_l E(z_l, u_l) + \beta N L, \qquad z_l \leftarrow z_l - \gamma\, \partial F / \partial z_l
+        F = \sum_l \frac{E(z_l, u_l)}{\sigma_l^2} + \beta N L, \qquad
+        z_l \leftarrow z_l - \gamma \sigma_l^2\, \frac{\partial F}{\partial z_l}
 
-    over :math:`N` samples with their mean loss :math:`L`, and the weights then descend :math:`F / N`. A layer on which
-    no other layer depends is an output: it has no state, and its prediction goes to the loss. Since a gradient ends at
-    the nearest states, the update of a layer depends on its own state and on those next to it. All other parameters of
-    the model (normalisation, those above the outputs) learn as well. Each step of relaxation evaluates the closure, with
-    batch statistics of its own; running statistics advance once, and dropout masks stay the same.
+    over :math:`N` samples with their mean loss :math:`L`, and the weights then descend :math:`F / N`. The precision
+    :math:`1 / \sigma_l^2` is that of the layer's activity: :math:`\sigma_l^2` is the mean square of :math:`u_l` in the
+    forward pass, over samples and neurons. So the same rate suits layers of any scale, such as those before a
+    normalisation. With ``relative=False``, :math:`\sigma = 1`, as published.
+
+    A layer on which no other layer depends is an output: it has no state, and its prediction goes to the loss. As a
+    gradient ends at the nearest states, the update of a layer depends on its own state and on those next to it. All
+    other parameters of the model (normalisation, those above the outputs) learn as well. A layer whose output the loss
+    does not depend on learns nothing. Each step of relaxation evaluates the closure, with batch statistics of its own;
+    running statistics advance once, by those of the forward pass, and dropout masks stay the same.
+
+    Subclasses define `energy`, and by `_learn` when states relax and what the weights learn.
 
     Args:
         params: the model (or modules, or groups whose ``"params"`` are modules), all of whose parameters learn. Bare
             parameters are refused.
         lr: learning rate of ``descent``, by default `torch.optim.Adam`.
         inference_lr: :math:`\gamma`, the rate of the relaxation. May differ between groups.
+        relative: whether states and energies are in units of each layer's activity.
         options: ``exclude``, ``descent`` and its options, ``process_group`` (average gradients over these ranks, each
             with its share of the batch), as in `bioopt.LearningRule`.
 
@@ -73,19 +82,24 @@ class EnergyRule(LearningRule):
         ValueError: a hyperparameter out of range; a model without plastic layers, or with layers that have weights and
             are no known synapses.
         TypeError: bare parameters.
-        Diverged: a relaxation whose residual grows without bound, with the rate to try; nothing is changed.
-        RuntimeError: a step without a closure; a loss that depends on no layer.
+        Diverged: states that grow without bound, with the rate to try; nothing is changed. States whose free energy
+            has risen in the end only warn, once.
+        RuntimeError: a step without a closure; a loss that depends on no layer; a closure whose own ``backward()``
+            frees what states need (where the loss reaches a state past the last layer).
     """
 
     constraints: ClassVar[dict[str, Constraint]] = {"inference_lr": POSITIVE}
     splits_batch = True
 
-    def __init__(self, params: Params, lr: float, *, inference_lr: float, relative: bool, **options: Unpack[RuleOptions]) -> None:
+    def __init__(
+        self, params: Params, lr: float, *, inference_lr: float, relative: bool, **options: Unpack[RuleOptions]
+    ) -> None:
         name = type(self).__name__
+        self._require_bool("relative", relative)
         if (readout := dict(options).get("readout")) is not None:
             raise TypeError(
-                f"{name}: readout={readout!r} is not possible, because the last layer learns from the loss by the rule; "
-                "for other options of the last layer, give it a param group of its own"
+                f"{name}: readout={readout!r} is not possible, because the last layer learns from the loss by the "
+                "rule; for other options of the last layer, give it a param group of its own"
             )
         options.setdefault("descent", Adam)
         super().__init__(params, {"lr": lr, "inference_lr": inference_lr}, **options)
@@ -136,7 +150,10 @@ class EnergyRule(LearningRule):
             errors: whether leaves are errors, which are added to predictions, rather than states.
             loss: whether ``run`` evaluates the loss.
         """
-        evaluation = self._run(run, _no_error if errors else _predicted, errors)
+        if errors:
+            evaluation = self._run(run, lambda i, u: torch.zeros_like(precise(u)), None)
+        else:
+            evaluation = self._run(run, lambda i, u: precise(u))
         if not evaluation.leaves:
             raise RuntimeError(self._coverage.none_fired())
         self._wiring = evaluation.wiring(loss)
@@ -145,22 +162,24 @@ class EnergyRule(LearningRule):
             self._average_over_ranks(list(self._powers.values()))
         return evaluation
 
-    def _evaluate(self, run: Run, states: dict[int, Tensor], *, errors: bool = False) -> Evaluation:
-        """Evaluate with these states, by the numbers of their firings, or with these errors added to predictions."""
+    def _evaluate(self, run: Run, given: Callable[[int, Tensor], Tensor], added: Collection[int] = ()) -> Evaluation:
+        """A later evaluation of a step; the arguments are those of `Evaluation`.
 
-        def given(i: int, u: Tensor) -> Tensor:
-            return states[i] if i in states else (_no_error if errors else _predicted)(i, u)
-
-        return self._like_the_first(self._run(run, given, errors))
-
-    def _run(self, run: Run, given: Callable[[int, Tensor], Tensor], errors: bool = False) -> Evaluation:
-        self._now = evaluation = Evaluation(type(self).__name__, given, errors)
-        evaluation.losses = run(evaluation).detach()
-        return evaluation
-
-    def _like_the_first(self, evaluation: Evaluation) -> Evaluation:
+        Raises:
+            RuntimeError: other layers fired than in the first.
+        """
+        evaluation = self._run(run, given, added)
         if tuple(evaluation.synapses) != self._wired.synapses:
             raise RuntimeError(f"{type(self).__name__}: the closure ran other layers than in its first evaluation")
+        return evaluation
+
+    def _with_states(self, run: Run, states: dict[int, Tensor]) -> Evaluation:
+        """An evaluation with these states, by the numbers of their firings."""
+        return self._evaluate(run, lambda i, u: states[i] if i in states else precise(u))
+
+    def _run(self, run: Run, given: Callable[[int, Tensor], Tensor], added: Collection[int] | None = ()) -> Evaluation:
+        self._now = evaluation = Evaluation(type(self).__name__, given, added)
+        evaluation.losses = run(evaluation).detach()
         return evaluation
 
     @property
@@ -219,7 +238,7 @@ class EnergyRule(LearningRule):
             for i, gradient in zip(moving, found, strict=True):
                 if gradient is not None:
                     states[i] = self._moved(i, states[i], gradient)
-            evaluation = self._evaluate(run, states)
+            evaluation = self._with_states(run, states)
         return evaluation
 
     def _moved(self, i: int, z: Tensor, gradient: Tensor) -> Tensor:
@@ -246,9 +265,10 @@ class EnergyRule(LearningRule):
         evaluation: Evaluation,
     ) -> None:
         """Note the free energy before a step, and the norm of its gradient by the states."""
-        norms = [g.detach().float().square().sum() for g in gradients if g is not None]
-        samples = evaluation.samples(self._wired)
-        residual = torch.stack(norms).sum().div(samples).sqrt() if norms else torch.zeros(())
+        found = [g for g in gradients if g is not None]
+        norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in found]
+        residual = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+        residual = residual / math.sqrt(evaluation.samples(self._wired))
         for values, value in zip(history, (energy, residual), strict=True):
             values.append(value.detach().float())
 
@@ -294,7 +314,7 @@ class EnergyRule(LearningRule):
         self, evaluation: Evaluation, params: Sequence[Tensor], found: Sequence[Tensor | None]
     ) -> dict[Tensor, Tensor]:
         samples = evaluation.samples(self._wired)
-        return {p: g / samples for p, g in zip(params, found, strict=True) if g is not None}
+        return {p: g.detach() / samples for p, g in zip(params, found, strict=True) if g is not None}
 
     def _report(self) -> None:
         """Keep what the relaxations did; raise or warn where one has not descended."""
@@ -318,7 +338,7 @@ class EnergyRule(LearningRule):
         rate = max(float(group["inference_lr"]) for group in self.param_groups)
         # Along the direction of the largest curvature c, a step multiplies the residual by |1 - rate c|.
         pairs = zip(one.residual, one.residual[1:], strict=False)
-        growth = max((b / a for a, b in pairs if 0 < a and b < math.inf), default=1.0)
+        growth = max((b / a for a, b in pairs if a > 0 and b < math.inf), default=1.0)
         try_ = f"try inference_lr={rate / min(2 + 2 * growth, 1e3):.2g}"
         name, over = type(self).__name__, f"{len(one.residual)} steps of relaxation with inference_lr={rate:g}"
         if not finite or last > EXPLODED * first > 0:
@@ -329,11 +349,3 @@ class EnergyRule(LearningRule):
                 f"{name}: in {over}, the free energy has risen from {one.energy[0]:.3g} to {one.energy[-1]:.3g}: the "
                 f"states have not converged; {try_}"
             )
-
-
-def _predicted(i: int, u: Tensor) -> Tensor:
-    return precise(u)
-
-
-def _no_error(i: int, u: Tensor) -> Tensor:
-    return torch.zeros_like(precise(u))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Unpack, final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.constraints import POSITIVE, POSITIVE_INT, Constraint, one_of
@@ -19,7 +20,10 @@ __all__ = ["EquilibriumPropagation"]
 
 NUDGING: Constraint = one_of("centered", "positive", "negative")
 ENERGY: Constraint = one_of("feedforward", "hopfield")
-MAX_POOLING = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)
+MAX_POOLING = (
+    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
+    *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
+)
 
 
 @final
@@ -27,13 +31,13 @@ class EquilibriumPropagation(EnergyRule):
     r"""Weights learn from the difference between two relaxed states, nudged towards a lower and a higher loss.
 
     .. math::
-        F_\beta = \sum_l E(z_l, u_l) + \beta N L, \qquad
+        F_\beta = \sum_l \frac{E(z_l, u_l)}{\sigma_l^2} + \beta N L, \qquad
         \Delta\theta = -\frac{1}{N (\beta_1 - \beta_0)} \left(
-        \frac{\partial F_{\beta_1}}{\partial \theta} \bigg|_{z(\beta_1)}
-        - \frac{\partial F_{\beta_0}}{\partial \theta} \bigg|_{z(\beta_0)} \right)
+        \frac{\partial F_{\beta_1}}{\partial \theta}\left(z(\beta_1)\right)
+        - \frac{\partial F_{\beta_0}}{\partial \theta}\left(z(\beta_0)\right) \right)
 
-    where the states :math:`z(\beta)` have relaxed to the minimum of :math:`F_\beta`. As :math:`\beta \to 0`, this is the
-    gradient of the loss at the free equilibrium :math:`z(0)`. Nudging takes :math:`(\beta_1, \beta_0)` from:
+    where the states :math:`z(\beta)` have relaxed to the minimum of :math:`F_\beta`. As :math:`\beta \to 0`, this is
+    the gradient of the loss at the free equilibrium :math:`z(0)`. Nudging takes :math:`(\beta_1, \beta_0)` from:
 
     - ``"centered"``: :math:`(\beta, -\beta)`; its error falls with :math:`\beta^2`;
     - ``"positive"``: :math:`(\beta, 0)`, and ``"negative"``: :math:`(0, -\beta)`; their error falls with :math:`\beta`.
@@ -42,9 +46,9 @@ class EquilibriumPropagation(EnergyRule):
 
     - ``"feedforward"``: :math:`E = \tfrac{1}{2} \lVert z - u \rVert^2`, that of predictive coding. Its free equilibrium
       is the forward pass, so that the model predicts as it is, and there is no free phase;
-    - ``"hopfield"``: :math:`E = \tfrac{1}{2} \lVert z \rVert^2 - z^\top u`, with states in [0, 1]. Layers act on each
-      other in both directions, by symmetric weights, also without the loss. The free states relax for ``free_steps``
-      from those of the forward pass. Predictions need relaxation, too: `relaxed`.
+    - ``"hopfield"``: :math:`E = \tfrac{1}{2} \lVert z \rVert^2 - z^\top u`, with states in [0, 1] and
+      :math:`\sigma = 1`. Layers act on each other in both directions, by symmetric weights, also without the loss. The
+      free states relax for ``free_steps`` from those of the forward pass. Predictions need relaxation, too: `relaxed`.
 
     Both nudged phases start from the free states. The outputs have no state: they read the last states out.
 
@@ -59,6 +63,7 @@ class EquilibriumPropagation(EnergyRule):
         free_steps: of the relaxation without the loss, with the Hopfield energy.
         nudged_steps: of each relaxation with it.
         inference_lr: :math:`\gamma`; by default 0.1, and 0.5 with the Hopfield energy.
+        relative: whether states and energies are in units of each layer's activity, with the feedforward energy.
         energy: ``"feedforward"`` or ``"hopfield"``.
         alternate: whether a step moves every other layer, in turn, rather than all at once; by default with the
             Hopfield energy, whose layers then reach their minimum given their neighbours in one step of rate 1.
@@ -68,10 +73,10 @@ class EquilibriumPropagation(EnergyRule):
         ValueError, TypeError, Diverged, RuntimeError: as `EnergyRule`.
 
     Sources: B. Scellier & Y. Bengio (2017), *Equilibrium propagation: bridging the gap between energy-based models and
-    backpropagation*, Frontiers in Computational Neuroscience 11; centered: A. Laborieux et al. (2021), *Scaling
-    equilibrium propagation to deep ConvNets by drastically reducing its gradient estimator bias*, Frontiers in
-    Neuroscience 15; negative: B. Scellier et al. (2023), *Energy-based learning algorithms for analog computing: a
-    comparative study*, NeurIPS 36.
+    backpropagation*, Frontiers in Computational Neuroscience 11; centered: A. Laborieux, M. Ernoult, B. Scellier,
+    Y. Bengio, J. Grollier & D. Querlioz (2021), *Scaling equilibrium propagation to deep ConvNets by drastically
+    reducing its gradient estimator bias*, Frontiers in Neuroscience 15; negative: B. Scellier, M. Ernoult, J. Kendall &
+    S. Kumar (2023), *Energy-based learning algorithms for analog computing: a comparative study*, NeurIPS 36.
     """
 
     def __init__(
@@ -118,7 +123,7 @@ class EquilibriumPropagation(EnergyRule):
 
     def energy(self, z: Tensor, u: Tensor) -> Tensor:
         """As `EquilibriumPropagation` describes."""
-        return z.square().sum() / 2 - (z * u).sum() if self._hopfield else (z - u).square().sum() / 2
+        return z.square().sum() / 2 - (z * u).sum() if self._hopfield else F.mse_loss(z, u, reduction="sum") / 2
 
     def project(self, z: Tensor) -> Tensor:
         """States of the Hopfield energy stay in [0, 1]."""
@@ -135,9 +140,7 @@ class EquilibriumPropagation(EnergyRule):
             last = sign < 0
             end = free
             if nudge:
-                end = self._relax(
-                    run, free, nudge, self.nudged_steps, alternate=self.alternate, retain=not last
-                )
+                end = self._relax(run, free, nudge, self.nudged_steps, alternate=self.alternate, retain=not last)
             grads = self._of_parameters(end, nudge, retain=end is free and not last)
             add_up(total, ((p, gradient * (sign / (high - low))) for p, gradient in grads.items()))
         return free.losses, total
@@ -145,7 +148,7 @@ class EquilibriumPropagation(EnergyRule):
     def _relax_freely(self, run: Run, evaluation: Evaluation) -> Evaluation:
         """Without the loss, from the states of the forward pass."""
         states = {i: self.project(evaluation.leaves[i].detach()) for i in self._wired.hidden}
-        return self._relax(run, self._evaluate(run, states), 0.0, self.free_steps, alternate=self.alternate)
+        return self._relax(run, self._with_states(run, states), 0.0, self.free_steps, alternate=self.alternate)
 
     @torch.no_grad()
     def relaxed(self, inputs: Any) -> Any:

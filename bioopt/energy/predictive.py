@@ -6,16 +6,18 @@ from functools import partial
 from typing import Unpack, final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.optim import SGD
 
 from ..core.constraints import POSITIVE_INT, Constraint, one_of
 from ..core.params import Params, RuleOptions
-from ..core.sums import add_up
 from .base import EnergyRule, Run
 from .states import Evaluation, precise
 
 __all__ = ["PredictiveCoding"]
 
+EPS = 1e-12  # keeps a gradient of nothing but zeros
 MODES: Constraint = one_of("state", "incremental", "error")
 
 
@@ -24,20 +26,22 @@ class PredictiveCoding(EnergyRule):
     r"""States lower the errors of predictions and the loss; then weights lower the errors that remain.
 
     .. math::
-        F = \sum_l \tfrac{1}{2} \lVert z_l - u_l \rVert^2 + N L, \qquad
-        \Delta z_l = -\gamma \left( \varepsilon_l - J_{l+1}^\top \varepsilon_{l+1} \right), \qquad
+        F = \sum_l \frac{\lVert z_l - u_l \rVert^2}{2 \sigma_l^2} + N L, \qquad
+        \Delta z_l = -\gamma \sigma_l^2 \left( \varepsilon_l - J_{l+1}^\top \varepsilon_{l+1} \right), \qquad
         \Delta W_l = \tfrac{1}{N}\, \varepsilon_l\, h_{l-1}^\top
 
-    with the error :math:`\varepsilon_l = z_l - u_l` of the prediction :math:`u_l = W_l h_{l-1} + b_l`, and the Jacobian
-    :math:`J_{l+1}` of the prediction above. At the outputs, :math:`\varepsilon` is minus the gradient of the loss. The
-    states start at their predictions, so at first only the layer beneath an output has a gradient: it reaches a
-    layer :math:`k` further down after :math:`k` more steps, and weakly at a small rate.
+    with the error :math:`\varepsilon_l = (z_l - u_l) / \sigma_l^2` of the prediction :math:`u_l = W_l h_{l-1} + b_l`,
+    weighted by the precision (see `EnergyRule`), and the Jacobian :math:`J_{l+1}` of the prediction above. At the
+    outputs, :math:`\varepsilon` is minus the gradient of each sample's loss. The states start at their predictions, so
+    at first only the layer beneath an output has a gradient: it reaches a layer :math:`k` further down after :math:`k`
+    more steps, and weakly at a small rate.
 
     Modes:
 
     - ``"state"``: the states take ``steps`` steps, then the weights learn;
-    - ``"incremental"``: the weights move along with the states, by ``lr`` times their gradient after each step. The
-      gradient that ``descent`` receives is the sum over steps, so that with SGD the step is that of ``steps`` updates;
+    - ``"incremental"``: the weights move along with the states. ``descent`` receives the sum of their gradients in all
+      steps, with the weights where they were: with SGD, by which they also move within the relaxation, its step is that
+      of ``steps`` updates. With other ``descent``, a layer's weights move by ``lr`` over all steps (root mean square);
     - ``"error"``: the errors relax in place of the states, :math:`z_l = u_l + \varepsilon_l`. A step of them takes the
       whole network forward and back, so that errors reach all layers at once. The weights learn from local errors, as
       in the other modes.
@@ -53,6 +57,7 @@ class PredictiveCoding(EnergyRule):
         lr: learning rate of ``descent``, by default `torch.optim.Adam`.
         steps: of relaxation.
         inference_lr: :math:`\gamma`; by default 0.1, with ``fixed_prediction`` 1.
+        relative: whether states and energies are in units of each layer's activity.
         mode: ``"state"``, ``"incremental"`` or ``"error"``.
         fixed_prediction: whether predictions stay those of the forward pass; with ``mode="state"``.
         options: ``exclude``, ``descent`` and its options, ``process_group``, as in `EnergyRule`.
@@ -64,9 +69,10 @@ class PredictiveCoding(EnergyRule):
     Sources: J. C. R. Whittington & R. Bogacz (2017), *An approximation of the error backpropagation algorithm in a
     predictive coding network with local Hebbian synaptic plasticity*, Neural Computation 29; fixed predictions:
     B. Millidge, A. Tschantz & C. L. Buckley (2022), *Predictive coding approximates backprop along arbitrary
-    computation graphs*, Neural Computation 34; incremental: T. Salvatori et al. (2024), *A stable, fast, and fully
-    automatic learning algorithm for predictive coding networks*, ICLR; errors: C. Goemaere, G. Oliviers, R. Bogacz &
-    T. Demeester (2025), *Error optimization: overcoming exponential signal decay in deep predictive coding networks*.
+    computation graphs*, Neural Computation 34; incremental: T. Salvatori, Y. Song, Y. Yordanov, B. Millidge, L. Sha,
+    C. Emde, Z. Xu, R. Bogacz & T. Lukasiewicz (2024), *A stable, fast, and fully automatic learning algorithm for
+    predictive coding networks*, ICLR; errors: C. Goemaere, G. Oliviers, R. Bogacz & T. Demeester (2025), *Error
+    optimization: overcoming exponential signal decay in deep predictive coding networks*.
     """
 
     def __init__(
@@ -96,7 +102,7 @@ class PredictiveCoding(EnergyRule):
 
     def energy(self, z: Tensor, u: Tensor) -> Tensor:
         """Half the squared error of the prediction."""
-        return (z - u).square().sum() / 2
+        return F.mse_loss(z, u, reduction="sum") / 2
 
     def _learn(self, run: Run) -> tuple[Tensor, dict[Tensor, Tensor]]:
         evaluation = self._forward(run, errors=self.mode == "error")
@@ -115,12 +121,13 @@ class PredictiveCoding(EnergyRule):
         """Relax errors within the graph of one evaluation."""
         hidden, outputs = self._wired.hidden, self._wired.outputs
         samples, history = evaluation.samples(self._wired), self._begin_relaxation(1.0)
-        leaves, predictions = [evaluation.leaves[i] for i in hidden], [evaluation.predictions[i] for i in hidden]
+        leaves = [evaluation.leaves[i] for i in hidden]
         errors, powers = [torch.zeros_like(leaf) for leaf in leaves], [self._powers[i] for i in hidden]
 
         def sent_back(of: list[Tensor], retain: bool) -> list[Tensor | None]:
             with torch.enable_grad():
-                terms = [-(e * u.to(e.dtype)).sum() / power for e, u, power in zip(errors, predictions, powers, strict=True)]
+                pairs = zip(hidden, errors, strict=True)
+                terms = [-(e * evaluation.predictions[i].to(e.dtype)).sum() / self._powers[i] for i, e in pairs]
             return evaluation.gradients(terms, outputs, of, samples, retain)
 
         for _ in range(self.steps if hidden else 0):
@@ -136,49 +143,55 @@ class PredictiveCoding(EnergyRule):
         """Move weights along with states; return the sum of their gradients, with the weights as they were."""
         params, hidden, total = self._of_model(), self._wired.hidden, dict[Tensor, Tensor]()
         self._undo.append(partial(_restore, [(p, p.detach().clone()) for p in params]))
-        # A layer moves in its own units, as its states do.
-        scales = {p: self._powers[i] for i in hidden for p in self._wired.synapses[i].parameters()}
         rates = {p: float(group["lr"]) for group in self.param_groups for p in group["params"]}
-        history = self._begin_relaxation(1.0)
+        # A layer moves in its own units, as its states do.
+        powers: dict[Tensor, Tensor] = {
+            p: self._powers[i] for i in hidden for p in self._wired.synapses[i].parameters()
+        }
+        plain, history = isinstance(self._descent, SGD), self._begin_relaxation(1.0)
         for step in range(self.steps):
             leaves = [evaluation.leaves[i] for i in hidden]
             energy, found = self._gradients(evaluation, [*leaves, *params], 1.0)
             self._note(history, energy, found[: len(hidden)], evaluation)
-            states = {
-                i: leaf.detach() if g is None else self._moved(i, leaf.detach(), g)
-                for i, leaf, g in zip(hidden, leaves, found, strict=False)
-            }
             grads = self._per_sample(evaluation, params, found[len(hidden) :])
-            grads = {p: g * scales[p].to(g.dtype) if p in scales else g for p, g in grads.items()}
             self._average_over_ranks(list(grads.values()))
-            add_up(total, grads.items())
             for p, gradient in grads.items():
-                p.sub_(gradient, alpha=rates[p])
-            if step < self.steps - 1:
-                evaluation = self._evaluate(run, states)
+                if p in powers:
+                    gradient.mul_(powers[p])
+                total[p] = total[p].add_(gradient) if p in total else gradient.clone()
+            if step == self.steps - 1:
+                break
+            for p, gradient in grads.items():
+                if plain:
+                    p.sub_(gradient, alpha=rates[p])
+                else:  # others than SGD make steps of a length of about lr, whatever that of the gradient
+                    p.sub_(gradient / (gradient.square().mean().sqrt() + EPS), alpha=rates[p] / self.steps)
+            moving = zip(hidden, leaves, found, strict=False)
+            states = {i: z.detach() if g is None else self._moved(i, z.detach(), g) for i, z, g in moving}
+            evaluation = self._with_states(run, states)
         return total
 
     def _relax_errors(self, run: Run, evaluation: Evaluation) -> Evaluation:
         """Let errors descend the free energy as a function of them; return the evaluation with the states they make."""
         hidden, history = self._wired.hidden, self._begin_relaxation(1.0)
         errors = {i: evaluation.leaves[i].detach() for i in hidden}
+        samples = evaluation.samples(self._wired)
         for step in range(self.steps if hidden else 0):
-            samples = evaluation.samples(self._wired)
-            gradients = []
-            for i in hidden:
-                of_loss = evaluation.leaves[i].grad
-                own = errors[i] / self._powers[i]
-                gradients.append(own if of_loss is None else own + of_loss * samples)
+            leaves = [evaluation.leaves[i] for i in hidden]
+            if step == 0:  # the loss has been sent back through the whole network
+                found = [None if leaf.grad is None else leaf.grad * samples for leaf in leaves]
+            else:
+                found = evaluation.gradients([], self._wired.outputs, leaves, samples)
+            own = [errors[i] / self._powers[i] for i in hidden]
+            gradients = [e if g is None else e + g for e, g in zip(own, found, strict=True)]
             energy = sum((e.square().sum() / self._powers[i] for i, e in errors.items()), torch.zeros(())) / 2
             self._note(history, energy / samples + evaluation.losses.mean(), gradients, evaluation)
             for i, gradient in zip(hidden, gradients, strict=True):
                 errors[i] = self._moved(i, errors[i], gradient)
             if step < self.steps - 1:
-                evaluation = self._evaluate(run, errors, errors=True)
+                evaluation = self._evaluate(run, lambda i, u: errors[i] if i in errors else precise(u), errors)
         # States cut the network, so that each layer's weights learn from its own error alone.
-        return self._like_the_first(
-            self._run(run, lambda i, u: precise(u) + errors[i] if i in errors else precise(u))
-        )
+        return self._evaluate(run, lambda i, u: precise(u) + errors[i] if i in errors else precise(u))
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,8 +45,8 @@ class Evaluation:
     Args:
         rule: its name, for messages.
         given: the leaf for a firing, from its number and its prediction.
-        added: whether the network sees ``u`` plus the leaf, with its graph, in place of the leaf; the errors of
-            error-based predictive coding are such leaves.
+        added: the numbers of firings of which the network sees ``u`` plus the leaf, with its graph, in place of the
+            leaf; ``None``: all. The errors of error-based predictive coding are such leaves.
 
     Attributes:
         predictions: :math:`u` of each firing.
@@ -55,7 +55,7 @@ class Evaluation:
         losses: the value of the closure.
     """
 
-    def __init__(self, rule: str, given: Callable[[int, Tensor], Tensor], added: bool = False) -> None:
+    def __init__(self, rule: str, given: Callable[[int, Tensor], Tensor], added: Collection[int] | None = ()) -> None:
         self._rule, self._given, self._added = rule, given, added
         self._inputs: list[Tensor] = []  # without graphs, to recognise a firing that checkpointing runs again
         self.predictions: list[Tensor] = []
@@ -66,7 +66,7 @@ class Evaluation:
     def leave(self, firing: Firing, u: Tensor) -> Tensor:
         """Keep the prediction of a firing, and hand on the leaf in its place."""
         if firing.replay:
-            return self._seen(self.leaves[self._number(firing)], u)
+            return self._seen(self._number(firing), u)
         if not (u.requires_grad and torch.is_grad_enabled()):
             raise RuntimeError(
                 f"{self._rule}: layer '{firing.synapse.name}' ran under no_grad, where its state cannot relax: in "
@@ -77,11 +77,12 @@ class Evaluation:
         self.leaves.append(leaf)
         self.synapses.append(firing.synapse)
         self._inputs.append(firing.x.detach())
-        return self._seen(leaf, u)
+        return self._seen(len(self.leaves) - 1, u)
 
-    def _seen(self, leaf: Tensor, u: Tensor) -> Tensor:
+    def _seen(self, i: int, u: Tensor) -> Tensor:
         """What the network sees in place of ``u``."""
-        if self._added:
+        leaf = self.leaves[i]
+        if self._added is None or i in self._added:
             return u + leaf.to(u.dtype)
         return clamp(leaf) if leaf.dtype == u.dtype else leaf.to(u.dtype)
 

@@ -209,11 +209,13 @@ def test_a_rate_at_which_relaxation_explodes_is_named_with_one_that_works(rule: 
     model, (x, y) = stiff(), twins.data()
     optimizer = RULES[rule](model, inference_lr=50.0)
     before, state = weights(model), copy.deepcopy(optimizer.state_dict())
-    with pytest.raises(bioopt.Diverged, match=r"inference_lr=50, the states have diverged; nothing was changed: try") as e:
+    with pytest.raises(
+        bioopt.Diverged, match=r"inference_lr=50, the states have diverged; nothing was changed: try"
+    ) as raised:
         optimizer.step(lambda: F.cross_entropy(model(x), y))
     assert same(before, weights(model))
     assert optimizer.state_dict() == state
-    rate = float(str(e.value).split("try inference_lr=")[1])
+    rate = float(str(raised.value).split("try inference_lr=")[1])
     optimizer.param_groups[0]["inference_lr"] = rate
     optimizer.step(lambda: F.cross_entropy(model(x), y))
     assert optimizer.relaxations[0].energy[-1] < optimizer.relaxations[0].energy[0]
@@ -223,9 +225,8 @@ def test_a_relaxation_that_does_not_converge_warns_once_with_a_rate_that_does() 
     model, (x, y) = stiff(), twins.data()
     optimizer = bioopt.PredictiveCoding(model, 0.0, inference_lr=0.7, relative=False)
     with pytest.warns(UserWarning, match="the free energy has risen from .* have not converged; try") as caught:
-        for _ in range(2):
-            optimizer.step(lambda: F.cross_entropy(model(x), y))
-    assert len(caught) == 1
+        optimizer.step(lambda: F.cross_entropy(model(x), y))
+    optimizer.step(lambda: F.cross_entropy(model(x), y))  # no second warning, which would be an error here
     optimizer.param_groups[0]["inference_lr"] = float(str(caught[0].message).split("try inference_lr=")[1])
     optimizer.step(lambda: F.cross_entropy(model(x), y))
     energy = optimizer.relaxations[0].energy
@@ -261,7 +262,7 @@ class Disturbed(bioopt.EnergyRule):
         states = {i: first.leaves[i].detach() + 0.1 * (i + 1) for i in self._wired.hidden}
         if self.disturbed is not None:
             states[self.disturbed] = states[self.disturbed] + 0.5
-        evaluation: Evaluation = self._evaluate(run, states)
+        evaluation: Evaluation = self._with_states(run, states)
         return first.losses, self._of_parameters(evaluation, 1.0)
 
 

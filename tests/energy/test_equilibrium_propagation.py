@@ -61,9 +61,13 @@ def equilibrium_gradient(model: nn.Sequential, x: Tensor, y: Tensor) -> dict[str
     inside = torch.cat([((s > 0) & (s < 1)).flatten() for s in z])
     assert 0 < inside.sum() < len(inside)
     flat = torch.cat([g.flatten() for g in slopes])
-    rows = [torch.cat([h.flatten() for h in torch.autograd.grad(g, z, retain_graph=True, materialize_grads=True)]) for g in flat[inside]]
-    of_loss = torch.cat([g.flatten() for g in torch.autograd.grad(loss, z, retain_graph=True, materialize_grads=True)])[inside]
-    costate = torch.linalg.solve(torch.stack(rows)[:, inside], of_loss)
+
+    def by_states(value: Tensor) -> Tensor:
+        found = torch.autograd.grad(value, z, retain_graph=True, materialize_grads=True)
+        return torch.cat([g.flatten() for g in found])[inside]
+
+    rows, of_loss = [by_states(g) for g in flat[inside]], by_states(loss)
+    costate = torch.linalg.solve(torch.stack(rows), of_loss)
     params = dict(model.named_parameters())
     found = torch.autograd.grad([loss, flat[inside]], list(params.values()), [torch.ones_like(loss), -costate])
     return dict(zip(params, found, strict=True))

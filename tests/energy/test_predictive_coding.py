@@ -26,7 +26,9 @@ def compared(model: nn.Sequential, grads: dict[str, Tensor], expected: twins.Lay
 @pytest.mark.parametrize("mode", ["state", "incremental", "error"])
 def test_equals_its_twin_of_loops(mode: str, relative: bool) -> None:
     model, (x, y) = twins.network(), twins.data()
-    rule = bioopt.PredictiveCoding(model, 0.05, steps=4, inference_lr=0.2, mode=mode, relative=relative)
+    rule = bioopt.PredictiveCoding(
+        model, 0.05, steps=4, inference_lr=0.2, mode=mode, relative=relative, descent=torch.optim.SGD
+    )
     layers = twins.layers_of(model)
     if mode == "error":
         expected = twins.with_errors(layers, x, y, 4, 0.2, relative)
@@ -85,7 +87,12 @@ def test_an_error_goes_one_layer_down_in_each_step(steps: int) -> None:
 
 def test_passes_are_those_of_the_mode() -> None:
     model, (x, y) = twins.network(), twins.data()
-    for options, passes in (({}, 6), ({"mode": "error"}, 6), ({"mode": "incremental"}, 5), ({"fixed_prediction": True}, 1)):
+    for options, passes in (
+        ({}, 6),
+        ({"mode": "error"}, 6),
+        ({"mode": "incremental"}, 5),
+        ({"fixed_prediction": True}, 1),
+    ):
         rule: Any = bioopt.PredictiveCoding(model, steps=5, **options)
         gradients(rule, model, x, y)
         assert rule.forward_passes == passes

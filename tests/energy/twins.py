@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +19,7 @@ def network(sizes: tuple[int, ...] = (6, 5, 4, 4, 3), seed: int = 0) -> nn.Seque
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         modules: list[nn.Module] = []
-        for a, b in zip(sizes, sizes[1:], strict=False):
+        for a, b in pairwise(sizes):
             modules += [nn.Linear(a, b), nn.Tanh()]
         return nn.Sequential(*modules[:-1]).double()
 
@@ -65,7 +67,14 @@ def signals(layers: Layers, x: Tensor, y: Tensor, z: list[Tensor], power: list[T
 
 
 def step_of_states(
-    layers: Layers, x: Tensor, y: Tensor, z: list[Tensor], power: list[Tensor], rate: float, nudge: float, hopfield: bool
+    layers: Layers,
+    x: Tensor,
+    y: Tensor,
+    z: list[Tensor],
+    power: list[Tensor],
+    rate: float,
+    nudge: float,
+    hopfield: bool,
 ) -> list[Tensor]:
     """The states of one sample after a step of relaxation, all at once."""
     s, u = signals(layers, x, y, z, power, nudge, hopfield)
