@@ -16,7 +16,7 @@ from ..core.errors import Diverged, warn
 from ..core.params import Params, RuleOptions, learning_parameters_of, no_plastic_layer, synapses_of
 from ..core.probe import Probe
 from ..core.recorder import Firing
-from ..core.rule import Estimate, LearningRule, optional
+from ..core.rule import Estimate, LearningRule
 from ..core.synapse import Synapse
 from .states import Evaluation, Wiring, precise
 
@@ -118,13 +118,12 @@ class EnergyRule(LearningRule):
         """The energy of one layer, summed over samples and neurons: a scalar."""
 
     @abstractmethod
+    def project(self, z: Tensor) -> Tensor:
+        """The nearest state in range, or ``z`` itself where states have no range."""
+
+    @abstractmethod
     def _learn(self, run: Run) -> tuple[Tensor, dict[Tensor, Tensor]]:
         """The losses, and the gradient of each parameter; ``run`` evaluates the closure."""
-
-    @optional
-    def project(self, z: Tensor) -> Tensor:
-        """The nearest state in range."""
-        return z
 
     # -- one evaluation -----------------------------------------------------------------------------------------
 

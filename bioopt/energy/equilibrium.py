@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..core.constraints import POSITIVE, POSITIVE_INT, Constraint, one_of
 from ..core.errors import warn
-from ..core.params import Params, RuleOptions, named_modules_of
+from ..core.params import Params, RuleOptions
 from ..core.probe import keeping_modes
 from ..core.sums import add_up
 from .base import EnergyRule, Run
@@ -111,15 +111,12 @@ class EquilibriumPropagation(EnergyRule):
         if inference_lr is None:
             inference_lr = 0.5 if self._hopfield else 0.1
         super().__init__(params, lr, inference_lr=inference_lr, relative=relative and not self._hopfield, **options)
-
-    def _select(self, group: dict[str, Any]) -> Any:
-        modules = [inner for _, module in named_modules_of(group["params"]) for inner in module.modules()]
-        if self._hopfield and any(isinstance(module, MAX_POOLING) for module in modules):
+        pooling = any(isinstance(inner, MAX_POOLING) for module in self._known.roots for inner in module.modules())
+        if self._hopfield and pooling:
             warn(
                 "EquilibriumPropagation: energy='hopfield' with max pooling: states jump as another input becomes the "
                 "largest, so that they converge badly; use average pooling"
             )
-        return super()._select(group)
 
     def energy(self, z: Tensor, u: Tensor) -> Tensor:
         """As `EquilibriumPropagation` describes."""

@@ -104,6 +104,10 @@ class PredictiveCoding(EnergyRule):
         """Half the squared error of the prediction."""
         return F.mse_loss(z, u, reduction="sum") / 2
 
+    def project(self, z: Tensor) -> Tensor:
+        """States have no range."""
+        return z
+
     def _learn(self, run: Run) -> tuple[Tensor, dict[Tensor, Tensor]]:
         evaluation = self._forward(run, errors=self.mode == "error")
         losses = evaluation.losses

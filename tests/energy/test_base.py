@@ -257,6 +257,9 @@ class Disturbed(bioopt.EnergyRule):
     def energy(self, z: Tensor, u: Tensor) -> Tensor:
         return (z - u).square().sum() / 2
 
+    def project(self, z: Tensor) -> Tensor:
+        return z
+
     def _learn(self, run: Any) -> tuple[Tensor, dict[Tensor, Tensor]]:
         first = self._forward(run)
         states = {i: first.leaves[i].detach() + 0.1 * (i + 1) for i in self._wired.hidden}
