@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, ClassVar, NamedTuple, TypeAlias, Unpack
+from typing import Any, ClassVar, TypeAlias, Unpack
 
 import torch
 from torch import Tensor
@@ -18,28 +18,15 @@ from ..core.probe import Probe
 from ..core.recorder import Firing
 from ..core.rule import Estimate, LearningRule
 from ..core.synapse import Synapse
+from .relaxation import Descent, Relaxation
 from .states import Evaluation, Wiring, precise
 
-__all__ = ["EnergyRule", "Relaxation"]
+__all__ = ["EnergyRule"]
 
 #: runs the network in an evaluation, and sends the loss back; returns the losses, or the prediction
 Run: TypeAlias = Callable[[Evaluation], Tensor]
 
-EXPLODED = 1e3  # growth of the residual, after which a relaxation has exploded
-
-
-class Relaxation(NamedTuple):
-    """What one relaxation did, step by step.
-
-    Attributes:
-        nudge: the factor of the loss in the free energy.
-        energy: the free energy before each step, per sample.
-        residual: the norm of its gradient by the states before each step, per sample.
-    """
-
-    nudge: float
-    energy: list[float]
-    residual: list[float]
+ROUNDING = 4  # roundings by which an energy may rise
 
 
 class EnergyRule(LearningRule):
@@ -57,6 +44,9 @@ class EnergyRule(LearningRule):
     :math:`1 / \sigma_l^2` is that of the layer's activity: :math:`\sigma_l^2` is the mean square of :math:`u_l` in the
     forward pass, over samples and neurons. So the same rate suits layers of any scale, such as those before a
     normalisation. With ``relative=False``, :math:`\sigma = 1`, as published.
+
+    A step of relaxation that has raised the free energy is taken back, and the rate halved for the rest of this
+    relaxation. So ``inference_lr`` is the largest rate; `relaxations` has what became of it.
 
     A layer on which no other layer depends is an output: it has no state, and its prediction goes to the loss. As a
     gradient ends at the nearest states, the update of a layer depends on its own state and on those next to it. All
@@ -82,8 +72,8 @@ class EnergyRule(LearningRule):
         ValueError: a hyperparameter out of range; a model without plastic layers, or with layers that have weights and
             are no known synapses.
         TypeError: bare parameters.
-        Diverged: states that grow without bound, with the rate to try; nothing is changed. States whose free energy
-            has risen in the end only warn, once.
+        Diverged: no step of a relaxation lowers the free energy, with the rate to try; nothing is changed. If more than
+            half of the steps raise it, one warning says so.
         RuntimeError: a step without a closure; a loss that depends on no layer; a closure whose own ``backward()``
             frees what states need (where the loss reaches a state past the last layer).
     """
@@ -106,7 +96,7 @@ class EnergyRule(LearningRule):
         self.relative = relative
         self._powers: dict[int, Tensor] = {}
         self.relaxations: list[Relaxation] = []
-        self._history: list[tuple[float, list[Tensor], list[Tensor]]] = []  # of the estimate in progress
+        self._descents: list[Descent] = []  # of the estimate in progress
         self._now: Evaluation | None = None
         self._wiring: Wiring | None = None
         self._warned = False
@@ -225,24 +215,52 @@ class EnergyRule(LearningRule):
             alternate: whether a step moves every other layer, in turn, rather than all.
             retain: whether the graph of ``evaluation`` is needed again.
         """
-        history = self._begin_relaxation(nudge)
-        hidden = self._wired.hidden
+        descent, hidden = self._begin_descent(nudge), self._wired.hidden
         for step in range(steps if hidden else 0):
             # From the layer beneath the outputs on, where the loss acts first.
-            moving = hidden[::-1][step % 2 :: 2] if alternate and len(hidden) > 1 else hidden
+            moving = hidden[::-1][descent.lowered % 2 :: 2] if alternate and len(hidden) > 1 else hidden
             leaves = [evaluation.leaves[i] for i in moving]
             energy, found = self._gradients(evaluation, leaves, nudge, retain=retain and step == 0)
-            self._note(history, energy, found, evaluation)
             states = {i: evaluation.leaves[i].detach() for i in hidden}
-            for i, gradient in zip(moving, found, strict=True):
-                if gradient is not None:
-                    states[i] = self._moved(i, states[i], gradient)
-            evaluation = self._with_states(run, states)
+            gradients = {i: g for i, g in zip(moving, found, strict=True) if g is not None}
+            evaluation = self._with_states(run, self._step(descent, evaluation, energy, states, gradients))
         return evaluation
 
-    def _moved(self, i: int, z: Tensor, gradient: Tensor) -> Tensor:
+    def _begin_descent(self, nudge: float) -> Descent:
+        self._descents.append(descent := Descent(nudge))
+        return descent
+
+    def _step(
+        self,
+        descent: Descent,
+        evaluation: Evaluation,
+        energy: Tensor,
+        states: dict[int, Tensor],
+        gradients: dict[int, Tensor],
+    ) -> dict[int, Tensor]:
+        """The states after a step of relaxation, or after half of the one before, if that has raised the free energy.
+
+        Args:
+            descent: of this relaxation.
+            evaluation: with the present states.
+            energy: the free energy, per sample.
+            states: or errors, by the numbers of their firings.
+            gradients: of those that move.
+        """
+        norms = [torch.linalg.vector_norm(g) for g in gradients.values()]
+        residual = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros_like(energy)
+        numbers = torch.stack([energy.detach(), residual.to(energy) / math.sqrt(evaluation.samples(self._wired))])
+        self._average_over_ranks([numbers])
+        rounding = ROUNDING * max(torch.finfo(u.dtype).eps for u in evaluation.predictions)
+        value, length = numbers.tolist()
+        descent.arrive(states, gradients, value, length, rounding)
+        scale = descent.done.scale
+        moved = {i: self._moved(i, descent.states[i], g, scale) for i, g in descent.gradients.items()}
+        return {**descent.states, **moved}
+
+    def _moved(self, i: int, z: Tensor, gradient: Tensor, scale: float = 1.0) -> Tensor:
         """The state of a firing, or its error, after one step of relaxation."""
-        rate = float(self.param_groups[self._wired.synapses[i].group]["inference_lr"])
+        rate = scale * float(self.param_groups[self._wired.synapses[i].group]["inference_lr"])
         return self.project(torch.addcmul(z, gradient, self._powers[i], value=-rate))
 
     def _power(self, u: Tensor) -> Tensor:
@@ -251,32 +269,12 @@ class EnergyRule(LearningRule):
         power = u.square().mean() if self.relative and u.numel() else u.new_zeros(())
         return torch.where(power > 0, power, torch.ones_like(power))
 
-    def _begin_relaxation(self, nudge: float) -> tuple[list[Tensor], list[Tensor]]:
-        history: tuple[list[Tensor], list[Tensor]] = [], []
-        self._history.append((nudge, *history))
-        return history
-
-    def _note(
-        self,
-        history: tuple[list[Tensor], list[Tensor]],
-        energy: Tensor,
-        gradients: Sequence[Tensor | None],
-        evaluation: Evaluation,
-    ) -> None:
-        """Note the free energy before a step, and the norm of its gradient by the states."""
-        found = [g for g in gradients if g is not None]
-        norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in found]
-        residual = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
-        residual = residual / math.sqrt(evaluation.samples(self._wired))
-        for values, value in zip(history, (energy, residual), strict=True):
-            values.append(value.detach().float())
-
     # -- a step -------------------------------------------------------------------------------------------------
 
     def _estimate(self, probe: Probe) -> Estimate:
         self._recorder.reset()
         self._recorder.act(self._enter, self._leave)
-        self._history.clear()
+        self._descents.clear()
         self._undo.append(self._forget)
         params = self._of_model()
 
@@ -301,7 +299,7 @@ class EnergyRule(LearningRule):
     def _forget(self) -> None:
         """Drop the graphs of the last evaluation."""
         self._now = self._wiring = None
-        self._history.clear()
+        self._descents.clear()
 
     def _of_parameters(self, evaluation: Evaluation, nudge: float, *, retain: bool = False) -> dict[Tensor, Tensor]:
         """The gradient of the free energy per sample, for each parameter."""
@@ -317,34 +315,20 @@ class EnergyRule(LearningRule):
 
     def _report(self) -> None:
         """Keep what the relaxations did; raise or warn where one has not descended."""
-        values = [torch.stack([v for phase in self._history for v in (*phase[1], *phase[2])])] if self._history else []
-        self._average_over_ranks(values)
-        numbers = iter(values[0].tolist() if values else [])
-        self.relaxations = [
-            Relaxation(nudge, [next(numbers) for _ in energy], [next(numbers) for _ in residual])
-            for nudge, energy, residual in self._history
-        ]
-        for one in self.relaxations:
-            self._judge(one)
-
-    def _judge(self, one: Relaxation) -> None:
-        if not one.residual:  # a network of outputs alone
-            return
-        first, last = one.residual[0], one.residual[-1]
-        finite = all(map(math.isfinite, (*one.energy, *one.residual)))
-        if finite and (last <= first or one.energy[-1] <= one.energy[0]):
-            return
-        rate = max(float(group["inference_lr"]) for group in self.param_groups)
-        # Along the direction of the largest curvature c, a step multiplies the residual by |1 - rate c|.
-        pairs = zip(one.residual, one.residual[1:], strict=False)
-        growth = max((b / a for a, b in pairs if a > 0 and b < math.inf), default=1.0)
-        try_ = f"try inference_lr={rate / min(2 + 2 * growth, 1e3):.2g}"
-        name, over = type(self).__name__, f"{len(one.residual)} steps of relaxation with inference_lr={rate:g}"
-        if not finite or last > EXPLODED * first > 0:
-            raise Diverged(f"{name}: in {over}, the states have diverged; nothing was changed: {try_}", lr=rate)
-        if not self._warned:
-            self._warned = True
-            warn(
-                f"{name}: in {over}, the free energy has risen from {one.energy[0]:.3g} to {one.energy[-1]:.3g}: the "
-                f"states have not converged; {try_}"
-            )
+        self.relaxations = [descent.done for descent in self._descents]
+        name, rate = type(self).__name__, max(float(group["inference_lr"]) for group in self.param_groups)
+        for descent in self._descents:
+            done, steps = descent.done, len(descent.done.energy)
+            hint = f"try inference_lr={rate * done.scale / 2:.2g}"
+            if done.taken_back and descent.lowered < 2:
+                raise Diverged(
+                    f"{name}: with inference_lr={rate:g}, halved {done.taken_back} times, no step of relaxation has "
+                    f"lowered the free energy; nothing was changed: {hint}",
+                    lr=rate,
+                )
+            if 2 * done.taken_back > steps and not self._warned:
+                self._warned = True
+                warn(
+                    f"{name}: {done.taken_back} of {steps} steps of relaxation with inference_lr={rate:g} have raised "
+                    f"the free energy, and were taken back; {hint}"
+                )

@@ -124,7 +124,7 @@ class PredictiveCoding(EnergyRule):
     def _with_fixed_predictions(self, evaluation: Evaluation) -> dict[Tensor, Tensor]:
         """Relax errors within the graph of one evaluation."""
         hidden, outputs = self._wired.hidden, self._wired.outputs
-        samples, history = evaluation.samples(self._wired), self._begin_relaxation(1.0)
+        samples, done = evaluation.samples(self._wired), self._begin_descent(1.0).done
         leaves = [evaluation.leaves[i] for i in hidden]
         errors, powers = [torch.zeros_like(leaf) for leaf in leaves], [self._powers[i] for i in hidden]
 
@@ -137,8 +137,10 @@ class PredictiveCoding(EnergyRule):
         for _ in range(self.steps if hidden else 0):
             found = sent_back(leaves, True)
             gradients = [e / p if g is None else e / p + g for e, p, g in zip(errors, powers, found, strict=True)]
+            norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
             energy = sum((e.square().sum() / p for e, p in zip(errors, powers, strict=True)), torch.zeros(())) / 2
-            self._note(history, energy / samples + evaluation.losses.mean(), gradients, evaluation)
+            done.energy.append(float(energy / samples + evaluation.losses.mean()))
+            done.residual.append(float(norm) / samples**0.5)
             errors = [self._moved(i, e, g) for i, e, g in zip(hidden, errors, gradients, strict=True)]
         params = self._of_model()
         return self._per_sample(evaluation, params, sent_back(params, False))
@@ -152,32 +154,32 @@ class PredictiveCoding(EnergyRule):
         powers: dict[Tensor, Tensor] = {
             p: self._powers[i] for i in hidden for p in self._wired.synapses[i].parameters()
         }
-        plain, history = isinstance(self._descent, SGD), self._begin_relaxation(1.0)
+        plain, descent = isinstance(self._descent, SGD), self._begin_descent(1.0)
         for step in range(self.steps):
             leaves = [evaluation.leaves[i] for i in hidden]
             energy, found = self._gradients(evaluation, [*leaves, *params], 1.0)
-            self._note(history, energy, found[: len(hidden)], evaluation)
-            grads = self._per_sample(evaluation, params, found[len(hidden) :])
-            self._average_over_ranks(list(grads.values()))
-            for p, gradient in grads.items():
-                if p in powers:
-                    gradient.mul_(powers[p])
-                total[p] = total[p].add_(gradient) if p in total else gradient.clone()
-            if step == self.steps - 1:
-                break
-            for p, gradient in grads.items():
-                if plain:
-                    p.sub_(gradient, alpha=rates[p])
-                else:  # others than SGD make steps of a length of about lr, whatever that of the gradient
-                    p.sub_(gradient / (gradient.square().mean().sqrt() + EPS), alpha=rates[p] / self.steps)
-            moving = zip(hidden, leaves, found, strict=False)
-            states = {i: z.detach() if g is None else self._moved(i, z.detach(), g) for i, z, g in moving}
-            evaluation = self._with_states(run, states)
+            gradients = {i: g for i, g in zip(hidden, found, strict=False) if g is not None}
+            states = {i: leaf.detach() for i, leaf in zip(hidden, leaves, strict=True)}
+            taken_back = descent.done.taken_back
+            states = self._step(descent, evaluation, energy, states, gradients)
+            if descent.done.taken_back == taken_back:
+                grads = self._per_sample(evaluation, params, found[len(hidden) :])
+                self._average_over_ranks(list(grads.values()))
+                for p, gradient in grads.items():
+                    if p in powers:
+                        gradient.mul_(powers[p])
+                    total[p] = total[p].add_(gradient) if p in total else gradient.clone()
+                    if plain:
+                        p.sub_(gradient, alpha=rates[p])
+                    else:  # others than SGD make steps of a length of about lr, whatever that of the gradient
+                        p.sub_(gradient / (gradient.square().mean().sqrt() + EPS), alpha=rates[p] / self.steps)
+            if step < self.steps - 1:
+                evaluation = self._with_states(run, states)
         return total
 
     def _relax_errors(self, run: Run, evaluation: Evaluation) -> Evaluation:
         """Let errors descend the free energy as a function of them; return the evaluation with the states they make."""
-        hidden, history = self._wired.hidden, self._begin_relaxation(1.0)
+        hidden, descent = self._wired.hidden, self._begin_descent(1.0)
         errors = {i: evaluation.leaves[i].detach() for i in hidden}
         samples = evaluation.samples(self._wired)
         for step in range(self.steps if hidden else 0):
@@ -187,15 +189,17 @@ class PredictiveCoding(EnergyRule):
             else:
                 found = evaluation.gradients([], self._wired.outputs, leaves, samples)
             own = [errors[i] / self._powers[i] for i in hidden]
-            gradients = [e if g is None else e + g for e, g in zip(own, found, strict=True)]
+            gradients = {i: e if g is None else e + g for i, e, g in zip(hidden, own, found, strict=True)}
             energy = sum((e.square().sum() / self._powers[i] for i, e in errors.items()), torch.zeros(())) / 2
-            self._note(history, energy / samples + evaluation.losses.mean(), gradients, evaluation)
-            for i, gradient in zip(hidden, gradients, strict=True):
-                errors[i] = self._moved(i, errors[i], gradient)
+            errors = self._step(descent, evaluation, energy / samples + evaluation.losses.mean(), errors, gradients)
             if step < self.steps - 1:
-                evaluation = self._evaluate(run, lambda i, u: errors[i] if i in errors else precise(u), errors)
+                evaluation = self._with_errors(run, errors)
         # States cut the network, so that each layer's weights learn from its own error alone.
         return self._evaluate(run, lambda i, u: precise(u) + errors[i] if i in errors else precise(u))
+
+    def _with_errors(self, run: Run, errors: dict[int, Tensor]) -> Evaluation:
+        """An evaluation in which errors are added to predictions, in a graph of the whole network."""
+        return self._evaluate(run, lambda i, u: errors[i] if i in errors else precise(u), errors)
 
 
 @torch.no_grad()
