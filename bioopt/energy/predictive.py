@@ -155,6 +155,7 @@ class PredictiveCoding(EnergyRule):
             p: self._powers[i] for i in hidden for p in self._wired.synapses[i].parameters()
         }
         plain, descent = isinstance(self._descent, SGD), self._begin_descent(1.0)
+        moves: dict[Tensor, Tensor] = {}  # of weights, in the last step
         for step in range(self.steps):
             leaves = [evaluation.leaves[i] for i in hidden]
             energy, found = self._gradients(evaluation, [*leaves, *params], 1.0)
@@ -162,17 +163,21 @@ class PredictiveCoding(EnergyRule):
             states = {i: leaf.detach() for i, leaf in zip(hidden, leaves, strict=True)}
             taken_back = descent.done.taken_back
             states = self._step(descent, evaluation, energy, states, gradients)
-            if descent.done.taken_back == taken_back:
+            if descent.done.taken_back > taken_back:  # weights go back by half of their move, too
+                moves = {p: move / 2 for p, move in moves.items()}
+                for p, move in moves.items():
+                    p.add_(move)
+            else:
                 grads = self._per_sample(evaluation, params, found[len(hidden) :])
                 self._average_over_ranks(list(grads.values()))
                 for p, gradient in grads.items():
                     if p in powers:
                         gradient.mul_(powers[p])
                     total[p] = total[p].add_(gradient) if p in total else gradient.clone()
-                    if plain:
-                        p.sub_(gradient, alpha=rates[p])
-                    else:  # others than SGD make steps of a length of about lr, whatever that of the gradient
-                        p.sub_(gradient / (gradient.square().mean().sqrt() + EPS), alpha=rates[p] / self.steps)
+                    # Others than SGD make steps of a length of about lr, whatever that of the gradient.
+                    size = 1.0 if plain else self.steps * (gradient.square().mean().sqrt() + EPS)
+                    moves[p] = gradient.mul_(rates[p] * descent.done.scale).div_(size)
+                    p.sub_(moves[p])
             if step < self.steps - 1:
                 evaluation = self._with_states(run, states)
         return total

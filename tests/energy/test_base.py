@@ -209,9 +209,7 @@ def test_a_rate_at_which_relaxation_explodes_is_named_with_one_that_works(rule: 
     model, (x, y) = stiff(), twins.data()
     optimizer = RULES[rule](model, inference_lr=1e4)
     before, state = weights(model), copy.deepcopy(optimizer.state_dict())
-    message = (
-        r"with inference_lr=10000, halved \d times, no step of relaxation has lowered the free energy; nothing"
-    )
+    message = r"with inference_lr=10000, halved \d times, no step of relaxation has lowered the free energy; nothing"
     with pytest.raises(bioopt.Diverged, match=message) as raised:
         optimizer.step(lambda: F.cross_entropy(model(x), y))
     assert same(before, weights(model))
