@@ -295,9 +295,7 @@ CASES = [
     Case(bioopt.NodePerturbation),
     Case(bioopt.Oja, PUBLISHED),
     Case(bioopt.PredictiveCoding, {"steps": 2}),
-    Case(
-        bioopt.PredictiveCoding, {"steps": 3, "mode": "incremental", "descent": torch.optim.SGD}, variant="incremental"
-    ),
+    Case(bioopt.PredictiveCoding, {"steps": 3, "mode": "incremental"}, variant="incremental"),
     Case(bioopt.PredictiveCoding, {"steps": 1, "mode": "error"}, variant="error"),
     Case(bioopt.RankOnePerturbation, perturbs_first=True),
     Case(bioopt.RewardHebbian, evaluates_once=True, perturbs_first=True),

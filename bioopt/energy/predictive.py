@@ -8,7 +8,6 @@ from typing import Unpack, final
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim import SGD
 
 from ..core.constraints import POSITIVE_INT, Constraint, one_of
 from ..core.params import Params, RuleOptions
@@ -17,7 +16,6 @@ from .states import Evaluation, precise
 
 __all__ = ["PredictiveCoding"]
 
-EPS = 1e-12  # keeps a gradient of nothing but zeros
 MODES: Constraint = one_of("state", "incremental", "error")
 
 
@@ -39,9 +37,9 @@ class PredictiveCoding(EnergyRule):
     Modes:
 
     - ``"state"``: the states take ``steps`` steps, then the weights learn;
-    - ``"incremental"``: the weights move along with the states. ``descent`` receives the sum of their gradients in all
-      steps, with the weights where they were: with SGD, by which they also move within the relaxation, its step is that
-      of ``steps`` updates. With other ``descent``, a layer's weights move by ``lr`` over all steps (root mean square);
+    - ``"incremental"``: the weights move along with the states, by ``lr`` times their gradient in each step.
+      ``descent`` receives the sum of these gradients, with the weights where they were: with SGD, its step is that of
+      ``steps`` updates;
     - ``"error"``: the errors relax in place of the states, :math:`z_l = u_l + \varepsilon_l`. A step of them takes the
       whole network forward and back, so that errors reach all layers at once. The weights learn from local errors, as
       in the other modes.
@@ -154,7 +152,7 @@ class PredictiveCoding(EnergyRule):
         powers: dict[Tensor, Tensor] = {
             p: self._powers[i] for i in hidden for p in self._wired.synapses[i].parameters()
         }
-        plain, descent = isinstance(self._descent, SGD), self._begin_descent(1.0)
+        descent = self._begin_descent(1.0)
         moves: dict[Tensor, Tensor] = {}  # of weights, in the last step
         for step in range(self.steps):
             leaves = [evaluation.leaves[i] for i in hidden]
@@ -174,9 +172,7 @@ class PredictiveCoding(EnergyRule):
                     if p in powers:
                         gradient.mul_(powers[p])
                     total[p] = total[p].add_(gradient) if p in total else gradient.clone()
-                    # Others than SGD make steps of a length of about lr, whatever that of the gradient.
-                    size = 1.0 if plain else self.steps * (gradient.square().mean().sqrt() + EPS)
-                    moves[p] = gradient.mul_(rates[p] * descent.done.scale).div_(size)
+                    moves[p] = gradient.mul_(rates[p] * descent.done.scale)
                     p.sub_(moves[p])
             if step < self.steps - 1:
                 evaluation = self._with_states(run, states)
