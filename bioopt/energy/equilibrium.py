@@ -20,6 +20,7 @@ __all__ = ["EquilibriumPropagation"]
 
 NUDGING: Constraint = one_of("centered", "positive", "negative")
 ENERGY: Constraint = one_of("feedforward", "hopfield")
+LOWEST = 1e-6  # of a state in [0, 1]: the slope of ReLU is 1 there and 0 at 0, so that silent neurons receive feedback
 MAX_POOLING = (
     *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
     *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
@@ -124,7 +125,7 @@ class EquilibriumPropagation(EnergyRule):
 
     def project(self, z: Tensor) -> Tensor:
         """States of the Hopfield energy stay in [0, 1]."""
-        return z.clamp(0, 1) if self._hopfield else z
+        return z.clamp(LOWEST, 1) if self._hopfield else z
 
     def _learn(self, run: Run) -> tuple[Tensor, dict[Tensor, Tensor]]:
         free = self._forward(run)

@@ -55,10 +55,10 @@ def equilibrium_gradient(model: nn.Sequential, x: Tensor, y: Tensor) -> dict[str
     z = [torch.zeros(len(x), layer.out_features, dtype=x.dtype).requires_grad_() for layer in layers[:-1]]
     for _ in range(400):
         slopes = torch.autograd.grad(energy(z)[0], z)
-        z = [(s - 0.3 * g).clamp(0, 1).detach().requires_grad_() for s, g in zip(z, slopes, strict=True)]
+        z = [(s - 0.3 * g).clamp(1e-6, 1).detach().requires_grad_() for s, g in zip(z, slopes, strict=True)]
     total, loss = energy(z)
     slopes = torch.autograd.grad(total, z, create_graph=True)
-    inside = torch.cat([((s > 0) & (s < 1)).flatten() for s in z])
+    inside = torch.cat([((s > 1e-6) & (s < 1)).flatten() for s in z])
     assert 0 < inside.sum() < len(inside)
     flat = torch.cat([g.flatten() for g in slopes])
 

@@ -83,7 +83,7 @@ def step_of_states(
         own = state - u[i] if hopfield else s[i]
         above = (1 - state.tanh() ** 2) * (layers[i + 1][0].T @ s[i + 1])
         state = state - rate * power[i] * (own - above)
-        moved.append(state.clamp(0, 1) if hopfield else state)
+        moved.append(state.clamp(1e-6, 1) if hopfield else state)
     return moved
 
 
@@ -147,7 +147,7 @@ def equilibrium_propagation(
     power = powers(layers, x, relative and not hopfield)
     free = [forward(layers, sample)[:-1] for sample in x]
     if hopfield:
-        free = [[state.clamp(0, 1) for state in z] for z in free]
+        free = [[state.clamp(1e-6, 1) for state in z] for z in free]
         for _ in range(steps[0]):
             free = [step_of_states(layers, *one, power, rate, 0.0, True) for one in zip(x, y, free, strict=True)]
     found = []
