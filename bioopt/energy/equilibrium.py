@@ -63,7 +63,7 @@ class EquilibriumPropagation(EnergyRule):
         beta: :math:`\beta`.
         free_steps: of the relaxation without the loss, with the Hopfield energy.
         nudged_steps: of each relaxation with it.
-        inference_lr: :math:`\gamma`; by default 0.1, and 0.5 with the Hopfield energy.
+        inference_lr: :math:`\gamma`; by default 0.1, and 1 with the Hopfield energy and ``alternate``.
         relative: whether states and energies are in units of each layer's activity, with the feedforward energy.
         energy: ``"feedforward"`` or ``"hopfield"``.
         alternate: whether a step moves every other layer, in turn, rather than all at once; by default with the
@@ -110,7 +110,7 @@ class EquilibriumPropagation(EnergyRule):
         self.nudging, self.beta, self.alternate = nudging, beta, alternate
         self.free_steps, self.nudged_steps = free_steps, nudged_steps
         if inference_lr is None:
-            inference_lr = 0.5 if self._hopfield else 0.1
+            inference_lr = 1.0 if self._hopfield and alternate else 0.1
         super().__init__(params, lr, inference_lr=inference_lr, relative=relative and not self._hopfield, **options)
         pooling = any(isinstance(inner, MAX_POOLING) for module in self._known.roots for inner in module.modules())
         if self._hopfield and pooling:
