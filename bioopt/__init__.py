@@ -27,6 +27,7 @@ from .core.rows import on_rows
 from .core.rule import LearningRule
 from .core.synapse import Synapse, find_synapses, register_synapse
 from .diagnosis import diagnose
+from .energy import EnergyRule, EquilibriumPropagation, PredictiveCoding
 from .feedback import (
     DRTP,
     DirectFeedbackAlignment,
@@ -65,6 +66,8 @@ __all__ = [
     "DirectKolenPollack",
     "Diverged",
     "EProp",
+    "EnergyRule",
+    "EquilibriumPropagation",
     "FeedbackAlignment",
     "FeedbackRule",
     "Firing",
@@ -87,6 +90,7 @@ __all__ = [
     "NodePerturbation",
     "Oja",
     "OnePass",
+    "PredictiveCoding",
     "Probe",
     "RankOnePerturbation",
     "Recorder",

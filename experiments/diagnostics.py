@@ -27,6 +27,8 @@ class Diagnostics:
 
     - ``cosine``, ``signal_to_noise``: of the rule's updates against the gradient (`bioopt.diagnose`);
     - ``feedback_angle``, ``error_angle``, ``update_angle``, ``error_rank``: of rules with other feedback, as there;
+    - ``free_energy``, ``residual``: of rules whose states relax (`bioopt.EnergyRule`), at the start and the end of each
+      relaxation;
     - ``update_ratio``: length of the step's change over length of the weights;
     - ``sparsity``: of activity, 0 where all neurons are active alike, 1 where a single one is, mean over events
       (Vinje & Gallant, 2000);
@@ -93,6 +95,7 @@ class Diagnostics:
             for name, p in self.model.named_parameters()
             if name in before
         }
+        found |= relaxation(self.optimizer)
         line: dict[str, Any] = {"step": step}
         for what, values in found.items():
             line |= {f"{what}/{name}": value for name, value in values.items() if math.isfinite(value)}
@@ -153,9 +156,21 @@ class Diagnostics:
                 labels[wrong], predicted[wrong], title, folder / "misclassified.png",
             ),
             pictures.course(self.lines, title, folder / "diagnostics.png"),
+            pictures.relaxations(getattr(self.optimizer, "relaxations", []), title, folder / "relaxation.png"),
             pictures.fields_over_time(self.fields, self.images.shape, title, folder / "receptive_fields_over_time.png"),
         ]  # fmt: skip
         return [picture for picture in made if picture is not None]
+
+
+def relaxation(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, float]]:
+    """The free energy and its residual at the start and the end of the relaxations of the last step."""
+    found: dict[str, dict[str, float]] = {}
+    for one in getattr(optimizer, "relaxations", []):
+        for what, values in (("free_energy", one.energy), ("residual", one.residual)):
+            if values:
+                ends = {f"nudge {one.nudge:g}, start": values[0], f"nudge {one.nudge:g}, end": values[-1]}
+                found.setdefault(what, {}).update(ends)
+    return found
 
 
 def activity(events: Tensor) -> dict[str, float]:

@@ -187,7 +187,8 @@ class Learner:
 
     def _predicted(self, inputs: Any) -> Tensor:
         """Of rules that predict in a way of their own, their scores of each class; else the network's outputs."""
-        predict = getattr(self.last.optimizer, "predict", self.network) if len(self.blocks) == 1 else self.network
+        own = [getattr(self.last.optimizer, name, None) for name in ("predict", "relaxed")]
+        predict = next((call for call in own if call is not None and len(self.blocks) == 1), self.network)
         outputs: Tensor = predict(inputs)
         return outputs
 

@@ -185,12 +185,31 @@ def course(lines: list[dict[str, Any]], title: str, path: Path) -> Path | None:
         elif quantity.endswith("_angle"):
             axes.axhline(90, color="grey", linewidth=0.8, linestyle="--")  # nothing in common
             axes.set(ylim=(0, 135), yticks=[0, 45, 90, 135], ylabel="degrees")
-        elif quantity != "cosine":
+        elif quantity not in ("cosine", "free_energy"):
             axes.set_ylim(bottom=0)
         axes.legend(frameon=False, fontsize=7)
         uncluttered(axes)
     for axes in grid.flat[len(quantities) :]:
         axes.axis("off")
+    return saved(figure, path)
+
+
+def relaxations(found: list[Any], title: str, path: Path) -> Path | None:
+    """The free energy and its residual against steps of relaxation, a line for each `bioopt.energy.base.Relaxation`."""
+    found = [one for one in found if one.energy]
+    if not found:
+        return None
+    figure, panels = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
+    figure.suptitle(title)
+    for one in found:
+        for axes, values in zip(panels, (one.energy, one.residual), strict=True):
+            axes.plot(values, marker=".", markersize=3, linewidth=1, label=f"nudge {one.nudge:g}")
+    panels[0].set(xlabel="step of relaxation", title="free energy per sample")
+    panels[1].set(xlabel="step of relaxation", title="norm of its gradient")
+    if any(value > 0 for one in found for value in one.residual):
+        panels[1].set_yscale("log", nonpositive="mask")
+    panels[0].legend(frameon=False, fontsize=7)
+    uncluttered(*panels)
     return saved(figure, path)
 
 

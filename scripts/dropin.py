@@ -152,6 +152,11 @@ RULES: dict[str, Rule] = {
     "local_perturbation": bioopt.LocalPerturbation,
     "mono_forward": bioopt.MonoForward,
     "forward_forward": bioopt.ForwardForward,
+    "predictive_coding": bioopt.PredictiveCoding,
+    "predictive_coding_error": partial(bioopt.PredictiveCoding, mode="error"),
+    "predictive_coding_incremental": partial(bioopt.PredictiveCoding, mode="incremental"),
+    "equilibrium_propagation": bioopt.EquilibriumPropagation,
+    "equilibrium_propagation_hopfield": partial(bioopt.EquilibriumPropagation, energy="hopfield"),
 }
 FEEDBACK: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "feedback_alignment": bioopt.FeedbackAlignment,
@@ -238,9 +243,10 @@ def run(make: Rule, network: Network, data: list[Tensor], seed: int, epochs: int
             losses.append(float(optimizer.step(closure).detach().mean()))
     seconds = time.perf_counter() - start
     model.eval()
+    predict = getattr(optimizer, "relaxed", model)  # of a network whose states relax before they predict
     with torch.no_grad():
         right = sum(
-            int((model(a).argmax(1) == b).sum()) for a, b in zip(seen.split(500), labels.split(500), strict=True)
+            int((predict(a).argmax(1) == b).sum()) for a, b in zip(seen.split(500), labels.split(500), strict=True)
         )
         turned = [
             1 - F.cosine_similarity(w.flatten(1), b.flatten(1)).mean().item()

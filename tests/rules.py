@@ -35,6 +35,13 @@ def cnn(seed: int = 0, dropout: float = 0.2) -> nn.Sequential:
         )
 
 
+def averaging_cnn(seed: int = 0, dropout: float = 0.2) -> nn.Sequential:
+    """`cnn` with average pooling, for states that change continuously."""
+    model = cnn(seed, dropout)
+    model[3] = nn.AvgPool2d(2)
+    return model
+
+
 class Machine(bioopt.nn.RBM):
     """An RBM of any input: flattened, and squashed into its range."""
 
@@ -213,7 +220,7 @@ class Case:
     @property
     def needs_backward(self) -> bool:
         """Whether it learns from a backward pass of the loss through the whole network."""
-        return issubclass(self.rule, bioopt.FeedbackRule | BlockRule)
+        return issubclass(self.rule, bioopt.FeedbackRule | BlockRule | bioopt.EnergyRule)
 
     @property
     def regulates(self) -> bool:
@@ -283,6 +290,13 @@ CASES = [
     Case(bioopt.DirectFeedbackAlignment),
     Case(bioopt.DirectKolenPollack),
     Case(bioopt.EProp, {"feedback": "adaptive"}, cnn=current_cnn, mlp=spiking_mlp),
+    Case(bioopt.EquilibriumPropagation, {"nudged_steps": 2}),
+    Case(
+        bioopt.EquilibriumPropagation,
+        {"energy": "hopfield", "free_steps": 2, "nudged_steps": 2},
+        cnn=averaging_cnn,
+        variant="hopfield",
+    ),
     Case(bioopt.FeedbackAlignment),
     Case(bioopt.ForwardForward, needs_target=True),
     Case(bioopt.ForwardGradient),
@@ -298,6 +312,9 @@ CASES = [
     Case(bioopt.MonoForward, needs_target=True),
     Case(bioopt.NodePerturbation),
     Case(bioopt.Oja, PUBLISHED),
+    Case(bioopt.PredictiveCoding, {"steps": 2}),
+    Case(bioopt.PredictiveCoding, {"steps": 3, "mode": "incremental"}, variant="incremental"),
+    Case(bioopt.PredictiveCoding, {"steps": 1, "mode": "error"}, variant="error"),
     Case(bioopt.RankOnePerturbation, perturbs_first=True),
     Case(bioopt.RewardHebbian, evaluates_once=True, perturbs_first=True),
     Case(bioopt.RewardSTDP, cnn=spiking_cnn, mlp=spiking_mlp, evaluates_once=True),

@@ -574,6 +574,7 @@ def test_all_evaluations_of_a_step_see_the_same_dropout_masks(case: Case) -> Non
     if not case.ordinary:
         model, x = case.cnn(dropout=0.5), batch(n=6)[0]
     (dropout,) = (module for module in model if isinstance(module, nn.Dropout))
+    dropout.register_forward_pre_hook(lambda m, args: args[0].exp())  # so that a zero behind it is of the mask
     dropout.register_forward_hook(lambda m, args, out: seen.append(out.detach() == 0))
     optimizer = case.make(model, readout="delta", readout_lr=0.1) if case in LOCAL else case.make(model)
     y = torch.zeros(6, dtype=torch.long)

@@ -18,12 +18,19 @@ def mean_loss(losses: Tensor) -> Tensor:
     return losses.double().flatten(1).mean(1) if losses.ndim > 1 else losses.double()
 
 
-def backward_where_missing(losses: Tensor, params: Sequence[Tensor], anchors: Sequence[Tensor] = ()) -> None:
+def backward_where_missing(
+    losses: Tensor, params: Sequence[Tensor], anchors: Sequence[Tensor] = (), *, retain_graph: bool = False
+) -> None:
     """Send the mean loss backward to these parameters, unless the closure has done so.
 
-    ``anchors``: of the rules whose firings the backward pass must reach.
+    Args:
+        losses: whose mean is sent.
+        params: that it may reach.
+        anchors: of the rules whose firings the backward pass must reach.
+        retain_graph: whether the graph is needed again.
     """
     if losses.requires_grad and all(p.grad is None for p in params):
         # If the closure's own backward pass freed the graph, then a parameter has a gradient.
+        inputs = [*(p for p in params if p.requires_grad), *anchors]
         with torch.enable_grad():
-            torch.autograd.backward(losses.mean(), inputs=[*(p for p in params if p.requires_grad), *anchors])
+            torch.autograd.backward(losses.mean(), inputs=inputs, retain_graph=retain_graph)

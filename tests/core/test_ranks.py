@@ -95,6 +95,12 @@ CASES = {
     "ForwardGradient, activities": (
         network, False, lambda m, g: bioopt.ForwardGradient(
             m, 0.1, samples=3, space="activities", process_group=g)),
+    "PredictiveCoding": (
+        plain, True, lambda m, g: bioopt.PredictiveCoding(
+            m, 0.1, mode="incremental", descent=torch.optim.SGD, process_group=g)),
+    "EquilibriumPropagation": (
+        plain, True, lambda m, g: bioopt.EquilibriumPropagation(
+            m, 0.1, energy="hopfield", descent=torch.optim.SGD, process_group=g)),
     # A readout beside rules that evaluate the loss several times: all ranks see the same batch, or each its share.
     "NodePerturbation, standardised readout": (
         network, False, lambda m, g: bioopt.NodePerturbation(

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.diagnostics import Diagnostics, activity
+import bioopt
+from experiments import pictures
+from experiments.diagnostics import Diagnostics, activity, relaxation
 from experiments.run import run
 
 from ..commands import SOFTHEBB, config, tiny, unrender
@@ -66,6 +68,21 @@ def test_activity_against_its_definitions() -> None:
     assert activity(torch.ones(4, 5))["sparsity"] == pytest.approx(0)
     assert activity(torch.ones(4, 5))["dimensionality"] == 0
     assert activity(torch.ones(4, 1)) == {}
+
+
+def test_what_relaxation_did_is_measured_and_drawn(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+    optimizer = bioopt.EquilibriumPropagation(model, nudged_steps=3)
+    assert pictures.relaxations(optimizer.relaxations, "", tmp_path / "none.png") is None
+    optimizer.step(lambda: model(torch.randn(6, 4)).square().mean(1))
+    found = relaxation(optimizer)
+    assert set(found) == {"free_energy", "residual"}
+    assert list(found["residual"]) == [f"nudge {sign}0.1, {end}" for sign in ("", "-") for end in ("start", "end")]
+    assert found["free_energy"]["nudge 0.1, end"] < found["free_energy"]["nudge 0.1, start"]
+    drawn = pictures.relaxations(optimizer.relaxations, "a title", tmp_path / "relaxation.png")
+    assert drawn is not None
+    assert drawn.read_bytes().startswith(b"\x89PNG")
+    assert relaxation(torch.optim.SGD(model.parameters(), 0.1)) == {}
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -1,0 +1,162 @@
+"""One evaluation of a network in which states take the place of activities."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..core.acts import clamp
+from ..core.losses import backward_where_missing
+from ..core.reach import graph_behind
+from ..core.recorder import Firing
+from ..core.synapse import Synapse
+
+__all__ = ["Evaluation", "Wiring", "precise"]
+
+FREED = (
+    "the closure's own backward() has freed a part of the network that states share with the loss: let the closure "
+    "return the loss without calling backward()"
+)
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """How the firings of an evaluation depend on each other, by their numbers.
+
+    Attributes:
+        hidden: those with a state, on which another firing depends.
+        outputs: those on which the loss depends, and no other firing.
+        synapses: of all firings.
+    """
+
+    hidden: tuple[int, ...]
+    outputs: tuple[int, ...]
+    synapses: tuple[Synapse, ...]
+
+
+class Evaluation:
+    """The firings of one evaluation: predictions ``u`` with their graphs, and the leaves that take their place.
+
+    Every layer runs on what it gets from the leaves below, so a gradient at ``u`` ends at the nearest leaves.
+
+    Args:
+        rule: its name, for messages.
+        given: the leaf for a firing, from its number and its prediction.
+        added: the numbers of firings of which the network sees ``u`` plus the leaf, with its graph, in place of the
+            leaf; ``None``: all. The errors of error-based predictive coding are such leaves.
+
+    Attributes:
+        predictions: :math:`u` of each firing.
+        leaves: what the network sees in its place; in single precision at least.
+        synapses: that fired.
+        losses: the value of the closure.
+    """
+
+    def __init__(self, rule: str, given: Callable[[int, Tensor], Tensor], added: Collection[int] | None = ()) -> None:
+        self._rule, self._given, self._added = rule, given, added
+        self._inputs: list[Tensor] = []  # without graphs, to recognise a firing that checkpointing runs again
+        self.predictions: list[Tensor] = []
+        self.leaves: list[Tensor] = []
+        self.synapses: list[Synapse] = []
+        self.losses = torch.zeros(())
+
+    def leave(self, firing: Firing, u: Tensor) -> Tensor:
+        """Keep the prediction of a firing, and hand on the leaf in its place."""
+        if firing.replay:
+            return self._seen(self._number(firing), u)
+        if not (u.requires_grad and torch.is_grad_enabled()):
+            raise RuntimeError(
+                f"{self._rule}: layer '{firing.synapse.name}' ran under no_grad, where its state cannot relax: in "
+                "activation checkpointing write checkpoint(..., use_reentrant=False)"
+            )
+        leaf = self._given(len(self.leaves), u).detach().requires_grad_()
+        self.predictions.append(u)
+        self.leaves.append(leaf)
+        self.synapses.append(firing.synapse)
+        self._inputs.append(firing.x.detach())
+        return self._seen(len(self.leaves) - 1, u)
+
+    def _seen(self, i: int, u: Tensor) -> Tensor:
+        """What the network sees in place of ``u``."""
+        leaf = self.leaves[i]
+        if self._added is None or i in self._added:
+            return u + leaf.to(u.dtype)
+        return clamp(leaf) if leaf.dtype == u.dtype else leaf.to(u.dtype)
+
+    def _number(self, firing: Firing) -> int:
+        """Of the firing that is run again."""
+        found = [i for i, synapse in enumerate(self.synapses) if synapse is firing.synapse]
+        if len(found) > 1:
+            found = [i for i in found if torch.equal(self._inputs[i], firing.x)]
+        return found[0]
+
+    def send_back(self, losses: Tensor, above: Sequence[Tensor]) -> None:
+        """Let the loss reach the leaves, and parameters above them, unless the closure has done so."""
+        if self.leaves:
+            backward_where_missing(losses, [*self.leaves, *above], retain_graph=True)
+
+    def wiring(self, with_loss: bool = True) -> Wiring:
+        """Which firings have a state, and which are outputs; those that the loss does not reach are neither.
+
+        Raises:
+            RuntimeError: the loss reaches no firing.
+        """
+        numbers = {leaf: i for i, leaf in enumerate(self.leaves)}
+        behind = [_leaves_behind(u, numbers) for u in self.predictions]
+        below = set().union(*behind)
+        reached = {i for i, leaf in enumerate(self.leaves) if leaf.grad is not None or not with_loss}
+        if not reached:
+            raise RuntimeError(
+                f"{self._rule} learns from the loss, but it depends on no layer of the rule: the closure must return "
+                "the loss as a tensor with its graph, or call backward() itself"
+            )
+        todo = list(reached)
+        while todo:
+            new = behind[todo.pop()] - reached
+            reached |= new
+            todo += new
+        hidden = tuple(sorted(reached & below))
+        return Wiring(hidden, tuple(sorted(reached - below)), tuple(self.synapses))
+
+    def gradients(
+        self, terms: Sequence[Tensor], outputs: Sequence[int], of: Sequence[Tensor], scale: float, retain: bool = False
+    ) -> list[Tensor | None]:
+        """Those of the sum of ``terms`` plus ``scale`` times the mean loss; ``None`` where nothing depends on it."""
+        ends, signals = list(terms), [torch.ones_like(term) for term in terms]
+        found: list[Tensor | None] = [None] * len(of)
+        if scale:
+            for i in outputs:
+                if (error := self.leaves[i].grad) is not None:
+                    ends.append(self.predictions[i])
+                    signals.append((error * scale).to(self.predictions[i].dtype))
+        try:
+            if ends and of:
+                found = list(torch.autograd.grad(ends, of, signals, retain_graph=retain, allow_unused=True))
+        except RuntimeError as error:
+            if "second time" not in str(error):
+                raise
+            raise RuntimeError(f"{self._rule}: {FREED}") from error
+        if scale:  # what the loss depends on past the outputs
+            for i, p in enumerate(of):
+                if p.grad is not None:
+                    own = found[i]
+                    found[i] = p.grad * scale if own is None else own + p.grad * scale
+        return found
+
+    def samples(self, wiring: Wiring) -> int:
+        """The number of samples at the first output."""
+        u, synapse = self.predictions[wiring.outputs[0]], self.synapses[wiring.outputs[0]]
+        return len(u) if u.ndim > -synapse.channel_dim else 1
+
+
+def precise(u: Tensor) -> Tensor:
+    """The values of an activity, in single precision at least: small steps of relaxation would be rounded away."""
+    return u.detach().to(torch.promote_types(u.dtype, torch.float32))
+
+
+def _leaves_behind(u: Tensor, numbers: dict[Tensor, int]) -> set[int]:
+    nodes = (node for node in graph_behind([u.grad_fn]) if hasattr(node, "variable"))
+    return {numbers[node.variable] for node in nodes if node.variable in numbers}
