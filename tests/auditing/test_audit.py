@@ -375,12 +375,14 @@ SIGNALS = {
     "feedback": {"labels", "error", "layers_above"},
     "local": {"labels"},
     "perturbation": {"labels", "loss", "layers_above"},
+    "temporal": {"labels", "error", "layers_above"},
 }
 REWARD = {"labels", "loss", "layers_above"}
 OTHER_SIGNALS = {
     bioopt.RewardHebbian: REWARD,
     bioopt.RewardSTDP: REWARD,
     bioopt.DRTP: {"labels"},
+    bioopt.LocalContrastive: set(),
     bioopt.SignSymmetry: {"labels", "error", "layers_above", "transport", "feedback_reads"},
 }
 #: whose trunk has no update in the first steps, or seldom another one
