@@ -190,6 +190,14 @@ for _name, _local in {"softhebb": bioopt.SoftHebb, "krotov_hopfield": bioopt.Kro
     ABLATIONS[f"{_name}, no homeostasis"] = partial(_local, lr=0.01, homeostasis=False)
     ABLATIONS[f"{_name}, as before"] = partial(_local, lr=0.01, homeostasis=False, **PLAIN)
 # What feedback rules do beyond Adam and orthogonal updates, which help backpropagation as well.
+for _name, _local_loss in {
+    "local_loss": bioopt.LocalLoss,
+    "local_perturbation": bioopt.LocalPerturbation,
+    "mono_forward": bioopt.MonoForward,
+    "forward_forward": bioopt.ForwardForward,
+}.items():
+    ABLATIONS[f"{_name}, delta readout"] = partial(_local_loss, readout="delta")
+ABLATIONS["local_contrastive, plain readout"] = partial(bioopt.LocalContrastive, readout=None)
 ABLATIONS["adam"] = lambda model: torch.optim.Adam(model.parameters(), lr=2e-3)
 ABLATIONS["adam, orthogonal"] = lambda model: Backpropagation(model, lr=2e-3, descent=torch.optim.Adam, orthogonal=True)
 for _name, _feedback in FEEDBACK.items():

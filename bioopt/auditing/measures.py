@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..core._torch_private import forward_pre_hooks
+from ..core.errors import Diverged
 from ..core.hooks import Hook
 from ..core.probe import Closure
 from ..core.synapse import Synapse, survey
@@ -113,6 +114,13 @@ class Auditor:
             later = self.updates(self.trial.update(closure)[0]) if twice else {}
         return _Outcome(updates, later, owned, feedback, trace, evaluations)
 
+    def evaluate_or_stop(self, *interventions: AbstractContextManager[None], **options: Any) -> _Outcome:
+        """As `evaluate`, but without an update if the rule stops: it has noticed that loss and error do not fit."""
+        try:
+            return self.evaluate(*interventions, **options)
+        except Diverged:
+            return _Outcome({}, {}, [], [], Trace(), 0)
+
     def updates(self, grads: dict[Tensor, Tensor]) -> dict[Synapse, Tensor]:
         """The update of each layer that learns."""
         return {s: update for s in self.synapses if (update := _update(s, grads)) is not None}
@@ -166,8 +174,8 @@ class Auditor:
         rule, labels = self.trial.rule, self.labels
         permuted = labels_permuted(self.model, rule) if labels is None else in_other_order(labels, rule)
         self.compare("labels", self.evaluate(permuted), self.layers)
-        self.compare("error", self.evaluate(error_changed(self.model)), self.layers)
-        self.compare("loss", self.evaluate(returned=reversed_loss), self.layers)
+        self.compare("error", self.evaluate_or_stop(error_changed(self.model)), self.layers)
+        self.compare("loss", self.evaluate_or_stop(returned=reversed_loss), self.layers)
         return Audit(
             type(self.optimizer).__name__,
             tuple(self.row(s) for s in self.layers),
@@ -238,7 +246,7 @@ class Auditor:
         trunk = self.layers[:-1] or self.layers
         if not any(self.found["loss"].get(s, 0.0) > self.tolerance for s in trunk):
             return 0
-        outcome = self.evaluate(returned=permuted_loss)
+        outcome = self.evaluate_or_stop(returned=permuted_loss)
         each = any(self.moved(outcome, s) > self.tolerance for s in trunk)
         return self.base.evaluations * (self.samples() if each else 1)
 

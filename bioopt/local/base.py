@@ -13,11 +13,12 @@ from torch.optim import Adam
 
 from ..core._torch_private import in_backward
 from ..core.acts import detached
-from ..core.constraints import NON_NEGATIVE, POSITIVE_INT, SEED, require_labels
+from ..core.constraints import NON_NEGATIVE, POSITIVE_INT, SEED, one_of, require_labels
 from ..core.errors import warn
-from ..core.params import Params, RuleOptions, named_modules_of, synapses_of
+from ..core.params import Params, named_modules_of, synapses_of
 from ..core.probe import keeping_modes
 from ..core.reach import Gates, Pending, gates_behind, shut_gates
+from ..core.readout import ReadoutOptions
 from ..core.recorder import Firing
 from ..core.rows import rows_now
 from ..core.rule import LearningRule, optional
@@ -53,7 +54,8 @@ class BlockRule(LearningRule):
     error passes between blocks, whatever connections bypass them: a gradient ends where a block has ended. Layers whose
     activities enter the next layer together (queries, keys and values) learn together, by the head of the first of
     them. A layer that runs twice learns from the loss of each run. The readout, the last layer, learns from the loss of
-    the closure, by the exact gradient of its own weights.
+    the closure, by the exact gradient of its own weights: by ``descent``, as the blocks do, or with
+    ``readout="delta"`` on standardised activity.
 
     A block's update counts when a backward pass reaches it, like the updates of local rules, so that a loss that is
     thrown away teaches nothing.
@@ -69,6 +71,8 @@ class BlockRule(LearningRule):
         seed: of the initial values of the heads.
         example: an input of the model, from which heads get their sizes at once; by default they get them in the first
             training pass, or from a loaded state.
+        readout: ``None``, or ``"delta"``, with ``readout_lr``, ``readout_layer`` (one layer) and ``readout_options``, as
+            in `bioopt.LearningRule`.
         own: further hyperparameters of the rule, each of which may differ between groups (for subclasses).
         options: ``exclude``, ``descent`` and its options, ``process_group`` (average gradients over these ranks, each
             with its share of the batch), as in `bioopt.LearningRule`.
@@ -78,7 +82,8 @@ class BlockRule(LearningRule):
 
     Raises:
         ValueError: an option out of range; blocks without layers, that overlap or that leave layers out; a model
-            without plastic layers, or with layers that have weights and are no known synapses.
+            without plastic layers, or with layers that have weights and are no known synapses; a ``"delta"`` readout
+            that is in a block, or shares its weights with one.
         TypeError: bare parameters; a model wrapped in DistributedDataParallel.
     """
 
@@ -86,6 +91,8 @@ class BlockRule(LearningRule):
     scales_with_loss = False
     #: whether the losses need labels
     needs_target = True
+    #: the pass that runs, of rules of several: 0 is the ordinary pass, from which the readout learns
+    _phase = 0
 
     def __init__(
         self,
@@ -97,16 +104,12 @@ class BlockRule(LearningRule):
         classes: int | None = None,
         seed: int = 0,
         example: Any = None,
+        readout: str | None = None,
         own: dict[str, Any] | None = None,
-        **options: Unpack[RuleOptions],
+        **options: Unpack[ReadoutOptions],
     ) -> None:
-        name = type(self).__name__
-        if (readout := dict(options).get("readout")) is not None:
-            raise TypeError(
-                f"{name}: readout={readout!r} is not possible, because the last layer always learns from the loss; for "
-                "other options of the last layer, give it a param group of its own"
-            )
         options.setdefault("descent", Adam)
+        self._check_value("readout", readout, one_of("delta", None))
         self._check_value("seed", seed, SEED)
         for option, value, constraint in (("head_lr", head_lr, NON_NEGATIVE), ("classes", classes, POSITIVE_INT)):
             if value is not None:
@@ -119,7 +122,7 @@ class BlockRule(LearningRule):
         self._counted: list[Share] = []  # since the last step
         self._checked: Tensor | None = None  # the last target whose labels were found to be in range
         self._warned_of: set[Block] = set()
-        super().__init__(params, {"lr": lr, **(own or {})}, **options)
+        super().__init__(params, {"lr": lr, **(own or {})}, readout=readout, **options)
         self._recorder.reach.linked = True
         self._recorder.reach.arrive = self._count
         self._recorder.act(self._enter, self._leave)
@@ -187,9 +190,12 @@ class BlockRule(LearningRule):
 
     def _own_for(self, synapses: list[Synapse]) -> None:
         order = {m: i for i, m in enumerate(dict.fromkeys(m for _, root in self._modules for m in root.modules()))}
-        everything = sorted(self._recorder.synapses.values(), key=lambda s: order[s.layer])
+        apart = [*self._readout.layers.values()]
+        others = [s for s in self._recorder.synapses.values() if s not in apart]
+        everything = [*sorted(others, key=lambda s: order[s.layer]), *apart]
         blocks = divided(type(self).__name__, everything, self._given_blocks, self._modules)
         self._blocks = {s: block for block in blocks for s in block.synapses}
+        self._require_apart(apart)
         self._owned.seed = self.seed
         new: dict[str, nn.Module] = {}
         for block in dict.fromkeys(self._blocks.values()):
@@ -198,6 +204,26 @@ class BlockRule(LearningRule):
         if new:
             self.own(new, lr=self.defaults["lr"] if self.head_lr is None else self.head_lr)
         self._mine = {*self._trained()}
+
+    def _require_apart(self, readouts: list[Synapse]) -> None:
+        """Raise for a ``"delta"`` readout that is more than one, in a block, or shares its weights with one."""
+        name = type(self).__name__
+        if len(readouts) > 1:
+            names = self._readout.names(readouts)
+            raise ValueError(f"{name}: readout_layer= names {names}, but it takes one layer")
+        for one in readouts:
+            if one in self._blocks:
+                other = self._readout_synapse.name
+                raise ValueError(
+                    f"{name}: the readout '{one.name}' is in block '{self._blocks[one].name}'; as blocks= leaves out "
+                    f"'{other}', write readout_layer='{other}'"
+                )
+            own = {*one.parameters()}
+            if shared := next((s for s in self._blocks if not own.isdisjoint(s.parameters())), None):
+                raise ValueError(
+                    f"{name}: the readout '{one.name}' shares its weights with layer '{shared.name}', which learns in a "
+                    "block: with readout=None they learn from both"
+                )
 
     @property
     def _readout_synapse(self) -> Synapse:
@@ -281,12 +307,16 @@ class BlockRule(LearningRule):
     def _leave(self, firing: Firing, u: Tensor) -> Tensor:
         if firing.replay or not (torch.is_grad_enabled() and u.requires_grad):
             return u
+        if firing.synapse.layer in self._readout.layers and not self._phase:
+            return self._readout.leave(firing, u)
         reach, pending = self._recorder.reach, self._recorder.reach.pending(firing.synapse)
         token = reach.token(firing.x, pending)
         return u if token is None else reach.gate(u, pending, token)
 
     def _count(self, pending: Pending) -> None:
         """Count the share of a firing that a backward pass has reached."""
+        if pending.synapse.is_readout:
+            self._readout.confirm(pending)
         share: Any = pending.contribution
         if share is not None and not share.learned and all(share is not other for other in self._counted):
             self._counted.append(share)
@@ -294,17 +324,21 @@ class BlockRule(LearningRule):
     def begin(self) -> None:
         """Start an evaluation that alone will count."""
         self._counted.clear()
+        if not self._phase:
+            self._readout.clear()
         super().begin()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; also drops the updates that backward passes have reached since the last step."""
         super().zero_grad(set_to_none)
         self._counted = [share for share in self._counted if share.at_once]
+        self._readout.drop()
 
     def discard(self) -> None:
         """Drop all passes since the last step, whether or not a backward pass has reached them."""
         super().discard()
         self._counted.clear()
+        self._readout.clear()
 
     def gradient_parameters(self) -> list[Tensor]:
         """All parameters of the model that are not frozen; those of blocks get no gradient from the loss."""
@@ -325,7 +359,10 @@ class BlockRule(LearningRule):
         try:
             grads = self._local_gradients()
             of_synapses = {p for s in recorder.synapses.values() for p in s.parameters()}
+            of_readout = {*self._readout.parameters()}
             for p, g in from_loss.items():
+                if p in of_readout:
+                    continue
                 if p not in grads:
                     grads[p] = g
                 elif p in of_synapses:  # a layer that is the readout, too; others learn from the loss of their block
@@ -334,9 +371,12 @@ class BlockRule(LearningRule):
             self._average_gradients(losses, grads)
             for share in self._counted:
                 share.learned = True
-            return grads, self._next_state()
+            state = self._next_state()
+            self._readout_grads = self._readout.collect(self._sum_over_ranks, self._ranks[1], state)
+            return grads | self._readout_grads, state
         finally:
             self._counted.clear()
+            self._readout.clear()
             self.target = self._checked = None  # an old target must not teach a new batch
 
     def _local_gradients(self) -> dict[Tensor, Tensor]:

@@ -75,6 +75,7 @@ class LocalContrastive(LocalGradientRule):
         features: int = 128,
         pool: int = 2,
         views: Callable[[Tensor], Tensor] | None = None,
+        readout: str | None = "delta",
         **options: Unpack[LocalOptions],
     ) -> None:
         self._check_value("features", features, POSITIVE_INT)
@@ -85,7 +86,7 @@ class LocalContrastive(LocalGradientRule):
         # In a step, of the ordinary pass, in the order in which blocks end.
         self._remembered: dict[Block, list[Tensor]] | None = None
         self._viewed: list[tuple[Tensor, Tensor]] = []  # inputs, and views of them
-        super().__init__(params, lr, own={"temperature": temperature, "pool": pool}, **options)
+        super().__init__(params, lr, own={"temperature": temperature, "pool": pool}, readout=readout, **options)
         self._own_state = {"step": 0}
         self._recorder.act(self._receive, self._leave)
 
@@ -99,7 +100,8 @@ class LocalContrastive(LocalGradientRule):
         group = self.param_groups[block.synapses[0].group]
         parts = pooled(h, channel_dim, group["pool"])
         require_size(type(self).__name__, block.name, self._owned[block.name], parts)
-        z = F.normalize(in_full(self.head(block, parts)), dim=1)
+        z = in_full(self.head(block, parts))
+        z = F.normalize(z - z.mean(0), dim=1)
         if self._remembered is None:
             return None
         remembered = self._remembered.setdefault(block, [])

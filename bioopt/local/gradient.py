@@ -32,8 +32,6 @@ class LocalGradientRule(BlockRule):
     Arguments, attributes and errors are those of `BlockRule`.
     """
 
-    _phase = 0  # of the pass that runs, for rules of several
-
     @abstractmethod
     def local_loss(self, block: Block, h: Tensor, channel_dim: int) -> Tensor | None:
         """The loss of a block, a scalar with a graph; ``None``: the block learns nothing from this pass.
@@ -72,7 +70,7 @@ class LocalGradientRule(BlockRule):
 
         Args:
             probe: the closure.
-            phases: of the further passes, which `local_loss` finds in ``self._phase``; 0 is the ordinary pass.
+            phases: of the further passes, not 0, which `local_loss` finds in ``self._phase``.
         """
         self.begin()
         anchors = [self._recorder.reach.anchor]

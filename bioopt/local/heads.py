@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..core.params import RuleOptions
+from ..core.readout import ReadoutOptions
 
 __all__ = ["Heads", "LocalOptions", "cross_entropy", "deviation", "pooled", "require_size"]
 
 
-class LocalOptions(RuleOptions, total=False):
+class LocalOptions(ReadoutOptions, total=False):
     """Options of rules with local losses; `BlockRule` describes them."""
 
     head_lr: float | None
@@ -23,6 +23,7 @@ class LocalOptions(RuleOptions, total=False):
     classes: int | None
     seed: int
     example: Any
+    readout: str | None
 
 
 class Heads(nn.ModuleDict):

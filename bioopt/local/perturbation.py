@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple, TypeAlias, Unpack, final
 
 import torch
@@ -219,7 +220,7 @@ class LocalPerturbation(BlockRule):
         synapse, reach = firing.synapse, self._recorder.reach
         self._shapes[synapse] = _neurons_second(u, synapse).shape
         if self._streams is None or synapse not in self._blocks:
-            return self._leave(firing, u)
+            return self._leave(replace(firing, x=forward_ad.unpack_dual(firing.x).primal), u)
         if firing.replay or not torch.is_grad_enabled():
             return u
         if not forward_gradients_enabled():
