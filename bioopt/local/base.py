@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, Unpack
 
 import torch
@@ -24,26 +23,9 @@ from ..core.rows import rows_now
 from ..core.rule import LearningRule, optional
 from ..core.sums import add_up
 from ..core.synapse import Synapse
-from .blocks import Block, divided
+from .blocks import Block, Share, divided, require_apart
 
 __all__ = ["BlockRule"]
-
-
-@dataclass(eq=False)
-class Share:
-    """What the end of a block contributes to a step.
-
-    Attributes:
-        blocks: that ended.
-        grads: of their parameters and of the head; ``None`` where the target was missing.
-        at_once: whether it counts without a backward pass.
-        learned: whether a step has learned from it.
-    """
-
-    blocks: tuple[Block, ...]
-    grads: dict[Tensor, Tensor] | None
-    at_once: bool
-    learned: bool = False
 
 
 class BlockRule(LearningRule):
@@ -71,8 +53,8 @@ class BlockRule(LearningRule):
         seed: of the initial values of the heads.
         example: an input of the model, from which heads get their sizes at once; by default they get them in the first
             training pass, or from a loaded state.
-        readout: ``None``, or ``"delta"``, with ``readout_lr``, ``readout_layer`` (one layer) and ``readout_options``, as
-            in `bioopt.LearningRule`.
+        readout: ``None``, or ``"delta"``, with ``readout_lr``, ``readout_layer`` (one layer) and
+            ``readout_options``, as in `bioopt.LearningRule`.
         own: further hyperparameters of the rule, each of which may differ between groups (for subclasses).
         options: ``exclude``, ``descent`` and its options, ``process_group`` (average gradients over these ranks, each
             with its share of the batch), as in `bioopt.LearningRule`.
@@ -195,7 +177,7 @@ class BlockRule(LearningRule):
         everything = [*sorted(others, key=lambda s: order[s.layer]), *apart]
         blocks = divided(type(self).__name__, everything, self._given_blocks, self._modules)
         self._blocks = {s: block for block in blocks for s in block.synapses}
-        self._require_apart(apart)
+        require_apart(type(self).__name__, apart, self._blocks, self._readout_synapse)
         self._owned.seed = self.seed
         new: dict[str, nn.Module] = {}
         for block in dict.fromkeys(self._blocks.values()):
@@ -204,26 +186,6 @@ class BlockRule(LearningRule):
         if new:
             self.own(new, lr=self.defaults["lr"] if self.head_lr is None else self.head_lr)
         self._mine = {*self._trained()}
-
-    def _require_apart(self, readouts: list[Synapse]) -> None:
-        """Raise for a ``"delta"`` readout that is more than one, in a block, or shares its weights with one."""
-        name = type(self).__name__
-        if len(readouts) > 1:
-            names = self._readout.names(readouts)
-            raise ValueError(f"{name}: readout_layer= names {names}, but it takes one layer")
-        for one in readouts:
-            if one in self._blocks:
-                other = self._readout_synapse.name
-                raise ValueError(
-                    f"{name}: the readout '{one.name}' is in block '{self._blocks[one].name}'; as blocks= leaves out "
-                    f"'{other}', write readout_layer='{other}'"
-                )
-            own = {*one.parameters()}
-            if shared := next((s for s in self._blocks if not own.isdisjoint(s.parameters())), None):
-                raise ValueError(
-                    f"{name}: the readout '{one.name}' shares its weights with layer '{shared.name}', which learns in a "
-                    "block: with readout=None they learn from both"
-                )
 
     @property
     def _readout_synapse(self) -> Synapse:

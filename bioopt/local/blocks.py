@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..core.synapse import Synapse
 
-__all__ = ["Block", "divided"]
+__all__ = ["Block", "Share", "divided", "require_apart"]
 
 
 @dataclass(eq=False)
@@ -25,6 +25,23 @@ class Block:
     name: str
     synapses: tuple[Synapse, ...]
     named: bool = False
+
+
+@dataclass(eq=False)
+class Share:
+    """What the end of a block contributes to a step.
+
+    Attributes:
+        blocks: that ended.
+        grads: of their parameters and of the head; ``None`` where the target was missing.
+        at_once: whether it counts without a backward pass.
+        learned: whether a step has learned from it.
+    """
+
+    blocks: tuple[Block, ...]
+    grads: dict[Tensor, Tensor] | None
+    at_once: bool
+    learned: bool = False
 
 
 def divided(
@@ -67,6 +84,32 @@ def divided(
             "from the loss"
         )
     return found
+
+
+def require_apart(rule: str, readouts: Sequence[Synapse], blocks: Mapping[Synapse, Block], rest: Synapse) -> None:
+    """Raise for readouts with a rule of their own that are several, in a block, or share their weights with one.
+
+    Args:
+        rule: its name.
+        readouts: of the rule.
+        blocks: of all layers but one.
+        rest: this one.
+    """
+    if len(readouts) > 1:
+        names = ", ".join(f"'{one.name}'" for one in readouts)
+        raise ValueError(f"{rule}: readout_layer= names {names}, but it takes one layer")
+    for one in readouts:
+        if one in blocks:
+            raise ValueError(
+                f"{rule}: the readout '{one.name}' is in block '{blocks[one].name}'; as blocks= leaves out "
+                f"'{rest.name}', write readout_layer='{rest.name}'"
+            )
+        own = {*one.parameters()}
+        if shared := next((s for s in blocks if not own.isdisjoint(s.parameters())), None):
+            raise ValueError(
+                f"{rule}: the readout '{one.name}' shares its weights with layer '{shared.name}', which learns in a "
+                "block: with readout=None they learn from both"
+            )
 
 
 def _module(rule: str, given: str | nn.Module, roots: Sequence[tuple[str, nn.Module]]) -> tuple[str, nn.Module]:

@@ -19,7 +19,7 @@ from ..core.rule import Estimate
 from ..core.synapse import Synapse
 from .blocks import Block
 from .gradient import LocalGradientRule
-from .heads import LocalOptions, pooled, require_size
+from .heads import BlockOptions, pooled, require_size
 from .views import view_of
 
 __all__ = ["LocalContrastive"]
@@ -38,7 +38,8 @@ class LocalContrastive(LocalGradientRule):
 
     over the samples :math:`i, j` of the batch, with a linear map :math:`V` that belongs to the optimizer and learns by
     the same gradient. :math:`z'` is what the block remembers of the first pass: it gets no gradient. The readout learns
-    from the loss of the ordinary pass, by its own error, and shows what the last block has learned.
+    from the loss of the ordinary pass, by its own error on standardised activity, and shows what the last block has
+    learned. It has to follow features that never settle, so that ``lr`` is smaller than that of other local losses.
 
     By default a view is shifted by up to an eighth of the image to each side, of other contrast and brightness (of each
     channel), and partly hidden; of inputs of Linear layers, three tenths of the values are hidden. A batch of one
@@ -51,8 +52,10 @@ class LocalContrastive(LocalGradientRule):
         features: the number of values in :math:`z`.
         pool: the number of positions that :math:`V` sees along each dimension of images or sequences.
         views: a function of the inputs of the first layer that returns other views of them, in place of the default.
-        options: ``head_lr``, ``blocks``, ``seed``, of heads and views, ``example``, ``exclude``, ``descent`` and its
-            options, ``process_group`` (each rank contrasts the samples of its own share), as in `BlockRule`.
+        readout: ``"delta"``, or ``None``: by ``descent``, as the blocks; as in `BlockRule`.
+        options: further options of the readout, ``head_lr``, ``blocks``, ``seed``, of heads and views, ``example``,
+            ``exclude``, ``descent`` and its options, ``process_group`` (each rank contrasts the samples of its own
+            share), as in `BlockRule`.
 
     Raises:
         ValueError: an option out of range; views of another shape, or the inputs themselves.
@@ -69,14 +72,14 @@ class LocalContrastive(LocalGradientRule):
     def __init__(
         self,
         params: Params,
-        lr: float = 2e-3,
+        lr: float = 5e-4,
         *,
         temperature: float = 0.2,  # τ
         features: int = 128,
         pool: int = 2,
         views: Callable[[Tensor], Tensor] | None = None,
         readout: str | None = "delta",
-        **options: Unpack[LocalOptions],
+        **options: Unpack[BlockOptions],
     ) -> None:
         self._check_value("features", features, POSITIVE_INT)
         if views is not None and not callable(views):
@@ -100,8 +103,7 @@ class LocalContrastive(LocalGradientRule):
         group = self.param_groups[block.synapses[0].group]
         parts = pooled(h, channel_dim, group["pool"])
         require_size(type(self).__name__, block.name, self._owned[block.name], parts)
-        z = in_full(self.head(block, parts))
-        z = F.normalize(z - z.mean(0), dim=1)
+        z = F.normalize(in_full(self.head(block, parts)), dim=1)
         if self._remembered is None:
             return None
         remembered = self._remembered.setdefault(block, [])

@@ -17,8 +17,8 @@ from ..core.reach import Gates
 from ..core.rule import Estimate
 from ..core.sums import add_up
 from ..core.synapse import Synapse
-from .base import BlockRule, Share
-from .blocks import Block
+from .base import BlockRule
+from .blocks import Block, Share
 
 __all__ = ["LocalGradientRule", "LocalLossRule"]
 

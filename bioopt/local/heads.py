@@ -12,17 +12,22 @@ from torch.nn.parameter import is_lazy
 
 from ..core.readout import ReadoutOptions
 
-__all__ = ["Heads", "LocalOptions", "cross_entropy", "deviation", "pooled", "require_size"]
+__all__ = ["BlockOptions", "Heads", "LocalOptions", "cross_entropy", "deviation", "pooled", "require_size"]
 
 
-class LocalOptions(ReadoutOptions, total=False):
-    """Options of rules with local losses; `BlockRule` describes them."""
+class BlockOptions(ReadoutOptions, total=False):
+    """Options of rules with local losses, besides their readout; `BlockRule` describes them."""
 
     head_lr: float | None
     blocks: Sequence[str | nn.Module] | None
     classes: int | None
     seed: int
     example: Any
+
+
+class LocalOptions(BlockOptions, total=False):
+    """The same, with their readout."""
+
     readout: str | None
 
 

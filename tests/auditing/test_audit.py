@@ -366,12 +366,22 @@ def test_the_scale_of_a_batch_is_caught() -> None:
     assert found.largest("other_layers") < 1e-9
 
 
+def test_a_rule_that_stops_depends_on_what_made_it_stop() -> None:
+    """Relaxing states compare energies, which rise where the value of the loss does not fit its error."""
+    found = audited(lambda m: bioopt.PredictiveCoding(m, steps=2))
+    assert {layer.loss for layer in found.layers} == {1.0}
+    assert found.depends("transport")
+    error = audited(lambda m: bioopt.PredictiveCoding(m, steps=1, mode="error"))
+    assert error.depends("loss") is False
+
+
 # -- every rule -------------------------------------------------------------------------------------------------------
 
 #: what makes the evaluations of a step few enough for weights that no activity meets
 FEW = {"samples": 1, "population": 1, "coordinates": 10, "mirror_samples": 2}
 #: what the trunk may depend on, besides other neurons of the layer and other samples
 SIGNALS = {
+    "energy": {"labels", "error", "layers_above", "transport"},
     "feedback": {"labels", "error", "layers_above"},
     "local": {"labels"},
     "perturbation": {"labels", "loss", "layers_above"},
@@ -387,6 +397,8 @@ OTHER_SIGNALS = {
 }
 #: whose trunk has no update in the first steps, or seldom another one
 NOT_MEASURED = ("Homeostasis", "Hebbian, by default", "HillClimbing")
+#: whose relaxation has steps enough here to notice that the energy, and with it the value of the loss, has risen
+COMPARES_ENERGIES = ("EquilibriumPropagation", "PredictiveCoding", "PredictiveCoding, incremental")
 CLAIMS = ("transport", "other_layers", "labels", "error", "loss", "layers_above", "feedback_reads")
 
 
@@ -406,6 +418,8 @@ def test_each_rule_depends_on_what_its_family_is_made_for_and_on_nothing_else(ca
     if str(case) not in NOT_MEASURED:
         depends = {measure for measure in CLAIMS if found.depends(measure)}
         expected = OTHER_SIGNALS.get(case.rule, SIGNALS.get(family_of(case.rule), set()))
+        if str(case) in COMPARES_ENERGIES:
+            expected = expected | {"loss"}
         assert depends == expected, f"OTHER_SIGNALS can name what a rule is made for.\n{found}"
         assert found.depends("transport") is not None
     assert found.rule == case.name

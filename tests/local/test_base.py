@@ -381,9 +381,83 @@ def test_layers_that_cannot_learn_are_named() -> None:
             optimizer.step()
 
 
-def test_a_readout_apart_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"LocalLoss: readout='delta' is not possible"):
-        LocalLoss(cnn(), readout="delta")  # type: ignore[call-arg]
+# -- a readout of its own ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", [LocalLoss, MonoForward, ForwardForward, LocalPerturbation, LocalContrastive])
+def test_a_delta_readout_learns_as_on_a_trunk_that_stays(rule: Any) -> None:
+    """As that of a rule whose trunk never changes, in the same ordinary passes; the blocks learn as without it."""
+    x, y = batch(n=6)
+    kinds = {"delta": rule, "none": rule, "still": bioopt.Homeostasis}
+    models, updates = {kind: cnn(dropout=0.0) for kind in kinds}, dict[str, list[Tensor]]()
+    for kind, model in models.items():
+        options: dict[str, Any] = {"readout": None if kind == "none" else "delta"}
+        if kind != "still":
+            options |= {"exclude": nn.BatchNorm2d, "seed": 3, **SGD}
+        optimizer = kinds[kind](model, 0.0, **options)
+        for _ in range(3):
+            optimizer.target = y
+            optimizer.step(lambda model=model: F.cross_entropy(model(x), y))
+        updates[kind] = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    assert same(updates["delta"][:-2], updates["none"][:-2])
+    torch.testing.assert_close(updates["delta"][-2:], updates["still"][-2:])
+    assert not torch.allclose(updates["delta"][-2], updates["none"][-2], rtol=0.1)
+
+
+def test_a_delta_readout_counts_the_passes_that_the_blocks_count() -> None:
+    """Its running statistics are those of passes that a backward pass has reached."""
+    x, y = batch()
+    levels = []
+    for thrown_away in (False, True):
+        model = cnn(dropout=0.0)
+        optimizer = MonoForward(model, readout="delta", **SGD)
+        optimizer.target = y
+        if thrown_away:
+            F.cross_entropy(model(-x), y).backward()
+            optimizer.zero_grad()
+            model(-x)
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        (level,) = optimizer.state_dict()["state"]["rule"]["readout"].values()
+        levels.append([level["mean"], level["variance"]])
+    torch.testing.assert_close(*levels)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.hidden, self.stem = nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.hidden(torch.tanh(self.stem(x)))))
+
+
+def test_a_delta_readout_may_be_registered_first() -> None:
+    model, x, y = Tied(), torch.randn(8, 6), torch.randint(5, (8,))
+    optimizer = MonoForward(model, readout="delta", readout_layer="head")
+    optimizer.target = y
+    optimizer.step(lambda: F.cross_entropy(model(x), y))
+    assert {name.split("/")[-1] for name in optimizer._owned.modules} == {"hidden", "stem"}
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_readout_that_cannot_be_one_is_named() -> None:
+    tied = Tied()
+    tied.hidden.weight = tied.head.weight
+    for model, options, message in (
+        (cnn(), {"readout": "teacher"}, "readout='teacher' must be one of delta, None"),
+        (cnn(), {"readout_lr": 0.1}, "readout_lr, readout_layer and readout_options need a readout"),
+        (cnn(), {"readout": "delta", "readout_layer": ["4", "8"]}, "readout_layer= names '4', '8', but it takes one"),
+        (
+            Tied(),
+            {"readout": "delta", "blocks": ["stem", "hidden"]},
+            "the readout 'stem' is in block 'stem'; as",
+        ),
+        (tied, {"readout": "delta", "readout_layer": "head"}, "the readout 'head' shares its weights with layer"),
+        (nn.Linear(2, 2), {"readout": "delta"}, "the only plastic layer, '.*', is the readout"),
+    ):
+        with pytest.raises(ValueError, match=f"LocalLoss: {message}"):
+            LocalLoss(model, **options)
     with pytest.raises(ValueError, match="example= is an input of the model, so params must be the model"):
         LocalLoss([cnn(), cnn()], example=batch()[0])
 

@@ -35,7 +35,7 @@ def test_the_slow_twin_agrees() -> None:
     x, y = batch(n=6)
     x = x.double()
     model, twin = cnn(dropout=0.0).double(), cnn(dropout=0.0).double()
-    options: dict[str, Any] = {"temperature": 0.5, "features": 3, "pool": 2, "example": x}
+    options: dict[str, Any] = {"temperature": 0.5, "features": 3, "pool": 2, "example": x, "readout": None}
     optimizer = LocalContrastive(model, 0.1, views=mirrored, momentum=0.9, **SGD, **options)
     other = LocalContrastive(twin, **options)
     heads: Any = [*other._owned.modules.values()]
