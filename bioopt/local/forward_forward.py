@@ -62,8 +62,8 @@ class ForwardForward(LocalGradientRule):
             function gets ``None``). ``lambda x, y: (x + x.roll(1, 0)) / 2`` contrasts each input with a mixture, as
             self-contrastive Forward-Forward does, without labels.
         prediction: what `predict`, and with it ``train.py``, tells a class by: ``"readout"``, or ``"goodness"``.
-        options: ``readout`` and its options, ``blocks``, ``classes``, ``exclude``, ``descent`` and its options, ``process_group``, and ``seed``, of
-            the wrong labels, as in `BlockRule`.
+        options: ``readout`` and its options, ``blocks``, ``classes``, ``exclude``, ``descent`` and its options,
+            ``process_group``, and ``seed``, of the wrong labels, as in `BlockRule`.
 
     Attributes:
         target: the labels, as in `BlockRule`.

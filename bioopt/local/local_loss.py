@@ -38,8 +38,8 @@ class LocalLoss(LocalLossRule):
         loss: ``"cross_entropy"``, ``"similarity"``, or ``"both"``.
         pool: the number of positions that a classifier sees along each dimension of images or sequences.
         beta: :math:`\beta` in [0, 1], with ``loss="both"``.
-        options: ``readout`` and its options, ``head_lr``, ``blocks``, ``classes``, ``seed``, ``example``, ``exclude``, ``descent`` and its options,
-            ``process_group``, as in `BlockRule`.
+        options: ``readout`` and its options, ``head_lr``, ``blocks``, ``classes``, ``seed``, ``example``, ``exclude``,
+            ``descent`` and its options, ``process_group``, as in `BlockRule`.
 
     Attributes:
         target: the labels, as in `BlockRule`.

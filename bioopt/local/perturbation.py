@@ -106,8 +106,8 @@ class LocalPerturbation(BlockRule):
             the end of a block is one.
         pool: the number of positions that a classifier sees along each dimension of images or sequences.
         distribution: of :math:`\xi`: ``"rademacher"``, -1 and 1, or ``"normal"``.
-        options: ``readout`` and its options, ``head_lr``, ``blocks``, ``classes``, ``seed``, of heads and noise, ``example``, ``exclude``,
-            ``descent`` and its options, ``process_group``, as in `BlockRule`.
+        options: ``readout`` and its options, ``head_lr``, ``blocks``, ``classes``, ``seed``, of heads and noise,
+            ``example``, ``exclude``, ``descent`` and its options, ``process_group``, as in `BlockRule`.
 
     Attributes:
         target: the labels, as in `BlockRule`.
