@@ -100,7 +100,7 @@ class FirstRun(Task):
 
     def logged(self, line: dict[str, Any]) -> dict[str, Any]:
         """The test accuracy of each rule."""
-        return {"round": line["round"]} | {rule: course[-1] for rule, course in line["courses"].items()}
+        return {rule: course[-1] for rule, course in line["courses"].items()}
 
     def final(self, history: list[dict[str, Any]]) -> dict[str, list[float]]:
         """The final test accuracies of each rule."""
