@@ -188,7 +188,7 @@ def tables() -> str:
         text += ["|---|---|---:|---:|"]
     for name, numbers in measuring.items():
         if len(numbers) > LISTED:
-            text += [f"| {markdown_text(name)} | [{len(numbers)} numbers]({name}/result.json) | | |"]
+            text += [f"| {markdown_text(name)} | [{len(numbers)} numbers](./{name}/result.json) | | |"]
             continue
         names = [markdown_text(what.replace("_", " ")) for what in numbers]
         rows = zip(names, numbers.values(), strict=True)

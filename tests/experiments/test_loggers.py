@@ -41,9 +41,7 @@ def tensorboard(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     find = importlib.util.find_spec
     there = ModuleSpec("tensorboard", None)
-    monkeypatch.setattr(
-        checks.importlib.util, "find_spec", lambda name: there if name == "tensorboard" else find(name)
-    )
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: there if name == "tensorboard" else find(name))
     return calls
 
 
