@@ -167,7 +167,8 @@ def tables() -> str:
     text = [
         "# Measured results\n",
         "Written by `python scripts/record.py` from `*/result.json` in this folder. Test accuracy in %, mean ± 95 %",
-        "confidence interval over the seeds; the difference to the random trunk is paired by seed.\n",
+        "confidence interval over the seeds; of two seeds, both numbers. The difference to the random trunk is",
+        "paired by seed.\n",
     ]
     for data in sorted({result["data"] for result in results}):
         text += [f"## {markdown_text(data)}\n"]
