@@ -5,6 +5,7 @@ python scripts/front_picture.py    # writes docs/front.png
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -50,6 +51,8 @@ ROWS = (
 
 def main() -> None:
     """Accuracy of six rules beside their controls; next to it, the weights of spiking neurons."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(9.6, 3.9), width_ratios=[1.6, 1], layout="constrained", gridspec_kw={"wspace": 0.04}
     )
