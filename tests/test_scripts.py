@@ -22,6 +22,7 @@ import torch
 import torch.multiprocessing as mp
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
+from PIL import Image
 from safetensors.torch import save_file
 
 from experiments.run import run
@@ -62,6 +63,14 @@ def test_every_script_is_run_in_the_tests() -> None:
     text = "".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
     tested = re.findall(r'(?:call\("|script\("scripts/|"scripts" / ")(\w+\.py)"', text)
     assert set(tested) == {path.name for path in (ROOT / "scripts").glob("*.py")}
+
+
+def test_the_picture_of_the_readme(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.import_module("scripts.front_picture"), "ROOT", tmp_path)
+    (tmp_path / "docs").mkdir()
+    call("front_picture.py")
+    with Image.open(tmp_path / "docs" / "front.png") as drawn, Image.open(ROOT / "docs" / "front.png") as kept:
+        assert drawn.size == kept.size
 
 
 def test_generate_names_outdated_files_and_writes_them(
