@@ -99,7 +99,7 @@ def test_bench_step(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     shown = table(call("bench_step.py", "--seconds", "0", "--batch", "4", "--width", "2", "--json", str(record)))
     names = [name for name, *_ in shown]
     optimizers = {path.stem for path in (ROOT / "conf" / "optimizer").glob("*.yaml")}
-    assert set(names) == {"forward pass"} | optimizers - {"contrastive_divergence", "reward_stdp", "stdp"}
+    assert set(names) == {"forward pass"} | optimizers - {"contrastive_divergence", "eprop", "reward_stdp", "stdp"}
     rows = json.loads(record.read_text())["rows"]
     assert [row["name"] for row in rows] == names
     assert all(math.isfinite(n) and n > 0 for n in numbers(rows))
