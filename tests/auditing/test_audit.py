@@ -381,10 +381,10 @@ def test_a_rule_that_stops_depends_on_what_made_it_stop() -> None:
 FEW = {"samples": 1, "population": 1, "coordinates": 10, "mirror_samples": 2}
 #: what the trunk may depend on, besides other neurons of the layer and other samples
 SIGNALS = {
-    "energy": {"labels", "error", "layers_above", "transport"},
     "feedback": {"labels", "error", "layers_above"},
     "local": {"labels"},
     "perturbation": {"labels", "loss", "layers_above"},
+    "energy": {"labels", "error", "layers_above", "transport"},
     "temporal": {"labels", "error", "layers_above"},
 }
 REWARD = {"labels", "loss", "layers_above"}
