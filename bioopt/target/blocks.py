@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .passes import Link
+from .passes import Link, Pass
 
 __all__ = ["Block", "precise"]
 
@@ -45,6 +45,12 @@ class Block:
         """The root mean square of the activity at its end; 1 if there is none."""
         return _root_mean_square(self.h)
 
+    def end_in(self, other: Pass) -> Tensor:
+        """The activity at its end in another evaluation."""
+        if self.above is None:
+            return precise(other.links[self.link.synapse].u)
+        return precise(other.entered[self.above.synapse])
+
     def project(self, h: Tensor) -> Tensor:
         """The nearest activity in the range of that at the end of the block; an output has no range."""
         return h if self.above is None else h.clamp(-self.bounds[1], self.bounds[0])
@@ -56,10 +62,16 @@ class Block:
         (back,) = torch.autograd.grad(self._end, self.link.leaf, change.to(self._end.dtype), retain_graph=True)
         return precise(back)
 
+    def transposed(self, weight: Tensor, g: Tensor) -> Tensor:
+        """A change at the output of the layer, carried to its input by other weights than its own."""
+        return self.link.synapse.transpose(weight, g, self.link.x.shape)
+
     def product(self, x: Tensor, g: Tensor) -> Tensor:
         """``Σ g xᵀ`` over samples and positions, of the shape of the layer's weights; no weight is read."""
         weight, layer = self.link.synapse.weight, self.link.synapse.layer
-        with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+        if type(layer) is nn.Linear:  # as autograd, without a forward pass
+            return (g.reshape(-1, len(weight)).T @ x.reshape(-1, weight.shape[1])).to(weight.dtype)
+        with torch.enable_grad():
             u = layer.forward(x.to(weight.dtype))
             (product,) = torch.autograd.grad(u, weight, g.to(u.dtype))
         return product

@@ -190,7 +190,8 @@ class DifferenceTargetPropagation(LearningRule):
             raise RuntimeError(self._coverage.none_fired())
         grads = {p: p.grad for p in params if p.grad is not None}  # above the output
         blocks = self._blocks(forward)
-        add_up(grads, self._taught(blocks, params).items())
+        with _without_autocast(blocks):
+            add_up(grads, self._taught(blocks, params).items())
         fired = self._recorder.fired
         # A layer in evaluation mode passed targets on without one of its own, so it must not learn.
         silent = {p for s in self._recorder.synapses.values() if s not in fired for p in s.parameters()}
@@ -230,7 +231,7 @@ class DifferenceTargetPropagation(LearningRule):
             if not block.link.x.requires_grad:  # nothing learns below
                 break
             back = block.reversed(block.project(block.h + change) - block.h)
-            change = block.link.synapse.transpose(self._inverse(block.link.synapse), back, block.link.x.shape)
+            change = block.transposed(self._inverse(block.link.synapse), back)
             ends.append(block.link.x)
             signals.append(change / -step)
             if below is not None:
@@ -244,44 +245,62 @@ class DifferenceTargetPropagation(LearningRule):
 
     def _learned_inverses(self, blocks: Sequence[Block], run: Run) -> dict[int, Tensor]:
         """The weights of inverses after their steps, by the index of their layer."""
-        learning = [(i, block) for i, block in enumerate(blocks) if block.link.x.requires_grad]
-        learning = [(i, block) for i, block in learning if self._rate(block) > 0]
-        weights = {block: self._inverse(block.link.synapse) for _, block in learning}
+        learning = [block for block in blocks if block.link.x.requires_grad and self._rate(block) > 0]
+        weights = {block: self._inverse(block.link.synapse) for block in learning}
         for k in range(self.feedback_steps if learning else 0):
-            noise = {block: self._drawn(block, block.x, k, AT_INPUT) for _, block in learning}
-            given = {
-                block.link.synapse: (block.x + block.scale_of_x * self.noise * xi).to(block.link.x.dtype)
-                for block, xi in noise.items()
-            }
-            noisy, _ = run(given)
+            xi = {block: self._drawn(block, block.x, k, AT_INPUT) for block in learning}
+            noisy, _ = run(
+                {
+                    block.link.synapse: (block.x + self.noise * block.scale_of_x * xi[block]).to(block.link.x.dtype)
+                    for block in learning
+                }
+            )
             if missing := [block.link.synapse.name for block in blocks if block.link.synapse not in noisy.links]:
                 raise RuntimeError(
                     f"{type(self).__name__}: in an evaluation with noise, the closure did not run the layers "
                     f"{', '.join(missing)} of the first: it must run the same layers each time"
                 )
-            slopes: list[Tensor] = []
-            responses: list[Tensor] = []
-            for i, block in learning:
-                end = noisy.links[block.link.synapse].u if i == 0 else noisy.entered[blocks[i - 1].link.synapse]
-                sigma, own = block.scale_of_x * self.noise, block.scale_of_h * self.noise
-                change = block.reversed((block.project(precise(end)) - block.h) / sigma)
-                eta = self._drawn(block, block.h, k, AT_END)
-                response = block.reversed((block.project(block.h + own * eta) - block.h) / own)
-                returned = block.link.synapse.transpose(weights[block], response, block.link.x.shape)
-                slopes.append(block.product(returned, response) - block.product(noise[block], change))
-                responses.append(response)
-            self._average_over_ranks(slopes)
-            curvatures = [
-                block.link.synapse.transpose(slope, response, block.link.x.shape).square().sum()
-                for (_, block), slope, response in zip(learning, slopes, responses, strict=True)
-            ]
-            self._average_over_ranks(curvatures)
-            for (_, block), slope, curvature in zip(learning, slopes, curvatures, strict=True):
-                # Along its gradient, a quadratic loss is lowest after this step.
-                step = torch.where(curvature > 0, slope.square().sum() / curvature, torch.zeros_like(curvature))
-                weights[block] = weights[block] - self._rate(block) * step * slope
+            with _without_autocast(blocks):
+                self._step_of_inverses(learning, weights, xi, noisy, k)
         require_finite(self, "an inverse", [*weights.values()])
         return {block.link.synapse.index: weight for block, weight in weights.items()}
+
+    def _step_of_inverses(
+        self,
+        blocks: Sequence[Block],
+        weights: dict[Block, Tensor],
+        xi: Mapping[Block, Tensor],
+        noisy: Pass,
+        k: int,
+    ) -> None:
+        """Descend the local difference reconstruction loss, of noise of deviation 1, for all inverses.
+
+        Args:
+            blocks: whose inverses learn.
+            weights: of the inverses; replaced.
+            xi: the noise at the inputs of blocks, in units of its deviation.
+            noisy: the evaluation with this noise.
+            k: the number of the step.
+        """
+        slopes, responses = [], []
+        for block in blocks:
+            change = (block.project(block.end_in(noisy)) - block.h) / (self.noise * block.scale_of_x)
+            deviation = self.noise * block.scale_of_h
+            eta = self._drawn(block, block.h, k, AT_END)
+            response = block.reversed((block.project(block.h + deviation * eta) - block.h) / deviation)
+            returned = block.transposed(weights[block], response)
+            slopes.append(block.product(returned, response) - block.product(xi[block], block.reversed(change)))
+            responses.append(response)
+        self._average_over_ranks(slopes)
+        curvatures = [
+            block.transposed(slope, response).square().sum()
+            for block, slope, response in zip(blocks, slopes, responses, strict=True)
+        ]
+        self._average_over_ranks(curvatures)
+        for block, slope, curvature in zip(blocks, slopes, curvatures, strict=True):
+            # Where a quadratic loss is lowest along its gradient.
+            step = torch.where(curvature > 0, slope.square().sum() / curvature, torch.zeros_like(curvature))
+            weights[block] = weights[block] - self._rate(block) * step.to(slope.dtype) * slope
 
     def _rate(self, block: Block) -> float:
         return float(self.param_groups[block.link.synapse.group]["feedback_lr"])
@@ -291,6 +310,11 @@ class DifferenceTargetPropagation(LearningRule):
         counts = (block.link.synapse.index, self._own_state["step"], k, where, self._ranks[0])
         generator = self._noise.stream(like.device, self._own_state["seed"], *counts)
         return fill_normal_(torch.empty_like(like), generator)
+
+
+def _without_autocast(blocks: Sequence[Block]) -> torch.autocast:
+    """Small differences of activities would be rounded away."""
+    return torch.autocast(blocks[0].h.device.type, enabled=False)
 
 
 def _samples(synapse: Synapse, u: Tensor) -> int:

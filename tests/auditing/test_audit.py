@@ -375,6 +375,7 @@ SIGNALS = {
     "feedback": {"labels", "error", "layers_above"},
     "local": {"labels"},
     "perturbation": {"labels", "loss", "layers_above"},
+    "target": {"labels", "error", "layers_above"},
 }
 REWARD = {"labels", "loss", "layers_above"}
 OTHER_SIGNALS = {
