@@ -51,9 +51,17 @@ class Block:
             return precise(other.links[self.link.synapse].u)
         return precise(other.entered[self.above.synapse])
 
-    def project(self, h: Tensor) -> Tensor:
-        """The nearest activity in the range of that at the end of the block; an output has no range."""
-        return h if self.above is None else h.clamp(-self.bounds[1], self.bounds[0])
+    @cached_property
+    def _limits(self) -> tuple[Tensor, Tensor]:
+        """How far activity may move down and up. The extremes themselves may move on: they mark no end of a range."""
+        highest, lowest = self.bounds[0], -self.bounds[1]
+        down = torch.where(self.h == lowest, -torch.inf, lowest - self.h)
+        up = torch.where(self.h == highest, torch.inf, highest - self.h)
+        return down, up
+
+    def limited(self, change: Tensor) -> Tensor:
+        """A change at the end of the block that stays in the range of its activity; an output has no range."""
+        return change if self.above is None else change.clamp(*self._limits)
 
     def reversed(self, change: Tensor) -> Tensor:
         """A change at the end of the block, carried back to the output of its layer by the transposed derivative."""

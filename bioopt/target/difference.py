@@ -52,9 +52,9 @@ class DifferenceTargetPropagation(LearningRule):
     .. math::
         G_l(h) = V_l^\top D_l^\top \varphi(h), \qquad D_l = \frac{\partial h_l}{\partial u_l},
 
-    where :math:`\varphi` keeps targets in the range of activity that the block has in this batch (for ReLU, not
-    below 0), and :math:`D_l` is taken at the forward pass: the slope of each neuron's activation, the winners of max
-    pooling. Inverses never read :math:`W`. They learn from the response of a block to noise :math:`\varepsilon` at its
+    where :math:`\varphi` keeps targets in the range of activity that the block has in this batch (for ReLU, not below
+    0; the extreme activities themselves may move on), and :math:`D_l` is taken at the forward pass: the slope of each
+    neuron's activation, the winners of max pooling. Inverses never read :math:`W`. They learn from the response of a block to noise :math:`\varepsilon` at its
     input, and of the inverse to noise :math:`\eta` at its own, by descent on the local difference reconstruction loss
 
     .. math::
@@ -230,7 +230,7 @@ class DifferenceTargetPropagation(LearningRule):
         for block, below in zip(blocks, [*blocks[1:], None], strict=True):
             if not block.link.x.requires_grad:  # nothing learns below
                 break
-            back = block.reversed(block.project(block.h + change) - block.h)
+            back = block.reversed(block.limited(change))
             change = block.transposed(self._inverse(block.link.synapse), back)
             ends.append(block.link.x)
             signals.append(change / -step)
@@ -284,10 +284,10 @@ class DifferenceTargetPropagation(LearningRule):
         """
         slopes, responses = [], []
         for block in blocks:
-            change = (block.project(block.end_in(noisy)) - block.h) / (self.noise * block.scale_of_x)
+            change = block.limited(block.end_in(noisy) - block.h) / (self.noise * block.scale_of_x)
             deviation = self.noise * block.scale_of_h
             eta = self._drawn(block, block.h, k, AT_END)
-            response = block.reversed((block.project(block.h + deviation * eta) - block.h) / deviation)
+            response = block.reversed(block.limited(deviation * eta) / deviation)
             returned = block.transposed(weights[block], response)
             slopes.append(block.product(returned, response) - block.product(xi[block], block.reversed(change)))
             responses.append(response)

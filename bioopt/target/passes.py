@@ -95,7 +95,7 @@ class Pass:
                 f"{self._rule} learns from the loss, but it depends on no layer of the rule: the closure must return "
                 "the loss as a tensor with its graph, or call backward() itself"
             )
-        of_leaf = {link.leaf: link for link in self.links.values()}
+        of_leaf = {link.leaf: link for link in self.links.values()}  # tensors are equal where they are the same
         below = {link.synapse: _below(link.x, of_leaf) for link in self.links.values()}
         above: dict[Synapse, list[str]] = {link.synapse: ["the loss"] for link in reached}
         for synapse, links in below.items():
@@ -128,8 +128,8 @@ class Pass:
 
 
 def _below(x: Tensor, of_leaf: Mapping[Tensor, Link]) -> list[Link]:
-    """The layers whose activity ``x`` depends on."""
+    """The layers whose activity ``x`` depends on, in the order in which they ran."""
     if x.grad_fn is None:
         return []
-    variables = [node.variable for node in graph_behind([x.grad_fn]) if hasattr(node, "variable")]
-    return [of_leaf[v] for v in variables if v in of_leaf]
+    variables = {node.variable for node in graph_behind([x.grad_fn]) if hasattr(node, "variable")}
+    return [link for leaf, link in of_leaf.items() if leaf in variables]
