@@ -220,9 +220,8 @@ class Case:
     @property
     def needs_backward(self) -> bool:
         """Whether it learns from a backward pass of the loss through the whole network."""
-        return issubclass(
-            self.rule, bioopt.FeedbackRule | BlockRule | bioopt.EnergyRule | bioopt.DifferenceTargetPropagation
-        )
+        families = bioopt.FeedbackRule | BlockRule | bioopt.EnergyRule | bioopt.DifferenceTargetPropagation
+        return issubclass(self.rule, families)
 
     @property
     def regulates(self) -> bool:

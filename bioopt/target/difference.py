@@ -54,15 +54,16 @@ class DifferenceTargetPropagation(LearningRule):
 
     where :math:`\varphi` keeps targets in the range of activity that the block has in this batch (for ReLU, not below
     0; the extreme activities themselves may move on), and :math:`D_l` is taken at the forward pass: the slope of each
-    neuron's activation, the winners of max pooling. Inverses never read :math:`W`. They learn from the response of a block to noise :math:`\varepsilon` at its
-    input, and of the inverse to noise :math:`\eta` at its own, by descent on the local difference reconstruction loss
+    neuron's activation, the winners of max pooling. Inverses never read :math:`W`. They learn from the response of a
+    block to noise :math:`\varepsilon` at its input, and of the inverse to noise :math:`\eta` at its own, by descent on
+    the local difference reconstruction loss
 
     .. math::
         -\varepsilon^\top \left( G_l(F_l(h_{l-1} + \varepsilon)) - G_l(h_l) \right)
         + \tfrac12 \lVert G_l(h_l + \eta) - G_l(h_l) \rVert^2 ,
 
     whose minimum for small noise is :math:`J_G = J_F^\top`, reached at :math:`V_l = W_l`. For small :math:`\beta`, the
-    update is then that of backpropagation. Inverses learn after each step, for the next one.
+    update is then that of backpropagation. Inverses learn once the targets of a batch are known, for the next batch.
 
     All parameters of the model learn, those of normalisation layers too. A chain of layers is needed: skip connections
     and branches are refused, because one inverse gives one target. A step evaluates the closure
@@ -135,7 +136,11 @@ class DifferenceTargetPropagation(LearningRule):
 
     def layers(self) -> dict[str, Synapse]:
         """The layers by their names in the model."""
-        return {synapse.name: synapse for synapse in self._recorder.synapses.values()}
+        names, found = self._names(), dict[str, Synapse]()
+        for synapse in self._recorder.synapses.values():
+            name = names[synapse.weight].removesuffix(".weight")
+            found[synapse.name if name in found else name] = synapse  # some share their weights
+        return found
 
     @torch.no_grad()
     def feedback_weights(self) -> dict[str, Tensor]:

@@ -90,7 +90,7 @@ def learned(
                 return total
 
             def loss(v: Tensor) -> Tensor:
-                total = response(v)  # noqa: B023
+                total = response(v)
                 for j, h in enumerate(samples):
                     xi = noise[i, k, 0][j]  # noqa: B023
                     end = block(layers, i, h[i] + low * xi)  # noqa: B023
