@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Adam
 
 from ..core.constraints import POSITIVE, POSITIVE_INT, SEED, Constraint
-from ..core.errors import require_finite
+from ..core.errors import require_finite, warn
 from ..core.noise import NoiseSource, fill_normal_
 from ..core.params import Params, RuleOptions, learning_parameters_of, no_plastic_layer, synapses_of
 from ..core.probe import Probe
@@ -88,7 +88,8 @@ class DifferenceTargetPropagation(LearningRule):
             are no known synapses.
         TypeError: bare parameters.
         RuntimeError: a step without a closure; layers that form no chain, or run twice; a loss that depends on no
-            layer.
+            layer; a closure that runs other layers in its evaluations with noise. Layers that ran and that the loss
+            does not depend on learn nothing; one warning names them.
 
     Sources: M. M. Ernoult, F. Normandin, A. Moudgil, S. Spinney, E. Belilovsky, I. Rish, B. Richards & Y. Bengio
     (2022), *Towards scaling difference target propagation by learning backprop targets*, ICML; difference target
@@ -129,6 +130,7 @@ class DifferenceTargetPropagation(LearningRule):
         self.feedback_steps, self.noise, self.target_step = feedback_steps, noise, target_step
         self._random, self._noise = RandomWeights(), NoiseSource()
         self._now: Pass | None = None
+        self._warned = False
         super().__init__(params, {"lr": lr, "feedback_lr": feedback_lr}, **options)
         self._own_state = {"seed": seed, "step": 0, "feedback": {}}
 
@@ -214,6 +216,13 @@ class DifferenceTargetPropagation(LearningRule):
     def _blocks(self, forward: Pass) -> list[Block]:
         """The blocks from the output down, with the range of their activity over all ranks."""
         chain = forward.chain()
+        lost = [synapse.name for synapse, link in forward.links.items() if link not in chain]
+        if lost and not self._warned:
+            self._warned = True
+            warn(
+                f"{type(self).__name__}: layers ran and learn nothing: {', '.join(map(repr, lost))}. The loss does not "
+                "depend on their activity by a graph; exclude=[...] leaves layers out without this warning"
+            )
         blocks = [Block(link, above) for link, above in zip(chain, [None, *chain[:-1]], strict=True)]
         bounds = torch.stack([bound for block in blocks[1:] for bound in block.bounds]) if blocks[1:] else None
         if bounds is not None and self.process_group is not None:

@@ -261,6 +261,15 @@ def test_networks_that_are_no_chain_are_refused(join: Any, message: str) -> None
     assert str(rule.state_dict()["state"]["rule"]) == str(state)
 
 
+def test_layers_without_a_graph_to_the_loss_learn_nothing_and_are_named() -> None:
+    model, (x, y) = Wired(lambda m, x: m.c(m.b(m.a(x).detach()))).double(), data()
+    rule = bioopt.DifferenceTargetPropagation(model)
+    with pytest.warns(UserWarning, match="layers ran and learn nothing: 'a'.*exclude="):
+        rule.step(lambda: F.cross_entropy(model(x), y))
+    rule.step(lambda: F.cross_entropy(model(x), y))  # once
+    assert model.a.weight.grad is None
+
+
 def test_a_residual_network_is_refused() -> None:
     model = residual()
     rule = bioopt.DifferenceTargetPropagation(model)
