@@ -6,6 +6,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
 
 from .passes import Link, Pass
 
@@ -79,6 +80,11 @@ class Block:
         weight, layer = self.link.synapse.weight, self.link.synapse.layer
         if type(layer) is nn.Linear:  # as autograd, without a forward pass
             return (g.reshape(-1, len(weight)).T @ x.reshape(-1, weight.shape[1])).to(weight.dtype)
+        if type(layer) is nn.Conv2d and x.ndim == 4 and layer.padding_mode == "zeros" and type(layer.padding) is tuple:
+            patches: Tensor = conv2d_weight(
+                x, weight.shape, g, layer.stride, layer.padding, layer.dilation, layer.groups
+            )
+            return patches.to(weight.dtype)
         with torch.enable_grad():
             u = layer.forward(x.to(weight.dtype))
             (product,) = torch.autograd.grad(u, weight, g.to(u.dtype))

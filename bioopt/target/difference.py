@@ -104,7 +104,7 @@ class DifferenceTargetPropagation(LearningRule):
     def __init__(
         self,
         params: Params,
-        lr: float = 1e-3,  # η
+        lr: float = 2e-3,  # η
         *,
         feedback_lr: float = 0.1,
         feedback_steps: int = 4,  # K
