@@ -206,7 +206,7 @@ class DifferenceTargetPropagation(LearningRule):
         grads = {p: g for p, g in grads.items() if p not in silent}
         self._average_gradients(losses, grads)
         state = self._next_state()
-        state["feedback"] = {**state["feedback"], **self._learned_inverses(blocks, run)}
+        state["feedback"] = {**state["feedback"], **self._learned_inverses(forward, blocks, run)}
         return losses, grads, state
 
     def _forget(self) -> None:
@@ -257,7 +257,7 @@ class DifferenceTargetPropagation(LearningRule):
 
     # -- learning of inverses -----------------------------------------------------------------------------------
 
-    def _learned_inverses(self, blocks: Sequence[Block], run: Run) -> dict[int, Tensor]:
+    def _learned_inverses(self, forward: Pass, blocks: Sequence[Block], run: Run) -> dict[int, Tensor]:
         """The weights of inverses after their steps, by the index of their layer."""
         learning = [block for block in blocks if block.link.x.requires_grad and self._rate(block) > 0]
         weights = {block: self._inverse(block.link.synapse) for block in learning}
@@ -274,6 +274,7 @@ class DifferenceTargetPropagation(LearningRule):
                     f"{type(self).__name__}: in an evaluation with noise, the closure did not run the layers "
                     f"{', '.join(missing)} of the first: it must run the same layers each time"
                 )
+            self._now = forward  # whose layers activation checkpointing runs again
             with _without_autocast(blocks):
                 self._step_of_inverses(learning, weights, xi, noisy, k)
         require_finite(self, "an inverse", [*weights.values()])

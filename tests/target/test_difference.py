@@ -165,10 +165,12 @@ def test_checkpointed_blocks_learn_the_same() -> None:
         return F.cross_entropy(h, y)
 
     rule = bioopt.DifferenceTargetPropagation(model)
-    expected = gradients(rule, model, x, y)
+    expected, inverses = gradients(rule, model, x, y), rule.feedback_weights()
     rule.close()
     rule = bioopt.DifferenceTargetPropagation(model)
     rule.estimate(lambda: loss(reentrant=False))
+    for name, weight in rule.feedback_weights().items():
+        torch.testing.assert_close(weight, inverses[name])
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad, expected[name])
     x.requires_grad_()
