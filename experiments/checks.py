@@ -6,6 +6,7 @@ Imports nothing of ours and no torch: a mistake is reported before anything is b
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,16 @@ def require_counts(least: int = 1, of: str = "task.", null: bool = False, **opti
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{of}{name}={value} must be an integer >= {least}{', or null' if null else ''}")
+
+
+def require_package(option: str, package: str) -> None:
+    """Raise where a package that an option needs, which bioopt installs on request, is not there.
+
+    Raises:
+        ValueError: names the option, and the command that installs the package.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(f"{option} needs the package {package}: pip install -e '.[{package}]'")
 
 
 def check_inside_runs(option: str, name: Any) -> None:

@@ -1,9 +1,10 @@
-"""The log of a run: on the terminal, in the run's folder, and where its `Logger` sends it."""
+"""The log of a run: on the terminal, in the run's folder, and where its `Logger`s send it."""
 
 from __future__ import annotations
 
 import resource
 import sys
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from .ranks import Ranks
 
 
 class Logger(ABC):
-    """Where the numbers of a run go besides its folder; ``logger._target_`` names the class.
+    """Where the numbers of a run go besides ``metrics.jsonl``; ``logger.classes`` has the class, by a name of its own.
 
     Args:
         config: of the run, plain containers; ``config["logger"]`` has the logger's own options.
@@ -27,7 +28,7 @@ class Logger(ABC):
         run_id: `run_id` of the interrupted run that is resumed, or ``None``.
     """
 
-    run_id: str | None = None  # by which a resumed run goes on with the same log
+    run_id: str | None = None  # without spaces; by which a resumed run goes on with the same log
 
     @abstractmethod
     def __init__(self, config: dict[str, Any], folder: Path, run_id: str | None) -> None: ...
@@ -45,13 +46,21 @@ class Logger(ABC):
         """Close after an error."""
 
 
+NO_ID = "-"  # of a logger without a `run_id`, among those of several
+
+
+def logger_classes(options: dict[str, Any]) -> list[str]:
+    """The paths of the chosen loggers' classes; a single one may also be ``_target_``, as in older configurations."""
+    return [*options.get("classes", {}).values(), *([options["_target_"]] if "_target_" in options else [])]
+
+
 class RunLog:
-    """Writes one run: a line for each round on the terminal and in ``metrics.jsonl``, and its numbers to the logger.
+    """Writes one run: a line for each round on the terminal and in ``metrics.jsonl``, and its numbers to the loggers.
 
     Args:
         folder: the run's folder.
         config: the resolved configuration, plain containers.
-        run_id: of the logger, where an interrupted run is resumed.
+        run_id: of the loggers, where an interrupted run is resumed.
         history: the lines of the rounds so far.
     """
 
@@ -60,32 +69,42 @@ class RunLog:
         self.history = history
         self._every = config["logger"]["every"]
         self._epochs = config["epochs"]
-        self._logger: Logger | None = None
-        if config["logger"]["mode"] != "disabled":
-            self._logger = get_class(config["logger"]["_target_"])(config, folder, run_id)
+        self._loggers: list[Logger] = []
+        classes = logger_classes(config["logger"]) if config["logger"]["mode"] != "disabled" else []
+        ids = run_id.split(" ") if run_id is not None and classes else [NO_ID] * len(classes)
+        try:
+            for path, own_id in zip(classes, ids, strict=True):
+                self._loggers.append(get_class(path)(config, folder, None if own_id == NO_ID else own_id))
+        except BaseException:
+            self.close()
+            raise
         # Drops lines of a round that was not finished.
         self._write_metrics()
 
     @property
     def run_id(self) -> str | None:
-        """That of the logger, if there is one."""
-        return self._logger.run_id if self._logger is not None else None
+        """Those of the loggers, in their order and separated by spaces, if there are any."""
+        ids = [logger.run_id for logger in self._loggers]
+        return " ".join(own_id or NO_ID for own_id in ids) if any(ids) else None
 
     def batches(self, batches: Iterator[Any], total: int, epoch: int) -> Iterator[Any]:
-        """Iterate over the batches, with a progress bar where the output is a terminal."""
+        """Iterate over the batches, with a progress bar where the output is a terminal, else a line a minute."""
         label = f"epoch {epoch}/{self._epochs}"
-        watched = sys.stderr.isatty() and Ranks().first
-        return iter(tqdm(batches, label, total, leave=False, unit="batch", disable=not watched))
+        if not Ranks().first:
+            return batches
+        if sys.stderr.isatty():
+            return iter(tqdm(batches, label, total, leave=False, unit="batch"))
+        return _with_lines(batches, label, total)
 
     def step(self, step: int, loss: Tensor, diagnostics: list[dict[str, Any]]) -> None:
         """Log the training loss every ``logger.every`` steps, and the diagnostics of this step if any."""
-        if self._logger is None:
+        if not self._loggers:
             return
         if step % self._every == 0:
-            self._logger.log({"step": step, "train/loss": loss.item()})
+            self._log({"step": step, "train/loss": loss.item()})
         if diagnostics and diagnostics[-1]["step"] == step:
             line = {f"diagnostics/{name}": value for name, value in diagnostics[-1].items() if name != "step"}
-            self._logger.log({"step": step, **line})
+            self._log({"step": step, **line})
 
     def round(self, line: dict[str, Any], numbers: dict[str, Any], label: str, text: str) -> None:
         """Log one round of a task.
@@ -99,26 +118,51 @@ class RunLog:
         self.history.append(line)
         self._write_metrics()
         print(f"{label}   {text}", flush=True)
-        if self._logger is not None:
-            self._logger.log(numbers)
+        self._log(numbers)
 
     def finish(self, summary: dict[str, Any], pictures: list[Path], lines: list[str]) -> None:
-        """Write the summary, print these lines, and close the logger."""
+        """Write the summary, print these lines, and close the loggers."""
         write_json(self.folder / "summary.json", summary)
         print("\n".join(lines))
         print(f"results are in {self.folder}")
-        if self._logger is not None and (line := self._logger.finish(summary, pictures)):
-            print(line)
-        self._logger = None
+        while self._loggers:
+            if line := self._loggers[0].finish(summary, pictures):
+                print(line)
+            del self._loggers[0]
 
     def close(self) -> None:
-        """Close the logger after an error."""
-        if self._logger is not None:
-            self._logger.close()
-            self._logger = None
+        """Close the loggers after an error."""
+        while self._loggers:
+            self._loggers.pop().close()
+
+    def _log(self, numbers: dict[str, Any]) -> None:
+        for logger in self._loggers:
+            logger.log(numbers)
 
     def _write_metrics(self) -> None:
         write_lines(self.folder / "metrics.jsonl", self.history)
+
+
+QUIET = 60.0  # seconds without a line, where no one sees a progress bar
+
+
+def _with_lines(batches: Iterator[Any], label: str, total: int) -> Iterator[Any]:
+    """The same batches; a line a minute has how many are done, and the time that the others need at this speed."""
+    begin = last = time.monotonic()
+    for done, batch in enumerate(batches):
+        now = time.monotonic()
+        if done and now - last >= QUIET:
+            left = (now - begin) / done * (total - done)
+            print(f"{label}   batch {done:,}/{total:,}, {_duration(left)} left", flush=True)
+            last = now
+        yield batch
+
+
+def _duration(seconds: float) -> str:
+    """``40 s``, ``25 min`` or ``3.1 h``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def peak_memory(device: torch.device) -> int:

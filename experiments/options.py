@@ -14,7 +14,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from .checks import check_inside_runs, require_counts, unknown
+from .checks import check_inside_runs, require_counts, require_package, unknown
 from .config import flat, refuse_interpolations
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -39,7 +39,8 @@ def check(config: DictConfig) -> None:
     plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(plain, dict)
     known = _known()
-    if plain["logger"]["_target_"] != known["logger"]["_target_"]:  # one of your own, with options of its own
+    own = "_target_" in plain["logger"] or not plain["logger"]["classes"].items() <= known["logger"]["classes"].items()
+    if own:  # a logger of your own, with options of its own
         known = {**known, "logger": dict.fromkeys([*known["logger"], *plain["logger"]])}
     _check_names(plain, known)
     for name in OF_TASKS:
@@ -56,6 +57,8 @@ def check(config: DictConfig) -> None:
     for name, choices in CHOICES.items():
         if (value := OmegaConf.select(config, name)) not in choices:
             raise ValueError(f"{name}={value} must be {_listed(choices)}")
+    if "tensorboard" in plain["logger"].get("classes", ()) and config.logger.mode != "disabled":
+        require_package("logger=tensorboard", "tensorboard")
     if config.amp != "auto" and not isinstance(config.amp, bool):
         raise ValueError(f"amp={config.amp} must be true, false or auto")
     if not isinstance(flip := OmegaConf.select(config, "data.augment.flip", default=False), bool):
@@ -94,7 +97,7 @@ def check_names(overrides: Iterable[str]) -> None:
 
 def _check_choice(group: str, value: str) -> None:
     names = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
-    for name in value.split(","):
+    for name in value.strip("[]").split(","):
         if re.fullmatch(r"\w+", name) and name not in (*names, "null"):
             near = [f"did you mean {match}? " for match in difflib.get_close_matches(name, names, 1)]
             raise ValueError(f"{group}={name} does not exist; {''.join(near)}{group} can be {_listed(names)}")
@@ -130,7 +133,10 @@ def _known() -> dict[str, Any]:
     of_data = {
         name: option for path in sorted((CONF / "data").glob("*.yaml")) for name, option in _loaded(path).items()
     }
-    parts = {"data": of_data, "logger": _loaded(CONF / "logger" / "wandb.yaml")}
+    loggers = [_loaded(path) for path in sorted((CONF / "logger").glob("*.yaml"))]
+    of_loggers = {name: option for logger in loggers for name, option in logger.items()}
+    of_loggers["classes"] = {name: path for logger in loggers for name, path in logger["classes"].items()}
+    parts = {"data": of_data, "logger": of_loggers}
     return {**groups, **dict.fromkeys(OF_TASKS), **{k: v for k, v in known.items() if k != "defaults"}, **parts}
 
 

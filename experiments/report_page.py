@@ -123,14 +123,14 @@ def _caption(group: RunGroup) -> str:
 
 
 def bars(groups: list[RunGroup]) -> Figure:
-    """Final test accuracy: mean, 95 % confidence interval, and each seed as a point."""
+    """Final test accuracy: mean, 95 % confidence interval from three seeds on, and each seed as a point."""
     labels = [_caption(group) for group in groups]
     each = max(0.42, 0.18 * max(label.count("\n") + 1 for label in labels))
     figure, axes = plt.subplots(figsize=(8, 0.9 + each * len(groups)), layout="constrained")
     lowest = 100.0
     for row, (colour, group) in enumerate(zip(_colours(groups), groups, strict=True)):
         points = [100 * value for value in group.each("test_accuracy")]
-        mean, half = statistics.fmean(points), interval(points)
+        mean, half = statistics.fmean(points), interval(points) if len(points) > 2 else None
         lowest = min(lowest, mean - (half or 0), *points)
         axes.barh(row, mean, color=colour, alpha=0.5, xerr=half, error_kw={"capsize": 3, "elinewidth": 1})
         axes.plot(points, [row] * len(points), "o", color=colour, markersize=4, markeredgecolor="black")

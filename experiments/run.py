@@ -102,8 +102,8 @@ def perform(
             seconds += measured.pop("seconds", time.perf_counter() - begin)
             interrupts.check()
             line = {task.unit: number, **measured, "seconds": seconds}
-            log.round(line, task.logged(line), f"{task.unit} {number:>{len(str(task.rounds))}}/{task.rounds}",
-                      task.shown(line))  # fmt: skip
+            label = f"{task.unit} {number:>{len(str(task.rounds))}}/{task.rounds}"
+            log.round(line, {task.unit: number} | task.logged(line), label, task.shown(line))
             Progress(
                 epoch=number,
                 state=task.state_dict(),

@@ -22,19 +22,35 @@ def with_interval(name: str, values: list[float]) -> dict[str, float]:
 
 
 def percent(values: list[float], sign: str = "") -> str:
-    """The mean of fractions in percent, with its interval."""
+    """The mean of fractions in percent, with its spread."""
     if not values:
         return ""
-    half = interval(values)
-    return f"{100 * statistics.fmean(values):{sign}z.2f}" + ("" if half is None else f" ± {100 * half:.2f}")
+    return f"{100 * statistics.fmean(values):{sign}z.2f}" + spread([100 * v for v in values], f"{sign}z.2f", ".2f")
 
 
 def plain(values: list[float]) -> str:
-    """The mean of numbers, with its interval."""
+    """The mean of numbers, with its spread."""
     if not all(map(math.isfinite, values)):
         return readable(sum(values) / len(values))  # infinite, or NaN
-    half = interval(values)
-    return readable(statistics.fmean(values)) + ("" if half is None else f" ± {readable(half)}")
+    return readable(statistics.fmean(values)) + spread(values)
+
+
+def spread(values: list[float], form: str | None = None, half_form: str | None = None) -> str:
+    """The 95 % confidence interval from three values on; of two, both of them.
+
+    With one degree of freedom Student's interval is 13 times the standard error, which tells less than the two values.
+
+    Args:
+        values: whose mean is shown before it.
+        form: format specification of a value; ``None`` for `readable` numbers.
+        half_form: that of half the interval.
+    """
+    if len(values) == 2:
+        low, high = (readable(v) if form is None else format(v, form) for v in sorted(values))
+        return f" ({low} to {high})"
+    if (half := interval(values)) is None:
+        return ""
+    return f" ± {readable(half) if half_form is None else format(half, half_form)}"
 
 
 def readable(value: float) -> str:

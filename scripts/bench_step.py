@@ -39,13 +39,14 @@ ONE = {
     "serial_perturbation": "coordinates",
     "weight_perturbation": "population",
 }
+IN_TIME = ("eprop",)  # without time steps it is another rule
 SHAPE = (1, 28, 28)
 
 
 def names() -> list[str]:
     """The forward pass, the controls, then every rule that trains this network: some need one of their own."""
     options = {p.stem: OmegaConf.load(p) for p in sorted((CONF / "optimizer").glob("*.yaml"))}
-    found = [name for name, own in options.items() if "requires" not in own]
+    found = [name for name, own in options.items() if "requires" not in own and name not in IN_TIME]
     controls = ["sgd", "adam", "random_trunk"]
     return [FORWARD, *controls, *[n for n in found if n not in controls]]
 

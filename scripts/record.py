@@ -35,6 +35,7 @@ USUAL = {
     *("optimizer", "model", "data", "seed", "evaluated_on", "test_accuracy", "best_test_accuracy", "epochs", "seconds"),
     *("forward_passes", "images_per_second", "trained_parameters", "peak_memory_bytes", "device", "torch", "commit"),
 }
+OF_CONTROL = {"control_test_accuracy", "control_steps"}  # of the short control that a run measures at its end
 
 
 def record(name: str, runs: list[Path]) -> None:
@@ -61,7 +62,7 @@ def record(name: str, runs: list[Path]) -> None:
     else:
         accuracies = [summary["test_accuracy"] for summary in summaries]
         result |= {"test_accuracy": accuracies, "mean": statistics.fmean(accuracies), "ci95": interval(accuracies)}
-        more = [key for key in first if key not in USUAL and number(first[key])]  # of `final_analysis`
+        more = [key for key in first if key not in USUAL | OF_CONTROL and number(first[key])]  # of `final_analysis`
         result |= {"measured": measured(name, summaries, more)} if more else {}
         result |= {"epochs": first["epochs"], "forward_passes": first["forward_passes"]}
     result |= {
@@ -166,7 +167,8 @@ def tables() -> str:
     text = [
         "# Measured results\n",
         "Written by `python scripts/record.py` from `*/result.json` in this folder. Test accuracy in %, mean ± 95 %",
-        "confidence interval over the seeds; the difference to the random trunk is paired by seed.\n",
+        "confidence interval over the seeds; of two seeds, both numbers. The difference to the random trunk is",
+        "paired by seed.\n",
     ]
     for data in sorted({result["data"] for result in results}):
         text += [f"## {markdown_text(data)}\n"]
@@ -187,7 +189,7 @@ def tables() -> str:
         text += ["|---|---|---:|---:|"]
     for name, numbers in measuring.items():
         if len(numbers) > LISTED:
-            text += [f"| {markdown_text(name)} | [{len(numbers)} numbers]({name}/result.json) | | |"]
+            text += [f"| {markdown_text(name)} | [{len(numbers)} numbers](./{name}/result.json) | | |"]
             continue
         names = [markdown_text(what.replace("_", " ")) for what in numbers]
         rows = zip(names, numbers.values(), strict=True)

@@ -51,6 +51,7 @@ def tiny(optimizer: str) -> list[str]:
     }
     own = {  # rules for networks of their own
         "contrastive_divergence": ["model=rbm", "model.hidden=[8]"],
+        "eprop": ["model=recurrent", "model.hidden=8"],
         "reward_stdp": [*SPIKING, "model.readout=groups"],
         "stdp": SPIKING,
     }

@@ -178,9 +178,10 @@ class Lines(Logger):
     def close(self):
         self.file.close()
 """,
-        "logger/lines.yaml": "_target_: lines.Lines\nmode: auto\nevery: 50\nfile: lines.txt\n",
+        "logger/lines.yaml": "classes: {lines: lines.Lines}\nmode: auto\nevery: 50\nfile: lines.txt\n",
     }
-    run_with(tmp_path, monkeypatch, files, "logger=lines", "model=mlp")
+    run_with(tmp_path, monkeypatch, files, "logger=[csv,lines]", "model=mlp")
+    assert (tmp_path / "run" / "numbers.csv").exists()
     lines = (tmp_path / "run" / "lines.txt").read_text().splitlines()
     assert lines[0] == "step train/loss"
     assert any("test/accuracy" in line for line in lines)

@@ -40,7 +40,7 @@ def test_a_record_has_the_runs_in_order_of_their_seeds_and_their_command(kept: P
     assert (result["seeds"], result["test_accuracy"], result["mean"]) == ([0, 1], [0.6, 0.7], pytest.approx(0.65))
     assert (kept / "mine" / "curves.png").read_bytes() == b"picture"
     assert result["command"] == "python train.py -m optimizer=hebbian model=mlp data=digits optimizer.lr=0.25 seed=0,1"
-    assert "| mlp | hebbian | 65.00 ± 63.53 | 2 |" in record.tables()
+    assert "| mlp | hebbian | 65.00 (60.00 to 70.00) | 2 |" in record.tables()
     edited(kept / "mine" / "result.json", ("optimizer",), "<b>|")
     assert r"| mlp | &lt;b&gt;\| | 65.00" in record.tables()
 

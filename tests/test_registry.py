@@ -320,7 +320,6 @@ def test_presets_are_installed_with_the_library() -> None:
 def project(generate: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of what is read, to be changed."""
     monkeypatch.setattr(generate, "ROOT", tmp_path)
-    shutil.copy(ROOT / "README.md", tmp_path)
     for folder in ("conf/optimizer", "conf/model", "docs", "experiments/records/plausibility"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.png", "_*"))
     (tmp_path / "bioopt").mkdir()
@@ -338,16 +337,16 @@ def test_a_change_makes_what_follows_from_it_stale(generate: types.ModuleType, p
     edit(project / "conf/optimizer/hebbian.yaml", "\nlr: 0.02", "\nlr: 4.0")
     edit(project / "conf/optimizer/oja.yaml", "principal", "secondary")
     edit(project / "docs/rules/index.md", "| `oja` |", "| `oia` |")
-    edit(project / "README.md", "`oja` ", "")
+    edit(project / "docs/experiments.md", "`oja` ", "")
     stale = generate.out_of_date()
     assert {str(path.relative_to(project)) for path in stale} == {
-        *("README.md", "bioopt/presets.json", "conf/optimizer/oja.yaml", "docs/rules/index.md")
+        *("bioopt/presets.json", "conf/optimizer/oja.yaml", "docs/experiments.md", "docs/rules/index.md")
     }
     for path, text in stale.items():
         path.write_text(text)
     assert generate.out_of_date() == {}
     assert json.loads((project / "bioopt/presets.json").read_text())["rules"]["hebbian"]["default"]["lr"] == 4.0
-    assert (project / "README.md").read_text() == (ROOT / "README.md").read_text()
+    assert (project / "docs/experiments.md").read_text() == (ROOT / "docs/experiments.md").read_text()
     assert (project / "conf/optimizer/oja.yaml").read_text() == (ROOT / "conf/optimizer/oja.yaml").read_text()
 
 
@@ -358,8 +357,9 @@ def test_a_rule_without_a_file_or_a_page_or_a_source_is_named(
     with pytest.raises(ValueError, match=r"BCM needs a page: docs/rules/bcm.md, or a link \[`BCM`\]\(#bioopt.BCM\)"):
         generate.out_of_date()
     (project / "docs/rules/bcm.md").write_text("# BCM\n")
-    assert "[`BCM`](docs/rules/bcm.md)" in generate.generated()[project / "README.md"]
-    assert "\nrules/bcm\n" in generate.generated()[project / "docs/index.md"]
+    first_page = generate.generated()[project / "docs/index.md"]
+    assert "[`BCM`](rules/bcm.md)" in first_page
+    assert "\nrules/bcm\n" in first_page
     monkeypatch.setattr(bioopt.BCM, "__doc__", "A rule.\n\nSource: hearsay.")
     with pytest.raises(ValueError, match=r"the docstring of BCM needs 'Source: A\. Author"):
         generate.out_of_date()

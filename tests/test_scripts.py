@@ -22,6 +22,7 @@ import torch
 import torch.multiprocessing as mp
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
+from PIL import Image
 from safetensors.torch import save_file
 
 from experiments.run import run
@@ -64,6 +65,14 @@ def test_every_script_is_run_in_the_tests() -> None:
     assert set(tested) == {path.name for path in (ROOT / "scripts").glob("*.py")}
 
 
+def test_the_picture_of_the_readme(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.import_module("scripts.front_picture"), "ROOT", tmp_path)
+    (tmp_path / "docs").mkdir()
+    call("front_picture.py")
+    with Image.open(tmp_path / "docs" / "front.png") as drawn, Image.open(ROOT / "docs" / "front.png") as kept:
+        assert drawn.size == kept.size
+
+
 def test_generate_names_outdated_files_and_writes_them(
     call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -90,7 +99,7 @@ def test_bench_step(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     shown = table(call("bench_step.py", "--seconds", "0", "--batch", "4", "--width", "2", "--json", str(record)))
     names = [name for name, *_ in shown]
     optimizers = {path.stem for path in (ROOT / "conf" / "optimizer").glob("*.yaml")}
-    assert set(names) == {"forward pass"} | optimizers - {"contrastive_divergence", "reward_stdp", "stdp"}
+    assert set(names) == {"forward pass"} | optimizers - {"contrastive_divergence", "eprop", "reward_stdp", "stdp"}
     rows = json.loads(record.read_text())["rows"]
     assert [row["name"] for row in rows] == names
     assert all(math.isfinite(n) and n > 0 for n in numbers(rows))

@@ -100,7 +100,7 @@ class FirstRun(Task):
 
     def logged(self, line: dict[str, Any]) -> dict[str, Any]:
         """The test accuracy of each rule."""
-        return {"round": line["round"]} | {rule: course[-1] for rule, course in line["courses"].items()}
+        return {rule: course[-1] for rule, course in line["courses"].items()}
 
     def final(self, history: list[dict[str, Any]]) -> dict[str, list[float]]:
         """The final test accuracies of each rule."""
@@ -138,12 +138,14 @@ class FirstRun(Task):
         final, evaluated = self.final(history), "held-out" if config.data.validation else "test"
         leads = self.leads(final)
         widest = max(map(len, self.rules)) + len(" (control)")
-        lines = ["", f"{'':<{widest}}  {evaluated + ' accuracy %':>16}  {'− control':>14}"]
+        apart = (16, 14) if self.repetitions != 2 else (24, 24)  # of two repetitions, both are shown
+        lines = ["", f"{'':<{widest}}  {evaluated + ' accuracy %':>{apart[0]}}  {'− control':>{apart[1]}}"]
         for rule in sorted(self.rules, key=lambda rule: -statistics.fmean(final[rule])):
             name = f"{rule} (control)" if rule == self.control else rule
             lead = percent(leads[rule], "+") if rule in leads else ""
-            lines.append(f"{name:<{widest}}  {percent(final[rule]):>16}  {lead:>14}".rstrip())
-        spread = f"mean ± 95 % confidence interval of {self.repetitions} repetitions, " * (self.repetitions > 1)
+            lines.append(f"{name:<{widest}}  {percent(final[rule]):>{apart[0]}}  {lead:>{apart[1]}}".rstrip())
+        several = f"mean ± 95 % confidence interval of {self.repetitions} repetitions, " * (self.repetitions > 2)
+        spread = several or "mean, least and most of 2 repetitions, " * (self.repetitions == 2)
         lines += [
             f"({spread}{self.epochs} epoch{'s' * (self.epochs > 1)} each, {seconds:.0f} s)",
             "",

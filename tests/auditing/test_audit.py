@@ -375,6 +375,8 @@ SIGNALS = {
     "feedback": {"labels", "error", "layers_above"},
     "local": {"labels"},
     "perturbation": {"labels", "loss", "layers_above"},
+    "energy": {"labels", "error", "layers_above", "transport"},
+    "temporal": {"labels", "error", "layers_above"},
     "target": {"labels", "error", "layers_above"},
 }
 REWARD = {"labels", "loss", "layers_above"}
@@ -382,6 +384,7 @@ OTHER_SIGNALS = {
     bioopt.RewardHebbian: REWARD,
     bioopt.RewardSTDP: REWARD,
     bioopt.DRTP: {"labels"},
+    bioopt.LocalContrastive: set(),
     bioopt.SignSymmetry: {"labels", "error", "layers_above", "transport", "feedback_reads"},
 }
 #: whose trunk has no update in the first steps, or seldom another one

@@ -25,7 +25,8 @@ def test_the_rules_are_apart_from_their_control(tmp_path: Path, capsys: pytest.C
     assert min(found["sgd"], found["hebbian"]) > found["random_trunk"] + 0.05
     assert found["hebbian_ahead_of_random_trunk"] == pytest.approx(found["hebbian"] - found["random_trunk"])
     shown = capsys.readouterr().out
-    table = [line.split()[:3] for line in shown.splitlines() if " ± " in line and line[0] != "("]
+    assert "(mean, least and most of 2 repetitions, 3 epochs each" in shown
+    table = [line.split()[:3] for line in shown.splitlines() if " to " in line and line[0] != "("]
     names = [row[0] for row in table]
     assert sorted(names[:2]) == ["hebbian", "sgd"]
     assert table[2][:2] == ["random_trunk", "(control)"]

@@ -16,7 +16,7 @@ from hydra import compose, initialize_config_dir
 
 from experiments.config import name_of, run_group
 from experiments.report import NothingToReport, report
-from experiments.statistics import percent
+from experiments.statistics import percent, plain
 
 from ..commands import ROOT, TINY, config, fresh, script, started, train
 
@@ -61,6 +61,15 @@ def test_a_difference_that_rounds_to_zero_has_no_minus() -> None:
     assert percent([-0.00006], "+") == "-0.01"
 
 
+def test_of_two_seeds_both_are_shown() -> None:
+    assert percent([0.9917, 0.9885]) == "99.01 (98.85 to 99.17)"
+    assert percent([0.02, -0.01], "+") == "+0.50 (-1.00 to +2.00)"
+    assert plain([1.5, 2]) == "1.75 (1.5 to 2)"
+    assert percent([0.8, 0.82, 0.84]) == "82.00 ± 4.97"
+    assert plain([0.5]) == "0.5"
+    assert percent([]) == ""
+
+
 def test_the_report_compares_groups_and_pairs_controls_by_seed(sweep: Path, tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in sweep.rglob("*")}
     shown = report([sweep], tmp_path / "out")
@@ -70,7 +79,10 @@ def test_the_report_compares_groups_and_pairs_controls_by_seed(sweep: Path, tmp_
     # mean 82, deviation 2 over three seeds: 2 / sqrt(3) times Student's 4.303
     assert rule[1:4] == ["82.00", "±", "4.97"]
     assert rule[5:11] == ["-10.00", "±", "4.97", "+12.00", "±", "4.97"]
-    assert rule[11:] == ["3", "6.0", "100", "30", "4.0", "1", "1,000"]  # past the random trunk's 70 % in epoch 2
+    assert rule[11:] == ["6.0", "30"]  # seconds and forward passes: the page has more
+    (full,) = [line for line in (tmp_path / "out" / "report.md").read_text().splitlines() if "| hebbian" in line]
+    # 4 seconds past the random trunk's 70 %, in epoch 2
+    assert full.split(" | ")[5:] == ["3", "6.0", "100", "30", "4.0", "1", "1,000 |"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "accuracy.png", "curves.png", "report.csv", "report.html", "report.md",
     ]  # fmt: skip

@@ -1,0 +1,91 @@
+"""Draw the picture of the README and of the documentation's first page, from the records that it shows.
+
+python scripts/front_picture.py    # writes docs/front.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from experiments.pictures import plt, saved
+
+ROOT = Path(__file__).parent.parent
+RECORDS = ROOT / "experiments" / "records"
+# Colours of Okabe and Ito, which colour-blind readers can tell apart, each with a marker of its own.
+RULE, CONTROL, BACKPROPAGATION = ("#0072B2", "o"), ("#E69F00", "s"), ("#000000", "|")
+
+
+class Row(NamedTuple):
+    """A rule of one family, and the records of the rule, its control, and backpropagation on the same network."""
+
+    label: str
+    rule: str
+    control: str
+    backpropagation: str | None = None
+
+
+ROWS = (
+    Row("Hebbian: SoftHebb\nCIFAR-10", "cifar10-softhebb-softhebb", "cifar10-softhebb-random_trunk"),
+    Row(
+        "Feedback: direct feedback alignment\nMNIST, LeNet-5",
+        *("mnist-lenet5-direct_feedback_alignment-orthogonal", "mnist-lenet5-random_trunk", "mnist-lenet5-adam"),
+    ),
+    Row(
+        "Perturbation: node perturbation\nMNIST, MLP",
+        *("mnist-mlp-node_perturbation-batched", "mnist-mlp-random_trunk", "mnist-mlp-sgd"),
+    ),
+    Row(
+        "Local: local losses\nMNIST, MLP",
+        *("mnist-mlp-local_loss", "mnist-mlp-random_trunk-10epochs", "mnist-mlp-adam"),
+    ),
+    Row("Contrastive: restricted Boltzmann machine\nMNIST", "mnist-rbm-pcd", "mnist-rbm-random_trunk"),
+    Row("Spiking: spike timing (STDP)\nMNIST", "mnist-spiking-stdp", "mnist-spiking-random_trunk"),
+)
+
+
+def main() -> None:
+    """Accuracy of six rules beside their controls; next to it, the weights of spiking neurons."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(9.6, 3.9), width_ratios=[1.6, 1], layout="constrained", gridspec_kw={"wspace": 0.04}
+    )
+    for place, row in enumerate(reversed(ROWS)):
+        rule, control = accuracy(row.rule), accuracy(row.control)
+        left.plot([control, rule], [place, place], color="0.8", linewidth=3, zorder=1, solid_capstyle="round")
+        left.plot(control, place, CONTROL[1], color=CONTROL[0], markersize=7)
+        left.plot(rule, place, RULE[1], color=RULE[0], markersize=8)
+        left.annotate(f"{rule:.1f}", (rule, place), (0, 8), textcoords="offset points", ha="center", fontsize=9)
+        if row.backpropagation:
+            left.plot(accuracy(row.backpropagation), place, BACKPROPAGATION[1], color=BACKPROPAGATION[0], markersize=13,
+                      markeredgewidth=2)  # fmt: skip
+    left.set_yticks(range(len(ROWS)), [row.label for row in reversed(ROWS)], fontsize=9)
+    left.set(xlim=(60, 101), ylim=(-0.5, len(ROWS) - 0.3), xlabel="test accuracy (%)")
+    left.grid(axis="x", color="0.92")
+    left.spines[["top", "right", "left"]].set_visible(False)
+    left.tick_params(axis="y", length=0)
+    for (colour, marker), label in (
+        (CONTROL, "control: random, frozen trunk"), (RULE, "the rule"), (BACKPROPAGATION, "backpropagation"),
+    ):  # fmt: skip
+        left.plot([], [], marker, color=colour, label=label, markeredgewidth=2 if marker == "|" else 1)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=3, frameon=False, fontsize=9)
+    picture = plt.imread(RECORDS / "mnist-spiking-stdp" / "receptive_fields.png")
+    right.imshow(picture[74:570, 66:524])  # without the margins and the title
+    right.set_title("Digits that spiking neurons have learned,\nwithout labels and without gradients", fontsize=9)
+    right.axis("off")
+    saved(figure, ROOT / "docs" / "front.png")
+
+
+def accuracy(record: str) -> float:
+    """Mean test accuracy of a record, in %."""
+    return 100 * float(json.loads((RECORDS / record / "result.json").read_text("utf-8"))["mean"])
+
+
+if __name__ == "__main__":
+    main()
