@@ -51,6 +51,7 @@ from .perturbation import (
 )
 from .registry import create_optimizer, list_optimizers, presets
 from .spiking import STDP, RewardSTDP
+from .target import DifferenceTargetPropagation
 from .temporal import EProp
 
 __version__ = "0.1.0"
@@ -62,6 +63,7 @@ __all__ = [
     "AntiHebbian",
     "Audit",
     "ContrastiveDivergence",
+    "DifferenceTargetPropagation",
     "DirectFeedbackAlignment",
     "DirectKolenPollack",
     "Diverged",

@@ -157,6 +157,7 @@ RULES: dict[str, Rule] = {
     "predictive_coding_incremental": partial(bioopt.PredictiveCoding, mode="incremental"),
     "equilibrium_propagation": bioopt.EquilibriumPropagation,
     "equilibrium_propagation_hopfield": partial(bioopt.EquilibriumPropagation, energy="hopfield"),
+    "difference_target_propagation": bioopt.DifferenceTargetPropagation,
 }
 FEEDBACK: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "feedback_alignment": bioopt.FeedbackAlignment,

@@ -220,7 +220,8 @@ class Case:
     @property
     def needs_backward(self) -> bool:
         """Whether it learns from a backward pass of the loss through the whole network."""
-        return issubclass(self.rule, bioopt.FeedbackRule | BlockRule | bioopt.EnergyRule)
+        families = bioopt.FeedbackRule | BlockRule | bioopt.EnergyRule | bioopt.DifferenceTargetPropagation
+        return issubclass(self.rule, families)
 
     @property
     def regulates(self) -> bool:
@@ -287,6 +288,7 @@ CASES = [
     Case(bioopt.AntiHebbian, PUBLISHED),
     Case(bioopt.ContrastiveDivergence, cnn=machines, mlp=machine),
     Case(bioopt.DRTP, needs_target=True),
+    Case(bioopt.DifferenceTargetPropagation, {"feedback_steps": 1}),
     Case(bioopt.DirectFeedbackAlignment),
     Case(bioopt.DirectKolenPollack),
     Case(bioopt.EProp, {"feedback": "adaptive"}, cnn=current_cnn, mlp=spiking_mlp),

@@ -35,6 +35,7 @@ IMPORTS = {
     "spiking": {"core", "perturbation.base"},  # what credit is, of RewardSTDP
     "nn": {"core", "hebbian"},  # memories that store by the Hebbian rule
     "contrastive": {"core", "nn.rbm"},
+    "target": {"core", "feedback.weights"},  # random weights, from which inverses start
     "temporal": {"core", "feedback"},  # direct feedback, of EProp
 }
 TOP = {"auditing", "diagnosis", "mixed", "registry"}  # which import anything, and are imported by ``bioopt`` alone

@@ -386,6 +386,7 @@ SIGNALS = {
     "perturbation": {"labels", "loss", "layers_above"},
     "energy": {"labels", "error", "layers_above", "transport"},
     "temporal": {"labels", "error", "layers_above"},
+    "target": {"labels", "error", "layers_above"},
 }
 REWARD = {"labels", "loss", "layers_above"}
 OTHER_SIGNALS = {

@@ -101,6 +101,9 @@ CASES = {
     "EquilibriumPropagation": (
         plain, True, lambda m, g: bioopt.EquilibriumPropagation(
             m, 0.1, energy="hopfield", descent=torch.optim.SGD, process_group=g)),
+    "DifferenceTargetPropagation": (  # whose noise differs between ranks
+        plain, True, lambda m, g: bioopt.DifferenceTargetPropagation(
+            m, 0.1, feedback_lr=0.0, target_step=10.0, descent=torch.optim.SGD, process_group=g)),
     # A readout beside rules that evaluate the loss several times: all ranks see the same batch, or each its share.
     "NodePerturbation, standardised readout": (
         network, False, lambda m, g: bioopt.NodePerturbation(
