@@ -3,13 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 UV := $(shell command -v uv 2>/dev/null)
 
-.PHONY: run test slow lint docs clean
+.PHONY: run test long slow lint docs clean
 
 run: .venv/installed
 	$(BIN)/python train.py experiment=first_run
 
 test: .venv/installed
 	$(BIN)/python -m pytest
+
+long: .venv/installed
+	$(BIN)/python -m pytest -m long
 
 slow: .venv/installed
 	$(BIN)/python -m pytest -m slow -s

@@ -322,12 +322,12 @@ CASES = [
     Case(bioopt.RewardHebbian, evaluates_once=True, perturbs_first=True),
     Case(bioopt.RewardSTDP, cnn=spiking_cnn, mlp=spiking_mlp, evaluates_once=True),
     Case(bioopt.Sanger, PUBLISHED),
-    Case(bioopt.SerialPerturbation, perturbs_first=True),
+    Case(bioopt.SerialPerturbation, {"coordinates": 20}, perturbs_first=True),
     Case(bioopt.SignSymmetry),
     Case(bioopt.SignSymmetry, {"mode": "batchwise"}, variant="batchwise"),
     Case(bioopt.SoftHebb, {**PUBLISHED, "inverse_temperature": 1.0}),
     Case(bioopt.WeightMirror),
-    Case(bioopt.WeightPerturbation, perturbs_first=True),
+    Case(bioopt.WeightPerturbation, {"population": 4}, perturbs_first=True),
 ]
 OF_RULE = {case.rule: case for case in CASES if not case.variant}
 RULES = [
@@ -340,6 +340,8 @@ ONE_PASS = [case for case in CASES if case.shares_pass]
 LOCAL = [case for case in ONE_PASS if not case.needs_backward]
 SEVERAL_PASSES = [case for case in CASES if not case.shares_pass]
 ORDINARY = [case for case in CASES if case.ordinary]
+#: those that take networks with skip connections and layers that run twice
+ANY_GRAPH = [case for case in ORDINARY if case.rule is not bioopt.DifferenceTargetPropagation]
 
 
 def mixed(model: nn.Sequential, lr: float = 0.01, descent: type = torch.optim.SGD, **options: Any) -> bioopt.Mixed:

@@ -72,6 +72,7 @@ def on_demand(name: str) -> bool:
     return name in ON_DEMAND or name.split("/")[0] in ON_DEMAND
 
 
+@pytest.mark.long
 def test_panels_show_what_runs_log(
     panels: dict[str, list[dict[str, Any]]], logged: tuple[list[set[str]], set[str]]
 ) -> None:

@@ -56,6 +56,7 @@ def test_accumulation_clipping_and_a_schedule(run: Run) -> None:
     assert min(run("accumulate_clip_schedule.py")) > 70
 
 
+@pytest.mark.long
 def test_compilation_and_autocast(run: Run) -> None:
     torch.compiler.reset()
     plain, compiled, autocast = run("compile_autocast.py", "aot_eager")  # inductor takes a minute to start
@@ -67,10 +68,12 @@ def test_compilation_and_autocast(run: Run) -> None:
 # Lightning's own, of torch's pytrees.
 @pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.long
 def test_lightning(run: Run) -> None:
     assert min(run("lightning_fit.py")) > 65
 
 
+@pytest.mark.long
 def test_a_resnet(run: Run) -> None:
     before, after = run("resnet18.py")
     assert before < 25
@@ -78,6 +81,7 @@ def test_a_resnet(run: Run) -> None:
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.long
 def test_the_trainer_of_hugging_face(run: Run) -> None:
     before, *trained = run("huggingface_trainer.py")
     assert before < 25
@@ -85,6 +89,7 @@ def test_the_trainer_of_hugging_face(run: Run) -> None:
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.long
 def test_accelerate(run: Run) -> None:
     before, hebbian, perturbed = run("accelerate_loop.py")
     assert before < 25
@@ -92,6 +97,7 @@ def test_accelerate(run: Run) -> None:
     assert perturbed > 80
 
 
+@pytest.mark.long
 def test_skorch(run: Run) -> None:
     before, hebbian, perturbed = run("skorch_net.py")
     assert before < 25
@@ -99,6 +105,7 @@ def test_skorch(run: Run) -> None:
     assert perturbed > 80
 
 
+@pytest.mark.long
 def test_ignite(run: Run) -> None:
     before, hebbian, perturbed = run("ignite_engine.py")
     assert before < 25

@@ -88,6 +88,7 @@ def test_generate_names_outdated_files_and_writes_them(
     assert call("generate.py", "--check") == ""
 
 
+@pytest.mark.long
 def test_bench_step(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     script = importlib.import_module("scripts.bench_step")
 
@@ -135,6 +136,7 @@ def test_dropin(call: Call, tmp_path: Path) -> None:
     assert len((tmp_path / "out" / "runs.jsonl").read_text().splitlines()) == 12
 
 
+@pytest.mark.long
 def test_bench_hebbian(call: Call, tmp_path: Path) -> None:
     record = tmp_path / "out.json"
     always = ["--seconds", "0", "--batches", "2", "--device", "cpu", "--json", str(record)]
@@ -150,6 +152,7 @@ def test_bench_hebbian(call: Call, tmp_path: Path) -> None:
     assert all(float(row[4]) > 0 for row in shown)
 
 
+@pytest.mark.long
 def test_bench_perturbation(call: Call, tmp_path: Path) -> None:
     record = tmp_path / "out.json"
     options = ["--seconds", "0", "--batch", "2", "--count", "2", "--device", "cpu", "--json", str(record)]
@@ -177,6 +180,7 @@ def test_bench_eprop(call: Call, form: str) -> None:
     assert found["mb"] >= 0
 
 
+@pytest.mark.long
 def test_bench_scaling(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     script = importlib.import_module("scripts.bench_scaling")
     monkeypatch.setattr(script.mp, "spawn", functools.partial(mp.start_processes, start_method="forkserver"))

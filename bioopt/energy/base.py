@@ -80,6 +80,7 @@ class EnergyRule(LearningRule):
 
     constraints: ClassVar[dict[str, Constraint]] = {"inference_lr": POSITIVE}
     splits_batch = True
+    scales_with_loss = False
 
     def __init__(
         self, params: Params, lr: float, *, inference_lr: float, relative: bool, **options: Unpack[RuleOptions]

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bioopt
+from bioopt.local.base import BlockRule
 
 from ..rules import SEVERAL_PASSES, hooks, keywords, same, spiking_mlp, weights
 
@@ -101,7 +102,9 @@ def estimate(optimizer: bioopt.LearningRule, closure: Callable[[], Any], seed: i
 
 
 def test_all_rules_are_here() -> None:
-    assert {variant.rule for variant in VARIANTS} == {case.rule for case in SEVERAL_PASSES if case.takes("readout")}
+    """Block rules have a readout of their own, which has tests of its own."""
+    rules = {case.rule for case in SEVERAL_PASSES if case.takes("readout")}
+    assert {variant.rule for variant in VARIANTS} == {rule for rule in rules if not issubclass(rule, BlockRule)}
 
 
 @every_variant

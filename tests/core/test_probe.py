@@ -307,7 +307,7 @@ def test_an_interrupt_anywhere_leaves_everything_as_it_was(case: Case) -> None:
     counted = int(model[1].num_batches_tracked) + 1 if hasattr(model[1], "num_batches_tracked") else 0
     places = interrupted(0, lambda: optimizer.estimate(closure))
     assert places > 50
-    for at in range(1, places, max(1, places // 40)):
+    for at in range(1, places, max(1, places // 25)):
         interrupted(at, lambda: optimizer.estimate(closure))
         assert same(before, weights(model)), at
         assert torch.is_grad_enabled()
@@ -354,5 +354,5 @@ def test_rules_of_one_evaluation_make_one() -> None:
         optimizer = case.make(model)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            steps(optimizer, model, 1)
+            steps(optimizer, model, 2)  # in its first, a rule may look at the network
         assert optimizer.forward_passes == 1, case

@@ -14,7 +14,7 @@ import bioopt
 from bioopt import find_synapses
 from bioopt.core.acts import isolate
 
-from ..rules import CASES, ORDINARY, Case, give_target, hooks, mlp, published, same, weights
+from ..rules import ANY_GRAPH, CASES, ORDINARY, Case, give_target, hooks, mlp, published, same, weights
 
 
 def test_backprop_reassembled_from_cut_layers_equals_autograd() -> None:
@@ -66,7 +66,7 @@ def test_in_place_activations_change_nothing(case: Case) -> None:
     assert same(*results)
 
 
-@pytest.mark.parametrize("case", ORDINARY, ids=str)
+@pytest.mark.parametrize("case", ANY_GRAPH, ids=str)
 def test_residual_and_shared_layers(case: Case) -> None:
     class Net(nn.Module):
         def __init__(self) -> None:

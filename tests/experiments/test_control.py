@@ -102,6 +102,7 @@ def test_a_control_that_fails_leaves_the_result(
     assert "its control was not measured (the loss is nan); control=false leaves it out" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_the_first_rank_alone_measures_the_control(tmp_path: Path) -> None:
     first, second = map(ended, spread("optimizer=hebbian", *MLP, "device=cpu", "run_dir=two", cwd=tmp_path))
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr

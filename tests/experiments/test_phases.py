@@ -49,8 +49,8 @@ def one_step(run: DictConfig, **cost: Any) -> tuple[list[Any], list[bool]]:
 
 
 SOME = [name for name in NAMES if name not in ("mixture", "cross_entropy")]
-# The first may keep nothing; the others need an output for each class in each block.
-WITHOUT = ("hill_climbing", "drtp", "forward_forward", "local_loss", "local_perturbation", "mono_forward")
+# The first may keep nothing; e-prop's network is no row of blocks; the others need an output for each class in each.
+WITHOUT = ("hill_climbing", "drtp", "eprop", "forward_forward", "local_loss", "local_perturbation", "mono_forward")
 ALL_COSTS = ("hebbian", "node_perturbation", "sgd")  # one of each kind of optimizer; the others take turns
 
 

@@ -314,6 +314,7 @@ def test_interpolations_in_a_run_s_configuration_are_refused(half: Path, monkeyp
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("until", ["config.yaml", "checkpoint.pt"])
+@pytest.mark.long
 def test_an_interrupted_run_prints_how_to_resume(number: signal.Signals, code: int, until: str, tmp_path: Path) -> None:
     command = started(*TINY, "epochs=300", "run_dir=run", cwd=tmp_path, until=f"run/{until}")
     os.kill(command.process.pid, number)
@@ -346,6 +347,7 @@ def test_an_interrupt_that_was_swallowed_counts_at_the_next_step(
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
+@pytest.mark.long
 def test_an_interrupted_sweep_names_its_own_command(tmp_path: Path) -> None:
     command = ["-m", *TINY, "epochs=300", "seed=0,1", "sweep=s"]
     sweep = started(*command, cwd=tmp_path, until="runs/s/*/checkpoint.pt")
@@ -366,6 +368,7 @@ def test_a_folder_is_used_by_one_process_at_a_time(half: Path) -> None:
     assert not (half / ".lock").exists()
 
 
+@pytest.mark.long
 def test_two_sweeps_of_one_name_and_sweeps_outside_runs_are_refused(tmp_path: Path) -> None:
     (tmp_path / "runs/s").mkdir(parents=True)
     with alone(tmp_path / "runs/s", "never"):
@@ -379,6 +382,7 @@ def test_two_sweeps_of_one_name_and_sweeps_outside_runs_are_refused(tmp_path: Pa
     assert sorted(path.name for path in tmp_path.rglob("*")) == [".lock", "runs", "s"]
 
 
+@pytest.mark.long
 def test_a_sweep_restarts_a_run_without_options_or_checkpoint(tmp_path: Path) -> None:
     named = [option for option in TINY if not option.startswith("logger")]
     first, second = (tmp_path / "runs/s" / name_of([*named, f"seed={seed}"]) for seed in (0, 1))
@@ -413,12 +417,14 @@ def test_ranks_with_other_options_are_refused_on_all(option: str, tmp_path: Path
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 def test_ranks_may_differ_in_what_results_do_not_depend_on(tmp_path: Path) -> None:
     ranks = spread(*SMALL, "epochs=1", cwd=tmp_path, other=["threads=2", "data.root=elsewhere", "run_dir=other"])
     assert [ended(rank).returncode for rank in ranks] == [0, 0]
     assert [path.name for path in tmp_path.iterdir()] == ["two"]
 
 
+@pytest.mark.long
 def test_a_rank_that_dies_ends_the_others_with_a_clear_error(tmp_path: Path) -> None:
     first, second = spread(*SMALL, cwd=tmp_path)
     appears(tmp_path, "two/checkpoint.pt", first)
@@ -429,6 +435,7 @@ def test_a_rank_that_dies_ends_the_others_with_a_clear_error(tmp_path: Path) -> 
     assert len(done.stderr.splitlines()) == 2  # and how to see more
 
 
+@pytest.mark.long
 def test_the_first_interrupted_rank_prints_the_message(tmp_path: Path) -> None:
     ranks = spread(*SMALL, cwd=tmp_path)
     appears(tmp_path, "two/checkpoint.pt", ranks[0])

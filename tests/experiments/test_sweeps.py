@@ -133,6 +133,7 @@ def test_the_report_skips_what_it_cannot_read_and_refuses_what_it_cannot_compare
     assert done.stderr.startswith("error: these runs were tested on different images")
 
 
+@pytest.mark.long
 def test_a_sweep_skips_what_is_finished_and_names_what_failed(tmp_path: Path) -> None:
     command = ["-m", "optimizer=sgd,oja", "optimizer.lr=0.1,-1", "seed=0", *TINY]
     done = train(*command, cwd=tmp_path)
@@ -153,6 +154,7 @@ def test_a_sweep_skips_what_is_finished_and_names_what_failed(tmp_path: Path) ->
     assert len(list(folder.glob("*/summary.json"))) == 4
 
 
+@pytest.mark.long
 def test_an_interrupted_sweep_resumes_with_the_same_result(tmp_path: Path) -> None:
     command = ["-m", "optimizer=oja", "seed=0", *TINY, "epochs=12", "sweep=whole"]
     assert train(*command, cwd=tmp_path).returncode == 0
@@ -171,6 +173,7 @@ def test_an_interrupted_sweep_resumes_with_the_same_result(tmp_path: Path) -> No
     assert all(torch.equal(one["model"][key], other["model"][key]) for key in one["model"])
 
 
+@pytest.mark.long
 def test_a_folder_of_a_run_with_other_options_is_refused(tmp_path: Path) -> None:
     command = ["-m", "optimizer=sgd", "seed=0", *TINY, "sweep=one"]
     assert train(*command, cwd=tmp_path).returncode == 0
@@ -208,6 +211,7 @@ def test_a_group_has_the_same_options_except_the_seed() -> None:
     assert plain != of("optimizer=node_perturbation", "optimizer.lr=3")
 
 
+@pytest.mark.long
 def test_runs_of_a_sweep_in_parallel(tmp_path: Path) -> None:
     side_by_side = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
     command = ["-m", "optimizer=sgd,oja", "seed=0", *TINY, *side_by_side, "sweep=two"]
@@ -217,6 +221,7 @@ def test_runs_of_a_sweep_in_parallel(tmp_path: Path) -> None:
     assert "digits: 2 runs in 2 groups" in done.stdout
 
 
+@pytest.mark.long
 def test_a_search_for_options_is_stored_and_resumes(tmp_path: Path) -> None:
     import optuna
 

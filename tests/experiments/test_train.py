@@ -243,7 +243,10 @@ def test_smoothed_labels_have_a_maximum_entropy_part(tmp_path: Path) -> None:
     assert unsure["test_accuracy"] < sure["test_accuracy"]
 
 
-@pytest.mark.parametrize("optimizer", ["hebbian", "serial_perturbation", "softhebb"])
+LONG = [pytest.param(name, marks=pytest.mark.long) for name in ("serial_perturbation", "softhebb")]
+
+
+@pytest.mark.parametrize("optimizer", ["hebbian", *LONG])
 @pytest.mark.usefixtures("undrawn")
 def test_a_killed_run_resumes_with_the_same_result(optimizer: str, tmp_path: Path) -> None:
     common = [*tiny(optimizer), "epochs=8", "threads=1"]
@@ -496,6 +499,7 @@ SMALL = ["model=mlp", "model.hidden=[16]", "batch_size=256", "threads=1", "logge
 
 
 @pytest.mark.usefixtures("undrawn")
+@pytest.mark.long
 def test_torchrun_spreads_a_run_over_processes(tmp_path: Path) -> None:
     common = ["optimizer=hebbian", "optimizer.lr=0.01", "epochs=2", *SMALL]
     done = torchrun("train.py", *common, "run_dir=two", ranks=2, cwd=tmp_path)
@@ -510,6 +514,7 @@ def test_torchrun_spreads_a_run_over_processes(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
+@pytest.mark.long
 def test_an_interrupted_run_of_several_ranks_resumes_with_the_same_result(tmp_path: Path) -> None:
     common = ["optimizer=weight_perturbation", "optimizer.population=3", "epochs=16", *SMALL]
     ranks = spread(*common, "run_dir=two", cwd=tmp_path)
@@ -531,6 +536,7 @@ def test_an_interrupted_run_of_several_ranks_resumes_with_the_same_result(tmp_pa
         assert torch.equal(two[name], one[name]), name
 
 
+@pytest.mark.long
 def test_an_optimizer_that_cannot_be_spread_raises_an_error(tmp_path: Path) -> None:
     for rank in spread("optimizer=sgd", "run_dir=sgd", "logger.mode=disabled", cwd=tmp_path):
         failed = ended(rank)

@@ -20,7 +20,7 @@ from bioopt.core.noise import NoiseSource, fill_normal_
 from bioopt.core.rows import rows_now
 from bioopt.nn import Attention, Gate
 
-from ..rules import LOCAL, ONE_PASS, ORDINARY, Case, batch, make, per_sample, same, steps, weights
+from ..rules import ANY_GRAPH, LOCAL, ONE_PASS, Case, batch, make, per_sample, same, steps, weights
 
 N, SIZE, HIDDEN, CLASSES, PATHWAYS = 8, 6, 5, 4, 3
 GENERATOR = torch.Generator().manual_seed(7)
@@ -366,7 +366,7 @@ def test_traces_decay_while_samples_take_other_routes(rule: type) -> None:
 # -- every rule --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", ORDINARY)
+@pytest.mark.parametrize("case", ANY_GRAPH)
 @pytest.mark.parametrize("build", [gated, attentive])
 def test_every_rule_trains_routing(case: Case, build: Callable[[], nn.Sequential]) -> None:
     model = build()
