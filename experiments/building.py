@@ -143,10 +143,8 @@ def build_optimizer(
         shared = {"process_group": group} if group is not None else {}
         by_part = groups(model, parts, whole or model)
         local = is_class and issubclass(make.func, bioopt.LocalRule) and make.keywords.get("readout", "delta")
-        if whole is not None and rule and not issubclass(make.func, bioopt.LocalRule):
-            make.keywords.update(
-                {"readout": None} if "readout" in make.keywords else {}
-            )  # all layers learn by the rule
+        if whole is not None and rule and not issubclass(make.func, bioopt.LocalRule) and "readout" in make.keywords:
+            make.keywords["readout"] = None  # every layer of a block can learn from its cost by the rule
         if whole is not None and local == "delta" and len(find_synapses(model)) == 1:
             # The block is a readout alone; it learns by its local error, as the readout of a whole network does.
             rate = make.keywords.get("readout_lr")

@@ -340,9 +340,7 @@ def feedback_weights(card: dict[str, float]) -> str:
     """Whether feedback weights read the forward weights, whether they change, and their angle to them."""
     if "feedback_changes" not in card:
         return ""
-    reads = {None: [], True: ["read W"], False: ["do not read W"]}[
-        None if "feedback_reads" not in card else card["feedback_reads"] > 0
-    ]
+    reads = (["read W"] if card["feedback_reads"] else ["do not read W"]) if "feedback_reads" in card else []
     angle = [f"{card['feedback_angle']:.0f}°"] if "feedback_angle" in card else []
     return ", ".join([*reads, "change" if card["feedback_changes"] else "fixed", *angle])
 

@@ -20,9 +20,11 @@ import time
 from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from PIL import Image
@@ -62,6 +64,12 @@ def tiny(optimizer: str) -> list[str]:
 def config(*overrides: str) -> DictConfig:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return compose("config", list(overrides))
+
+
+def made_task(chosen: DictConfig) -> Any:
+    """The task of a configuration, on the CPU."""
+    options = {key: value for key, value in chosen.task.items() if key != "name"}
+    return instantiate(options, _partial_=True, _convert_="all")(chosen, torch.device("cpu"))
 
 
 def inspected(record: Path, home: Path) -> str:

@@ -185,6 +185,7 @@ class Case:
         cnn: a network of the structure of `cnn` that the rule can train.
         mlp: the same for `mlp`.
         needs_target: whether a step needs ``optimizer.target``.
+        chain: whether it trains chains of layers alone, each of which runs once.
         evaluates_once: whether a step with a closure evaluates it once; rules of one pass do.
         perturbs_first: whether the first evaluation of a step is a perturbed one, which batch statistics come from.
         build: what makes the optimizer in the place of the class.
@@ -196,6 +197,7 @@ class Case:
     cnn: Callable[..., nn.Sequential] = cnn
     mlp: Callable[..., nn.Sequential] = mlp
     needs_target: bool = False
+    chain: bool = False
     evaluates_once: bool = False
     perturbs_first: bool = False
     build: Callable[..., Any] | None = None
@@ -288,7 +290,7 @@ CASES = [
     Case(bioopt.AntiHebbian, PUBLISHED),
     Case(bioopt.ContrastiveDivergence, cnn=machines, mlp=machine),
     Case(bioopt.DRTP, needs_target=True),
-    Case(bioopt.DifferenceTargetPropagation, {"feedback_steps": 1}),
+    Case(bioopt.DifferenceTargetPropagation, {"feedback_steps": 1}, chain=True),
     Case(bioopt.DirectFeedbackAlignment),
     Case(bioopt.DirectKolenPollack),
     Case(bioopt.EProp, {"feedback": "adaptive"}, cnn=current_cnn, mlp=spiking_mlp),
@@ -341,7 +343,7 @@ LOCAL = [case for case in ONE_PASS if not case.needs_backward]
 SEVERAL_PASSES = [case for case in CASES if not case.shares_pass]
 ORDINARY = [case for case in CASES if case.ordinary]
 #: those that take networks with skip connections and layers that run twice
-ANY_GRAPH = [case for case in ORDINARY if case.rule is not bioopt.DifferenceTargetPropagation]
+ANY_GRAPH = [case for case in ORDINARY if not case.chain]
 
 
 def mixed(model: nn.Sequential, lr: float = 0.01, descent: type = torch.optim.SGD, **options: Any) -> bioopt.Mixed:

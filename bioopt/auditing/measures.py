@@ -135,7 +135,7 @@ class Auditor:
             by_name = weights_of()
         except RuntimeError:  # shapes are not known before the first pass
             return {}
-        layers = rule.layers() if hasattr(rule, "layers") else {}
+        layers = rule.layers()
         of_weight = {s.weight: s for s in self.synapses}
         of_name = {s.name: s for s in self.synapses} | {
             name: of_weight[one.weight] for name, one in layers.items() if one.weight in of_weight

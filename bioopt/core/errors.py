@@ -104,6 +104,30 @@ def _largest(optimizer: Optimizer) -> tuple[str, float, float]:
     return max(found, key=lambda entry: (not math.isfinite(entry[1]), entry[1]))
 
 
+def require_graph(rule: str, layer: str, u: Tensor, why: str) -> None:
+    """Raise where the activity of a layer has no graph, because it ran under ``no_grad``.
+
+    Args:
+        rule: its name.
+        layer: its name.
+        u: the activity.
+        why: what is not possible there.
+    """
+    if not (u.requires_grad and torch.is_grad_enabled()):
+        raise RuntimeError(
+            f"{rule}: layer '{layer}' ran under no_grad, where {why}: in activation checkpointing write "
+            "checkpoint(..., use_reentrant=False)"
+        )
+
+
+def loss_of_no_layer(rule: str) -> str:
+    """The message about a loss that reaches no layer."""
+    return (
+        f"{rule} learns from the loss, but it depends on no layer of the rule: the closure must return the loss as a "
+        "tensor with its graph, or call backward() itself"
+    )
+
+
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
     """Warn at the line outside of bioopt and torch that led here."""
     level = 2

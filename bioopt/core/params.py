@@ -152,6 +152,19 @@ def synapses_of(rule: str, params: Any, excluded: Exclusion | None = None) -> li
     return found
 
 
+def whole_of(rule: str, params: Any, excluded: Exclusion) -> tuple[list[tuple[str, Tensor]], list[Synapse]]:
+    """All named parameters that learn, and the plastic synapses, of the modules given as ``params``.
+
+    Raises:
+        TypeError: bare parameters.
+        ValueError: layers that cannot be watched; nothing that learns.
+    """
+    synapses, named = synapses_of(rule, params, excluded), learning_parameters_of(params, excluded)
+    if not synapses and not named:
+        raise ValueError(no_plastic_layer(rule))
+    return named, synapses
+
+
 def no_plastic_layer(rule: str) -> str:
     """The message about a model without plastic layers."""
     return (

@@ -346,6 +346,13 @@ def graph_behind(ends: Iterable[Any]) -> Iterator[Any]:
         todo += [n for n, _ in node.next_functions if n is not None]
 
 
+def leaves_behind(value: Tensor) -> set[Tensor]:
+    """The leaf tensors that a gradient at ``value`` would reach."""
+    if value.grad_fn is None:
+        return {value} if value.requires_grad else set()
+    return {node.variable for node in graph_behind([value.grad_fn]) if hasattr(node, "variable")}
+
+
 def detached(value: Tensor) -> Tensor:
     """A tensor without its graph, but with its forward-mode tangent."""
     tangent = forward_ad.unpack_dual(value).tangent

@@ -27,7 +27,7 @@ from ._torch_private import (
 )
 from .acts import Isolated
 from .hooks import IN_PYTHON, Hook, leave_no_trace, remove_all
-from .reach import Reach, graph_behind, weakly
+from .reach import Reach, leaves_behind, weakly
 from .rows import Rows, rows_now
 from .synapse import BUILT_IN, Synapse, verify
 
@@ -236,7 +236,7 @@ class Recorder:
         entered = enter(synapse, x)
         given = entered.x if isinstance(entered, Isolated) else entered
         if self.trace and x.requires_grad and not given.requires_grad:
-            self.beneath |= _leaves(x)
+            self.beneath |= leaves_behind(x)
         args = tuple(given if value is x else value for value in args)
         kwargs = {key: given if value is x else value for key, value in kwargs.items()}
         if type(layer) not in BUILT_IN and layer not in self._verified:
@@ -334,10 +334,3 @@ def _unpack(packed: tuple[Tensor, int | None]) -> Tensor:
             "ran: write x = x + y in place of x += y, or give the layer x.clone()"
         )
     return tensor
-
-
-def _leaves(value: Tensor) -> set[Tensor]:
-    """The leaf tensors that a gradient at ``value`` would reach."""
-    if value.grad_fn is None:
-        return {value} if value.requires_grad else set()
-    return {node.variable for node in graph_behind([value.grad_fn]) if hasattr(node, "variable")}

@@ -422,6 +422,14 @@ class LearningRule(ModelGroups, Optimizer):
         names = self._names() if model is None else {p: name for name, p in model.named_parameters()}
         return {name: labels.get(p, "frozen") for p, name in names.items()}
 
+    def layers(self) -> dict[str, Synapse]:
+        """The layers that the rule watches by their names in the model."""
+        names, found = self._names(), dict[str, Synapse]()
+        for synapse in self._recorder.synapses.values():
+            name = names[synapse.weight].removesuffix(".weight")
+            found[synapse.name if name in found else name] = synapse  # some share their weights
+        return found
+
     def close(self) -> None:
         """Remove every hook from the model. Also happens when the optimizer is garbage-collected."""
         self._recorder.close()
@@ -511,6 +519,23 @@ class LearningRule(ModelGroups, Optimizer):
         """The parameters of the model that are not frozen, without those of the rule's own modules."""
         owned = {*self._owned.modules.parameters()}
         return [p for p in self._trained() if p.requires_grad and p not in owned]
+
+    def _silent(self) -> set[Tensor]:
+        """Parameters of layers that did not fire in this step, such as those in evaluation mode, and so must not learn.
+
+        Those that are shared with a layer that fired are not among them.
+        """
+        fired = self._recorder.fired
+        learning = {p for s in fired for p in s.parameters()}
+        return {p for s in self._recorder.synapses.values() for p in s.parameters() if p not in learning}
+
+    def _refuse_readout(self, options: Mapping[str, Any], why: str) -> None:
+        """Raise if options ask for a readout, in a rule whose last layer learns like the others."""
+        if (readout := options.get("readout")) is not None:
+            raise TypeError(
+                f"{type(self).__name__}: readout={readout!r} is not possible, because {why}; for other options of the "
+                "last layer, give it a param group of its own"
+            )
 
     def _pop_renamed(self, options: dict[str, Any]) -> dict[str, Any]:
         """Remove options with former names from ``options``, and return them with their present names."""

@@ -119,6 +119,10 @@ class Synapse:
         """`named_parameters`, without their names."""
         return [p for _, p in self.named_parameters()]
 
+    def samples(self, u: Tensor) -> int:
+        """The number of samples in an activity; 1 if it has no dimension for them."""
+        return len(u) if u.ndim > -self.channel_dim else 1
+
     def transpose(self, weight: Tensor, g: Tensor, x_shape: torch.Size) -> Tensor:
         """The gradient at the layer's input for the gradient ``g`` at its output, with ``weight`` as its weight.
 

@@ -13,13 +13,14 @@ from torch.optim import Adam
 
 from ..core.constraints import POSITIVE, Constraint
 from ..core.errors import Diverged, warn
-from ..core.params import Params, RuleOptions, learning_parameters_of, no_plastic_layer, synapses_of
+from ..core.params import Params, RuleOptions, whole_of
 from ..core.probe import Probe
+from ..core.products import in_full
 from ..core.recorder import Firing
 from ..core.rule import Estimate, LearningRule
 from ..core.synapse import Synapse
 from .relaxation import Descent, Relaxation
-from .states import Evaluation, Wiring, precise
+from .states import Evaluation, Wiring
 
 __all__ = ["EnergyRule"]
 
@@ -85,13 +86,8 @@ class EnergyRule(LearningRule):
     def __init__(
         self, params: Params, lr: float, *, inference_lr: float, relative: bool, **options: Unpack[RuleOptions]
     ) -> None:
-        name = type(self).__name__
         self._require_bool("relative", relative)
-        if (readout := dict(options).get("readout")) is not None:
-            raise TypeError(
-                f"{name}: readout={readout!r} is not possible, because the last layer learns from the loss by the "
-                "rule; for other options of the last layer, give it a param group of its own"
-            )
+        self._refuse_readout(options, "the last layer learns from the loss by the rule")
         options.setdefault("descent", Adam)
         super().__init__(params, {"lr": lr, "inference_lr": inference_lr}, **options)
         self.relative = relative
@@ -119,11 +115,7 @@ class EnergyRule(LearningRule):
     # -- one evaluation -----------------------------------------------------------------------------------------
 
     def _select(self, group: dict[str, Any]) -> tuple[list[Any], list[Synapse]]:
-        synapses = synapses_of(type(self).__name__, group["params"], self._exclusion)
-        named = learning_parameters_of(group["params"], self._exclusion)
-        if not synapses and not named:
-            raise ValueError(no_plastic_layer(type(self).__name__))
-        return named, synapses
+        return whole_of(type(self).__name__, group["params"], self._exclusion)
 
     def _enter(self, synapse: Synapse, x: Tensor) -> Tensor:
         return x
@@ -141,9 +133,9 @@ class EnergyRule(LearningRule):
             loss: whether ``run`` evaluates the loss.
         """
         if errors:
-            evaluation = self._run(run, lambda i, u: torch.zeros_like(precise(u)), None)
+            evaluation = self._run(run, lambda i, u: torch.zeros_like(u), None)
         else:
-            evaluation = self._run(run, lambda i, u: precise(u))
+            evaluation = self._run(run, lambda i, u: u)
         if not evaluation.leaves:
             raise RuntimeError(self._coverage.none_fired())
         self._wiring = evaluation.wiring(loss)
@@ -165,7 +157,7 @@ class EnergyRule(LearningRule):
 
     def _with_states(self, run: Run, states: dict[int, Tensor]) -> Evaluation:
         """An evaluation with these states, by the numbers of their firings."""
-        return self._evaluate(run, lambda i, u: states[i] if i in states else precise(u))
+        return self._evaluate(run, lambda i, u: states.get(i, u))
 
     def _run(self, run: Run, given: Callable[[int, Tensor], Tensor], added: Collection[int] | None = ()) -> Evaluation:
         self._now = evaluation = Evaluation(type(self).__name__, given, added)
@@ -266,7 +258,7 @@ class EnergyRule(LearningRule):
 
     def _power(self, u: Tensor) -> Tensor:
         """The mean square of a layer's activity, in units of which states and their energy are measured."""
-        u = precise(u)
+        u = in_full(u.detach())
         power = u.square().mean() if self.relative and u.numel() else u.new_zeros(())
         return torch.where(power > 0, power, torch.ones_like(power))
 
@@ -287,10 +279,7 @@ class EnergyRule(LearningRule):
             return losses
 
         losses, grads = self._learn(run)
-        fired = self._recorder.fired
-        # A layer in evaluation mode passed the gradient on without a state, so it must not learn.
-        silent = {p for s in self._recorder.synapses.values() if s not in fired for p in s.parameters()}
-        silent.difference_update(p for s in fired for p in s.parameters())  # shared with a layer that has one
+        silent = self._silent()  # they passed the gradient on without a state
         grads = {p: g for p, g in grads.items() if p not in silent}
         with torch.no_grad():
             self._average_gradients(losses, grads)

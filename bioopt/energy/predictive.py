@@ -12,7 +12,7 @@ from torch import Tensor
 from ..core.constraints import POSITIVE_INT, Constraint, one_of
 from ..core.params import Params, RuleOptions
 from .base import EnergyRule, Run
-from .states import Evaluation, precise
+from .states import Evaluation
 
 __all__ = ["PredictiveCoding"]
 
@@ -196,11 +196,11 @@ class PredictiveCoding(EnergyRule):
             if step < self.steps - 1:
                 evaluation = self._with_errors(run, errors)
         # States cut the network, so that each layer's weights learn from its own error alone.
-        return self._evaluate(run, lambda i, u: precise(u) + errors[i] if i in errors else precise(u))
+        return self._evaluate(run, lambda i, u: u + errors[i] if i in errors else u)
 
     def _with_errors(self, run: Run, errors: dict[int, Tensor]) -> Evaluation:
         """An evaluation in which errors are added to predictions, in a graph of the whole network."""
-        return self._evaluate(run, lambda i, u: errors[i] if i in errors else precise(u), errors)
+        return self._evaluate(run, lambda i, u: errors.get(i, u), errors)
 
 
 @torch.no_grad()

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from ..core.acts import clamp
+from ..core.errors import loss_of_no_layer, require_graph
 from ..core.losses import backward_where_missing
-from ..core.reach import graph_behind
+from ..core.products import in_full
+from ..core.reach import leaves_behind
 from ..core.recorder import Firing
 from ..core.synapse import Synapse
 
-__all__ = ["Evaluation", "Wiring", "precise"]
+__all__ = ["Evaluation", "Wiring"]
 
 FREED = (
     "the closure's own backward() has freed a part of the network that states share with the loss: let the closure "
@@ -44,7 +46,8 @@ class Evaluation:
 
     Args:
         rule: its name, for messages.
-        given: the leaf for a firing, from its number and its prediction.
+        given: the leaf for a firing, from its number and its prediction, without a graph and in single precision at
+            least: small steps of relaxation would be rounded away.
         added: the numbers of firings of which the network sees ``u`` plus the leaf, with its graph, in place of the
             leaf; ``None``: all. The errors of error-based predictive coding are such leaves.
 
@@ -67,12 +70,8 @@ class Evaluation:
         """Keep the prediction of a firing, and hand on the leaf in its place."""
         if firing.replay:
             return self._seen(self._number(firing), u)
-        if not (u.requires_grad and torch.is_grad_enabled()):
-            raise RuntimeError(
-                f"{self._rule}: layer '{firing.synapse.name}' ran under no_grad, where its state cannot relax: in "
-                "activation checkpointing write checkpoint(..., use_reentrant=False)"
-            )
-        leaf = self._given(len(self.leaves), u).detach().requires_grad_()
+        require_graph(self._rule, firing.synapse.name, u, "its state cannot relax")
+        leaf = self._given(len(self.leaves), in_full(u.detach())).detach().requires_grad_()
         self.predictions.append(u)
         self.leaves.append(leaf)
         self.synapses.append(firing.synapse)
@@ -109,10 +108,7 @@ class Evaluation:
         below = set().union(*behind)
         reached = {i for i, leaf in enumerate(self.leaves) if leaf.grad is not None or not with_loss}
         if not reached:
-            raise RuntimeError(
-                f"{self._rule} learns from the loss, but it depends on no layer of the rule: the closure must return "
-                "the loss as a tensor with its graph, or call backward() itself"
-            )
+            raise RuntimeError(loss_of_no_layer(self._rule))
         todo = list(reached)
         while todo:
             new = behind[todo.pop()] - reached
@@ -149,14 +145,8 @@ class Evaluation:
     def samples(self, wiring: Wiring) -> int:
         """The number of samples at the first output."""
         u, synapse = self.predictions[wiring.outputs[0]], self.synapses[wiring.outputs[0]]
-        return len(u) if u.ndim > -synapse.channel_dim else 1
-
-
-def precise(u: Tensor) -> Tensor:
-    """The values of an activity, in single precision at least: small steps of relaxation would be rounded away."""
-    return u.detach().to(torch.promote_types(u.dtype, torch.float32))
+        return synapse.samples(u)
 
 
 def _leaves_behind(u: Tensor, numbers: dict[Tensor, int]) -> set[int]:
-    nodes = (node for node in graph_behind([u.grad_fn]) if hasattr(node, "variable"))
-    return {numbers[node.variable] for node in nodes if node.variable in numbers}
+    return {numbers[leaf] for leaf in leaves_behind(u) if leaf in numbers}

@@ -18,9 +18,7 @@ from ..core.one_pass import OnePass
 from ..core.params import (
     Params,
     RuleOptions,
-    learning_parameters_of,
-    no_plastic_layer,
-    synapses_of,
+    whole_of,
 )
 from ..core.products import in_pools, orthogonalised, weight_shaped
 from ..core.recorder import Firing
@@ -90,11 +88,7 @@ class FeedbackRule(OnePass):
         self._check_value("skips", skips, SKIPS)
         self._require_bool("orthogonal", orthogonal)
         self.skips, self.orthogonal = skips, orthogonal
-        if (readout := dict(options).get("readout")) is not None:
-            raise TypeError(
-                f"{type(self).__name__}: readout={readout!r} is not possible, because the rule brings an error to "
-                "every layer; for other options of the last layer, give it a param group of its own"
-            )
+        self._refuse_readout(options, "the rule brings an error to every layer")
         super().__init__(params, {"lr": lr, **(own or {})}, **options)
         self._returned: dict[Synapse, torch.Size] = {}  # layers with an error at their input in this step; its shape
         #: layers that an error returned through in the last step
@@ -129,11 +123,7 @@ class FeedbackRule(OnePass):
         return {}
 
     def _select(self, group: dict[str, Any]) -> tuple[list[Any], list[Synapse]]:
-        synapses = synapses_of(type(self).__name__, group["params"], self._exclusion)
-        named = learning_parameters_of(group["params"], self._exclusion)
-        if not synapses and not named:
-            raise ValueError(no_plastic_layer(type(self).__name__))
-        return named, synapses
+        return whole_of(type(self).__name__, group["params"], self._exclusion)
 
     def _enter(self, synapse: Synapse, x: Tensor) -> Tensor:
         return detached(x)
@@ -157,24 +147,13 @@ class FeedbackRule(OnePass):
         """All parameters of the model that are not frozen."""
         return self._of_model()
 
-    def layers(self) -> dict[str, Synapse]:
-        """The layers by their names in the model."""
-        names, found = self._names(), dict[str, Synapse]()
-        for synapse in self._recorder.synapses.values():
-            name = names[synapse.weight].removesuffix(".weight")
-            found[synapse.name if name in found else name] = synapse  # some share their weights
-        return found
-
     @torch.no_grad()
     def collect(self, losses: Tensor | None = None) -> tuple[dict[Tensor, Tensor], dict[str, Any]]:
         """The gradients of the backward pass, averaged over ranks, and what feedback weights learn."""
         name = type(self).__name__
         if not self._recorder.fired:
             raise RuntimeError(self._coverage.none_fired())
-        fired = self._recorder.fired
-        # The error of a layer that did not fire returned by its own weights, so it must not learn.
-        silent = {p for s in self._recorder.synapses.values() if s not in fired for p in s.parameters()}
-        silent.difference_update(p for s in fired for p in s.parameters())  # shared with a layer that did
+        silent = self._silent()  # whose error returned by their own weights
         grads = {p: p.grad for p in self._trained() if p.grad is not None and p not in silent}
         if not grads:
             raise RuntimeError(

@@ -61,7 +61,7 @@ class DirectFeedback(RandomFeedback):
     @optional
     def feedback_of(self, firing: Firing) -> Callable[[Tensor], Tensor]:
         """`feedback`, in the memory format of the layer's input."""
-        synapse, x_shape, last = firing.synapse, firing.x.shape, _channels_last(firing.x)
+        synapse, x_shape, last = firing.synapse, firing.x.shape, channels_last(firing.x)
         return lambda g: self._sent(synapse, self._error_at(synapse, g), x_shape, last)
 
     @torch.no_grad()
@@ -220,7 +220,7 @@ class DRTP(DirectFeedback):
 
     def feedback_of(self, firing: Firing) -> Callable[[Tensor], Tensor]:
         """The target of this forward pass."""
-        synapse, x_shape, last, target = firing.synapse, firing.x.shape, _channels_last(firing.x), self.target
+        synapse, x_shape, last, target = firing.synapse, firing.x.shape, channels_last(firing.x), self.target
 
         def feedback(g: Tensor) -> Tensor:
             error = self._error_at(synapse, g)
@@ -319,7 +319,7 @@ class DirectKolenPollack(LearnedDirectFeedback):
 
         def feedback(g: Tensor) -> Tensor:
             error = self._error_at(synapse, g)
-            returned = self._sent(synapse, error, x.shape, _channels_last(x))
+            returned = self._sent(synapse, error, x.shape, channels_last(x))
             self._add_product(synapse, error, x)
             return returned
 
@@ -338,7 +338,7 @@ class LazyFeedback(LazyModuleMixin, nn.Module):
         self.weight = UninitializedParameter(device=like.device, dtype=like.dtype)  # type: ignore[call-arg]
 
 
-def _channels_last(x: Tensor) -> bool:
+def channels_last(x: Tensor) -> bool:
     """Whether the activity of a convolution has its channels last in memory."""
     return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 

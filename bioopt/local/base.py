@@ -14,7 +14,7 @@ from ..core._torch_private import in_backward
 from ..core.acts import detached
 from ..core.constraints import NON_NEGATIVE, POSITIVE_INT, SEED, one_of, require_labels
 from ..core.errors import warn
-from ..core.params import Params, named_modules_of, synapses_of
+from ..core.params import Params, named_modules_of
 from ..core.probe import keeping_modes
 from ..core.reach import Gates, Pending, gates_behind, shut_gates
 from ..core.readout import ReadoutOptions
@@ -164,12 +164,6 @@ class BlockRule(LearningRule):
 
     # -- which layers -------------------------------------------------------------------------------------------
 
-    def _synapses_of(self, params: Any) -> list[Synapse]:
-        """The layers of the modules given as ``params``, which are noted."""
-        synapses = synapses_of(type(self).__name__, params, self._exclusion)
-        self._modules += named_modules_of(params)
-        return synapses
-
     def _own_for(self, synapses: list[Synapse]) -> None:
         order = {m: i for i, m in enumerate(dict.fromkeys(m for _, root in self._modules for m in root.modules()))}
         apart = [*self._readout.layers.values()]
@@ -214,6 +208,15 @@ class BlockRule(LearningRule):
                     buffer.copy_(value)
 
     # -- one pass -----------------------------------------------------------------------------------------------
+
+    def _gates_behind(self, x: Tensor) -> Gates:
+        """None for an input of the network."""
+        return Gates() if x.grad_fn is None else gates_behind(x.grad_fn, self._recorder.reach)
+
+    def _follows_a_block(self, x: Tensor) -> bool:
+        """Whether an activity depends on that of a block; not so inputs of the network."""
+        behind = self._gates_behind(x)
+        return bool(behind.open or behind.shut)
 
     def _enter(self, synapse: Synapse, x: Tensor) -> Tensor:
         if in_backward():  # activation checkpointing runs the layer again

@@ -14,7 +14,6 @@ from ..core.noise import NoiseSource
 from ..core.params import Params
 from ..core.probe import Probe
 from ..core.products import in_full
-from ..core.reach import gates_behind
 from ..core.rule import Estimate
 from ..core.synapse import Synapse
 from .blocks import Block
@@ -124,10 +123,9 @@ class LocalContrastive(LocalGradientRule):
 
     def _receive(self, synapse: Synapse, x: Tensor) -> Tensor:
         """What a layer receives: in the second pass, views of the inputs of the network."""
-        behind = gates_behind(x.grad_fn, self._recorder.reach) if x.grad_fn is not None else None
-        entered = self._enter(synapse, x)
-        hidden = behind is not None and (behind.open or behind.shut)
-        return entered if hidden or not self._phase else self._view(entered, synapse)
+        is_view = self._phase and not self._follows_a_block(x)  # before the block ends
+        x = self._enter(synapse, x)
+        return self._view(x, synapse) if is_view else x
 
     def _view(self, x: Tensor, synapse: Synapse) -> Tensor:
         """The view of an input, the same for all layers that it enters."""

@@ -15,7 +15,7 @@ from ..core.constraints import POSITIVE, Constraint, one_of
 from ..core.noise import NoiseSource
 from ..core.params import Params
 from ..core.probe import Probe, keeping_modes
-from ..core.reach import Gates, gates_behind
+from ..core.products import in_full
 from ..core.rule import Estimate
 from ..core.synapse import Synapse
 from .blocks import Block
@@ -119,11 +119,10 @@ class ForwardForward(LocalGradientRule):
 
     def _receive(self, synapse: Synapse, x: Tensor) -> Tensor:
         """What a layer receives: inputs carry labels, activity is normalised."""
-        behind = self._gates_behind(x)
-        hidden = bool(behind.open or behind.shut)
-        x = self._enter(synapse, x)
         if not self._phase:
-            return x
+            return self._enter(synapse, x)
+        hidden = self._follows_a_block(x)  # before the block ends
+        x = self._enter(synapse, x)
         if hidden:
             return normalised(x)
         if self._phase > 0:
@@ -139,10 +138,6 @@ class ForwardForward(LocalGradientRule):
         if torch.equal(negative, x):
             raise ValueError("ForwardForward: negatives= returned the positive inputs themselves; they must differ")
         return negative
-
-    def _gates_behind(self, x: Tensor) -> Gates:
-        """None for an input of the network."""
-        return Gates() if x.grad_fn is None else gates_behind(x.grad_fn, self._recorder.reach)
 
     def _wrong_labels(self, x: Tensor) -> Tensor:
         y = self.labels(x)
@@ -236,7 +231,7 @@ class ForwardForward(LocalGradientRule):
 
 def goodness(h: Tensor) -> Tensor:
     """The mean square of each sample's activity, in single precision at least."""
-    return h.to(torch.promote_types(h.dtype, torch.float32)).square().flatten(1).mean(1)
+    return in_full(h).square().flatten(1).mean(1)
 
 
 def normalised(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from ..core.one_pass import OnePass
-from ..core.params import learning_parameters_of, no_plastic_layer
+from ..core.params import named_modules_of, whole_of
 from ..core.probe import Probe
 from ..core.reach import Gates
 from ..core.rule import Estimate
@@ -43,11 +43,9 @@ class LocalGradientRule(BlockRule):
         """
 
     def _select(self, group: dict[str, Any]) -> tuple[list[Any], list[Synapse]]:
-        synapses = self._synapses_of(group["params"])
-        named = learning_parameters_of(group["params"], self._exclusion)
-        if not synapses and not named:
-            raise ValueError(no_plastic_layer(type(self).__name__))
-        return named, synapses
+        found = whole_of(type(self).__name__, group["params"], self._exclusion)
+        self._modules += named_modules_of(group["params"])
+        return found
 
     def _at_end(self, blocks: list[Block], behind: Gates, x: Tensor, channel_dim: int) -> dict[Tensor, Tensor]:
         """The gradients of the loss of blocks that end together, of their parameters and the head."""

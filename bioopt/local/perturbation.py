@@ -15,7 +15,7 @@ from ..core._torch_private import forward_gradients_enabled, in_dual_level
 from ..core.acts import Isolated, isolate
 from ..core.constraints import POSITIVE_INT, Constraint, one_of
 from ..core.noise import NoiseSource, fill_normal_, fill_rademacher_
-from ..core.params import Params, no_plastic_layer, unique
+from ..core.params import Params, named_modules_of, no_plastic_layer, synapses_of, unique
 from ..core.probe import NO_TANGENT, Probe, prepare_forward_ad
 from ..core.products import in_full
 from ..core.reach import Gates, Pending, gates_behind
@@ -153,9 +153,10 @@ class LocalPerturbation(BlockRule):
             self._size_heads(params, example)
 
     def _select(self, group: dict[str, Any]) -> tuple[list[Any], list[Synapse]]:
-        synapses = self._synapses_of(group["params"])
+        synapses = synapses_of(type(self).__name__, group["params"], self._exclusion)
         if not synapses:
             raise ValueError(no_plastic_layer(type(self).__name__))
+        self._modules += named_modules_of(group["params"])
         return unique([named for s in synapses for named in s.named_parameters()]), synapses
 
     def new_head(self, block: Block) -> nn.Module:

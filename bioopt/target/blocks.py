@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
+from ..core.products import in_full
 from .passes import Link, Pass
 
-__all__ = ["Block", "precise"]
+__all__ = ["Block"]
 
 
 class Block:
@@ -27,14 +28,14 @@ class Block:
     def __init__(self, link: Link, above: Link | None) -> None:
         self.link, self.above = link, above
         self._end = link.u if above is None else above.x
-        self.h = precise(self._end)
+        self.h = in_full(self._end.detach())
         none = self.h.new_tensor(-torch.inf)
         self.bounds = (self.h.max(), -self.h.min()) if self.h.numel() else (none, none)
 
     @property
     def x(self) -> Tensor:
         """The activity at its input, without a graph."""
-        return precise(self.link.x)
+        return in_full(self.link.x.detach())
 
     @cached_property
     def scale_of_x(self) -> Tensor:
@@ -49,8 +50,8 @@ class Block:
     def end_in(self, other: Pass) -> Tensor:
         """The activity at its end in another evaluation."""
         if self.above is None:
-            return precise(other.links[self.link.synapse].u)
-        return precise(other.entered[self.above.synapse])
+            return in_full(other.links[self.link.synapse].u.detach())
+        return in_full(other.entered[self.above.synapse].detach())
 
     @cached_property
     def _limits(self) -> tuple[Tensor, Tensor]:
@@ -69,7 +70,7 @@ class Block:
         if self.above is None:
             return change
         (back,) = torch.autograd.grad(self._end, self.link.leaf, change.to(self._end.dtype), retain_graph=True)
-        return precise(back)
+        return in_full(back.detach())
 
     def transposed(self, weight: Tensor, g: Tensor) -> Tensor:
         """A change at the output of the layer, carried to its input by other weights than its own."""
@@ -89,11 +90,6 @@ class Block:
             u = layer.forward(x.to(weight.dtype))
             (product,) = torch.autograd.grad(u, weight, g.to(u.dtype))
         return product
-
-
-def precise(values: Tensor) -> Tensor:
-    """Without a graph, in single precision at least: differences of activities would be rounded away."""
-    return values.detach().to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _root_mean_square(h: Tensor) -> Tensor:

@@ -14,14 +14,15 @@ from torch.optim import Adam
 from ..core.constraints import POSITIVE, POSITIVE_INT, SEED, Constraint
 from ..core.errors import require_finite, warn
 from ..core.noise import NoiseSource, fill_normal_
-from ..core.params import Params, RuleOptions, learning_parameters_of, no_plastic_layer, synapses_of
+from ..core.params import Params, RuleOptions, whole_of
 from ..core.probe import Probe
+from ..core.products import in_full
 from ..core.recorder import Firing
 from ..core.rule import Estimate, LearningRule
 from ..core.sums import add_up
 from ..core.synapse import Synapse
 from ..feedback.weights import RandomWeights
-from .blocks import Block, precise
+from .blocks import Block
 from .passes import Pass
 
 __all__ = ["DifferenceTargetPropagation"]
@@ -113,7 +114,6 @@ class DifferenceTargetPropagation(LearningRule):
         seed: int = 0,
         **options: Unpack[RuleOptions],
     ) -> None:
-        name = type(self).__name__
         for option, value, constraint in (
             ("feedback_steps", feedback_steps, POSITIVE_INT),
             ("noise", noise, POSITIVE),
@@ -121,11 +121,8 @@ class DifferenceTargetPropagation(LearningRule):
             ("seed", seed, SEED),
         ):
             self._check_value(option, value, constraint)
-        if (readout := dict(options).get("readout")) is not None:
-            raise TypeError(
-                f"{name}: readout={readout!r} is not possible, because the last layer learns from the first target, by "
-                "the exact gradient of its own weights; for other options of it, give it a param group of its own"
-            )
+        why = "the last layer learns from the first target, by the exact gradient of its own weights"
+        self._refuse_readout(options, why)
         options.setdefault("descent", Adam)
         self.feedback_steps, self.noise, self.target_step = feedback_steps, noise, target_step
         self._random, self._noise = RandomWeights(), NoiseSource()
@@ -135,14 +132,6 @@ class DifferenceTargetPropagation(LearningRule):
         self._own_state = {"seed": seed, "step": 0, "feedback": {}}
 
     # -- inverses -----------------------------------------------------------------------------------------------
-
-    def layers(self) -> dict[str, Synapse]:
-        """The layers by their names in the model."""
-        names, found = self._names(), dict[str, Synapse]()
-        for synapse in self._recorder.synapses.values():
-            name = names[synapse.weight].removesuffix(".weight")
-            found[synapse.name if name in found else name] = synapse  # some share their weights
-        return found
 
     @torch.no_grad()
     def feedback_weights(self) -> dict[str, Tensor]:
@@ -164,11 +153,7 @@ class DifferenceTargetPropagation(LearningRule):
     # -- one evaluation -----------------------------------------------------------------------------------------
 
     def _select(self, group: dict[str, Any]) -> tuple[list[Any], list[Synapse]]:
-        synapses = synapses_of(type(self).__name__, group["params"], self._exclusion)
-        named = learning_parameters_of(group["params"], self._exclusion)
-        if not synapses and not named:
-            raise ValueError(no_plastic_layer(type(self).__name__))
-        return named, synapses
+        return whole_of(type(self).__name__, group["params"], self._exclusion)
 
     def _enter(self, synapse: Synapse, x: Tensor) -> Tensor:
         assert self._now is not None
@@ -199,10 +184,7 @@ class DifferenceTargetPropagation(LearningRule):
         blocks = self._blocks(forward)
         with _without_autocast(blocks):
             add_up(grads, self._taught(blocks, params).items())
-        fired = self._recorder.fired
-        # A layer in evaluation mode passed targets on without one of its own, so it must not learn.
-        silent = {p for s in self._recorder.synapses.values() if s not in fired for p in s.parameters()}
-        silent.difference_update(p for s in fired for p in s.parameters())  # shared with a layer that has one
+        silent = self._silent()  # they passed targets on without one of their own
         grads = {p: g for p, g in grads.items() if p not in silent}
         self._average_gradients(losses, grads)
         state = self._next_state()
@@ -238,8 +220,8 @@ class DifferenceTargetPropagation(LearningRule):
         """The gradient of each parameter towards the target of its block."""
         top = blocks[0].link
         assert top.leaf.grad is not None
-        error = precise(top.leaf.grad)
-        step = self.target_step * _samples(top.synapse, top.u)  # the loss is a mean over samples
+        error = in_full(top.leaf.grad.detach())
+        step = self.target_step * top.synapse.samples(top.u)  # the loss is a mean over samples
         ends, signals, change = [top.u], [error], error * -step
         for block, below in zip(blocks, [*blocks[1:], None], strict=True):
             if not block.link.x.requires_grad:  # nothing learns below
@@ -330,7 +312,3 @@ class DifferenceTargetPropagation(LearningRule):
 def _without_autocast(blocks: Sequence[Block]) -> torch.autocast:
     """Small differences of activities would be rounded away."""
     return torch.autocast(blocks[0].h.device.type, enabled=False)
-
-
-def _samples(synapse: Synapse, u: Tensor) -> int:
-    return len(u) if u.ndim > -synapse.channel_dim else 1

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ..core._torch_private import in_backward
 from ..core.acts import clamp, detached
+from ..core.errors import loss_of_no_layer, require_graph
 from ..core.losses import backward_where_missing
-from ..core.reach import graph_behind
+from ..core.reach import leaves_behind
 from ..core.recorder import Firing
 from ..core.synapse import Synapse
 
@@ -67,11 +67,7 @@ class Pass:
         """Keep the output of a layer; return the leaf in its place."""
         if firing.replay:
             return clamp(self.links[firing.synapse].leaf)
-        if not (u.requires_grad and torch.is_grad_enabled()):
-            raise RuntimeError(
-                f"{self._rule}: layer '{firing.synapse.name}' ran under no_grad, where no target can reach it: in "
-                "activation checkpointing write checkpoint(..., use_reentrant=False)"
-            )
+        require_graph(self._rule, firing.synapse.name, u, "no target can reach it")
         leaf = u.detach().requires_grad_()
         self.links[firing.synapse] = Link(firing.synapse, self.entered[firing.synapse], u, leaf)
         return clamp(leaf)
@@ -91,10 +87,7 @@ class Pass:
         """
         reached = [link for link in self.links.values() if link.leaf.grad is not None]
         if not reached:
-            raise RuntimeError(
-                f"{self._rule} learns from the loss, but it depends on no layer of the rule: the closure must return "
-                "the loss as a tensor with its graph, or call backward() itself"
-            )
+            raise RuntimeError(loss_of_no_layer(self._rule))
         of_leaf = {link.leaf: link for link in self.links.values()}  # tensors are equal where they are the same
         below = {link.synapse: _below(link.x, of_leaf) for link in self.links.values()}
         above: dict[Synapse, list[str]] = {link.synapse: ["the loss"] for link in reached}
@@ -129,7 +122,5 @@ class Pass:
 
 def _below(x: Tensor, of_leaf: Mapping[Tensor, Link]) -> list[Link]:
     """The layers whose activity ``x`` depends on, in the order in which they ran."""
-    if x.grad_fn is None:
-        return []
-    variables = {node.variable for node in graph_behind([x.grad_fn]) if hasattr(node, "variable")}
-    return [link for leaf, link in of_leaf.items() if leaf in variables]
+    behind = leaves_behind(x)
+    return [link for leaf, link in of_leaf.items() if leaf in behind]

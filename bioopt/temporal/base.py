@@ -14,7 +14,7 @@ from ..core.errors import warn
 from ..core.params import Params, RuleOptions
 from ..core.recorder import Firing
 from ..core.synapse import Synapse
-from ..feedback.direct import LearnedDirectFeedback, _channels_last
+from ..feedback.direct import LearnedDirectFeedback, channels_last
 from .eligibility import Eligibility
 from .sequence import Sequence
 
@@ -167,7 +167,7 @@ class TemporalFeedback(LearnedDirectFeedback):
 
     def feedback_of(self, firing: Firing) -> Callable[[Tensor], Tensor]:
         """The error of the time step of this firing."""
-        synapse, shape, last, number = firing.synapse, firing.x.shape, _channels_last(firing.x), self._number
+        synapse, shape, last, number = firing.synapse, firing.x.shape, channels_last(firing.x), self._number
         x = firing.x.detach() if self.learns(synapse) else None
         own = weakref.ref(self)  # online, the rule holds parts of the graph, which must not hold it
 

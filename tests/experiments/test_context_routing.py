@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from hydra.utils import instantiate
 from torch import nn
 
 from bioopt.nn import Gate
@@ -19,7 +18,7 @@ from experiments.data import problems
 from experiments.run import run
 from experiments.tasks.context_routing import ContextRouting, counted, guessed, information, weights
 
-from ..commands import config
+from ..commands import config, made_task
 from .test_tasks import interrupted, resumed
 
 RULES = ["node_perturbation", "hebbian", "random_trunk"]
@@ -31,9 +30,7 @@ TINY = [*SMALL, *(f"~rules.{rule}" for rule in RULES)]
 
 
 def task(*overrides: str, plain: list[str] = TINY) -> ContextRouting:
-    chosen = config(*plain, *overrides)
-    options = {key: value for key, value in chosen.task.items() if key != "name"}
-    made: ContextRouting = instantiate(options, _partial_=True, _convert_="all")(chosen, torch.device("cpu"))
+    made: ContextRouting = made_task(config(*plain, *overrides))
     return made
 
 

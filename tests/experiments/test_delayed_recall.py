@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from hydra.utils import instantiate
 
 from experiments.run import run
 from experiments.tasks.delayed_recall import MODELS, DelayedRecall, MeanCrossEntropy
 
-from ..commands import config
+from ..commands import config, made_task
 from .test_tasks import interrupted, resumed
 
 TINY = ["experiment=delayed_recall", "logger.mode=disabled", "task.rounds=2", "task.steps=2", "task.sequences=20"]
@@ -21,9 +20,7 @@ TINY += ["task.gru.hidden=8", "task.gru.batch_size=8", "task.delays=[0,7]", "tas
 
 def task(*overrides: str) -> DelayedRecall:
     torch.manual_seed(0)
-    chosen = config(*TINY, *overrides)
-    options = {key: value for key, value in chosen.task.items() if key != "name"}
-    made: DelayedRecall = instantiate(options, _partial_=True, _convert_="all")(chosen, torch.device("cpu"))
+    made: DelayedRecall = made_task(config(*TINY, *overrides))
     return made
 
 

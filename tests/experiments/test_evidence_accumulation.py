@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra.utils import instantiate
 
 from experiments.run import run
 from experiments.tasks.evidence_accumulation import LEARNERS, EvidenceAccumulation
 
-from ..commands import config
+from ..commands import config, made_task
 from .test_tasks import interrupted, resumed
 
 TINY = ["experiment=evidence_accumulation", "logger.mode=disabled", "task.rounds=2", "task.steps=2", "task.trials=8"]
@@ -21,9 +20,7 @@ TINY += ["task.answer=2"]
 
 def task(*overrides: str) -> EvidenceAccumulation:
     torch.manual_seed(0)
-    chosen = config(*TINY, *overrides)
-    options = {key: value for key, value in chosen.task.items() if key != "name"}
-    made: EvidenceAccumulation = instantiate(options, _partial_=True, _convert_="all")(chosen, torch.device("cpu"))
+    made: EvidenceAccumulation = made_task(config(*TINY, *overrides))
     return made
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hydra.utils import instantiate
 from torch import nn
 
 from bioopt.costs import UNLABELLED, CrossEntropy, Hinge, Mixture
@@ -20,7 +19,7 @@ from experiments.phases import fit_cost, split
 from experiments.run import run
 from experiments.tasks.meta_cost import LEAST, Choice, MetaCost, Result, Tried
 
-from ..commands import config
+from ..commands import config, made_task
 from .test_tasks import interrupted, resumed
 
 TINY = ["experiment=meta_cost", "data=digits", "logger.mode=disabled", "model.hidden=[8]", "task.repetitions=1"]
@@ -30,9 +29,7 @@ TINY += [f"~task.problems.{name}" for name in ("wrong_labels", "imbalanced")]
 
 
 def task(*overrides: str) -> MetaCost:
-    chosen = config(*TINY, *overrides)
-    options = {key: value for key, value in chosen.task.items() if key != "name"}
-    made: MetaCost = instantiate(options, _partial_=True, _convert_="all")(chosen, torch.device("cpu"))
+    made: MetaCost = made_task(config(*TINY, *overrides))
     return made
 
 

@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from hydra.utils import instantiate
 
 from experiments.run import run
 from experiments.tasks import savings
 from experiments.tasks.savings import Permutation, Savings
 
-from ..commands import config
+from ..commands import config, made_task
 from .test_tasks import interrupted, resumed
 
 RULES = ["forward_gradient", "node_perturbation", "weight_perturbation", "hebbian"]
@@ -22,9 +21,7 @@ TINY += [f"~rules.{rule}" for rule in RULES] + ["rules.sgd.lr=0.01"]
 
 
 def task(*overrides: str) -> Savings:
-    chosen = config(*TINY, *overrides)
-    options = {key: value for key, value in chosen.task.items() if key != "name"}
-    made: Savings = instantiate(options, _partial_=True, _convert_="all")(chosen, torch.device("cpu"))
+    made: Savings = made_task(config(*TINY, *overrides))
     return made
 
 
