@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from experiments import interrupts
 from experiments.config import renamed_word, saved, with_new_names
-from experiments.options import check, check_names
+from experiments.options import check, check_names, rules_by_name
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -69,6 +69,9 @@ def optimizers() -> str:
 
 
 OmegaConf.register_new_resolver("optimizers", optimizers, replace=True)
+# Lists of the configuration, as values of a sweep.
+OmegaConf.register_new_resolver("listed", ",".join, replace=True)
+OmegaConf.register_new_resolver("rules", lambda chosen: ",".join(rules_by_name(chosen)), replace=True)
 
 if __name__ == "__main__":
     with interrupts.reported():

@@ -15,8 +15,19 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-# Options of where and how a run is made, on which its result does not depend.
-LOCAL = {"control", "data.root", "device", "diagnostics", "logger", "resume", "run_dir", "sweep", "threads"}
+# Options of where and how a run is made, on which its result does not depend; a cell of the benchmark has its own in `task`.
+LOCAL = {
+    "benchmark",
+    "control",
+    "data.root",
+    "device",
+    "diagnostics",
+    "logger",
+    "resume",
+    "run_dir",
+    "sweep",
+    "threads",
+}
 # Options in which runs may differ that are averaged.
 RESULT_INDEPENDENT = LOCAL | {"optimizer.seed", "seed"}
 # Names that have changed, accepted for one release: of options (those of optimizers in rules as well), and of classes.

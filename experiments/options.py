@@ -20,6 +20,8 @@ from .config import flat, refuse_interpolations
 CONF = Path(__file__).parent.parent / "conf"
 # Parts whose options are keywords of their `_target_` (see `building.check_keywords`) or of a task.
 OPEN = {"cost", "final_analysis", "hydra", "model", "optimizer", "readout.optimizer", "rules", "structures", "task"}
+# Those of the benchmark that hold a table of networks or rules.
+OPEN |= {"benchmark.models", "benchmark.options", "benchmark.rates"}
 OF_TASKS = ("rules", "structures")  # parts that an experiment chooses from the groups optimizer and model
 OF_DATA = ("epochs", "batch_size", "plastic_epochs")  # set by `optimizer.per_data`
 CHOICES = {
@@ -136,7 +138,8 @@ def _known() -> dict[str, Any]:
     loggers = [_loaded(path) for path in sorted((CONF / "logger").glob("*.yaml"))]
     of_loggers = {name: option for logger in loggers for name, option in logger.items()}
     of_loggers["classes"] = {name: path for logger in loggers for name, path in logger["classes"].items()}
-    parts = {"data": of_data, "logger": of_loggers}
+    of_benchmark = {name for path in (CONF / "benchmark").glob("*.yaml") for name in _loaded(path)}
+    parts = {"data": of_data, "logger": of_loggers, "benchmark": dict.fromkeys(sorted(of_benchmark), {})}
     return {**groups, **dict.fromkeys(OF_TASKS), **{k: v for k, v in known.items() if k != "defaults"}, **parts}
 
 
@@ -188,6 +191,22 @@ def _check_like(data: Mapping[str, Any], per_data: Iterable[str]) -> None:
     if like is not None and like not in known:
         further = f", which is itself like {others[like]}" if like in others else ""
         raise ValueError(f"data.like={like}{further}: it must be {_listed(known)}")
+
+
+def rules_by_name(chosen: str | Sequence[str]) -> list[str]:
+    """The optimizers of a benchmark: a list of names, or ``"all"`` that need no network of their own; controls first.
+
+    Raises:
+        ValueError: neither of the two.
+    """
+    if chosen == "all":
+        files = {path.stem: _loaded(path) for path in sorted((CONF / "optimizer").glob("*.yaml"))}
+        controls = [name for name in ("sgd", "adam", "random_trunk", "homeostasis") if name in files]
+        others = [name for name, options in files.items() if "requires" not in options and name not in controls]
+        return [*controls, *others]
+    if isinstance(chosen, str) or not chosen:
+        raise ValueError(f"benchmark.rules={chosen} must be all, or a list of optimizers such as [hebbian]")
+    return list(chosen)
 
 
 def _listed(names: Sequence[str]) -> str:

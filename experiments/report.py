@@ -15,6 +15,8 @@ from typing import Any
 import matplotlib.pyplot as plt
 import yaml
 
+from .benchmark import Mismatch
+from .benchmark_report import write_benchmark
 from .config import run_group
 from .report_page import aligned, bars, curves, document, number, page, printable, spreadsheet
 from .statistics import mean, percent, plain
@@ -179,8 +181,13 @@ def report(paths: Iterable[Path], out: Path, accuracy: float | None = None) -> s
     runs, skipped = find(paths)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write = report_tasks if any("task" in run.summary for run in runs) else report_training
-        shown, main = write(runs, skipped, out, accuracy)
+        if all("cell" in run.summary for run in runs):
+            shown, main = write_benchmark(runs, skipped, out)
+        else:
+            write = report_tasks if any("task" in run.summary for run in runs) else report_training
+            shown, main = write(runs, skipped, out, accuracy)
+    except Mismatch as error:
+        raise NothingToReport(str(error)) from None
     except OSError as error:
         raise NothingToReport(f"the report cannot be written to {out}: {error.strerror or error}") from None
     left_out = "".join(f"\nleft out: {line}" for line in skipped)

@@ -79,7 +79,8 @@ def run_one(config: DictConfig) -> None:
     job = HydraConfig.get().job
     left_out = job.config.override_dirname.exclude_keys
     overrides = OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task))
-    name = name_of([str(o.input_line) for o in overrides if o.key_or_group not in left_out])
+    named = [o for o in overrides if not {o.key_or_group, o.key_or_group.partition(".")[0]} & {*left_out}]
+    name = name_of([str(o.input_line) for o in named])
     folder = Path(HydraConfig.get().sweep.dir) / name
     plain = resolved(config) | {"run_dir": str(folder)}
     print(f"\n[{job.num + 1}] {name}", flush=True)

@@ -27,6 +27,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import bioopt
 from bioopt.registry import family_of, rule_classes, summary_of
+from experiments.benchmark import DEPENDENCES, RECORD, recorded, refusals
+from experiments.benchmark_report import tables
 from experiments.building import NOT_KEYWORDS
 from experiments.config import by_part
 
@@ -78,6 +80,7 @@ def generated() -> dict[Path, str]:
         "rule pages": lambda page: rule_pages(found, page),
         "base classes": lambda page: base_table(),
         "plausibility": lambda page: plausibility_table(found, page),
+        "benchmark": lambda page: benchmark_tables(found, page),
     }
     for family in {rule.family for rule in found}:
         blocks[f"rules of {family}"] = lambda page, family=family: api_entries(found, family)  # type: ignore[misc]
@@ -320,11 +323,33 @@ def plausibility_table(found: list[Rule], page: Path) -> str:
     return "\n".join(rows)
 
 
-#: the measures of a rule's trunk that are columns of their own
-DEPENDENCES = (
-    *("transport", "other_layers", "other_neurons", "other_samples", "labels", "error", "loss"),
-    "layers_above",
-)
+def benchmark_tables(found: list[Rule], page: Path) -> str:
+    """The tables of the record of ``experiment=benchmark``, and how it was made."""
+    benchmark = recorded()
+    if benchmark is None:
+        raise ValueError(f"{page} shows the record of experiment=benchmark, and there is none")
+    record = json.loads(RECORD.read_text("utf-8"))
+    links = {rule.name: linked(rule, page) for rule in found}
+    p = benchmark.protocol
+    images = "all" if p["images"] is None else f"{p['images']:,}"
+    tests = "all" if p["test"] is None else f"{p['test']:,}"
+    made = (
+        f"{images} training images, {p['held_out']:,} of them held out in the search; {tests} test images; "
+        f"{p['epochs']} epochs in batches of {p['batch_size']}; seeds {', '.join(map(str, record['seeds']))}; "
+        f"{len(benchmark.cells)} cells, {record['seconds'] / 3600:.1f} hours of one core; commit {record['commit']}."
+    )
+    refused = [f"- {line}" for line in refusals(benchmark)]
+    text = [
+        "```bash",
+        record["command"],
+        "```",
+        "",
+        made,
+        "",
+        tables(benchmark, lambda rule: links.get(rule, f"`{rule}`")),
+    ]
+    text += ["", "Cannot be trained:", "", *refused] if refused else []
+    return "\n".join(text)
 
 
 def relative(value: float | None) -> str:

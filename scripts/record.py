@@ -1,6 +1,7 @@
 """Keep the result of finished runs, and make the tables from what was kept.
 
     python scripts/record.py mnist-cnn-hebbian runs/...-seed0 runs/...-seed1    # a record: same options, several seeds
+    python scripts/record.py benchmark runs/benchmark-small                     # all cells of experiment=benchmark
     python scripts/record.py                                                    # only write the tables
 
 A record is ``experiments/records/<name>/result.json`` with the pictures of its first run; the tables go to
@@ -21,9 +22,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from experiments.config import run_group
+from experiments.benchmark import Mismatch, collected
+from experiments.benchmark_report import draw
+from experiments.config import flat, run_group
 from experiments.files import write_json, write_whole
-from experiments.report import Run
+from experiments.options import rules_by_name
+from experiments.report import NothingToReport, Run, find
 from experiments.report_page import markdown_text, number
 from experiments.statistics import interval, percent, plain
 
@@ -78,6 +82,69 @@ def record(name: str, runs: list[Path]) -> None:
     for picture in found[0].folder.glob("*.png"):
         if picture.name != "neurons.png" and picture.stat().st_size < 300_000:
             shutil.copy(picture, folder / picture.name)
+
+
+def record_benchmark(name: str, folders: list[Path]) -> None:
+    """Write the record of a benchmark: all its cells, and its pictures.
+
+    Raises:
+        SystemExit: a cell is missing or failed, or they have different options; nothing is written.
+    """
+    try:
+        runs, skipped = find(folders)
+        benchmark = collected(runs)
+    except (NothingToReport, Mismatch) as error:
+        raise SystemExit(f"error: {error}") from None
+    if skipped:
+        raise SystemExit(f"error: not all cells are there; run the benchmark again: {'; '.join(skipped)}")
+    everything = len(benchmark.data) * len(benchmark.networks) * len(benchmark.rules)
+    if len(benchmark.cells) < everything:
+        raise SystemExit(f"error: {len(benchmark.cells)} of {everything} cells are there; run the benchmark again")
+    summaries = [run.summary for run in runs]
+    first = summaries[0]["seed"]
+    result = {
+        "task": "benchmark",
+        "seeds": list(range(first, first + benchmark.protocol["seeds"])),
+        "protocol": benchmark.protocol,
+        "device": summaries[0]["device"],
+        "precision": summaries[0]["precision"],
+        "seconds": sum(summary["seconds"] for summary in summaries),
+        "commit": ", ".join(sorted({str(summary["commit"]) for summary in summaries})),
+        "command": benchmark_command(benchmark.protocol, benchmark.data, benchmark.networks, benchmark.rules, first),
+        "cells": benchmark.cells,
+    }
+    folder = RECORDS / name
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "result.json", by_line(result))
+    draw(benchmark, folder)
+
+
+def benchmark_command(
+    protocol: dict[str, Any], data: list[str], networks: list[str], rules: list[str], seed: int
+) -> str:
+    """The command that makes the same cells."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        usual: Any = OmegaConf.to_container(compose("config", ["experiment=benchmark"]), resolve=True)
+    plain = {f"benchmark.{key}": value for key, value in flat(usual["benchmark"]).items()}
+    found = {f"benchmark.{key}": value for key, value in protocol.items() if key != "amp"}
+    changed = {key: value for key, value in found.items() if key != "benchmark.name" and plain.get(key) != value}
+    lists = {"data": data, "networks": networks, "rules": rules}
+    for key, names in lists.items():
+        if {*names} != {*(rules_by_name(usual["benchmark"][key]) if key == "rules" else usual["benchmark"][key])}:
+            changed[f"benchmark.{key}"] = f"[{','.join(names)}]"
+    changed |= {"amp": protocol["amp"]} if protocol["amp"] else {}
+    changed |= {"seed": seed} if seed else {}
+    return command(["experiment=benchmark"], changed)
+
+
+def by_line(result: dict[str, Any]) -> str:
+    """A benchmark's record as JSON, with a line for each cell, so that changes can be read."""
+    head = json.dumps({key: value for key, value in result.items() if key != "cells"}, indent=2)
+    cells = ",\n".join(f"    {json.dumps(cell)}" for cell in result["cells"])
+    return f'{head[:-2]},\n  "cells": [\n{cells}\n  ]\n}}\n'
 
 
 def read(folder: Path) -> Run:
@@ -149,12 +216,14 @@ def composed(choices: list[str]) -> dict[str, Any]:
         return run_group(OmegaConf.to_container(compose("config", choices), resolve=True))
 
 
-def command(choices: list[str], changed: dict[str, Any], seeds: list[int]) -> str:
-    """The command that makes the same runs."""
+def command(choices: list[str], changed: dict[str, Any], seeds: list[int] | None = None) -> str:
+    """The command that makes the same runs; without seeds, that of a sweep of its own."""
     options = [
         key if key.startswith("~") else f"{key}={'null' if value is None else value}".replace(" ", "")
         for key, value in changed.items()
     ]
+    if seeds is None:
+        return shlex.join(["python", "train.py", *choices, *options])
     many = len(seeds) > 1
     seed = "seed=" + ",".join(map(str, seeds))
     return shlex.join(["python", "train.py", *(["-m"] if many else []), *choices, *options, seed])
@@ -251,7 +320,9 @@ def main() -> None:
     parser.add_argument("name", nargs="?")
     parser.add_argument("runs", nargs="*", type=Path)
     options = parser.parse_args()
-    if options.name:
+    if options.name == "benchmark":
+        record_benchmark(options.name, options.runs)
+    elif options.name:
         record(options.name, options.runs)
     write_whole(RECORDS / "README.md", tables())
 

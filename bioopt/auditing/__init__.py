@@ -6,5 +6,6 @@ result. Rules declare nothing.
 
 from .card import Audit, LayerAudit
 from .entry import audit
+from .interventions import backward_passes_of
 
-__all__ = ["Audit", "LayerAudit", "audit"]
+__all__ = ["Audit", "LayerAudit", "audit", "backward_passes_of"]

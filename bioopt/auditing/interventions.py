@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..core._torch_private import backward_pass, in_dual_level, is_batched
 from ..core.rule import LearningRule
-from ..core.synapse import Synapse, Unhooked
+from ..core.synapse import Synapse, Unhooked, survey
 
 LEAST = 1e-2  # of the length of a weight tensor: moving a smaller part would show little
 
@@ -42,6 +42,11 @@ class Trace:
             self.losses += _with_tangent(loss)
         return loss
 
+    @property
+    def backward_passes(self) -> int:
+        """Those that brought an error to two layers at least."""
+        return sum(len(layers) > 1 for layers in self.crossed.values())
+
     def differs(self, other: Trace) -> float:
         """The largest relative change of a layer's activity or of the loss; infinite if layers ran another time."""
         if self.runs != other.runs:
@@ -64,6 +69,39 @@ def relative(before: Tensor, after: Tensor) -> float:
 
 
 @contextmanager
+def _watching_errors(synapses: list[Synapse], trace: Trace) -> Iterator[None]:
+    """Note at which layers' outputs an error arrives in which backward pass."""
+
+    def look(synapse: Synapse, layer: nn.Module, args: Any, u: Any) -> None:
+        if isinstance(u, Tensor) and u.requires_grad:
+            u.register_hook(partial(arrived, synapse))
+
+    def arrived(synapse: Synapse, g: Tensor | None) -> None:
+        if g is not None and bool(g.any()):
+            trace.crossed.setdefault(backward_pass(), set()).add(synapse)
+
+    handles = [s.layer.register_forward_hook(partial(look, s)) for s in synapses]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def backward_passes_of(step: Callable[[], object], model: nn.Module) -> int:
+    """The backward passes of a step, as `Audit.backward_passes` counts them; the step is taken.
+
+    Args:
+        step: takes a step of any optimizer.
+        model: the network that it trains.
+    """
+    trace = Trace()
+    with _watching_errors(survey(model)[0], trace):
+        step()
+    return trace.backward_passes
+
+
+@contextmanager
 def tracing(synapses: list[Synapse], trace: Trace) -> Iterator[None]:
     """Note what each layer does, also where a rule calls ``layer.forward`` past its hooks."""
 
@@ -79,23 +117,13 @@ def tracing(synapses: list[Synapse], trace: Trace) -> Iterator[None]:
             trace.runs[synapse] = trace.runs.get(synapse, 0) + 1
         return forward(*args, **kwargs)
 
-    def look(synapse: Synapse, layer: nn.Module, args: Any, u: Any) -> None:
-        if isinstance(u, Tensor) and u.requires_grad:
-            u.register_hook(partial(arrived, synapse))
-
-    def arrived(synapse: Synapse, g: Tensor | None) -> None:
-        if g is not None and bool(g.any()):
-            trace.crossed.setdefault(backward_pass(), set()).add(synapse)
-
     own = {s.layer: vars(s.layer).get("forward") for s in synapses}
-    handles = [s.layer.register_forward_hook(partial(look, s)) for s in synapses]
     try:
         for synapse in synapses:
             synapse.layer.forward = partial(run, synapse, synapse.layer.forward)
-        yield
+        with _watching_errors(synapses, trace):
+            yield
     finally:
-        for handle in handles:
-            handle.remove()
         for layer, forward in own.items():
             if forward is None:
                 vars(layer).pop("forward", None)

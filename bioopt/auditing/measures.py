@@ -180,7 +180,7 @@ class Auditor:
             type(self.optimizer).__name__,
             tuple(self.row(s) for s in self.layers),
             base.evaluations,
-            sum(len(layers) > 1 for layers in base.trace.crossed.values()),
+            base.trace.backward_passes,
             self.loss_numbers(),
             self.feedback_changes(),
             self.tolerance,
