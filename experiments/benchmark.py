@@ -106,7 +106,10 @@ def shared_options(options: dict[str, Any]) -> dict[str, Any]:
 
 def _place(cell: dict[str, Any]) -> tuple[Any, ...]:
     known = ["mnist", "cifar10", "cifar100"], ["mlp", "cnn", "lenet5", "resnet"]
-    numbers = (names.index(cell[k]) if cell[k] in names else len(names) for names, k in zip(known, ("data", "network")))
+    numbers = (
+        names.index(cell[k]) if cell[k] in names else len(names)
+        for names, k in zip(known, ("data", "network"), strict=True)
+    )
     return (*numbers, cell["data"], cell["network"], cell["rule"])
 
 

@@ -13,11 +13,11 @@ from .tasks import benchmark_plots
 if TYPE_CHECKING:
     from .report import Run
 
-NOTES = """Test accuracy in %: mean ± 95 % confidence interval over the seeds (Student's t); of two seeds, the mean and both. "epochs": at
-equal epochs; "passes": at as many forward-pass equivalents as backpropagation takes for these (a backward pass counts as two); one run
-counts for both where they are equally long. ▽: not above the random, frozen trunk on that network and budget. "passes a step": forward +
-backward. "search": of the rate on held-out images, in units of a run of backpropagation at equal epochs (mean over networks), and in seconds
-on one core (sum)."""
+NOTES = """Test accuracy in %: mean ± 95 % confidence interval over the seeds (Student's t); of two seeds, the mean and
+both. "epochs": at equal epochs; "passes": at as many forward-pass equivalents as backpropagation takes for these (a
+backward pass counts as two); one run counts for both where they are equally long. ▽: not above the random, frozen trunk
+on that network and budget. "passes a step": forward + backward. "search": of the rate on held-out images, in units of a
+run of backpropagation at equal epochs (mean over networks), and in seconds on one core (sum)."""
 
 
 def write_benchmark(runs: list[Run], skipped: list[str], out: Path) -> tuple[str, str]:

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-# Options of where and how a run is made, on which its result does not depend; a cell of the benchmark has its own in `task`.
+# Options of where and how a run is made, on which its result does not depend; those of a benchmark are in its `task`.
 LOCAL = {
     "benchmark",
     "control",

@@ -138,8 +138,8 @@ def _known() -> dict[str, Any]:
     loggers = [_loaded(path) for path in sorted((CONF / "logger").glob("*.yaml"))]
     of_loggers = {name: option for logger in loggers for name, option in logger.items()}
     of_loggers["classes"] = {name: path for logger in loggers for name, path in logger["classes"].items()}
-    of_benchmark = {name for path in (CONF / "benchmark").glob("*.yaml") for name in _loaded(path)}
-    parts = {"data": of_data, "logger": of_loggers, "benchmark": dict.fromkeys(sorted(of_benchmark), {})}
+    of_benchmark: dict[str, Any] = {n: {} for file in (CONF / "benchmark").glob("*.yaml") for n in _loaded(file)}
+    parts = {"data": of_data, "logger": of_loggers, "benchmark": of_benchmark}
     return {**groups, **dict.fromkeys(OF_TASKS), **{k: v for k, v in known.items() if k != "defaults"}, **parts}
 
 

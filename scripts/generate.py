@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import bioopt
 from bioopt.registry import family_of, rule_classes, summary_of
 from experiments.benchmark import DEPENDENCES, RECORD, recorded, refusals
-from experiments.benchmark_report import tables
+from experiments.benchmark_report import NOTES, tables
 from experiments.building import NOT_KEYWORDS
 from experiments.config import by_part
 
@@ -324,32 +324,48 @@ def plausibility_table(found: list[Rule], page: Path) -> str:
 
 
 def benchmark_tables(found: list[Rule], page: Path) -> str:
-    """The tables of the record of ``experiment=benchmark``, and how it was made."""
+    """The tables and pictures of the record of ``experiment=benchmark``, and how it was made."""
     benchmark = recorded()
     if benchmark is None:
-        raise ValueError(f"{page} shows the record of experiment=benchmark, and there is none")
+        return "There is no record yet: the command above makes it."
     record = json.loads(RECORD.read_text("utf-8"))
     links = {rule.name: linked(rule, page) for rule in found}
     p = benchmark.protocol
-    images = "all" if p["images"] is None else f"{p['images']:,}"
-    tests = "all" if p["test"] is None else f"{p['test']:,}"
+    images, tests = ("all" if p[key] is None else f"{p[key]:,}" for key in ("images", "test"))
     made = (
         f"{images} training images, {p['held_out']:,} of them held out in the search; {tests} test images; "
         f"{p['epochs']} epochs in batches of {p['batch_size']}; seeds {', '.join(map(str, record['seeds']))}; "
         f"{len(benchmark.cells)} cells, {record['seconds'] / 3600:.1f} hours of one core; commit {record['commit']}."
     )
-    refused = [f"- {line}" for line in refusals(benchmark)]
-    text = [
-        "```bash",
-        record["command"],
-        "```",
-        "",
-        made,
-        "",
-        tables(benchmark, lambda rule: links.get(rule, f"`{rule}`")),
-    ]
-    text += ["", "Cannot be trained:", "", *refused] if refused else []
-    return "\n".join(text)
+    text = ["```bash", record["command"], "```", "", made, ""]
+    text += [tables(benchmark, lambda rule: links.get(rule, f"`{rule}`")), "", NOTES, ""]
+    if refused := [f"- {line}" for line in refusals(benchmark)]:
+        text += ["Cannot be trained:", "", *refused, ""]
+    folder = relpath(RECORD.parent, page.parent)
+    for name, (heading, shown, caption) in BENCHMARK_PICTURES.items():
+        text += [f"### {heading}", "", f"![{shown}]({folder}/{name}.png)", "", caption, ""]
+    return "\n".join(text).rstrip()
+
+
+#: pictures of a benchmark -> heading, what is shown, and how it is read
+BENCHMARK_PICTURES = {
+    "compute": (
+        "Accuracy against compute",
+        "Accuracy of each rule against its compute, a panel for each network and data set",
+        "Large markers: at equal epochs, with intervals or ranges; a line leads to the accuracy at equal passes. The "
+        "best rule of each family is named. Dashed: the random, frozen trunk.",
+    ),
+    "plausibility": (
+        "Accuracy against plausibility",
+        "Accuracy of each rule against the number of quantities that its updates depend on",
+        "Of the eight quantities that [were measured by interventions](plausibility.md) (weights above, quantities of "
+        "other layers, of other neurons and of other samples, labels, the output's error, the loss's value, what "
+        "layers above compute), the number on which an update in the trunk depends beyond rounding. A count is no degree of "
+        "plausibility: it says what a rule reads, and not how a neuron would get it. Markers of equal counts stand "
+        "beside one another. Lines: backpropagation, and the random, frozen trunk (dashed).",
+    ),
+    "rules": ("Rule by rule", "A small picture for each rule", "The axes are the same in all pictures."),
+}
 
 
 def relative(value: float | None) -> str:

@@ -28,6 +28,7 @@ from . import Task
 BACKWARD = 2
 #: those of a step of backpropagation, which set the budget of equal passes
 REFERENCE = 1 + BACKWARD
+STILL = 1e-12  # a rate with which a network hardly changes
 PROBED = 3  # steps before passes are counted: the first of some rules has more
 
 
@@ -112,8 +113,9 @@ class Cell(Task):
         )
 
     def _count(self) -> None:
-        """The passes of a step, and the parameters."""
-        learner = self.learner(self.candidates[0], self.config.seed, PROBED)
+        """The passes of a step, at a rate at which nothing diverges, and the parameters."""
+        rate = None if self.candidates[0] is None else STILL
+        learner = self.learner(rate, self.config.seed, PROBED)
         self.parameters = sum(p.numel() for p in learner.network.parameters())
         *before, last = self.batches(self.searched, self.config.seed, PROBED)
         learner.fit(before)

@@ -10,6 +10,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from ..benchmark import BACKPROPAGATION, BUDGETS, CONTROL, Benchmark, half_interval
@@ -29,8 +30,8 @@ STYLES = {
     "your own": ("#F0E442", "d"),
 }
 OTHERS = ("#7F7F7F", ".")  # of families that are not in the list
-NAMES = {"mnist": "MNIST", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "mlp": "MLP", "cnn": "CNN", "lenet5": "LeNet-5",
-         "resnet": "ResNet"}  # fmt: skip
+NAMES = {"mnist": "MNIST", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
+NAMES |= {"mlp": "MLP", "cnn": "CNN", "lenet5": "LeNet-5", "resnet": "ResNet"}
 
 
 def style(family: str) -> tuple[str, str]:
@@ -211,7 +212,7 @@ def legend(figure: Figure, benchmark: Benchmark) -> None:
     """The families that are there, above all panels."""
     there = dict.fromkeys(benchmark.families.values())
     handles = [
-        plt.Line2D([], [], linestyle="", color=style(family)[0], marker=style(family)[1], markersize=7, label=family)
+        Line2D([], [], linestyle="", color=style(family)[0], marker=style(family)[1], markersize=7, label=family)
         for family in [*(f for f in STYLES if f in there), *(f for f in there if f not in STYLES)]
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=min(10, len(handles)), frameon=False, fontsize=9)

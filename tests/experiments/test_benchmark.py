@@ -108,9 +108,9 @@ def test_backward_passes_are_those_of_the_audit(rule: str, count: int) -> None:
     model = nn.Sequential(nn.Linear(30, 12), nn.Tanh(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 3)).double()
     x, y = torch.randn(2, 30).double(), torch.arange(2)
     optimizer: Any = torch.optim.SGD(model.parameters()) if rule == "sgd" else bioopt.create_optimizer(rule, model)
-    optimizer.target = y
 
     def closure() -> torch.Tensor:
+        optimizer.target = y
         optimizer.zero_grad()
         losses = F.cross_entropy(model(x), y, reduction="none")
         if losses.requires_grad:
@@ -123,8 +123,8 @@ def test_backward_passes_are_those_of_the_audit(rule: str, count: int) -> None:
 
 
 def made_cell(rule: str, network: str, accuracy: list[Any], **more: Any) -> dict[str, Any]:
-    of_budget = {"rate": 0.1, "accuracy": accuracy, "steps": 9, "equivalents": 27, "seconds": 1.0, "search": {"0.1": 0.5},
-                 "search_equivalents": 54, "search_seconds": 2.0}  # fmt: skip
+    of_budget = {"rate": 0.1, "accuracy": accuracy, "steps": 9, "equivalents": 27, "seconds": 1.0}
+    of_budget |= {"search": {"0.1": 0.5}, "search_equivalents": 54, "search_seconds": 2.0}
     known = {"rule": rule, "family": "hebbian", "network": network, "data": "mnist", "parameters": 9, "cannot": ""}
     return {**known, "forward_passes": 1, "backward_passes": 1, "epochs": of_budget, "passes": of_budget, **more}
 
