@@ -67,8 +67,8 @@ class Benchmark:
         return statistics.fmean(values) if values else None
 
     def overall(self, data: str, rule: str) -> float:
-        """The mean over networks and budgets, of those that there are, by which rows are sorted."""
-        found = [self.mean(data, network, rule, budget) for network in self.networks for budget in BUDGETS]
+        """The mean over networks at equal epochs, of those that there are, by which rows are sorted."""
+        found = [self.mean(data, network, rule, "epochs") for network in self.networks]
         return statistics.fmean([value for value in found if value is not None] or [-1.0])
 
     def cost(self, data: str, network: str, rule: str, budget: str) -> float | None:
@@ -99,8 +99,9 @@ def collected(runs: Iterable[Run]) -> Benchmark:
 
 
 def shared_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Of a run's options, those of the benchmark, which must be the same in all cells."""
-    chosen = {key: value for key, value in options.items() if key.startswith("task.") and key != "task._target_"}
+    """Of a run's options, those of the benchmark that must be the same in all cells: not those of single rules."""
+    of_rules = ("task.name", "task._target_", "task.rates.", "task.options.")
+    chosen = {key: value for key, value in options.items() if key.startswith("task.") and not key.startswith(of_rules)}
     return {key.removeprefix("task."): value for key, value in chosen.items()} | {"amp": options.get("amp", False)}
 
 

@@ -359,10 +359,10 @@ BENCHMARK_PICTURES = {
         "Accuracy against plausibility",
         "Accuracy of each rule against the number of quantities that its updates depend on",
         "Of the eight quantities that [were measured by interventions](plausibility.md) (weights above, quantities of "
-        "other layers, of other neurons and of other samples, labels, the output's error, the loss's value, what "
-        "layers above compute), the number on which an update in the trunk depends beyond rounding. A count is no degree of "
-        "plausibility: it says what a rule reads, and not how a neuron would get it. Markers of equal counts stand "
-        "beside one another. Lines: backpropagation, and the random, frozen trunk (dashed).",
+        "other layers, other neurons and other samples, labels, the output's error, the loss's value, layers above), "
+        "the number on which an update in the trunk depends beyond rounding. A count is no degree of plausibility: it "
+        "says what a rule reads, and not how a neuron would get it. Markers of equal counts stand beside one another. "
+        "Lines: backpropagation, and the random, frozen trunk (dashed).",
     ),
     "rules": ("Rule by rule", "A small picture for each rule", "The axes are the same in all pictures."),
 }

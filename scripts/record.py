@@ -130,7 +130,7 @@ def benchmark_command(
         usual: Any = OmegaConf.to_container(compose("config", ["experiment=benchmark"]), resolve=True)
     plain = {f"benchmark.{key}": value for key, value in flat(usual["benchmark"]).items()}
     found = {f"benchmark.{key}": value for key, value in protocol.items() if key != "amp"}
-    changed = {key: value for key, value in found.items() if key != "benchmark.name" and plain.get(key) != value}
+    changed = {key: value for key, value in found.items() if plain.get(key) != value}
     lists = {"data": data, "networks": networks, "rules": rules}
     for key, names in lists.items():
         if {*names} != {*(rules_by_name(usual["benchmark"][key]) if key == "rules" else usual["benchmark"][key])}:

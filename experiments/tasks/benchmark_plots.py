@@ -152,7 +152,8 @@ def rules(benchmark: Benchmark, path: Path) -> Path:
         (rule for rule in benchmark.rules if rule not in (BACKPROPAGATION, CONTROL)),
         key=lambda rule: (list(STYLES).index(f) if (f := benchmark.families[rule]) in STYLES else 99, rule),
     )
-    columns = min(6, max(1, len(ordered)))
+    ordered = ordered or benchmark.rules  # the controls alone
+    columns = min(6, len(ordered))
     rows = math.ceil(len(ordered) / columns)
     figure, grid = plt.subplots(
         rows, columns, figsize=(0.6 + 1.75 * columns, 1.1 + 1.5 * rows), layout="constrained", squeeze=False,
