@@ -31,6 +31,7 @@ from experiments.benchmark import DEPENDENCES, RECORD, recorded, refusals
 from experiments.benchmark_report import NOTES, tables
 from experiments.building import NOT_KEYWORDS
 from experiments.config import by_part
+from experiments.options import rules_by_name
 
 ROOT = Path(__file__).parent.parent
 MARKERS = {".md": "<!-- {} -->", ".rst": ".. {}"}
@@ -338,6 +339,12 @@ def benchmark_tables(found: list[Rule], page: Path) -> str:
         f"{len(benchmark.cells)} cells, {record['seconds'] / 3600:.1f} hours of one core; commit {record['commit']}."
     )
     text = ["```bash", record["command"], "```", "", made, ""]
+    if missing := [name for name in rules_by_name("all") if name not in benchmark.rules]:
+        text += [
+            f"A slice of the benchmark: {len(missing)} rules have not been run for this record, and a rule of your own "
+            "stands beside it where it has the options of the command above.",
+            "",
+        ]
     text += [tables(benchmark, lambda rule: links.get(rule, f"`{rule}`")), "", NOTES, ""]
     if refused := [f"- {line}" for line in refusals(benchmark)]:
         text += ["Cannot be trained:", "", *refused, ""]

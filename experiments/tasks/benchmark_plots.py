@@ -48,7 +48,7 @@ def compute(benchmark: Benchmark, path: Path) -> Path:
     """Accuracy at equal epochs against the passes that they took, with a line to the accuracy at equal passes."""
     rows, columns = len(benchmark.data), len(benchmark.networks)
     figure, grid = plt.subplots(
-        rows, columns, figsize=(0.6 + 3.4 * columns, 0.9 + 3.0 * rows), layout="constrained", squeeze=False
+        rows, columns, figsize=(max(8.0, 0.6 + 3.4 * columns), 1.2 + 3.0 * rows), layout="constrained", squeeze=False
     )
     for row, data in zip(grid, benchmark.data, strict=True):
         for axes, network in zip(row, benchmark.networks, strict=True):
@@ -104,7 +104,9 @@ def plausibility(benchmark: Benchmark, dependent: Mapping[str, float], path: Pat
         path: where to write it.
     """
     columns = len(benchmark.data)
-    figure, grid = plt.subplots(1, columns, figsize=(0.8 + 5.2 * columns, 5.0), layout="constrained", squeeze=False)
+    figure, grid = plt.subplots(
+        1, columns, figsize=(max(9.0, 0.8 + 5.2 * columns), 5.2), layout="constrained", squeeze=False
+    )
     for axes, data in zip(grid[0], benchmark.data, strict=True):
         points = []
         places: dict[float, list[tuple[float, str]]] = {}
@@ -163,8 +165,12 @@ def rules(benchmark: Benchmark, path: Path) -> Path:
     for axes, rule in zip(grid.flat, ordered, strict=False):
         colour, marker = style(benchmark.families[rule])
         for i, data in enumerate(benchmark.data):
-            for other, line in ((BACKPROPAGATION, "-"), (CONTROL, "--")):
-                _course(benchmark, axes, data, other, i * wide, color="#7F7F7F", linestyle=line, linewidth=0.9)
+            for other, line in ((BACKPROPAGATION, "-"), (CONTROL, ":")):
+                for j, network in enumerate(benchmark.networks):
+                    level = benchmark.mean(data, network, other, "epochs")
+                    if level is not None:
+                        x = i * wide + j
+                        axes.hlines(level, x - 0.4, x + 0.4, color="#7F7F7F", linestyle=line, linewidth=1.2)
             _course(benchmark, axes, data, rule, i * wide, color=colour, marker=marker, markersize=5, linewidth=1.2)
             for j, network in enumerate(benchmark.networks):
                 values = benchmark.accuracies(data, network, rule, "passes")
@@ -181,7 +187,7 @@ def rules(benchmark: Benchmark, path: Path) -> Path:
         axes.axis("off")
     figure.suptitle(
         f"Test accuracy (%); in each picture {', then '.join(map(name, benchmark.data))}. Filled: equal epochs; open: "
-        "equal passes.\nGrey: backpropagation (solid) and the random, frozen trunk (dashed)",
+        "equal passes.\nGrey: backpropagation (solid) and the random, frozen trunk (dotted)",
         fontsize=9,
     )
     return saved(figure, path)
@@ -216,4 +222,4 @@ def legend(figure: Figure, benchmark: Benchmark) -> None:
         Line2D([], [], linestyle="", color=style(family)[0], marker=style(family)[1], markersize=7, label=family)
         for family in [*(f for f in STYLES if f in there), *(f for f in there if f not in STYLES)]
     ]
-    figure.legend(handles=handles, loc="outside upper center", ncols=min(10, len(handles)), frameon=False, fontsize=9)
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(5, len(handles)), frameon=False, fontsize=9)
