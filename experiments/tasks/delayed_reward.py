@@ -63,7 +63,8 @@ class Agent(nn.Module):
             activity, state = self.neurons(self.layer(x), state)
             now, memory = self.memory(activity.unflatten(1, (-1, PER_ACTION)).mean(2), memory)
             kept.append(now)
-        return kept[len(xs) - 1 - self.acting]
+        chosen: Tensor = kept[len(xs) - 1 - self.acting]
+        return chosen
 
 
 class Reward(Cost):
@@ -71,7 +72,8 @@ class Reward(Cost):
 
     def per_sample(self, outputs: Tensor, targets: Tensor | None, steps: int) -> Tensor:
         """N numbers, without a gradient."""
-        return -(outputs.argmax(1) == targets).to(outputs.dtype)
+        assert targets is not None
+        return -outputs.argmax(1).eq(targets).to(outputs.dtype)
 
 
 @dataclass(eq=False)
