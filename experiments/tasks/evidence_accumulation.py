@@ -19,7 +19,7 @@ from ..learner import Block, Learner
 from ..models import RecurrentLayer
 from . import evidence_accumulation_plots
 from .credit import cosine_per_step, cosines, states_of
-from .side_by_side import SideBySide
+from .side_by_side import SideBySide, learning_in_time
 
 GROUPS = ("left", "right", "answer", "noise")  # of input neurons
 PER_GROUP = 10
@@ -103,15 +103,7 @@ class EvidenceAccumulation(SideBySide):
         options = {"tau": self.tau, "tau_adaptation": self.tau_adaptation, "beta": self.beta}
         network = Network(self.hidden, "lif" if name == "lif" else "alif", self.answer, **options).to(self.device)
         lr = self.lr.get(name, self.lr["default"])
-        if name == "frozen":
-            network.layer.requires_grad_(False)
-        if name in ("bptt", "frozen"):
-            optimizer: torch.optim.Optimizer = torch.optim.Adam(
-                [p for p in network.parameters() if p.requires_grad], lr=lr
-            )
-        else:
-            feedback = "random" if name == "random" else "symmetric"
-            optimizer = bioopt.EProp(network, lr, feedback=feedback, seed=self.config.seed)
+        optimizer = learning_in_time(name, network, network.layer, lr, self.config.seed)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps * self.rounds)
         block = Block(network, QuietCrossEntropy(network.rates, **self.quiet), optimizer, scheduler)
         return Learner(network, [block], name=name, rate=f"task.lr.{name}={lr}")

@@ -9,6 +9,9 @@ from typing import Any, ClassVar
 
 import torch
 from omegaconf import DictConfig
+from torch import nn
+
+import bioopt
 
 from ..learner import Learner
 from . import Task
@@ -64,3 +67,21 @@ class SideBySide(Task):
         """Remove the hooks of learning rules."""
         for learner in self.made.values():
             learner.close()
+
+
+def learning_in_time(name: str, network: nn.Module, layer: nn.Module, lr: float, seed: int) -> torch.optim.Optimizer:
+    """The optimizer of a network with a recurrent layer.
+
+    Args:
+        name: ``"bptt"``: Adam on the gradient through time; ``"frozen"``: the same, where the recurrent layer does not
+            learn; ``"random"``: e-prop with random feedback; any other: with symmetric feedback.
+        network: the network.
+        layer: its recurrent layer.
+        lr: learning rate.
+        seed: of random feedback.
+    """
+    if name == "frozen":
+        layer.requires_grad_(False)
+    if name in ("bptt", "frozen"):
+        return torch.optim.Adam([p for p in network.parameters() if p.requires_grad], lr=lr)
+    return bioopt.EProp(network, lr, feedback="random" if name == "random" else "symmetric", seed=seed)

@@ -184,7 +184,7 @@ def test_spikes_are_binned_once(tmp_path: Path) -> None:
 def test_a_recurrent_network_trains_on_spikes(tmp_path: Path, undrawn: None) -> None:
     write_shd(tmp_path / "new")
     options = [f"data.root={tmp_path / 'new'}", "data=shd", "model=recurrent", "optimizer=eprop", "model.hidden=6"]
-    options += ["epochs=1", "batch_size=10", "logger.mode=disabled", f"run_dir={tmp_path / 'run'}"]
+    options += ["epochs=1", "control=false", "batch_size=10", "logger.mode=disabled", f"run_dir={tmp_path / 'run'}"]
     assert run(config(*options))["trained_parameters"] > 6 * 700
 
 
