@@ -30,8 +30,9 @@ def shd(root: Path) -> Tensors:
     folder = root / "SHD"
     if missing := [name for name in FILES if not (folder / name).exists()]:
         raise NotThere(
-            f"data set 'shd' needs {' and '.join(missing)} in {folder.absolute()}: download {missing[0]}.gz from "
-            "https://zenkelab.org/datasets/ and unpack it there (gunzip), or set data.root=<folder that holds SHD/>"
+            f"data set 'shd' needs {' and '.join(missing)} in {folder.absolute()}: download "
+            f"{' and '.join(f'{name}.gz' for name in missing)} from https://zenkelab.org/datasets/ and unpack there "
+            "(gunzip), or set data.root=<folder that holds SHD/>"
         )
     require_package("data=shd", "h5py")
     train, test = (_part(folder / name) for name in FILES)
