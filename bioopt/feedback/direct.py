@@ -257,6 +257,12 @@ class LearnedDirectFeedback(OwnedFeedback, DirectFeedback):
             weights.materialize(shape)
             deviation = self._deviation(synapse, shape[1:].numel())
             weights.data.copy_(drawn(weights, shape, deviation, self._seed, synapse.index))
+        elif weights.shape != shape:  # of a state that was loaded before the first pass
+            raise RuntimeError(
+                f"{type(self).__name__}: the feedback weights of layer '{synapse.name}' have the shape "
+                f"{tuple(weights.shape)}, but in this network it must be {tuple(shape)}: load the state of an "
+                "optimizer of this network, or build a new optimizer"
+            )
         return weights
 
     def _add_product(self, synapse: Synapse, error: Tensor, x: Tensor) -> None:

@@ -55,7 +55,8 @@ class RewardSTDP(LearningRule):
     Args:
         params: the model (or modules, or groups whose ``"params"`` are modules). Bare parameters are refused.
         lr: learning rate of ``descent``.
-        tau_e: :math:`\tau_e`, of the eligibility, in ms; with an infinite one it does not fade.
+        tau_e: :math:`\tau_e`, of the eligibility, in ms; with an infinite one it does not fade, and with 0 only the
+            pairs of the last time step count.
         tau_plus: :math:`\tau_+`, in ms.
         tau_minus: :math:`\tau_-`, in ms.
         dt: :math:`\delta`, time between two firings of a layer, in ms.
@@ -90,7 +91,7 @@ class RewardSTDP(LearningRule):
     splits_batch = True
     constraints: ClassVar[dict[str, Constraint]] = {
         **WINDOW,
-        "tau_e": (lambda v: v > 0, "a number > 0"),
+        "tau_e": (lambda v: v >= 0, "a number >= 0"),
         "x_target": NON_NEGATIVE,
     }
 
@@ -228,7 +229,7 @@ class RewardSTDP(LearningRule):
                 f"{tuple(last.shape)}, in which more than one dimension is as long as the batch of {len(error)}, so "
                 "that any of them may be the samples. Use a batch of another size, or credit='global'"
             )
-        fading = math.exp(-group["dt"] / group["tau_e"])
+        fading = math.exp(-group["dt"] / group["tau_e"]) if group["tau_e"] else 0.0
         gate = error.to(steps[-1].pre.dtype) / (last.numel() // len(synapse.weight))
         gate = gate.view(-1, *[1] * (last.ndim - 1)) if gate.ndim else gate
         change = last.new_zeros(synapse.weight.shape)

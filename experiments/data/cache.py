@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .checks import SPLITS, check_data, check_form, check_returned
-from .registry import DATA_SETS, Tensors
+from .registry import DATA_SETS, NotThere, Tensors
 
 
 def read(name: str, root: Path) -> tuple[Tensors, list[str]]:
@@ -72,6 +72,8 @@ def _loaded(name: str, root: Path, path: Path) -> Tensors:
     """What the data set's loader returns."""
     try:
         tensors = DATA_SETS[name].loader(root)
+    except NotThere:
+        raise
     except Exception as error:  # from the network, the disk, or a reader of damaged files
         raise FileNotFoundError(
             f"data set '{name}' is not at {path} and could not be fetched ({_first_line(error)}). Connect to the "

@@ -16,6 +16,10 @@ Tensors = dict[str, Tensor]
 Loader = Callable[[Path], Tensors]
 
 
+class NotThere(FileNotFoundError):
+    """Raised by a loader for files that it cannot fetch itself; its message names the way out."""
+
+
 @dataclass(frozen=True)
 class DataSet:
     """A loader, and whether what it returns is kept in a file, so that it runs only once."""

@@ -9,19 +9,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from omegaconf import DictConfig
 from torch import Tensor, nn
 
 import bioopt
 from bioopt.costs import CrossEntropy
+from bioopt.nn import LIF
 
 from ..learner import Block, Learner
 from ..models import RecurrentLayer
-from . import Task, evidence_accumulation_plots
+from . import evidence_accumulation_plots
+from .credit import cosine_per_step, cosines, states_of
+from .side_by_side import SideBySide, learning_in_time
 
 GROUPS = ("left", "right", "answer", "noise")  # of input neurons
 PER_GROUP = 10
-LEARNERS = ("eprop", "random", "bptt", "lif", "frozen")
 
 
 class Network(nn.Module):
@@ -58,7 +59,7 @@ class QuietCrossEntropy(CrossEntropy):
 
 
 @dataclass(eq=False)
-class EvidenceAccumulation(Task):
+class EvidenceAccumulation(SideBySide):
     """Cues to the left and right, a delay, then the answer: the side that had more of them.
 
     Each cue makes the neurons of its side fire for some time steps; after a delay of random length the neurons of the
@@ -67,8 +68,8 @@ class EvidenceAccumulation(Task):
     time, e-prop without adaptive thresholds (``lif``), and a recurrent layer that does not learn (``frozen``).
     """
 
-    config: DictConfig
-    device: torch.device
+    known = ("eprop", "random", "bptt", "lif", "frozen")
+
     _: KW_ONLY
     cues: int  # of a trial, an odd number
     cue: int  # time steps of a cue
@@ -85,11 +86,10 @@ class EvidenceAccumulation(Task):
     quiet: dict[str, float]  # `strength` of the penalty on rates, and the `rate` that they are to have
     batch_size: int
     steps: int  # of a round
-    rounds: int
     trials: int  # tested after each round
-    learners: Sequence[str]
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise for options that are out of range."""
         self.require_counts("cues", "cue", "pause", "answer", "hidden", "batch_size", "steps", "rounds", "trials")
         if self.cues % 2 == 0:
             raise ValueError(f"task.cues={self.cues} must be odd, so that one side has more")
@@ -97,28 +97,13 @@ class EvidenceAccumulation(Task):
             raise ValueError(
                 f"task.delay={list(self.delay)} must be the least and the most time steps, such as [30,60]"
             )
-        if wrong := [name for name in self.learners if name not in LEARNERS]:
-            raise ValueError(f"task.learners: {', '.join(wrong)} must be among {', '.join(LEARNERS)}")
-        state = torch.get_rng_state()
-        self.made = {}
-        for name in self.learners:
-            torch.set_rng_state(state)  # the same initial weights
-            self.made[name] = self.learner(name)
 
     def learner(self, name: str) -> Learner:
         """One network with its optimizer."""
         options = {"tau": self.tau, "tau_adaptation": self.tau_adaptation, "beta": self.beta}
         network = Network(self.hidden, "lif" if name == "lif" else "alif", self.answer, **options).to(self.device)
         lr = self.lr.get(name, self.lr["default"])
-        if name == "frozen":
-            network.layer.requires_grad_(False)
-        if name in ("bptt", "frozen"):
-            optimizer: torch.optim.Optimizer = torch.optim.Adam(
-                [p for p in network.parameters() if p.requires_grad], lr=lr
-            )
-        else:
-            feedback = "random" if name == "random" else "symmetric"
-            optimizer = bioopt.EProp(network, lr, feedback=feedback, seed=self.config.seed)
+        optimizer = learning_in_time(name, network, network.layer, lr, self.config.seed)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps * self.rounds)
         block = Block(network, QuietCrossEntropy(network.rates, **self.quiet), optimizer, scheduler)
         return Learner(network, [block], name=name, rate=f"task.lr.{name}={lr}")
@@ -135,6 +120,12 @@ class EvidenceAccumulation(Task):
             line[name] = (scores.argmax(1) == labels).double().mean().item()
             line[f"{name}_loss"] = losses.mean().item()
             line[f"{name}_rate"] = learner.network.rates().mean().item()  # type: ignore[operator]
+            if isinstance(learner.last.optimizer, bioopt.EProp):
+                inputs, sides = tested[0]
+                learner.train()  # rules watch no evaluation
+                few = learner.last.closure(inputs[:, : self.batch_size], sides[: self.batch_size])
+                found = cosines(learner.last.optimizer, few, ("layer.enter.weight", "layer.recurrent.weight"))
+                line |= {f"{name}_cosine_{layer.split('.')[1]}": value for layer, value in found.items()}
         return line
 
     def drawn(self, count: int) -> tuple[Tensor, Tensor]:
@@ -155,21 +146,6 @@ class EvidenceAccumulation(Task):
         """The accuracies."""
         return "   ".join(f"{name} {100 * line[name]:.1f}%" for name in self.learners)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Networks and optimizers."""
-        return {"learners": {name: [one.network.state_dict(), one.state_dict()] for name, one in self.made.items()}}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        for name, (network, learner) in state["learners"].items():
-            self.made[name].network.load_state_dict(network)
-            self.made[name].load_state_dict(learner)
-
-    def close(self) -> None:
-        """Remove the hooks of learning rules."""
-        for learner in self.made.values():
-            learner.close()
-
     def finish(self, history: list[dict[str, Any]], title: str, folder: Path) -> tuple[dict[str, float], list[Path]]:
         """Of each network, the accuracy after the last round, and the number of steps after which it first had 95 %."""
         found = {name: history[-1][name] for name in self.learners}
@@ -178,11 +154,33 @@ class EvidenceAccumulation(Task):
             if reached:
                 found[f"{name}_steps_to_95"] = reached[0]
         pictures = [evidence_accumulation_plots.curves(self, history, title, folder / "accuracy.png")]
+        inputs, sides = self.drawn(self.batch_size)
+        over_time = {
+            name: cosine_per_step(one.network, one.last.optimizer, one.network.layer.enter, inputs, sides)  # type: ignore[union-attr, arg-type]
+            for name, one in self.made.items()
+            if isinstance(one.last.optimizer, bioopt.EProp)
+        }
+        if over_time:
+            path = folder / "credit.png"
+            pictures.append(evidence_accumulation_plots.credit(self, history, over_time, title, path))
         shown = next(iter(self.made.values()))
-        with torch.no_grad():
-            spikes, labels = self.drawn(1)
+        spikes, labels = inputs[:, :1], sides[:1]
+        with states_of(shown.network.layer.neurons) as states:  # type: ignore[union-attr, arg-type]
             scores, _ = shown.predict([(spikes, labels)])
         activity = shown.network.activity[:, 0]  # type: ignore[index]
         answer = f"{shown.name} answers {GROUPS[int(scores.argmax())]}, where {GROUPS[int(labels)]} had more cues"
         path = folder / "trial.png"
-        return found, [*pictures, evidence_accumulation_plots.trial(spikes[:, 0], activity, answer, path)]
+        membranes, thresholds = potentials(shown.network.layer.neurons, states)  # type: ignore[union-attr]
+        picture = evidence_accumulation_plots.trial(
+            spikes[:, 0], activity, membranes[:, 0], thresholds[:, 0], answer, path
+        )
+        return found, [*pictures, picture]
+
+
+def potentials(neurons: Any, states: list[Any]) -> tuple[Tensor, Tensor]:
+    """Membrane potentials and thresholds of LIF or ALIF neurons, steps × trials × neurons."""
+    if isinstance(neurons, LIF):
+        membranes = torch.stack(states)
+        return membranes, torch.full_like(membranes, neurons.threshold)
+    membranes, adaptations = (torch.stack(values) for values in zip(*states, strict=True))
+    return membranes, neurons.threshold + neurons.beta * adaptations

@@ -258,7 +258,7 @@ def test_missing_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "data=digits" in text
     assert "\n" not in text
     with pytest.raises(
-        FileNotFoundError, match="only cifar10, cifar100, mnist, fashion_mnist, stl10, svhn can be fetched"
+        FileNotFoundError, match="only cifar10, cifar100, mnist, fashion_mnist, shd, stl10, svhn can be fetched"
     ):
         data.load("imagenet", tmp_path)
 

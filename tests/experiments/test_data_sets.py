@@ -147,6 +147,75 @@ def test_a_missing_download_is_named(name: str, source: str, tmp_path: Path, mon
         data.load(name, tmp_path)
 
 
+def write_shd(root: Path, n: int = 40) -> dict[str, torch.Tensor]:
+    """A list of spike times, in half precision, and a list of channels for each recording, of any length."""
+    h5py = pytest.importorskip("h5py")
+    (root / "SHD").mkdir(parents=True)
+    parts = {}
+    for part, count in (("train", n), ("test", n // 2)):
+        binned = torch.zeros(count, 1, 100, 700, dtype=torch.uint8)
+        with h5py.File(root / "SHD" / f"shd_{part}.h5", "w") as file:
+            spikes = file.create_group("spikes")
+            times = spikes.create_dataset("times", (count,), h5py.vlen_dtype(np.float16))
+            units = spikes.create_dataset("units", (count,), h5py.vlen_dtype(np.uint16))
+            file["labels"] = np.arange(count, dtype=np.uint16) % 20
+            for i in range(count):
+                length = int(RANDOM.integers(0, 200))
+                times[i] = np.sort(RANDOM.random(length) * 1.5).astype(np.float16)  # some beyond the last bin
+                units[i] = RANDOM.integers(0, 700, length).astype(np.uint16)
+                for time, unit in zip(times[i], units[i], strict=True):
+                    binned[i, 0, min(int(float(time) / 1.4 * 100), 99), unit] += 1
+        parts[part] = binned
+    return parts
+
+
+def test_spikes_are_binned_once(tmp_path: Path) -> None:
+    parts = write_shd(tmp_path)
+    images = data.load("shd", tmp_path)
+    assert (images.shape, images.classes) == ((1, 100, 700), 20)
+    assert torch.equal(images.train_images, parts["train"])
+    assert torch.equal(images.test_images, parts["test"])
+    assert images.train_labels.tolist() == [i % 20 for i in range(40)]
+    for path in (tmp_path / "SHD").iterdir():
+        path.unlink()  # the cache is enough
+    assert torch.equal(data.load("shd", tmp_path).train_images, images.train_images)
+
+
+def test_a_recurrent_network_trains_on_spikes(tmp_path: Path, undrawn: None) -> None:
+    write_shd(tmp_path / "new")
+    options = [f"data.root={tmp_path / 'new'}", "data=shd", "model=recurrent", "optimizer=eprop", "model.hidden=6"]
+    options += ["epochs=1", "control=false", "batch_size=10", "logger.mode=disabled", f"run_dir={tmp_path / 'run'}"]
+    assert run(config(*options))["trained_parameters"] > 6 * 700
+
+
+def test_spikes_that_are_not_there_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        FileNotFoundError, match=r"needs shd_train\.h5 and shd_test\.h5 in .*SHD: download .*zenkelab\.org.*data\.root="
+    ):
+        data.load("shd", tmp_path)
+    write_shd(tmp_path)
+    path = tmp_path / "SHD" / "shd_test.h5"
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"needs shd_test\.h5 in"):
+        data.load("shd", tmp_path)
+    path.write_bytes(b"cut off")
+    with pytest.raises(FileNotFoundError, match=r"shd_test\.h5 is not as published .*delete it"):
+        data.load("shd", tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError, match=r"data=shd needs the package h5py: pip install -e '\.\[h5py\]'"):
+        data.load("shd", tmp_path)
+    assert not (tmp_path / "shd.safetensors").exists()
+
+
+def test_channels_that_are_not_there_are_named(tmp_path: Path) -> None:
+    h5py = pytest.importorskip("h5py")
+    write_shd(tmp_path, 4)
+    with h5py.File(tmp_path / "SHD" / "shd_train.h5", "r+") as file:
+        file["spikes/times"][0], file["spikes/units"][0] = np.zeros(1, np.float16), np.array([700], np.uint16)
+    with pytest.raises(FileNotFoundError, match=r"shd_train\.h5 is not as published .*channels below 700"):
+        data.load("shd", tmp_path)
+
+
 def test_the_original_mnist_files_are_enough(tmp_path: Path) -> None:
     """torchvision's own reader, on files in the original format: no network."""
     raw = tmp_path / "MNIST" / "raw"
@@ -279,7 +348,7 @@ def test_data_sets_inherit_the_options_of_optimizers() -> None:
 def test_only_data_sets_without_like_have_a_row() -> None:
     """Otherwise two rows would have to be kept equal."""
     inheriting = {name for name in DATA if "like" in yaml.safe_load((ROOT / f"conf/data/{name}.yaml").read_text())}
-    assert inheriting == {"cifar100", "fashion_mnist", "stl10", "svhn"}
+    assert inheriting == {"cifar100", "fashion_mnist", "shd", "stl10", "svhn"}
     for path in (ROOT / "conf/optimizer").glob("*.yaml"):
         assert not inheriting & yaml.safe_load(path.read_text())["per_data"].keys(), path.name
 

@@ -16,12 +16,15 @@ from .common import WINDOW, bounded, play, random_spikes, scripted
 
 @pytest.mark.parametrize(("bounds", "trials"), [("soft", 1), ("hard", 1), (None, 1), ("hard", 3), (None, 2)])
 @pytest.mark.parametrize("credit", ["sample", "global"])
-def test_reward_equals_eligibilities_kept_for_each_sample(bounds: str | None, trials: int, credit: str) -> None:
-    """Three steps of one trial or several, each with spikes of its own."""
+@pytest.mark.parametrize("tau_e", [10.0, 0.0])
+def test_reward_equals_eligibilities_kept_for_each_sample(
+    bounds: str | None, trials: int, credit: str, tau_e: float
+) -> None:
+    """Three steps of one trial or several, each with spikes of its own; with a time constant of 0 there is no trace."""
     o = {**WINDOW, "bounds": bounds, "x_target": 0.0 if trials == 1 else 0.4, "scaling": trials > 2}
     x, s = random_spikes(6, 3, 5), random_spikes(6 * trials, 3, 4, seed=1)
     model = scripted(nn.Linear(5, 4), s)
-    optimizer = bioopt.RewardSTDP(model, 0.3, tau_e=10.0, reward_rate=0.25, credit=credit, trials=trials, **o)
+    optimizer = bioopt.RewardSTDP(model, 0.3, tau_e=tau_e, reward_rate=0.25, credit=credit, trials=trials, **o)
     expected_reward = None
     for step in range(3):
         losses = torch.rand(trials, 3, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
@@ -38,7 +41,7 @@ def test_reward_equals_eligibilities_kept_for_each_sample(bounds: str | None, tr
                     spikes = s[6 * trial + t, n]
                     p = math.exp(-o["dt"] / o["tau_plus"]) * p + x[t, n]
                     q = math.exp(-o["dt"] / o["tau_minus"]) * q
-                    e = math.exp(-o["dt"] / 10.0) * e
+                    e = (math.exp(-o["dt"] / tau_e) if tau_e else 0.0) * e
                     e += o["a_plus"] * torch.outer(spikes, p - o["x_target"]) - o["a_minus"] * torch.outer(q, x[t, n])
                     q = q + spikes
                 baseline = sum(other[n] for other in others) / len(others) if others else expected_reward

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from typing import Any
 
@@ -433,6 +434,25 @@ def test_bad_options_are_named() -> None:
         bioopt.EProp(network("LIF"), recurrent=["recurrent.0", "hidden"])
     with pytest.raises(ValueError, match="EProp: online='yes' must be True or False"):
         bioopt.EProp(network("LIF"), online="yes")  # type: ignore[arg-type]
+
+
+def test_feedback_of_another_network_is_named() -> None:
+    def learned() -> tuple[nn.Module, bioopt.EProp]:
+        model = network("LIF")
+        return model, build(model, feedback="adaptive")
+
+    xs, target = problem()
+    model, optimizer = learned()
+    loss_of(model(xs), target).backward()
+    optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    state["state"]["rule"]["owned"]["2/out.weight"] = torch.zeros(OUTPUTS, NEURONS + 1, dtype=torch.float64)
+    model, optimizer = learned()
+    optimizer.load_state_dict(state)
+    with pytest.raises(
+        RuntimeError, match=r"EProp: the feedback weights of layer 'out' .*\(2, 6\), .* must be \(2, 5\): load"
+    ):
+        loss_of(model(xs), target).backward()
 
 
 def test_a_network_without_time_warns_once() -> None:
