@@ -293,6 +293,7 @@ CASES = [
     Case(bioopt.DifferenceTargetPropagation, {"feedback_steps": 1}, chain=True),
     Case(bioopt.DirectFeedbackAlignment),
     Case(bioopt.DirectKolenPollack),
+    Case(bioopt.DualPropagation, {"steps": 2}),
     Case(bioopt.EProp, {"feedback": "adaptive"}, cnn=current_cnn, mlp=spiking_mlp),
     Case(bioopt.EquilibriumPropagation, {"nudged_steps": 2}),
     Case(
@@ -320,6 +321,7 @@ CASES = [
     Case(bioopt.PredictiveCoding, {"steps": 2}),
     Case(bioopt.PredictiveCoding, {"steps": 3, "mode": "incremental"}, variant="incremental"),
     Case(bioopt.PredictiveCoding, {"steps": 1, "mode": "error"}, variant="error"),
+    Case(bioopt.PredictiveCoding, {"steps": 1, "mu_pc": True}, variant="mu_pc"),
     Case(bioopt.RankOnePerturbation, perturbs_first=True),
     Case(bioopt.RewardHebbian, evaluates_once=True, perturbs_first=True),
     Case(bioopt.RewardSTDP, cnn=spiking_cnn, mlp=spiking_mlp, evaluates_once=True),

@@ -92,6 +92,7 @@ class EnergyRule(LearningRule):
         super().__init__(params, {"lr": lr, "inference_lr": inference_lr}, **options)
         self.relative = relative
         self._powers: dict[int, Tensor] = {}
+        self._depth = 1  # by which the rates of relaxation are divided
         self.relaxations: list[Relaxation] = []
         self._descents: list[Descent] = []  # of the estimate in progress
         self._now: Evaluation | None = None
@@ -253,7 +254,7 @@ class EnergyRule(LearningRule):
 
     def _moved(self, i: int, z: Tensor, gradient: Tensor, scale: float = 1.0) -> Tensor:
         """The state of a firing, or its error, after one step of relaxation."""
-        rate = scale * float(self.param_groups[self._wired.synapses[i].group]["inference_lr"])
+        rate = scale / self._depth * float(self.param_groups[self._wired.synapses[i].group]["inference_lr"])
         return self.project(torch.addcmul(z, gradient, self._powers[i], value=-rate))
 
     def _power(self, u: Tensor) -> Tensor:
