@@ -15,7 +15,7 @@ from ..core.constraints import POSITIVE, Constraint
 from ..core.errors import Diverged, warn
 from ..core.params import Params, RuleOptions, whole_of
 from ..core.probe import Probe
-from ..core.products import in_full
+from ..core.products import in_full, power_of
 from ..core.recorder import Firing
 from ..core.rule import Estimate, LearningRule
 from ..core.synapse import Synapse
@@ -260,8 +260,7 @@ class EnergyRule(LearningRule):
     def _power(self, u: Tensor) -> Tensor:
         """The mean square of a layer's activity, in units of which states and their energy are measured."""
         u = in_full(u.detach())
-        power = u.square().mean() if self.relative and u.numel() else u.new_zeros(())
-        return torch.where(power > 0, power, torch.ones_like(power))
+        return power_of(u) if self.relative else u.new_ones(())
 
     # -- a step -------------------------------------------------------------------------------------------------
 

@@ -79,8 +79,8 @@ class DualPropagation(EnergyRule):
         options: ``exclude``, ``descent`` and its options, ``process_group``, as in `EnergyRule`.
 
     Raises:
-        ValueError, TypeError, Diverged, RuntimeError: as `EnergyRule`. States that still move as much in the last step
-            as in the first, although it reached all layers, are told once by a warning.
+        ValueError, TypeError, Diverged, RuntimeError: as `EnergyRule`. One warning names the rate where
+            states move more and more although errors have reached all layers.
 
     Source: R. Høier, D. Staudt & C. Zach (2023), *Dual propagation: accelerating contrastive Hebbian learning with
     dyadic neurons*, ICML.
@@ -146,9 +146,7 @@ class DualPropagation(EnergyRule):
         slopes = {i: g for i, g in zip(hidden, found, strict=True) if g is not None}
         return _Side(evaluation.losses.mean(), predictions, slopes)
 
-    def _slopes(
-        self, evaluation: Evaluation, errors: dict[int, Tensor], of: Sequence[Tensor]
-    ) -> list[Tensor | None]:
+    def _slopes(self, evaluation: Evaluation, errors: dict[int, Tensor], of: Sequence[Tensor]) -> list[Tensor | None]:
         """The gradients of the nudged loss, and of minus what the errors of layers pull their predictions by."""
         self._now = evaluation  # checkpointing runs its layers again
         with torch.enable_grad():
@@ -174,11 +172,12 @@ class DualPropagation(EnergyRule):
         residual = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
         done.energy.append(float(value))
         done.residual.append(float(residual) / math.sqrt(samples))
-        if len(done.residual) > len(means) and done.residual[-1] > done.residual[0] and not self._warned:
+        *before, last = done.residual
+        if len(before) >= len(means) and last > 2 * max(before, default=last) and not self._warned:
             self._warned = True
             rate = max(float(group["inference_lr"]) for group in self.param_groups)
             warn(
-                f"DualPropagation: with inference_lr={rate:g} and beta={self.beta:g} the states move more after "
-                f"{len(done.residual)} steps of relaxation than in the first: try inference_lr={rate / 2:.2g}, or a "
+                f"DualPropagation: with inference_lr={rate:g} and beta={self.beta:g} the states move twice as far in "
+                f"step {len(done.residual)} of the relaxation as in any before: try inference_lr={rate / 2:.2g}, or a "
                 "smaller beta"
             )

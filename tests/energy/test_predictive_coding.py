@@ -171,7 +171,7 @@ def test_options_out_of_range() -> None:
     with pytest.raises(ValueError, match="mu_pc=2 must be True or False"):
         bioopt.PredictiveCoding(model, mu_pc=2)
     for other in ({"mode": "incremental"}, {"fixed_prediction": True}):
-        with pytest.raises(ValueError, match="mu_pc=True needs mode='state' or mode='error'.*not (mode|fixed)"):
+        with pytest.raises(ValueError, match=r"mu_pc=True needs mode='state' or mode='error'.*not (mode|fixed)"):
             bioopt.PredictiveCoding(model, mu_pc=True, **other)
     for wrong in ({"steps": 0}, {"inference_lr": 0.0}, {"mode": "states"}):
         with pytest.raises(ValueError, match=rf"PredictiveCoding: {next(iter(wrong))}=.* must be"):
