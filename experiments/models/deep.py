@@ -23,7 +23,8 @@ class Skip(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` plus what the layer makes of it."""
-        return x + self.layer(F.relu(x))
+        y: Tensor = x + self.layer(F.relu(x))
+        return y
 
 
 def deep(shape: Shape, classes: int, *, width: int, depth: int, weights: str = "standard") -> nn.Module:
