@@ -27,7 +27,7 @@ from .core.rows import on_rows
 from .core.rule import LearningRule
 from .core.synapse import Synapse, find_synapses, register_synapse
 from .diagnosis import diagnose
-from .energy import EnergyRule, EquilibriumPropagation, PredictiveCoding
+from .energy import DualPropagation, EnergyRule, EquilibriumPropagation, PredictiveCoding
 from .feedback import (
     DRTP,
     DirectFeedbackAlignment,
@@ -67,6 +67,7 @@ __all__ = [
     "DirectFeedbackAlignment",
     "DirectKolenPollack",
     "Diverged",
+    "DualPropagation",
     "EProp",
     "EnergyRule",
     "EquilibriumPropagation",

@@ -28,7 +28,7 @@ class Diagnostics:
     - ``cosine``, ``signal_to_noise``: of the rule's updates against the gradient (`bioopt.diagnose`);
     - ``feedback_angle``, ``error_angle``, ``update_angle``, ``error_rank``: of rules with other feedback, as there;
     - ``free_energy``, ``residual``: of rules whose states relax (`bioopt.EnergyRule`), at the start and the end of each
-      relaxation;
+      relaxation; of the last step that was measured, `relaxation_course` is drawn at the end of the run;
     - ``update_ratio``: length of the step's change over length of the weights;
     - ``sparsity``: of activity, 0 where all neurons are active alike, 1 where a single one is, mean over events
       (Vinje & Gallant, 2000);
@@ -65,6 +65,7 @@ class Diagnostics:
         self.lines: list[dict[str, Any]] = []  # measured so far
         self.fields: list[Tensor] = []  # the first layer's weights at the start and after each epoch
         self.seconds = 0.0  # spent on measurements
+        self._closure: Callable[[], Tensor] | None = None  # of the last step that was measured
         if every is not None:
             self._inputs = images.prepare(images.test_images[:of])
             self._keep_fields()
@@ -76,6 +77,7 @@ class Diagnostics:
             yield
             return
         begin = time.perf_counter()
+        self._closure = closure
         found: dict[str, dict[str, float]] = {}
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         if isinstance(self.optimizer, bioopt.LearningRule):
@@ -138,11 +140,20 @@ class Diagnostics:
                 handle.remove()
         return found
 
-    @torch.no_grad()
     def pictures(self, model: nn.Module, title: str, folder: Path) -> list[Path]:
         """Pictures of a finished run: the measurements, its errors, and how its receptive fields developed."""
         if self.every is None:
             return []
+        course: dict[str, dict[int, float]] = {}
+        if self._closure is not None and model is self.model:
+            model.train()
+            course = relaxation_course(self.optimizer, self._closure)
+        drawn = self._drawn(model, title, folder)
+        of_course = pictures.relaxation_course(course, title, folder / "relaxation_cosine.png")
+        return drawn if of_course is None else [*drawn, of_course]
+
+    @torch.no_grad()
+    def _drawn(self, model: nn.Module, title: str, folder: Path) -> list[Path]:
         model.eval()
         predicted = torch.cat([model(inputs).argmax(1) for inputs, _ in self.images.test_batches(Augment())]).cpu()
         labels = self.images.test_labels.cpu()
@@ -170,6 +181,35 @@ def relaxation(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, float]]:
             if values:
                 ends = {f"nudge {one.nudge:g}, start": values[0], f"nudge {one.nudge:g}, end": values[-1]}
                 found.setdefault(what, {}).update(ends)
+    return found
+
+
+def relaxation_course(optimizer: torch.optim.Optimizer, closure: Callable[[], Tensor]) -> dict[str, dict[int, float]]:
+    """What relaxation buys: the cosine of each layer's update with the gradient, by the number of steps.
+
+    Nothing is changed.
+
+    Args:
+        optimizer: of the energy family; others have no relaxation, and so no course.
+        closure: as of its steps.
+
+    Returns:
+        By the name of the layer, for 1, 2, 4, ... steps up to as many as the rule takes.
+    """
+    found: dict[str, dict[int, float]] = {}
+    if not isinstance(optimizer, bioopt.EnergyRule):
+        return found
+    option = "nudged_steps" if isinstance(optimizer, bioopt.EquilibriumPropagation) else "steps"
+    most = getattr(optimizer, option)
+    try:
+        for count in sorted({*(2**i for i in range(most.bit_length())), most}):
+            setattr(optimizer, option, count)
+            cosines = bioopt.diagnose(optimizer, closure, 2)
+            for name in optimizer.layers():
+                if (of_layer := cosines.get(f"{name}.weight")) is not None:
+                    found.setdefault(name, {})[count] = of_layer["cosine"]
+    finally:
+        setattr(optimizer, option, most)
     return found
 
 

@@ -213,6 +213,33 @@ def relaxations(found: list[Any], title: str, path: Path) -> Path | None:
     return saved(figure, path)
 
 
+def relaxation_course(course: dict[str, dict[int, float]], title: str, path: Path) -> Path | None:
+    """The cosine of each layer's update with the gradient against the number of steps of relaxation.
+
+    Args:
+        course: of `diagnostics.relaxation_course`, layers from the input to the output.
+        title: above the picture.
+        path: where to write it.
+    """
+    if not course:
+        return None
+    figure, axes = plt.subplots(figsize=(5.4, 3.4), layout="constrained")
+    axes.set_title(title, fontsize=9)
+    colours = plt.get_cmap("viridis")
+    for i, (name, values) in enumerate(course.items()):
+        colour = colours(0.95 * i / max(1, len(course) - 1))
+        axes.plot(list(values), list(values.values()), marker=".", linewidth=1, color=colour, label=name)
+    axes.axhline(0, color="grey", linewidth=0.8)
+    ticks = sorted({count for values in course.values() for count in values})
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="steps of relaxation", ylabel="cosine with backpropagation", ylim=(-0.25, 1.05))
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    if len(course) <= 12:
+        axes.legend(frameon=False, fontsize=7)
+    uncluttered(axes)
+    return saved(figure, path)
+
+
 def window(delays: list[float], changes: list[float], title: str, path: Path) -> Path:
     """The change of a weight by a pair of spikes, against their delay in ms (postsynaptic less presynaptic)."""
     figure, axes = plt.subplots(figsize=(5.4, 3.2), layout="constrained")

@@ -155,6 +155,7 @@ RULES: dict[str, Rule] = {
     "predictive_coding": bioopt.PredictiveCoding,
     "predictive_coding_error": partial(bioopt.PredictiveCoding, mode="error"),
     "predictive_coding_incremental": partial(bioopt.PredictiveCoding, mode="incremental"),
+    "dual_propagation": bioopt.DualPropagation,
     "equilibrium_propagation": bioopt.EquilibriumPropagation,
     "equilibrium_propagation_hopfield": partial(bioopt.EquilibriumPropagation, energy="hopfield"),
     "difference_target_propagation": bioopt.DifferenceTargetPropagation,

@@ -231,6 +231,11 @@ class Case:
         return self.rule is bioopt.Homeostasis or (self.takes("homeostasis") and self.options.get("homeostasis", True))
 
     @property
+    def rescales(self) -> bool:
+        """Whether steps are made along other quantities than the parameters themselves."""
+        return bool(self.options.get("mu_pc"))
+
+    @property
     def ordinary(self) -> bool:
         """Whether it trains whatever synapses there are, and needs no network of its own."""
         return self.cnn is cnn
@@ -293,6 +298,7 @@ CASES = [
     Case(bioopt.DifferenceTargetPropagation, {"feedback_steps": 1}, chain=True),
     Case(bioopt.DirectFeedbackAlignment),
     Case(bioopt.DirectKolenPollack),
+    Case(bioopt.DualPropagation, {"steps": 2}),
     Case(bioopt.EProp, {"feedback": "adaptive"}, cnn=current_cnn, mlp=spiking_mlp),
     Case(bioopt.EquilibriumPropagation, {"nudged_steps": 2}),
     Case(
@@ -320,6 +326,7 @@ CASES = [
     Case(bioopt.PredictiveCoding, {"steps": 2}),
     Case(bioopt.PredictiveCoding, {"steps": 3, "mode": "incremental"}, variant="incremental"),
     Case(bioopt.PredictiveCoding, {"steps": 1, "mode": "error"}, variant="error"),
+    Case(bioopt.PredictiveCoding, {"steps": 2, "mu_pc": True}, variant="mu_pc"),
     Case(bioopt.RankOnePerturbation, perturbs_first=True),
     Case(bioopt.RewardHebbian, evaluates_once=True, perturbs_first=True),
     Case(bioopt.RewardSTDP, cnn=spiking_cnn, mlp=spiking_mlp, evaluates_once=True),

@@ -87,6 +87,12 @@ def in_full(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
+def power_of(values: Tensor) -> Tensor:
+    """The mean square, in units of which changes of an activity are measured; 1 if that is 0, or of no values."""
+    power = values.square().mean() if values.numel() else values.new_zeros(())
+    return torch.where(power > 0, power, torch.ones_like(power))
+
+
 def along_channels(values: Tensor, synapse: Synapse) -> Tensor:
     """One value per neuron, shaped to multiply postsynaptic activity."""
     return values.view(-1, *[1] * (-synapse.channel_dim - 1))

@@ -5,7 +5,8 @@ after which weights learn.
 """
 
 from .base import EnergyRule
+from .dual import DualPropagation
 from .equilibrium import EquilibriumPropagation
 from .predictive import PredictiveCoding
 
-__all__ = ["EnergyRule", "EquilibriumPropagation", "PredictiveCoding"]
+__all__ = ["DualPropagation", "EnergyRule", "EquilibriumPropagation", "PredictiveCoding"]

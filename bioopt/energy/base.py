@@ -15,7 +15,7 @@ from ..core.constraints import POSITIVE, Constraint
 from ..core.errors import Diverged, warn
 from ..core.params import Params, RuleOptions, whole_of
 from ..core.probe import Probe
-from ..core.products import in_full
+from ..core.products import in_full, power_of
 from ..core.recorder import Firing
 from ..core.rule import Estimate, LearningRule
 from ..core.synapse import Synapse
@@ -92,6 +92,7 @@ class EnergyRule(LearningRule):
         super().__init__(params, {"lr": lr, "inference_lr": inference_lr}, **options)
         self.relative = relative
         self._powers: dict[int, Tensor] = {}
+        self._depth = 1  # by which the rates of relaxation are divided
         self.relaxations: list[Relaxation] = []
         self._descents: list[Descent] = []  # of the estimate in progress
         self._now: Evaluation | None = None
@@ -253,14 +254,13 @@ class EnergyRule(LearningRule):
 
     def _moved(self, i: int, z: Tensor, gradient: Tensor, scale: float = 1.0) -> Tensor:
         """The state of a firing, or its error, after one step of relaxation."""
-        rate = scale * float(self.param_groups[self._wired.synapses[i].group]["inference_lr"])
+        rate = scale / self._depth * float(self.param_groups[self._wired.synapses[i].group]["inference_lr"])
         return self.project(torch.addcmul(z, gradient, self._powers[i], value=-rate))
 
     def _power(self, u: Tensor) -> Tensor:
         """The mean square of a layer's activity, in units of which states and their energy are measured."""
         u = in_full(u.detach())
-        power = u.square().mean() if self.relative and u.numel() else u.new_zeros(())
-        return torch.where(power > 0, power, torch.ones_like(power))
+        return power_of(u) if self.relative else u.new_ones(())
 
     # -- a step -------------------------------------------------------------------------------------------------
 

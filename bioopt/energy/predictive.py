@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Unpack, final
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from ..core.constraints import POSITIVE_INT, Constraint, one_of
 from ..core.params import Params, RuleOptions
 from .base import EnergyRule, Run
+from .depth import in_units, premultipliers
 from .states import Evaluation
 
 __all__ = ["PredictiveCoding"]
@@ -48,20 +50,38 @@ class PredictiveCoding(EnergyRule):
     while errors relax. The fixed point is backpropagation, exactly; with :math:`\gamma = 1` it is reached after as many
     steps as there are layers with states. It needs a single forward pass.
 
+    With ``mu_pc`` (μPC), rates suit residual networks of any depth: the weights :math:`w_l` of a layer are taken for
+    products :math:`a_l W_l`, and the :math:`W_l` learn,
+
+    .. math::
+        \frac{\partial F}{\partial W_l} = a_l \frac{\partial F}{\partial w_l}, \quad \Delta w_l = a_l\, \Delta W_l,
+        \qquad a_1 = \frac{1}{\sqrt{D}}, \quad a_l = \frac{1}{\sqrt{N_l L}}, \quad a_L = \frac{1}{N_L}, \qquad
+        \gamma_l = \frac{\gamma}{L}
+
+    with :math:`D` inputs and :math:`N_l` presynaptic neurons of each of :math:`L` layers. So, with SGD, the
+    steps of all layers together change the output by as much in a deep network as in a shallow one; Adam's, which do
+    not shrink with the gradient, by up to :math:`\sqrt{L}` more. States relax more slowly in deep
+    networks, because skip connections let the loss, and all layers above, act on each state at once. Published μPC also
+    draws the weights such that each :math:`W_l` has deviation 1; here the network keeps those that it has. Other
+    parameters than those of layers have :math:`1/\sqrt{L}`.
+
     Cost of a step: ``steps + 1`` evaluations with a backward pass each (``steps`` in the incremental mode).
 
     Args:
         params: as in `EnergyRule`.
-        lr: learning rate of ``descent``, by default `torch.optim.Adam`.
+        lr: learning rate of ``descent``, by default `torch.optim.Adam`; by default 1e-3, with ``mu_pc``, for
+            :math:`W_l`, 0.03.
         steps: of relaxation.
-        inference_lr: :math:`\gamma`; by default 0.1, with ``fixed_prediction`` 1.
+        inference_lr: :math:`\gamma`; by default 0.1, with ``mu_pc`` 0.3, with ``fixed_prediction`` 1.
         relative: whether states and energies are in units of each layer's activity.
         mode: ``"state"``, ``"incremental"`` or ``"error"``.
         fixed_prediction: whether predictions stay those of the forward pass; with ``mode="state"``.
+        mu_pc: whether weights and states have the rates of μPC; with ``mode="state"`` or ``"error"``.
         options: ``exclude``, ``descent`` and its options, ``process_group``, as in `EnergyRule`.
 
     Raises:
-        ValueError: a hyperparameter out of range; ``fixed_prediction`` in another mode.
+        ValueError: a hyperparameter out of range; ``fixed_prediction`` in another mode; ``mu_pc`` with
+            ``mode="incremental"`` or ``fixed_prediction``.
         TypeError, Diverged, RuntimeError: as `EnergyRule`.
 
     Sources: J. C. R. Whittington & R. Bogacz (2017), *An approximation of the error backpropagation algorithm in a
@@ -70,19 +90,21 @@ class PredictiveCoding(EnergyRule):
     computation graphs*, Neural Computation 34; incremental: T. Salvatori, Y. Song, Y. Yordanov, B. Millidge, L. Sha,
     C. Emde, Z. Xu, R. Bogacz & T. Lukasiewicz (2024), *A stable, fast, and fully automatic learning algorithm for
     predictive coding networks*, ICLR; errors: C. Goemaere, G. Oliviers, R. Bogacz & T. Demeester (2025), *Error
-    optimization: overcoming exponential signal decay in deep predictive coding networks*.
+    optimization: overcoming exponential signal decay in deep predictive coding networks*; μPC: F. Innocenti,
+    E. M. Achour & C. L. Buckley (2025), *μPC: scaling predictive coding to 100+ layer networks*, NeurIPS 38.
     """
 
     def __init__(
         self,
         params: Params,
-        lr: float = 1e-3,  # η
+        lr: float | None = None,  # η
         *,
         steps: int = 8,  # T
         inference_lr: float | None = None,  # γ
         relative: bool = True,
         mode: str = "state",
         fixed_prediction: bool = False,
+        mu_pc: bool = False,
         **options: Unpack[RuleOptions],
     ) -> None:
         self._check_value("steps", steps, POSITIVE_INT)
@@ -93,9 +115,19 @@ class PredictiveCoding(EnergyRule):
                 f"PredictiveCoding: fixed_prediction=True needs mode='state', not mode={mode!r}: predictions of other "
                 "modes change as they relax"
             )
-        self.steps, self.mode, self.fixed_prediction = steps, mode, fixed_prediction
+        self._require_bool("mu_pc", mu_pc)
+        if mu_pc and (fixed_prediction or mode == "incremental"):
+            other = "fixed_prediction=True" if fixed_prediction else "mode='incremental'"
+            raise ValueError(
+                f"PredictiveCoding: mu_pc=True needs mode='state' or mode='error', in which weights learn once the "
+                f"states have relaxed, not {other}"
+            )
+        self.steps, self.mode, self.fixed_prediction, self.mu_pc = steps, mode, fixed_prediction, mu_pc
+        self._scales: dict[Tensor, float] = {}
+        if lr is None:
+            lr = 0.03 if mu_pc else 1e-3
         if inference_lr is None:
-            inference_lr = 1.0 if fixed_prediction else 0.1
+            inference_lr = 1.0 if fixed_prediction else 0.3 if mu_pc else 0.1
         super().__init__(params, lr, inference_lr=inference_lr, relative=relative, **options)
 
     def energy(self, z: Tensor, u: Tensor) -> Tensor:
@@ -109,6 +141,8 @@ class PredictiveCoding(EnergyRule):
     def _learn(self, run: Run) -> tuple[Tensor, dict[Tensor, Tensor]]:
         evaluation = self._forward(run, errors=self.mode == "error")
         losses = evaluation.losses
+        if self.mu_pc:
+            self._scales, self._depth = premultipliers(self._wired, self._of_model()), self._wired.depth
         if self.fixed_prediction:
             return losses, self._with_fixed_predictions(evaluation)
         if self.mode == "incremental":
@@ -117,7 +151,11 @@ class PredictiveCoding(EnergyRule):
             relaxed = self._relax_errors(run, evaluation)
         else:
             relaxed = self._relax(run, evaluation, 1.0, self.steps)
-        return losses, self._of_parameters(relaxed, 1.0)
+        grads = self._of_parameters(relaxed, 1.0)
+        return losses, {p: gradient * self._scales.get(p, 1.0) for p, gradient in grads.items()}
+
+    def _around_descent(self) -> AbstractContextManager[None]:
+        return in_units({p: a for p, a in self._scales.items() if p.grad is not None})
 
     def _with_fixed_predictions(self, evaluation: Evaluation) -> dict[Tensor, Tensor]:
         """Relax errors within the graph of one evaluation."""

@@ -31,12 +31,19 @@ class Wiring:
     Attributes:
         hidden: those with a state, on which another firing depends.
         outputs: those on which the loss depends, and no other firing.
+        inputs: those that depend on no other firing.
         synapses: of all firings.
     """
 
     hidden: tuple[int, ...]
     outputs: tuple[int, ...]
+    inputs: tuple[int, ...]
     synapses: tuple[Synapse, ...]
+
+    @property
+    def depth(self) -> int:
+        """The number of layers."""
+        return len({self.synapses[i] for i in (*self.hidden, *self.outputs)})
 
 
 class Evaluation:
@@ -114,8 +121,9 @@ class Evaluation:
             new = behind[todo.pop()] - reached
             reached |= new
             todo += new
-        hidden = tuple(sorted(reached & below))
-        return Wiring(hidden, tuple(sorted(reached - below)), tuple(self.synapses))
+        hidden, outputs = tuple(sorted(reached & below)), tuple(sorted(reached - below))
+        inputs = tuple(i for i in sorted(reached) if not behind[i])
+        return Wiring(hidden, outputs, inputs, tuple(self.synapses))
 
     def gradients(
         self, terms: Sequence[Tensor], outputs: Sequence[int], of: Sequence[Tensor], scale: float, retain: bool = False

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
-from ..core.products import in_full
+from ..core.products import in_full, power_of
 from .passes import Link, Pass
 
 __all__ = ["Block"]
@@ -40,12 +40,12 @@ class Block:
     @cached_property
     def scale_of_x(self) -> Tensor:
         """The root mean square of the activity at its input; 1 if there is none."""
-        return _root_mean_square(self.x)
+        return power_of(self.x).sqrt()
 
     @cached_property
     def scale_of_h(self) -> Tensor:
         """The root mean square of the activity at its end; 1 if there is none."""
-        return _root_mean_square(self.h)
+        return power_of(self.h).sqrt()
 
     def end_in(self, other: Pass) -> Tensor:
         """The activity at its end in another evaluation."""
@@ -90,8 +90,3 @@ class Block:
             u = layer.forward(x.to(weight.dtype))
             (product,) = torch.autograd.grad(u, weight, g.to(u.dtype))
         return product
-
-
-def _root_mean_square(h: Tensor) -> Tensor:
-    scale = h.square().mean().sqrt() if h.numel() else h.new_zeros(())
-    return torch.where(scale > 0, scale, torch.ones_like(scale))

@@ -8,6 +8,7 @@ torchvision, a network hides the module of its name: ``experiments.models.cnn`` 
 from .attention import Patches, PositionalEncoding, Residual, attention
 from .cnn import cnn
 from .controls import random_trunk
+from .deep import Skip, deep
 from .gated import InContext, gated
 from .layers import Power, QuickDropout, Triangle
 from .lenet5 import lenet5
@@ -18,6 +19,7 @@ from .resnet import BasicBlock, resnet
 from .shapes import Shape
 from .softhebb import softhebb
 from .spiking import spiking
+from .vgg import vgg
 from .whitening import Whiten
 from .wide import CompetingLayer, wide
 
@@ -33,11 +35,13 @@ __all__ = [
     "RecurrentLayer",
     "Residual",
     "Shape",
+    "Skip",
     "ToUnitInterval",
     "Triangle",
     "Whiten",
     "attention",
     "cnn",
+    "deep",
     "gated",
     "lenet5",
     "mlp",
@@ -47,5 +51,6 @@ __all__ = [
     "resnet",
     "softhebb",
     "spiking",
+    "vgg",
     "wide",
 ]

@@ -399,7 +399,10 @@ OTHER_SIGNALS = {
 #: whose trunk has no update in the first steps, or seldom another one
 NOT_MEASURED = ("Homeostasis", "Hebbian, by default", "HillClimbing")
 #: whose relaxation has steps enough here to notice that the energy, and with it the value of the loss, has risen
-COMPARES_ENERGIES = ("EquilibriumPropagation", "PredictiveCoding", "PredictiveCoding, incremental")
+COMPARES_ENERGIES = (
+    *("EquilibriumPropagation", "PredictiveCoding"),
+    *("PredictiveCoding, incremental", "PredictiveCoding, mu_pc"),
+)
 CLAIMS = ("transport", "other_layers", "labels", "error", "loss", "layers_above", "feedback_reads")
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bioopt
+from experiments import models
 
 from ..rules import cnn
 from . import twins
@@ -100,8 +101,78 @@ def test_passes_are_those_of_the_mode() -> None:
         rule.close()
 
 
+# -- depth ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("descent", [torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.parametrize("mode", ["state", "error"])
+def test_mu_pc_is_learning_of_weights_with_premultipliers(mode: str, descent: Any) -> None:
+    """The twin has layers ``a (W h + B)``, and its optimizer steps along W and B."""
+    model, (x, y) = twins.network(), twins.data()
+    options: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.01}
+    rule = bioopt.PredictiveCoding(model, steps=3, mode=mode, mu_pc=True, descent=descent, **options)
+    effective = twins.layers_of(model)
+    fan_in = [w.shape[1] for w, _ in effective]
+    a = [fan_in[0] ** -0.5, *((n * 4) ** -0.5 for n in fan_in[1:-1]), 1 / fan_in[-1]]
+    own = [(w / s, b / s) for (w, b), s in zip(effective, a, strict=True)]
+    optimizer = descent([value for pair in own for value in pair], **options)
+    for _ in range(3):
+        rule.step(lambda: F.cross_entropy(model(x), y))
+        layers = [(w * s, b * s) for (w, b), s in zip(own, a, strict=True)]
+        find = twins.with_errors if mode == "error" else twins.predictive_coding
+        grads = find(layers, x, y, 3, 0.3 / 4, True)
+        for pair, gradients_of_pair, s in zip(own, grads, a, strict=True):
+            for value, gradient in zip(pair, gradients_of_pair, strict=True):
+                value.grad = s * gradient
+        optimizer.step()
+    for (w, b), (v, c), s in zip(twins.layers_of(model), own, a, strict=True):
+        torch.testing.assert_close(w, s * v, rtol=1e-8, atol=1e-12)
+        torch.testing.assert_close(b, s * c, rtol=1e-8, atol=1e-12)
+
+
+def change_by_a_step(depth: int, **options: Any) -> float:
+    """Of the outputs of a residual network whose activity does not grow with depth."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = models.deep((1, 2, 3), 3, width=16, depth=depth, weights="mu_p").double()
+    x, y = twins.data()
+    before = model(x).detach()
+    rule = bioopt.PredictiveCoding(model, steps=4, **options)
+    rule.step(lambda: F.cross_entropy(model(x), y))
+    return float((model(x).detach() - before).norm())
+
+
+@pytest.mark.parametrize(("descent", "mode"), [(torch.optim.SGD, "error"), (torch.optim.Adam, "state")])
+def test_with_mu_pc_a_step_changes_the_output_by_as_much_in_a_deep_network(descent: Any, mode: str) -> None:
+    plain, scaled = (
+        change_by_a_step(48, mode=mode, mu_pc=mu_pc, descent=descent)
+        / change_by_a_step(4, mode=mode, mu_pc=mu_pc, descent=descent)
+        for mu_pc in (False, True)
+    )
+    assert plain > 2.5
+    assert 0.7 < scaled < 1.5
+
+
+def test_mu_pc_leaves_alone_what_does_not_move() -> None:
+    """Parameters at a rate of 0 are the same bit for bit; those of no layer learn too."""
+    model = nn.Sequential(nn.Linear(6, 7), nn.LayerNorm(7), nn.Tanh(), nn.Linear(7, 3))
+    x, y = twins.data()
+    before = [p.detach().clone() for p in model.parameters()]
+    rule = bioopt.PredictiveCoding(model, 0.0, mu_pc=True)
+    rule.step(lambda: F.cross_entropy(model(x.float()), y))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    rule.param_groups[0]["lr"] = 0.1
+    rule.step(lambda: F.cross_entropy(model(x.float()), y))
+    assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
 def test_options_out_of_range() -> None:
     model = twins.network()
+    with pytest.raises(ValueError, match="mu_pc=2 must be True or False"):
+        bioopt.PredictiveCoding(model, mu_pc=2)
+    for other in ({"mode": "incremental"}, {"fixed_prediction": True}):
+        with pytest.raises(ValueError, match=r"mu_pc=True needs mode='state' or mode='error'.*not (mode|fixed)"):
+            bioopt.PredictiveCoding(model, mu_pc=True, **other)
     for wrong in ({"steps": 0}, {"inference_lr": 0.0}, {"mode": "states"}):
         with pytest.raises(ValueError, match=rf"PredictiveCoding: {next(iter(wrong))}=.* must be"):
             bioopt.PredictiveCoding(model, **wrong)

@@ -158,3 +158,32 @@ def equilibrium_propagation(
         found.append(step_of_weights(layers, x, y, z, power, beta, hopfield))
     scale = betas[0] - betas[1]
     return [((a - c) / scale, (b - d) / scale) for (a, b), (c, d) in zip(*found, strict=True)]
+
+
+def dual_propagation(
+    layers: Layers, x: Tensor, y: Tensor, beta: float, steps: int, rate: float, relative: bool
+) -> Layers:
+    """Two states of each neuron, sample by sample."""
+    power = powers(layers, x, relative)
+    grads = [(torch.zeros_like(w), torch.zeros_like(b)) for w, b in layers]
+    for sample, label in zip(x, y, strict=True):
+        sides = [forward(layers, sample)[:-1]] * 2
+        for _ in range(steps):
+            u = [predictions(layers, sample, z) for z in sides]
+            difference = [(p - m) / s for p, m, s in zip(*sides, power, strict=True)]
+            moved = []
+            for sign, z, own in zip((1, -1), sides, u, strict=True):
+                errors = [*difference, -beta * output_error(own[-1], label)]
+                moved.append([])
+                for i, state in enumerate(z):
+                    pull = (1 - state.tanh() ** 2) * (layers[i + 1][0].T @ errors[i + 1])
+                    mean = (u[0][i] + u[1][i]) / 2
+                    moved[-1].append(state - rate * (state - mean - sign * power[i] / 2 * pull))
+            sides = moved
+        difference = [(p - m) / s for p, m, s in zip(*sides, power, strict=True)]
+        for z in sides:
+            errors = [*difference, -beta * output_error(predictions(layers, sample, z)[-1], label)]
+            for i, h in enumerate([sample, *(state.tanh() for state in z)]):
+                grads[i][0].sub_(torch.outer(errors[i], h) / (2 * beta * len(x)))
+                grads[i][1].sub_(errors[i] / (2 * beta * len(x)))
+    return grads

@@ -10,7 +10,7 @@ import torch
 
 import bioopt
 from experiments import pictures
-from experiments.diagnostics import Diagnostics, activity, relaxation
+from experiments.diagnostics import Diagnostics, activity, relaxation, relaxation_course
 from experiments.run import run
 
 from ..commands import SOFTHEBB, config, tiny, unrender
@@ -83,6 +83,33 @@ def test_what_relaxation_did_is_measured_and_drawn(tmp_path: Path) -> None:
     assert drawn is not None
     assert drawn.read_bytes().startswith(b"\x89PNG")
     assert relaxation(torch.optim.SGD(model.parameters(), 0.1)) == {}
+
+
+def test_what_relaxation_buys_is_measured_and_drawn(tmp_path: Path) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(*(m for _ in range(4) for m in (torch.nn.Linear(5, 5), torch.nn.Tanh())))
+        x = torch.randn(6, 5)
+    optimizer = bioopt.PredictiveCoding(model, steps=6)
+    before = [p.detach().clone() for p in model.parameters()]
+
+    def closure() -> torch.Tensor:
+        return (model(x) - 1).square().mean(1)
+
+    course = relaxation_course(optimizer, closure)
+    assert list(course) == ["0", "2", "4", "6"]
+    assert all(list(cosines) == [1, 2, 4, 6] for cosines in course.values())
+    assert course["0"][1] == course["0"][2] == 0  # errors have not arrived there
+    assert course["0"][4] > 0.5
+    assert course["6"][1] > 0.99
+    assert optimizer.steps == 6
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    drawn = pictures.relaxation_course(course, "a title", tmp_path / "relaxation_cosine.png")
+    assert drawn is not None
+    assert drawn.read_bytes().startswith(b"\x89PNG")
+    plain = torch.optim.SGD(model.parameters(), 0.1)
+    assert relaxation_course(plain, closure) == {}
+    assert pictures.relaxation_course({}, "", tmp_path / "none.png") is None
 
 
 @pytest.mark.usefixtures("undrawn")
