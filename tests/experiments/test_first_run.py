@@ -8,8 +8,9 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from matplotlib.colors import to_rgb
 
-from experiments import pictures
+from experiments import pictures, receptive_fields
 from experiments.run import run
 from experiments.tasks import first_run_plots
 from experiments.tasks.first_run import FirstRun
@@ -71,13 +72,13 @@ def test_mistakes_are_named(wrong: str, tmp_path: Path) -> None:
 def test_fields_are_sorted_by_wins_and_the_dead_marked() -> None:
     weights = torch.stack([torch.full((4,), float(k)) for k in range(3)])
     figure, axes = plt.subplots()
-    note = pictures.draw_fields(
+    note = receptive_fields.draw_fields(
         axes, {"start": weights, "end": -weights}, torch.tensor([0.25, 0.0, 0.75]), (1, 2, 2), 3
     )
-    assert "red: the 1 that never is" in note
+    assert "orange: the 1 that never is" in note
     columns = {text.get_text(): round(text.get_position()[0]) for text in axes.texts}
     assert (columns["75 %"], columns["25 %"], columns["never"]) == (0, 0, 2) or columns["75 %"] < columns["25 %"]
-    red = [patch for patch in axes.patches if patch.get_edgecolor()[:3] == (1, 0, 0)]
+    red = [patch for patch in axes.patches if patch.get_edgecolor()[:3] == to_rgb(pictures.VERMILION)]
     assert {int(patch.get_x()) for patch in red} == {2}
     assert len(red) == 2
     signs = [float(image.get_array().mean()) for image in axes.images]  # of each neuron: start, then end
@@ -86,15 +87,15 @@ def test_fields_are_sorted_by_wins_and_the_dead_marked() -> None:
 
 
 def test_of_many_neurons_some_are_drawn_with_the_dead_among_them() -> None:
-    count = 2 * pictures.MOST_FIELDS
+    count = 2 * receptive_fields.MOST_FIELDS
     share = torch.arange(count).float().sub(count // 2).clamp(min=0)
     share /= share.sum()
     figure, axes = plt.subplots()
-    note = pictures.draw_fields(axes, {"end": torch.randn(count, 4)}, share, (1, 2, 2), 16)
-    assert note.startswith(f"{pictures.MOST_FIELDS} of {count} neurons")
-    assert len(axes.images) == pictures.MOST_FIELDS
+    note = receptive_fields.draw_fields(axes, {"end": torch.randn(count, 4)}, share, (1, 2, 2), 16)
+    assert note.startswith(f"{receptive_fields.MOST_FIELDS} of {count} neurons")
+    assert len(axes.images) == receptive_fields.MOST_FIELDS
     dead = [text for text in axes.texts if text.get_text() == "never"]
-    assert len(dead) == pictures.MOST_FIELDS // 2
+    assert len(dead) == receptive_fields.MOST_FIELDS // 2
     plt.close(figure)
 
 
