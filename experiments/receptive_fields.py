@@ -6,15 +6,20 @@ import math
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
+from PIL import Image
 from torch import Tensor, nn
 
 from .pictures import SIGNED, VERMILION, saved, tiles
 
 MOST_FIELDS = 64  # in a picture
+SHADES = 9  # of an animation: an odd number, so that one of them is 0
 FIELDS_HEIGHT = 2.75  # of a row of neurons, in tiles: two states, and a line of text
 
 
@@ -128,3 +133,36 @@ def _image(field: Tensor) -> Any:
     """A field as grey levels or colours, with 0 in the middle of the scale."""
     field = field / field.abs().max().clamp(min=1e-12)
     return (field + 1).div(2).permute(1, 2, 0).numpy() if len(field) == 3 else field.mean(0).numpy()
+
+
+def animation(snapshots: list[Tensor], shape: tuple[int, int, int], columns: int, path: Path, scale: int = 2) -> Path:
+    """Receptive fields while they develop: a GIF that plays forever, and stays at its last picture for two seconds.
+
+    Args:
+        snapshots: weights of the first layer, neurons × inputs or as of a convolution, in the order of learning.
+        shape: of an image.
+        columns: neurons in a row.
+        path: where to write it.
+        scale: screen pixels for each weight, in both directions.
+
+    Raises:
+        ValueError: the layer does not see the image.
+    """
+    colours = (matplotlib.colormaps["RdBu_r"](np.linspace(0, 1, SHADES))[:, :3] * 255).astype(np.uint8)
+    frames = []
+    for weights in snapshots:
+        fields = _as_images(weights, shape)
+        if fields is None:
+            raise ValueError(f"weights of shape {tuple(weights.shape)} do not see images of {shape}")
+        fields = fields.float().mean(1)
+        fields = fields / fields.abs().amax((1, 2), keepdim=True).clamp(min=1e-12)
+        framed = F.pad(fields, (0, 1, 0, 1), value=0.0)  # a margin in the colour of 0
+        rows = [torch.cat(list(row), 1) for row in framed.split(columns)]
+        rows[-1] = F.pad(rows[-1], (0, rows[0].shape[1] - rows[-1].shape[1]))
+        shades = ((torch.cat(rows) + 1) / 2 * (SHADES - 1)).round().to(torch.uint8)
+        frame = Image.fromarray(shades.repeat_interleave(scale, 0).repeat_interleave(scale, 1).numpy())
+        frame.putpalette(colours.tobytes())
+        frames.append(frame)
+    durations = [120] * (len(frames) - 1) + [2000]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=False)
+    return path

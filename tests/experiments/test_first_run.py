@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 from matplotlib.colors import to_rgb
+from PIL import Image
 
 from experiments import pictures, receptive_fields
 from experiments.run import run
@@ -110,3 +111,21 @@ def test_a_resumed_run_draws_the_weights_it_started_with(tmp_path: Path) -> None
         made.append(Classification(chosen, torch.device("cpu"), Ranks()).start)
     assert torch.equal(made[0], made[1])
     assert made[0].shape == (4, 784)
+
+
+def test_an_animation_has_a_picture_for_each_state(tmp_path: Path) -> None:
+    states = [torch.full((3, 4), -1.0), torch.zeros(3, 4), torch.full((3, 4), 2.0)]
+    path = receptive_fields.animation(states, (1, 2, 2), 2, tmp_path / "fields.gif", scale=1)
+    with Image.open(path) as drawn:
+        assert (drawn.n_frames, drawn.size) == (3, (6, 6))
+        colours = []
+        for frame in range(3):
+            drawn.seek(frame)
+            colours.append(drawn.convert("RGB").getpixel((0, 0)))
+            assert drawn.convert("RGB").getpixel((4, 4)) == drawn.convert("RGB").getpixel((2, 2))  # no fourth neuron
+    blue, white, red = colours
+    assert blue[2] > blue[0]
+    assert red[0] > red[2]
+    assert max(white) - min(white) < 5
+    with pytest.raises(ValueError, match=r"weights of shape \(3, 5\) do not see images of \(1, 2, 2\)"):
+        receptive_fields.animation([torch.zeros(3, 5)], (1, 2, 2), 2, tmp_path / "none.gif")
