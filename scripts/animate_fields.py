@@ -1,6 +1,6 @@
 """Draw receptive fields while they develop, as an animated GIF.
 
-python scripts/animate_fields.py docs/fields.gif optimizer=krotov_hopfield model=mlp 'model.hidden=[60]' data=mnist epochs=3
+python scripts/animate_fields.py fields.gif optimizer=hebbian optimizer.homeostasis=false model=mlp data=mnist epochs=1
 
 The options are those of train.py. Pictures are taken before the first step and then at equal ratios of steps, as most
 changes early.
