@@ -26,7 +26,7 @@ STYLE = """
 :root { color-scheme: light; }
 body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #222; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-h1, summary, figcaption, dd { overflow-wrap: anywhere; }
+h1, summary, figcaption, dd { overflow-wrap: anywhere; } [hidden] { display: none !important; }
 input { font: inherit; padding: .3rem .6rem; width: min(20rem, 100%); box-sizing: border-box; margin-bottom: .75rem; }
 table { border-collapse: collapse; font-size: .8125rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .45rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
