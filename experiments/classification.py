@@ -16,7 +16,7 @@ from torch import nn
 import bioopt
 from bioopt import find_synapses
 
-from . import data, interrupts, pictures
+from . import data, interrupts, pictures, receptive_fields
 from .building import build_model, build_schedule, freeze
 from .config import resolved
 from .control import control_accuracy
@@ -58,7 +58,7 @@ class Classification(Task):
                 f"batch_size={config.batch_size} is larger than the {len(self.images.train_labels)} training images"
             )
         self.model = build_model(config, self.images).to(device)
-        self.start = pictures.first_weights(self.model)  # of a resumed run too: it draws the same weights
+        self.start = receptive_fields.first_weights(self.model)  # of a resumed run too: it draws the same weights
         *self.layers, readout = find_synapses(self.model)  # before any is frozen
         self.readout = readout.layer
         freeze(self.model, config.frozen)
@@ -207,9 +207,9 @@ class Classification(Task):
         """The pictures of the run, and the numbers of ``final_analysis``."""
         shown = [pictures.curves(history, title, folder / "curves.png")]
         shares = wins(self.model, self.layers, self.images)
-        ends = pictures.first_weights(self.model)
+        ends = receptive_fields.first_weights(self.model)
         of_first = shares.get(self.layers[0].name) if self.layers else None
-        fields = pictures.receptive_fields(
+        fields = receptive_fields.before_and_after(
             self.start, ends, of_first, self.images.shape, f"first layer: {title}", folder / "receptive_fields.png"
         )
         of_neurons = pictures.neurons(history, shares, title, folder / "neurons.png")

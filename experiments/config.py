@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ LOCAL = {
     "sweep",
     "threads",
 }
+GROUPS = {"cost", "data", "experiment", "logger", "model", "optimizer"}  # folders in conf
 # Options in which runs may differ that are averaged.
 RESULT_INDEPENDENT = LOCAL | {"optimizer.seed", "seed"}
 # Names that have changed, accepted for one release: of options (those of optimizers in rules as well), and of classes.
@@ -149,8 +151,22 @@ def by_part(options: Any, prefix: str = "") -> dict[str, dict[str, Any]]:
 
 
 def name_of(options: list[str]) -> str:
-    """A name for a folder, made of options as they were typed; long names are cut and end with a hash of all."""
-    name = ",".join(sorted(options)).replace("/", "_").replace("'", "").replace('"', "").replace(" ", "") or "defaults"
+    """A name for a folder that a shell takes without quotes: the values of options as they were typed.
+
+    ``hebbian-mnist-lr0.5-seed1`` of ``data=mnist optimizer=hebbian optimizer.lr=0.5 seed=1``: the optimizer first, the
+    seed last, numbers and the like behind the last part of their option's name. Long names are cut and end with a hash.
+    """
+    parts = []
+    for option in options:
+        key, _, value = option.partition("=")
+        bare = key.lstrip("+~")
+        group = bare.split(".")[0].split("@")[0]
+        own = bare if key.startswith("~") else value
+        named = "." in bare or bare not in GROUPS
+        text = f"{'no-' * key.startswith('~')}{bare.rpartition('.')[2] if named and own is value else ''}{own}"
+        place = 0 if bare == "optimizer" else 2 if bare == "seed" else 1
+        parts.append((place, group, bare, re.sub(r"[^\w.+-]+", "_", text).strip("_")))
+    name = "-".join(text for *_, text in sorted(parts)) or "defaults"
     return name if len(name) <= 120 else f"{name[:110]}-{hashlib.sha1(name.encode()).hexdigest()[:8]}"
 
 

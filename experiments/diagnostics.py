@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import bioopt
 from bioopt.core.probe import keeping_modes
 
-from . import pictures
+from . import pictures, receptive_fields
 from .checks import require_counts
 from .data import Augment, Images
 from .files import write_lines
@@ -112,7 +112,7 @@ class Diagnostics:
         self._keep_fields()
 
     def _keep_fields(self) -> None:
-        weights = pictures.first_weights(self.model, 10)
+        weights = receptive_fields.first_weights(self.model, 10)
         if weights is not None:
             self.fields.append(weights)
 
@@ -168,7 +168,9 @@ class Diagnostics:
             ),
             pictures.course(self.lines, title, folder / "diagnostics.png"),
             pictures.relaxations(getattr(self.optimizer, "relaxations", []), title, folder / "relaxation.png"),
-            pictures.fields_over_time(self.fields, self.images.shape, title, folder / "receptive_fields_over_time.png"),
+            receptive_fields.over_time(
+                self.fields, self.images.shape, title, folder / "receptive_fields_over_time.png"
+            ),
         ]  # fmt: skip
         return [picture for picture in made if picture is not None]
 

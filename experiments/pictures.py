@@ -1,4 +1,8 @@
-"""Pictures of a run: its curves, and the receptive fields of its first layer."""
+"""The style of all pictures, and those that every run has.
+
+Colours are those of Okabe and Ito, which colour-blind readers can tell apart, each with a marker of its own, by which
+lines differ in black and white too. Each picture is written as PNG, and as PDF for papers.
+"""
 
 from __future__ import annotations
 
@@ -8,119 +12,73 @@ from pathlib import Path
 from typing import Any, Literal
 
 import matplotlib
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from cycler import cycler
+from torch import Tensor
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogFormatter, MaxNLocator
 
+BLUE, VERMILION, GREEN, PINK, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
+COLOURS = (BLUE, VERMILION, GREEN, PINK, ORANGE, SKY)  # without yellow, which is faint on white
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h", "*")  # more than colours: places that share one differ
 SIGNED: dict[str, Any] = {"cmap": "RdBu_r", "vmin": -1, "vmax": 1}
+plt.rcParams.update(
+    {
+        "axes.prop_cycle": cycler(color=COLOURS),
+        "axes.formatter.useoffset": False,  # each number on an axis is whole
+        "pdf.fonttype": 42,  # text that can be edited
+        "lines.markersize": 4,
+    }
+)
+
+
+def style(place: int | str) -> dict[str, Any]:
+    """Colour and marker of a line: by its place among others, or by its colour."""
+    if isinstance(place, int):
+        colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
+    else:
+        known = {**dict(zip(COLOURS, MARKERS, strict=False)), "black": "|", "dimgrey": "+", "grey": "x"}
+        colour, marker = place, known[place]
+    return {"color": colour, "marker": marker}
 
 
 def curves(history: list[dict[str, Any]], title: str, path: Path) -> Path:
     """Training loss and test accuracy against epochs."""
-    epochs = [line["epoch"] for line in history]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     figure.suptitle(title)
-    left.plot(epochs, [line["train_loss"] for line in history], marker=".", label="train")
-    left.plot(epochs, [line["test_loss"] for line in history], marker=".", label="test")
-    left.set(xlabel="epoch", ylabel="loss", yscale="log")
-    left.legend(frameon=False)
     accuracies = [100 * line["test_accuracy"] for line in history]
-    right.plot(epochs, accuracies, marker=".", color="tab:green")
-    right.set(xlabel="epoch", ylabel="test accuracy (%)")
+    losses = {name: [line[f"{name}_loss"] for line in history] for name in ("train", "test")}
     right.set_title(f"{accuracies[-1]:.2f} %", loc="right", fontsize=10)
+    if len(history) == 1:  # there is no course to draw
+        last = {name: loss[0] for name, loss in losses.items()}
+        for axes, values in ((left, last), (right, {"test": accuracies[0]})):
+            bars = axes.bar(list(values), list(values.values()), 0.5, color=COLOURS[: len(values)])
+            axes.bar_label(bars, fmt="%.4g", fontsize=9)
+            axes.set_xlim(-1, len(values))
+            axes.set_xlabel(f"after epoch {history[0]['epoch']}")
+        left.set(ylabel="loss", ymargin=0.15)
+        right.set(ylabel="accuracy (%)", ylim=(0, 105))
+        uncluttered(left, right, grid="y")
+        return saved(figure, path)
+    epochs = [line["epoch"] for line in history]
+    for place, (name, loss) in enumerate(losses.items()):
+        left.plot(epochs, loss, **style(place), label=name)
+    left.set(xlabel="epoch", ylabel="loss", yscale="log")
+    left.yaxis.set_major_formatter(LogFormatter())
+    left.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
+    left.legend(frameon=False)
+    right.plot(epochs, accuracies, **style(GREEN))
+    right.set(xlabel="epoch", ylabel="test accuracy (%)")
     for axes in (left, right):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     uncluttered(left, right)
     return saved(figure, path)
-
-
-def receptive_fields(
-    start: Tensor | None, end: Tensor | None, share: Tensor | None, shape: tuple[int, int, int], title: str, path: Path
-) -> Path | None:
-    """The weights of the first layer, if it sees the image, before and after learning; see `draw_fields`.
-
-    Args:
-        start: the weights before the first step.
-        end: those of the trained network.
-        share: of events, that each neuron wins; ``None`` where it was not measured.
-        shape: of an image.
-        title: above the picture.
-        path: where to write it.
-    """
-    if end is None or _as_images(end, shape) is None:
-        return None
-    neurons = min(len(end), MOST_FIELDS)
-    columns = min(neurons, 16 if neurons > 16 else 8)
-    height = math.ceil(neurons / columns) * FIELDS_HEIGHT
-    figure, axes = plt.subplots(figsize=(max(0.55 * (columns + 1.2), 0.075 * len(title)), 0.55 * height + 0.55))
-    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=1 - 0.5 / figure.get_figheight())
-    note = draw_fields(axes, {"start": start, "end": end}, share, shape, columns)
-    figure.suptitle(f"{title}\n{note}", fontsize=9, y=1 - 0.08 / figure.get_figheight(), va="top")
-    return saved(figure, path)
-
-
-MOST_FIELDS = 64  # in a picture
-FIELDS_HEIGHT = 2.75  # of a row of neurons, in tiles: two states, and a line of text
-
-
-def draw_fields(
-    axes: Axes, states: dict[str, Tensor | None], share: Tensor | None, shape: tuple[int, int, int], columns: int
-) -> str:
-    """A column of tiles for each neuron, one for each state of its weights, and below it the share of events it wins.
-
-    Neurons are sorted by that share, and those that never win are framed in red. Of more than `MOST_FIELDS`, some are
-    drawn, at equal distances in this order. Each tile has a scale of its own.
-
-    Args:
-        axes: to draw in.
-        states: the weights of all neurons, by a name that is written beside the tiles.
-        share: of events, that each neuron wins; ``None`` where it was not measured.
-        shape: of an image.
-        columns: neurons in a row.
-
-    Returns:
-        A sentence that explains what was drawn.
-    """
-    fields = {name: _as_images(weights, shape) for name, weights in states.items() if weights is not None}
-    neurons = min(len(images) for images in fields.values() if images is not None)
-    order = torch.arange(neurons) if share is None else share.argsort(descending=True, stable=True)
-    if neurons > MOST_FIELDS:
-        order = order[torch.linspace(0, neurons - 1, MOST_FIELDS).round().long()]
-    tile, text = 0.93, 0.45
-    height = len(fields) + text + 0.3
-    for place, neuron in enumerate(order.tolist()):
-        row, column = divmod(place, columns)
-        dead = share is not None and share[neuron] == 0
-        for line, (name, images) in enumerate(fields.items()):
-            x, y = column, row * height + line
-            assert images is not None
-            axes.imshow(_image(images[neuron]), extent=(x, x + tile, y + tile, y), interpolation="nearest", **SIGNED)
-            frame: dict[str, Any] = (
-                {"edgecolor": "red", "linewidth": 1.6} if dead else {"edgecolor": "lightgrey", "linewidth": 0.5}
-            )
-            axes.add_patch(Rectangle((x, y), tile, tile, fill=False, **frame))
-            if not column:
-                axes.text(-0.1, y + tile / 2, name, ha="right", va="center", fontsize=8)
-        if share is not None:
-            won = 100 * float(share[neuron])
-            label = "never" if dead else f"{won:.2g} %" if won >= 0.1 else "< 0.1 %"
-            axes.text(column + tile / 2, row * height + len(fields) + 0.05, label, ha="center", va="top", fontsize=7,
-                      color="red" if dead else "dimgrey")  # fmt: skip
-    axes.set(xlim=(-1.2, columns), ylim=(math.ceil(len(order) / columns) * height, -0.05), aspect="equal")
-    axes.axis("off")
-    drawn = f"{len(order)} of {neurons:,} neurons" if len(order) < neurons else f"{neurons} neurons"
-    if share is None:
-        return drawn
-    never = int((share == 0).sum())
-    which = f"red: the {never} that never {'are' if never > 1 else 'is'}" if never else "each is at times"
-    return f"{drawn}, sorted by how often each is the most active; {which}"
 
 
 def neurons(history: list[dict[str, Any]], wins: dict[str, Tensor], title: str, path: Path) -> Path | None:
@@ -142,14 +100,18 @@ def neurons(history: list[dict[str, Any]], wins: dict[str, Tensor], title: str, 
     epochs = [line["epoch"] for line in history]
     for (above, below), name in zip(grid.T, layers, strict=True):
         least, mean, most = zip(*(line["weight_norms"][name] for line in history), strict=True)
-        above.fill_between(epochs, least, most, alpha=0.25, linewidth=0)
-        above.plot(epochs, mean, marker=".")
+        if len(epochs) == 1:  # a band of one epoch has no width
+            above.errorbar(epochs, mean, [[mean[0] - least[0]], [most[0] - mean[0]]], fmt="o", color=BLUE, capsize=4)
+            above.set_xlim(epochs[0] - 1, epochs[0] + 1)
+        else:
+            above.fill_between(epochs, least, most, color=BLUE, alpha=0.25, linewidth=0)
+            above.plot(epochs, mean, **style(BLUE))
         above.set(xlabel="epoch", ylabel="‖w‖: mean, range")
         above.set_title(f"layer {name}", fontsize=9)
         above.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         share = (100 * wins[name]).sort(descending=True).values.tolist()
         dead = share.count(0)
-        below.bar(range(len(share)), share, width=1.0, color="tab:green")
+        below.bar(range(len(share)), share, width=1.0, color=GREEN)
         below.axhline(100 / len(share), color="grey", linewidth=0.8, linestyle="--")
         below.set(xlabel=f"neuron, by rank ({dead} of {len(share)} never win)", ylabel="events won (%)")
     for axes in grid.flat:
@@ -168,6 +130,7 @@ def course(lines: list[dict[str, Any]], title: str, path: Path) -> Path | None:
     """
     names = dict.fromkeys(name for line in lines for name in line if name != "step")
     quantities = list(dict.fromkeys(name.split("/")[0] for name in names))
+    layers = list(dict.fromkeys(name.split("/", 1)[1] for name in names))  # each has one colour in all panels
     if not quantities:
         return None
     columns = min(3, len(quantities))
@@ -177,7 +140,8 @@ def course(lines: list[dict[str, Any]], title: str, path: Path) -> Path | None:
     for axes, quantity in zip(grid.flat, quantities, strict=False):
         for name in (name for name in names if name.startswith(f"{quantity}/")):
             points = [(line["step"], line[name]) for line in lines if name in line]
-            axes.plot(*zip(*points, strict=True), marker=".", markersize=3, linewidth=1, label=name.split("/", 1)[1])
+            layer = name.split("/", 1)[1]
+            axes.plot(*zip(*points, strict=True), **style(layers.index(layer)), linewidth=1, label=layer)
         axes.set(xlabel="step", title=quantity.replace("_", " "))
         positive = any(y > 0 for line in axes.lines for y in line.get_ydata())
         if positive and quantity in ("signal_to_noise", "update_ratio"):
@@ -201,9 +165,9 @@ def relaxations(found: list[Any], title: str, path: Path) -> Path | None:
         return None
     figure, panels = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
     figure.suptitle(title)
-    for one in found:
+    for place, one in enumerate(found):
         for axes, values in zip(panels, (one.energy, one.residual), strict=True):
-            axes.plot(values, marker=".", markersize=3, linewidth=1, label=f"nudge {one.nudge:g}")
+            axes.plot(values, **style(place), linewidth=1, label=f"nudge {one.nudge:g}")
     panels[0].set(xlabel="step of relaxation", title="free energy per sample")
     panels[1].set(xlabel="step of relaxation", title="norm of its gradient")
     if any(value > 0 for one in found for value in one.residual):
@@ -244,9 +208,9 @@ def window(delays: list[float], changes: list[float], title: str, path: Path) ->
     """The change of a weight by a pair of spikes, against their delay in ms (postsynaptic less presynaptic)."""
     figure, axes = plt.subplots(figsize=(5.4, 3.2), layout="constrained")
     axes.set_title(title, fontsize=9)
-    for colour, part in (("tab:red", [p for p in zip(delays, changes, strict=True) if p[0] >= 0]),
-                         ("tab:blue", [p for p in zip(delays, changes, strict=True) if p[0] < 0])):  # fmt: skip
-        axes.plot(*zip(*part, strict=True), marker=".", markersize=3, linewidth=1, color=colour)
+    for colour, part in ((VERMILION, [p for p in zip(delays, changes, strict=True) if p[0] >= 0]),
+                         (BLUE, [p for p in zip(delays, changes, strict=True) if p[0] < 0])):  # fmt: skip
+        axes.plot(*zip(*part, strict=True), **style(colour), linewidth=1)
     axes.axhline(0, color="grey", linewidth=0.8)
     axes.axvline(0, color="grey", linewidth=0.8)
     axes.set(xlabel="postsynaptic less presynaptic spike (ms)", ylabel="change of the weight / η")
@@ -283,25 +247,10 @@ def misclassified(images: Tensor, labels: Tensor, predicted: Tensor, title: str,
     shown = [image.permute(1, 2, 0).squeeze(2).numpy() for image in images]
     captions = [f"{label} → {guess}" for label, guess in zip(labels.tolist(), predicted.tolist(), strict=True)]
     title = f"{title}: class → predicted"
-    return _tiles(shown, min(8, len(images)), 1.0, title, path, gap=0.25, captions=captions, cmap="Greys")
+    return tiles(shown, min(8, len(images)), 1.0, title, path, gap=0.25, captions=captions, cmap="Greys")
 
 
-def fields_over_time(
-    snapshots: list[Tensor], shape: tuple[int, int, int], title: str, path: Path, most: int = 12
-) -> Path | None:
-    """The weights of some neurons of the first layer at the start and after each epoch, a row for each neuron."""
-    if not snapshots:
-        return None
-    epochs = sorted({round(i * (len(snapshots) - 1) / max(1, most - 1)) for i in range(most)})
-    shown = [fields for epoch in epochs if (fields := _as_images(snapshots[epoch], shape)) is not None]
-    if not shown:
-        return None
-    captions = [f"epoch {epoch}" if epoch else "start" for epoch in epochs]
-    images = [_image(field) for neuron in zip(*shown, strict=True) for field in neuron]
-    return _tiles(images, len(shown), 0.65, title, path, captions=captions, **SIGNED)
-
-
-def _tiles(
+def tiles(
     images: list[Any], columns: int, side: float, title: str, path: Path, *,
     gap: float = 0.07, captions: Sequence[str] = (), **scale: Any,
 ) -> Path:  # fmt: skip
@@ -331,34 +280,24 @@ def mosaic(images: Tensor, shape: tuple[int, int, int], columns: int) -> Any:
     return torch.cat(rows).cpu().numpy()
 
 
-def first_weights(model: nn.Module, most: int | None = None) -> Tensor | None:
-    """A copy of the weights of the first layer, or of some of its neurons, on the CPU."""
-    weight = next((p for p in model.parameters() if p.ndim > 1), None)
-    return None if weight is None else weight[:most].detach().float().cpu().clone()
-
-
-def _as_images(weights: Tensor | None, shape: tuple[int, int, int]) -> Tensor | None:
-    """Weights of a layer that sees the image, as N×C×H×W; ``None`` for other layers."""
-    if weights is not None and weights.ndim == 2 and weights.shape[1] == math.prod(shape):
-        return weights.view(-1, *shape)
-    return weights if weights is not None and weights.ndim == 4 and weights.shape[1] == shape[0] else None
-
-
 def uncluttered(*many: Axes, grid: Literal["x", "y", "both"] = "both") -> None:
-    """Draw a faint grid, and no frame above and to the right."""
+    """Draw a faint grid, no frame above and to the right, and on long lines a marker here and there."""
     for axes in many:
+        for line in axes.get_lines():
+            if (points := np.size(line.get_xdata())) > 20:
+                line.set_markevery(points // 10)
         axes.grid(axis=grid, alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
 
 
 def saved(figure: Figure, path: Path) -> Path:
-    """Write a figure as PNG, and close it."""
-    figure.savefig(path, dpi=120)
+    """Write a figure as PNG and PDF, and close it; returns the path of the PNG."""
+    written(figure, path)
     plt.close(figure)
     return path
 
 
-def _image(field: Tensor) -> Any:
-    """A field as grey levels or colours, with 0 in the middle of the scale."""
-    field = field / field.abs().max().clamp(min=1e-12)
-    return (field + 1).div(2).permute(1, 2, 0).numpy() if len(field) == 3 else field.mean(0).numpy()
+def written(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG and PDF."""
+    figure.savefig(path, dpi=120)
+    figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})  # the same figure gives the same file

@@ -18,12 +18,14 @@ import yaml
 from .benchmark import Mismatch
 from .benchmark_report import write_benchmark
 from .config import run_group
-from .report_page import aligned, bars, curves, document, number, page, printable, spreadsheet
+from .pictures import written
+from .report_html import details, drawn, page
+from .report_page import aligned, bars, curves, document, number, panels, printable, spreadsheet
 from .statistics import mean, percent, plain
 
 CONTROLS = ("sgd", "random_trunk")
 # Columns that fit into a terminal; the page has all.
-ON_TERMINAL = ("optimizer", "test accuracy %", "seeds", "seconds", "forward passes")
+ON_TERMINAL = ("optimizer", "test accuracy %", "seconds")
 FILES = ("config.yaml", "summary.json", "metrics.jsonl", "error.txt")  # a folder with one of them is a run's
 # Of a training run's summary, what the report averages; older runs lack some.
 AVERAGED = ("epochs", "seconds", "images_per_second", "forward_passes", "peak_memory_bytes", "trained_parameters")
@@ -165,7 +167,7 @@ class RunGroup:
 
 
 def report(paths: Iterable[Path], out: Path, accuracy: float | None = None) -> str:
-    """Compare all finished runs in these folders: writes ``report.html``, ``.md`` and ``.csv``, and PNG pictures.
+    """Compare all finished runs in these folders: writes ``report.html``, ``.md`` and ``.csv``, and pictures.
 
     Args:
         paths: folders of runs, or folders that hold such folders.
@@ -204,24 +206,29 @@ def report_training(runs: list[Run], skipped: list[str], out: Path, accuracy: fl
     target = accuracy if accuracy is not None else _first_target(groups)
     header, rows = table(groups, target)
     validation = " (held-out training images)" if groups[0].options.get("data.validation") else ""
-    title = f"{groups[0].options['data.name']}{validation}: {len(runs)} runs in {len(groups)} groups"
+    seeds = sorted({len(group.runs) for group in groups})
+    each = f", {seeds[0]} seed{'s' * (seeds[0] > 1)} each" if len(seeds) == 1 else ""
+    title = f"{groups[0].options['data.name']}{validation}: {len(runs)} runs in {len(groups)} groups{each}"
     figures = {"curves": curves(groups), "accuracy": bars(groups)}
+    parts = panels(groups)
     notes = _notes(groups, target)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # of scripts that the font lacks
             for name, figure in figures.items():
-                figure.savefig(out / f"{name}.png", dpi=120)
-            whole = page(title, header, rows, notes, figures, skipped)
+                written(figure, out / f"{name}.png")
+            shown = drawn(groups, parts, figures["accuracy"])
     finally:
-        for figure in figures.values():
+        for figure in (*figures.values(), *parts):
             plt.close(figure)
+    whole = page(title, header, rows, notes, shown, details(groups, out), skipped)
     (out / "report.html").write_text(whole, encoding="utf-8")
     (out / "report.md").write_text(document(title, header, rows, notes, skipped), encoding="utf-8")
     with (out / "report.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([spreadsheet(value) for value in row] for row in numbers(groups, target))
     asked = [] if accuracy is None else [header.index(f"s to {100 * target:.1f} %")]
-    few = [i for i, name in enumerate(header) if name in ON_TERMINAL or name.startswith("− ") or i in asked]
+    chosen = ON_TERMINAL if each else (*ON_TERMINAL, "seeds")
+    few = [i for i, name in enumerate(header) if name in chosen or name.startswith("− ") or i in asked]
     return f"{title}\n{aligned([header[i] for i in few], [[row[i] for i in few] for row in rows])}", "report.html"
 
 
@@ -275,7 +282,7 @@ def _groups(runs: list[Run]) -> list[RunGroup]:
 
 
 def report_tasks(runs: list[Run], skipped: list[str], out: Path, accuracy: float | None = None) -> tuple[str, str]:
-    """The numbers of an experiment of rounds, a column for each choice of options: for a terminal, and ``report.md``.
+    """The numbers of an experiment of rounds, a column for each choice of options, and the name of the page.
 
     Raises:
         NothingToReport: different experiments.
@@ -286,6 +293,8 @@ def report_tasks(runs: list[Run], skipped: list[str], out: Path, accuracy: float
     groups = _groups(runs)
     header = [names[0], *map(str, range(1, len(groups) + 1))]
     differing = [k for k in groups[0].options if any(c.options.get(k) != groups[0].options[k] for c in groups)]
+    for place, group in enumerate(groups, 1):
+        group.label = ", ".join([str(place), *[f"{option}={group.options.get(option)}" for option in differing]])
     rows = [[option, *[str(group.options.get(option)) for group in groups]] for option in differing]
     rows.append(["seeds", *[str(len(group.runs)) for group in groups]])
     for name in dict.fromkeys(name for run in runs for name in run.summary["measured"]):
@@ -294,7 +303,9 @@ def report_tasks(runs: list[Run], skipped: list[str], out: Path, accuracy: float
     rows.append(["seconds", *[mean(group.each("seconds"), ".1f") for group in groups]])
     notes = "Means ± 95 % confidence intervals over seeds (Student's t); of two seeds, both numbers."
     (out / "report.md").write_text(document(names[0], header, rows, notes, skipped), encoding="utf-8")
-    return aligned(header, rows), "report.md"
+    whole = page(names[0], header, rows, notes, "", details(groups, out), skipped)
+    (out / "report.html").write_text(whole, encoding="utf-8")
+    return aligned(header, rows), "report.html"
 
 
 def control(group: RunGroup, groups: list[RunGroup], name: str) -> RunGroup | None:

@@ -1,23 +1,22 @@
-"""How a report looks: cells of tables, Markdown, pictures, and the page that holds them all."""
+"""How a report looks: cells of tables, Markdown, and pictures."""
 
 from __future__ import annotations
 
 import html
-import io
+import itertools
 import math
 import re
 import statistics
 import textwrap
 import unicodedata
-from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from .pictures import uncluttered
+from .pictures import style, uncluttered
 from .statistics import interval
 
 if TYPE_CHECKING:
@@ -78,31 +77,15 @@ def spreadsheet(value: Any) -> Any:
     return f"'{text}" if unicodedata.normalize("NFKC", text).lstrip()[:1] in set("=+-@") else text
 
 
+AXES = {"epoch": "epoch", "seconds": "seconds of training", "forward_passes": "forward passes"}
+
+
 def curves(groups: list[RunGroup]) -> Figure:
     """Test accuracy against epochs, seconds and forward passes: means over the seeds, and bands from least to most."""
     figure, grid = plt.subplots(1, 3, figsize=(12, 4.2), layout="constrained", sharey=True)
-    axes_of: list[tuple[str, str]] = [("epoch", "epoch"), ("seconds", "seconds of training")]
-    axes_of += [("forward_passes", "forward passes")]
-    for axes, (key, label) in zip(grid, axes_of, strict=True):
-        for colour, group in zip(_colours(groups), groups, strict=True):
-            epochs = list(zip(*(run.history for run in group.runs), strict=False))  # as many as all have
-            along = [statistics.fmean(line[key] for line in lines) for lines in epochs]
-            seen = [[100 * line["test_accuracy"] for line in lines] for lines in epochs]
-            mean = [statistics.fmean(values) for values in seen]
-            axes.plot(along, mean, color=colour, marker="." if len(along) < 30 else None)
-            axes.fill_between(along, list(map(min, seen)), list(map(max, seen)), color=colour, alpha=0.2, linewidth=0)
-        shown = [line[key] for group in groups for run in group.runs for line in run.history]
-        wide = min(shown) > 0 and max(shown) > 10 * min(shown)
-        axes.set(xlabel=label)
-        if wide and key != "epoch":
-            axes.set_xscale("log")
-            steps = (1, 2, 5) if max(shown) < 100 * min(shown) else (1,)
-            axes.xaxis.set_major_locator(LogLocator(subs=steps))
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-            axes.xaxis.set_minor_formatter(NullFormatter())
-        uncluttered(axes)
+    for axes, key in zip(grid, AXES, strict=True):
+        _course(axes, groups, key)
     grid[0].set_ylabel("test accuracy (%)")
-    grid[0].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     labels = [_caption(group) for group in groups]
     longest = max(len(line) for label in labels for line in label.splitlines())
     legend = figure.legend(
@@ -117,6 +100,41 @@ def curves(groups: list[RunGroup]) -> Figure:
     return figure
 
 
+def panels(groups: list[RunGroup]) -> list[Figure]:
+    """The same as `curves` in three figures, which a page can put beside or below each other, without a legend."""
+    figures = []
+    for key in AXES:
+        figure, axes = plt.subplots(figsize=(4.2, 3.4), layout="constrained")
+        _course(axes, groups, key)
+        axes.set_ylabel("test accuracy (%)")
+        figures.append(figure)
+    return figures
+
+
+def _course(axes: Axes, groups: list[RunGroup], key: str) -> None:
+    """Test accuracy of all groups against one of `AXES`."""
+    for drawn_as, group in zip(styles(groups), groups, strict=True):
+        epochs = list(zip(*(run.history for run in group.runs), strict=False))  # as many as all have
+        along = [statistics.fmean(line[key] for line in lines) for lines in epochs]
+        seen = [[100 * line["test_accuracy"] for line in lines] for lines in epochs]
+        axes.plot(along, [statistics.fmean(values) for values in seen], **drawn_as)
+        least, most, colour = list(map(min, seen)), list(map(max, seen)), drawn_as["color"]
+        axes.fill_between(along, least, most, color=colour, alpha=0.2, linewidth=0)
+    shown = [line[key] for group in groups for run in group.runs for line in run.history]
+    axes.set_xlabel(AXES[key])
+    if key == "epoch":
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        if min(shown) == max(shown):  # of single epochs
+            axes.set_xlim(min(shown) - 1, max(shown) + 1)
+    elif min(shown) > 0 and max(shown) > 10 * min(shown):
+        axes.set_xscale("log")
+        steps = (1, 2, 5) if max(shown) < 100 * min(shown) else (1,)
+        axes.xaxis.set_major_locator(LogLocator(subs=steps))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    uncluttered(axes)
+
+
 def _caption(group: RunGroup) -> str:
     """A label for pictures, wrapped into short lines."""
     return "\n".join(textwrap.wrap(group.label, 48, max_lines=3, placeholder=" …")) or "…"
@@ -128,12 +146,13 @@ def bars(groups: list[RunGroup]) -> Figure:
     each = max(0.42, 0.18 * max(label.count("\n") + 1 for label in labels))
     figure, axes = plt.subplots(figsize=(8, 0.9 + each * len(groups)), layout="constrained")
     lowest = 100.0
-    for row, (colour, group) in enumerate(zip(_colours(groups), groups, strict=True)):
+    for row, (drawn_as, group) in enumerate(zip(styles(groups), groups, strict=True)):
+        colour = drawn_as["color"]
         points = [100 * value for value in group.each("test_accuracy")]
         mean, half = statistics.fmean(points), interval(points) if len(points) > 2 else None
         lowest = min(lowest, mean - (half or 0), *points)
         axes.barh(row, mean, color=colour, alpha=0.5, xerr=half, error_kw={"capsize": 3, "elinewidth": 1})
-        axes.plot(points, [row] * len(points), "o", color=colour, markersize=4, markeredgecolor="black")
+        axes.plot(points, [row] * len(points), drawn_as["marker"], color=colour, markersize=5, markeredgecolor="black")
         axes.annotate(f"{mean:.2f}", (100, row), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9)
     axes.set_yticks(range(len(groups)), labels, parse_math=False)
     axes.invert_yaxis()
@@ -143,60 +162,9 @@ def bars(groups: list[RunGroup]) -> Figure:
     return figure
 
 
-def _colours(groups: list[RunGroup]) -> list[Any]:
-    """Controls in greys, rules in colours."""
+def styles(groups: list[RunGroup]) -> list[dict[str, Any]]:
+    """Controls in black and greys, rules in colours."""
     greys = {"sgd": "black", "random_trunk": "grey", "adam": "dimgrey"}
-    bright = cycle(plt.get_cmap("tab10")(i) for i in (0, 1, 2, 3, 4, 5, 6, 8, 9))
-    return [greys[name] if (name := group.options["optimizer.name"]) in greys else next(bright) for group in groups]
-
-
-STYLE = """
-:root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #222; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .8125rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .45rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
-th { border-bottom: 2px solid #222; }
-svg { width: 100%; height: auto; } .wide svg { min-width: 44rem; } .small { max-width: 44rem; }
-p.notes, ul { font-size: .875rem; color: #555; max-width: 60rem; }
-@media print { body { margin: 0; font-size: 11px; } .wide { overflow: visible; } .wide svg { min-width: 0; }
-  table { font-size: 8px; } th, td { padding: .15rem .3rem; } svg, tr { break-inside: avoid; } }
-"""
-
-
-def page(
-    title: str,
-    header: list[str],
-    rows: list[list[str]],
-    notes: str,
-    figures: dict[str, Figure],
-    skipped: list[str],
-) -> str:
-    """One page of HTML that needs no other file."""
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
-    body = "\n".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
-    left_out = "".join(f"<li>{html.escape(line)}</li>" for line in skipped)
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>
-<h1>{html.escape(title)}</h1>
-<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>
-{body}
-</tbody></table></div>
-<p class="notes">{html.escape(notes)}</p>
-<h2>Accuracy against epochs, seconds and forward passes</h2><div class="wide">{_svg(figures["curves"])}</div>
-<h2>Final accuracy</h2><div class="small">{_svg(figures["accuracy"])}</div>
-{f"<h2>Left out</h2><ul>{left_out}</ul>" if skipped else ""}
-</body></html>
-"""
-
-
-def _svg(figure: Figure) -> str:
-    """The figure as an element of the page."""
-    text = io.StringIO()
-    # Fixed ids: the same runs give the same page.
-    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "bioopt"}):
-        figure.savefig(text, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    return text.getvalue()[text.getvalue().index("<svg") :]
+    names = [group.options["optimizer.name"] for group in groups]
+    places = itertools.count()
+    return [style(greys[name]) if name in greys else style(next(places)) for name in names]

@@ -1,19 +1,23 @@
 """Many runs from one command, ``python train.py -m seed=0,1,2 ...``: each in a process and a folder of its own.
 
-A sweep's runs are in ``runs/<sweep>``, each named by its options, so that the same command resumes the sweep.
+A sweep's runs are in ``runs/<sweep>``, or ``runs/<date>`` where it has no name, each named by its options. The folder
+has the sweep's options in ``sweep.yaml``, by which the same command resumes it.
 This module is loaded before a run is chosen, so it must not import torch.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
 import os
+import re
 import shlex
 import shutil
 import sys
 import threading
 import traceback
+from datetime import datetime
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -22,13 +26,17 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from . import interrupts
 from .checks import check_inside_runs
 from .config import is_result_independent, name_of, read, resolved, run_group
-from .files import alone
+from .files import alone, write_whole
 from .options import check
 
+OPTIONS = "sweep.yaml"
+DATED = r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d(-\d+)?$"  # folders of sweeps without a name
 _locks = contextlib.ExitStack()  # of the sweep under way; not in `Sweep`, which launchers send to other processes
 
 
@@ -36,17 +44,18 @@ class Sweep(Callback):
     """Names a sweep before its first run; after the last, writes the report and names the runs that failed."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Name the folder by the options if it has no name yet; without the seed, so that seeds can be added later."""
+        """Find the folder of the same options if the sweep has no name, or make one; seeds can be added later."""
         if "WORLD_SIZE" in os.environ:
             sys.exit("error: a sweep does not run under torchrun; start its runs one by one there, without -m")
+        overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+        options = sorted(str(o.input_line) for o in overrides if not is_result_independent(o.key_or_group))
         if config.sweep is not None:
             try:
                 check_inside_runs("sweep", config.sweep)
             except ValueError as error:
                 sys.exit(f"error: {error}")
         else:
-            overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
-            config.sweep = name_of([str(o.input_line) for o in overrides if not is_result_independent(o.key_or_group)])
+            config.sweep = folder_of(options)
             config.hydra.overrides.task.append(f"sweep='{config.sweep}'")  # for each run to know
         interrupts.resume_with(shlex.join(["python", "train.py", *sys.argv[1:]]))
         folder = Path(config.hydra.sweep.dir)
@@ -57,6 +66,7 @@ class Sweep(Callback):
             )
         except ValueError as error:
             sys.exit(f"error: {error}")
+        write_whole(folder / OPTIONS, OmegaConf.to_yaml(OmegaConf.create({"options": options})))
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Print a table, and write ``report.html`` beside the runs."""
@@ -74,13 +84,33 @@ class Sweep(Callback):
             sys.exit(f"error: {len(failed)} of the runs in {folder} failed, see above and error.txt in each")
 
 
+def folder_of(options: list[str]) -> str:
+    """The name of the folder in ``runs`` of the sweep with these options, the seed aside; if there is none, the date.
+
+    A sweep that was named has a name of its own, and is not found by its options.
+    """
+    runs = Path("runs")
+    for path in sorted(runs.glob(f"*/{OPTIONS}"), reverse=True):
+        with contextlib.suppress(YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError):
+            found = OmegaConf.load(path)
+            if re.match(DATED, path.parent.name) and OmegaConf.to_container(found) == {"options": options}:
+                return path.parent.name
+    now = f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    names = itertools.chain([now], (f"{now}-{n}" for n in itertools.count(2)))
+    return next(name for name in names if not (runs / name).exists())
+
+
 def run_one(config: DictConfig) -> None:
     """One run of a sweep: skipped if it has finished, resumed if it was interrupted; an error goes to ``error.txt``."""
     job = HydraConfig.get().job
     left_out = job.config.override_dirname.exclude_keys
     overrides = OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task))
     named = [o for o in overrides if not {o.key_or_group, o.key_or_group.partition(".")[0]} & {*left_out}]
-    name = name_of([str(o.input_line) for o in named])
+    typed = [str(o.input_line) for o in named]
+    # Without one that was typed, the name of what learns, so that a folder is never named by a seed alone.
+    chosen = any(o.key_or_group == "optimizer" for o in overrides)
+    task = config.task.name if config.task is not None else None
+    name = name_of(typed if chosen else [f"optimizer={task or config.optimizer.name}", *typed])
     folder = Path(HydraConfig.get().sweep.dir) / name
     plain = resolved(config) | {"run_dir": str(folder)}
     print(f"\n[{job.num + 1}] {name}", flush=True)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from experiments.pictures import plt, saved
+from experiments.pictures import plt
 
 ROOT = Path(__file__).parent.parent
 RECORDS = ROOT / "experiments" / "records"
@@ -79,7 +79,7 @@ def main() -> None:
     right.imshow(picture[74:570, 66:524])  # without the margins and the title
     right.set_title("Digits that spiking neurons have learned,\nwithout labels and without gradients", fontsize=9)
     right.axis("off")
-    saved(figure, ROOT / "docs" / "front.png")
+    figure.savefig(ROOT / "docs" / "front.png", dpi=120)
 
 
 def accuracy(record: str) -> float:

@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from PIL import Image
 
-from experiments import pictures
+from experiments import pictures, receptive_fields
 
 ROOT = Path(__file__).parent.parent
 SERVER = multiprocessing.get_context("forkserver")
@@ -84,8 +84,8 @@ def inspected(record: Path, home: Path) -> str:
 
 def undraw(put: Callable[[object, str, object], None] = setattr) -> None:
     """Without the pictures that every run has: most of its time, where it is tiny and nobody looks at them."""
-    for name in ("curves", "neurons", "receptive_fields"):
-        put(pictures, name, lambda *drawn: drawn[-1])
+    for place, name in ((pictures, "curves"), (pictures, "neurons"), (receptive_fields, "before_and_after")):
+        put(place, name, lambda *drawn: drawn[-1])
 
 
 def unrender(put: Callable[[object, str, object], None] = setattr) -> None:

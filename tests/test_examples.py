@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -111,3 +114,40 @@ def test_ignite(run: Run) -> None:
     assert before < 25
     assert hebbian > 65
     assert perturbed > 80
+
+
+NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
+def test_a_notebook_runs_and_prints_what_it_holds(path: Path) -> None:
+    if path.stem == "spikes_and_memory":
+        pytest.importorskip("snntorch")
+    kept, fresh = (json.loads(path.read_text("utf-8")) for _ in range(2))
+    with torch.random.fork_rng():
+        runpy.run_path(str(ROOT / "scripts" / "notebooks.py"))["run"](fresh)
+    assert [printed(cell) for cell in fresh["cells"]] == [printed(cell) for cell in kept["cells"]]
+    accuracies = [float(number) for cell in fresh["cells"] for number in re.findall(r"([\d.]+) %", texts(cell))]
+    assert max(accuracies) > 60
+
+
+def texts(cell: dict[str, Any]) -> str:
+    """What a cell has printed, and the kind of each other output."""
+    outputs = cell.get("outputs", [])
+    return "\n".join("".join(output.get("text", [output["output_type"]])) for output in outputs)
+
+
+def printed(cell: dict[str, Any]) -> list[str]:
+    """The words of that in any order, without numbers, whose last digits depend on the processor."""
+    return sorted(re.sub(r"\d[\d.]*", "#", texts(cell)).split())
+
+
+def test_notebooks_hold_no_paths_and_stay_small() -> None:
+    assert len(NOTEBOOKS) == 4
+    for path in NOTEBOOKS:
+        text = path.read_text("utf-8")
+        assert not re.search(r"/(home|work|tmp|Users|root)/", text), path.name
+        assert len(text) < 200_000, path.name
+        code = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+        assert all(cell["execution_count"] for cell in code), "python scripts/notebooks.py runs it"

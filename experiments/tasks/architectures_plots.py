@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from ..pictures import saved
+from ..pictures import VERMILION, saved
 from ..statistics import interval
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def panel(experiment: Architectures, axes: Axes, history: list[dict[str, Any]], 
             clear = half is not None and statistics.fmean(lead) > half
             corner = (best - 0.46, row - 0.44)
             axes.add_patch(
-                Rectangle(corner, 0.92, 0.88, fill=False, edgecolor="red", lw=2.2, ls="-" if clear else (0, (2, 2)))
+                Rectangle(corner, 0.92, 0.88, fill=False, edgecolor=VERMILION, lw=2.2, ls="-" if clear else (0, (2, 2)))
             )
     axes.set_title(rule.replace("_", " "), fontsize=12)
     axes.set_xticks(range(len(experiment.structures)), [name.replace("_", " ") for name in experiment.structures])

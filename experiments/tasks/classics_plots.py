@@ -12,9 +12,9 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from ..pictures import SIGNED, saved, uncluttered
+from ..pictures import BLUE, SIGNED, VERMILION, saved, uncluttered
 
-LEARNED, BEFORE, CONTROL = "tab:red", "lightgrey", "tab:blue"
+LEARNED, BEFORE, CONTROL = VERMILION, "lightgrey", BLUE
 Drawn = Mapping[str, Tensor]
 
 

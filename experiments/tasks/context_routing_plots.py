@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from ..pictures import saved, uncluttered
+from ..pictures import COLOURS, saved, uncluttered
 from ..statistics import interval
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def bars(task: ContextRouting, history: list[dict[str, Any]], title: str, path: 
             values = [100 * a for a in task.each(history, rule, name, "accuracy")]
             at = place + (i - (len(task.rules) - 1) / 2) * width
             axes.bar(
-                at, statistics.fmean(values), 0.92 * width, color=f"C{i}", alpha=0.55,
+                at, statistics.fmean(values), 0.92 * width, color=COLOURS[i % len(COLOURS)], alpha=0.55,
                 label=rule.replace("_", " ") if place == 0 else None,
                 yerr=interval(values), error_kw={"capsize": 2, "elinewidth": 1},
             )  # fmt: skip

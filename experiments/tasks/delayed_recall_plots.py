@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 
-from ..pictures import saved, uncluttered
+from ..pictures import BLUE, ORANGE, saved, style, uncluttered
 
 if TYPE_CHECKING:
     from .delayed_recall import DelayedRecall
 
 #: label, colour and line of each model
 STYLES = {
-    "buffer": ("buffer", "tab:blue", "-"),
-    "fast_weights": ("fast weights", "tab:orange", "-"),
-    "gated_buffer": ("buffer, gated", "tab:blue", "--"),
-    "gated_fast_weights": ("fast weights, gated", "tab:orange", "--"),
+    "buffer": ("buffer", BLUE, "-"),
+    "fast_weights": ("fast weights", ORANGE, "-"),
+    "gated_buffer": ("buffer, gated", BLUE, "--"),
+    "gated_fast_weights": ("fast weights, gated", ORANGE, "--"),
     "gru": ("GRU, backpropagation", "black", "-"),
 }
 
@@ -34,7 +34,7 @@ def picture(task: DelayedRecall, last: dict[str, Any], title: str, path: Path) -
         trained = axes.axvspan(least, task.gru[limit], color="grey", alpha=0.15, linewidth=0)
         chance = axes.axhline(100 / task.values, color="grey", linewidth=0.8, linestyle=":")
         lines = [
-            axes.plot(along, [100 * a for a in last[key][name]], line, color=colour, marker=".")[0]
+            axes.plot(along, [100 * a for a in last[key][name]], linestyle=line, **style(colour))[0]
             for name, (_, colour, line) in STYLES.items()
         ]
         axes.set(xlabel=label, ylim=(0, 104))

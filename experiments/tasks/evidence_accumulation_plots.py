@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any
 import matplotlib.pyplot as plt
 from torch import Tensor
 
-from ..pictures import saved, uncluttered
+from ..pictures import BLUE, ORANGE, saved, style, uncluttered
 
 if TYPE_CHECKING:
     from .evidence_accumulation import EvidenceAccumulation
 
 #: label, colour and line of each learner
 STYLES = {
-    "eprop": ("e-prop", "tab:blue", "-"),
-    "random": ("e-prop, random feedback", "tab:blue", "--"),
+    "eprop": ("e-prop", BLUE, "-"),
+    "random": ("e-prop, random feedback", BLUE, "--"),
     "bptt": ("backpropagation through time", "black", "-"),
-    "lif": ("e-prop, no adaptation", "tab:orange", "-"),
+    "lif": ("e-prop, no adaptation", ORANGE, "-"),
     "frozen": ("recurrent layer frozen", "grey", "-"),
 }
 
@@ -30,7 +30,7 @@ def curves(task: EvidenceAccumulation, history: list[dict[str, Any]], title: str
     steps = [line["steps"] for line in history]
     for name in task.learners:
         label, colour, line = STYLES[name]
-        axes.plot(steps, [100 * one[name] for one in history], line, color=colour, marker=".", label=label)
+        axes.plot(steps, [100 * one[name] for one in history], linestyle=line, **style(colour), label=label)
     axes.axhline(95, color="grey", linewidth=0.8, linestyle=":")
     axes.set(xlabel=f"steps of {task.batch_size} trials", ylabel="right answers (%)", ylim=(45, 101))
     uncluttered(axes)

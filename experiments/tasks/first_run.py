@@ -16,7 +16,7 @@ from bioopt import find_synapses
 
 from .. import building, data
 from ..diagnostics import wins
-from ..pictures import first_weights
+from ..receptive_fields import first_weights
 from ..statistics import percent, with_interval
 from . import Task, first_run_plots
 

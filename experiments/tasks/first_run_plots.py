@@ -11,7 +11,8 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from ..pictures import MOST_FIELDS, draw_fields, saved, uncluttered
+from ..pictures import saved, style, uncluttered
+from ..receptive_fields import MOST_FIELDS, draw_fields
 
 
 def page(
@@ -44,13 +45,14 @@ def page(
     ranked = sorted(courses, key=lambda rule: -statistics.fmean(course[-1] for course in courses[rule]))
     for place, rule in enumerate(ranked):
         at_epoch = [[100 * accuracy for accuracy in epoch] for epoch in zip(*courses[rule], strict=True)]
-        colour = "grey" if rule == control else f"C{place}"
+        drawn_as = style("grey" if rule == control else place)
         means = list(map(statistics.fmean, at_epoch))
         label = f"{rule.replace('_', ' ')}{' (control)' * (rule == control)}: {means[-1]:.1f} %"
-        axes.plot(means, color=colour, label=label)
+        axes.plot(means, **drawn_as, label=label)
         axes.fill_between(
-            range(len(means)), list(map(min, at_epoch)), list(map(max, at_epoch)), color=colour, alpha=0.2, linewidth=0
-        )
+            range(len(means)), list(map(min, at_epoch)), list(map(max, at_epoch)), color=drawn_as["color"], alpha=0.2,
+            linewidth=0,
+        )  # fmt: skip
     axes.set(xlabel="epoch", ylabel="test accuracy (%)", ylim=(0, 100), xlim=(0, len(means) - 1))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False, loc="lower right", fontsize=8, handlelength=1, title="mean; band: all repetitions",

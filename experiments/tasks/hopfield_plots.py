@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from torch import Tensor
 
-from ..pictures import saved, uncluttered
+from ..pictures import BLUE, GREEN, ORANGE, VERMILION, saved, style, uncluttered
 
 THEORY = 0.138  # patterns per neuron, in the limit of many neurons: Amit, Gutfreund & Sompolinsky (1985)
 RULES = ("hebbian", "storkey", "pseudo_inverse")
@@ -30,7 +30,7 @@ def recall(
             axes.imshow(state.view(*shape).numpy(), cmap="Greys", vmin=-1, vmax=1)
             if row == 0:
                 axes.set_title(label, fontsize=8)
-        colour = "green" if right else "red"
+        colour = GREEN if right else VERMILION
         grid[row][first + 3].set_xlabel("right" if right else "wrong", fontsize=8, color=colour)
         grid[row][0].set_ylabel(memory.replace("_", "-\n"), fontsize=8)
     for axes in grid.flat:
@@ -66,10 +66,10 @@ def dynamics(
     figure.suptitle(title)
     updates = np.arange(len(energies)) / units
     corrupted = min(10, patterns)
-    left.plot(updates, energies[:, :corrupted] / units, color="tab:blue", linewidth=0.9)
-    left.plot(updates, energies[:, corrupted:] / units, color="tab:orange", linewidth=0.9)
-    left.plot([], [], color="tab:blue", label="patterns with errors")
-    left.plot([], [], color="tab:orange", label="random states")
+    left.plot(updates, energies[:, :corrupted] / units, color=BLUE, linewidth=0.9)
+    left.plot(updates, energies[:, corrupted:] / units, color=ORANGE, linewidth=0.9)
+    left.plot([], [], color=BLUE, label="patterns with errors")
+    left.plot([], [], color=ORANGE, label="random states")
     left.set(
         xlabel="updates of each unit", ylabel="energy / units", title=f"Hopfield, {units} units, {patterns} patterns"
     )
@@ -79,9 +79,9 @@ def dynamics(
     some = order[:: max(1, len(order) // 150)]
     time, unit = spikes[:, some].nonzero(as_tuple=True)
     right.plot(time, unit, "|", markersize=2.5, color="black")
-    right.axvspan(0, cue_duration, color="tab:blue", alpha=0.15, linewidth=0)
+    right.axvspan(0, cue_duration, color=BLUE, alpha=0.15, linewidth=0)
     active = int((digit[some] > 0).sum())
-    right.axhline(active - 0.5, color="tab:red", linewidth=0.8)
+    right.axhline(active - 0.5, color=VERMILION, linewidth=0.8)
     right.set_ylim(len(some), -1)
     right.set(xlabel="ms (blue: half of a digit as the cue)", ylabel="some units, those of the digit first")
     right.set_title("spikes")
@@ -95,21 +95,22 @@ def capacity(lines: dict[str, list[dict[str, Any]]], half: dict[int, float], lin
     figure.suptitle(title)
     sizes, limit, rules, modern = grid.flat
     loads = [line["load"] for line in lines["load"]]
-    for name in [key for key in lines["load"][0] if key.startswith("held_")]:
-        sizes.plot(loads, [line[name] for line in lines["load"]], marker=".", label=f"N = {name.removeprefix('held_')}")
+    for place, name in enumerate(key for key in lines["load"][0] if key.startswith("held_")):
+        held, label = [line[name] for line in lines["load"]], f"N = {name.removeprefix('held_')}"
+        sizes.plot(loads, held, **style(place), label=label)
     sizes.axvline(THEORY, color="grey", linestyle=":", label=f"theory, {THEORY}")
     sizes.set(xlabel="load, patterns / N", ylabel="share of patterns held", title="Hebbian, from the pattern itself")
     if half:
         limit.plot([n**-0.5 for n in half], list(half.values()), "o", label="half of the patterns held")
     if line is not None:
         ends = np.array([0, max(n**-0.5 for n in half)])
-        limit.plot(ends, line[0] * ends + line[1], color="tab:blue", label=f"{line[1]:.3f} at N = ∞")
+        limit.plot(ends, line[0] * ends + line[1], color=BLUE, label=f"{line[1]:.3f} at N = ∞")
     limit.plot(0, THEORY, "*", color="grey", markersize=10, label=f"theory, {THEORY}", clip_on=False)
     limit.set(xlabel=r"$1 / \sqrt{N}$", ylabel="load", title="Hebbian, where half are lost", xlim=(0, None))
-    for name in (*RULES, "spiking"):
+    for place, name in enumerate((*RULES, "spiking")):
         points = [(line["rule_load"], line[name]) for line in lines["rule_load"]]
         label = "spiking, Hebbian" if name == "spiking" else name.replace("_", "-")
-        rules.plot(*zip(*points, strict=True), marker=".", label=label)
+        rules.plot(*zip(*points, strict=True), **style(place), label=label)
     rules.set(xlabel="load, patterns / N", ylabel="share recalled", title="from cues with errors")
     filled = {line["modern"]: line["patterns"] for line in lines["modern"] if "patterns" in line}
     modern.plot(list(filled), list(filled.values()), "o-", label="modern, half recalled from cues with errors")

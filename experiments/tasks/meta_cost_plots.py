@@ -13,13 +13,14 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.patches import Rectangle
 
-from ..pictures import saved, uncluttered
+from .. import pictures
+from ..pictures import BLUE, VERMILION, saved, style, uncluttered
 from ..statistics import interval, percent
 
 if TYPE_CHECKING:
     from .meta_cost import MetaCost
 
-COLOURS = plt.get_cmap("Set2").colors  # type: ignore[attr-defined]  # of costs
+COLOURS = (*pictures.COLOURS, "0.6", "0.3", "0.85")  # of costs
 LOOPS = {"optuna": "Optuna", "perturbation": "perturbation"}  # the outer loops, with their labels
 STRATEGIES = ("one_size", "best_cost", *LOOPS)  # to choose the cost of a task; the others are compared with the first
 LABELS = {"best_cost": "best cost of each", **LOOPS}
@@ -209,15 +210,15 @@ def stack(task: MetaCost, axes: Axes, lines: list[dict[str, Any]]) -> None:
 
 def curve(task: MetaCost, axes: Axes, lines: list[dict[str, Any]]) -> None:
     """The best so far against inner learnings: mean, and range over repetitions."""
-    for loop, colour in zip(LOOPS, ("black", "tab:red"), strict=True):
+    for loop, colour in zip(LOOPS, ("black", VERMILION), strict=True):
         courses = [[100 * max(line["tried"][loop][: n + 1]) for n in range(task.learnings)] for line in lines]
         at = list(zip(*courses, strict=True))
         learned = range(1, task.learnings + 1)
         axes.fill_between(learned, list(map(min, at)), list(map(max, at)), color=colour, alpha=0.12, linewidth=0)
         name = f"{LOOPS[loop]} ({LOOPS[loop][0].upper()})"
-        axes.plot(learned, list(map(statistics.fmean, at)), color=colour, linewidth=1.6, label=name)
+        axes.plot(learned, list(map(statistics.fmean, at)), **style(colour), linewidth=1.6, label=name)
     grid = 100 * statistics.fmean(line["chosen"][line["best_cost"]]["validation"] for line in lines)
     count = len(task.costs) * len(task.rates)
-    axes.axhline(grid, color="tab:blue", linewidth=1, linestyle="--", label=f"best single cost, of {count} learnings")
+    axes.axhline(grid, color=BLUE, linewidth=1, linestyle="--", label=f"best single cost, of {count} learnings")
     axes.set_xlabel("inner learnings")
     uncluttered(axes)

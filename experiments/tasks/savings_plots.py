@@ -9,14 +9,14 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from ..pictures import saved, uncluttered
+from ..pictures import BLUE, VERMILION, saved, style, uncluttered
 from ..statistics import interval, percent
 
 #: what is compared, by its label and colour; B comes between, and the last two start where B ends
 PHASES = {
     "first": ("A, the first time", "black"),
-    "other": ("C instead, never seen before", "tab:blue"),
-    "again": ("A again, after B", "tab:red"),
+    "other": ("C instead, never seen before", BLUE),
+    "again": ("A again, after B", VERMILION),
 }
 
 
@@ -68,7 +68,7 @@ def curves(rules: list[str], history: list[dict[str, Any]], criterion: float, ti
             at_step = [[100 * a for a in accuracies] for accuracies in zip(*held, strict=True)]
             least, most = list(map(min, at_step)), list(map(max, at_step))
             axes.fill_between(range(longest), least, most, color=colour, alpha=0.15, linewidth=0)
-            axes.plot(list(map(statistics.fmean, at_step)), color=colour, linewidth=1.8, label=label)
+            axes.plot(list(map(statistics.fmean, at_step)), **style(colour), linewidth=1.8, label=label)
         axes.axhline(100 * criterion, color="grey", linewidth=0.8, linestyle=":")
         axes.set_title(rule.replace("_", " "), fontsize=10)
         uncluttered(axes)

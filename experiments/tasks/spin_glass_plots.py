@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from ..pictures import mosaic, saved, uncluttered
+from ..pictures import BLUE, ORANGE, VERMILION, mosaic, saved, style, uncluttered
 
 if TYPE_CHECKING:
     from .spin_glass import Valleys
@@ -26,14 +26,14 @@ def four_panels(task: Valleys, title: str, same: Tensor, other: Tensor, folder: 
     density = len(middles) / 2
     t = glass.temperatures.cpu()
     axes = grid[0][0]
-    axes.plot(t, glass.mean("energy"), marker="o", markersize=4, label="measured")
+    axes.plot(t, glass.mean("energy"), **style(BLUE), label="measured")
     warm = torch.linspace(1, float(t[-1]), 50)
     axes.plot(warm, -1 / (2 * warm), color="black", linewidth=1, label="theory, −1/(2T) for T > 1")
     axes.axhline(GROUND_STATE, color="grey", linestyle="--", linewidth=1, label=f"ground state, {GROUND_STATE}")
     axes.set(xlabel="temperature T", ylabel="energy per spin", title=f"Spin glass, N = {glass.units}")
     axes = grid[0][1]
-    for i in _spread(len(t)):
-        axes.plot(middles, glass.mean("histogram")[i] * density, label=f"T = {t[i]:.2f}")
+    for place, i in enumerate(_spread(len(t))):
+        axes.plot(middles, glass.mean("histogram")[i] * density, **style(place), label=f"T = {t[i]:.2f}")
     axes.set(
         xticks=[-1, -0.5, 0, 0.5, 1],
         xlabel="overlap q of two replicas",
@@ -42,16 +42,16 @@ def four_panels(task: Valleys, title: str, same: Tensor, other: Tensor, folder: 
     )
     t, own = machine.temperatures.cpu(), task.own
     axes = grid[1][0]
-    axes.plot(t, machine.mean("energy"), marker="o", markersize=4, color="tab:orange", label="measured")
+    axes.plot(t, machine.mean("energy"), **style(ORANGE), label="measured")
     axes.axvline(1, color="grey", linestyle="--", linewidth=1, label="T = 1, where it has learned")
     units = "×".join(str(n) for n in reversed(task.rbm.weight.shape))
     axes.set(xlabel="temperature T", ylabel="energy per unit", title=f"Boltzmann machine, {units}, digits")
     axes = grid[1][1]
-    for i, colour in ((own, "tab:orange"), (len(t) - 1, "tab:red")):
-        axes.plot(middles, machine.mean("histogram")[i] * density, color=colour, label=f"samples, T = {t[i]:.2f}")
-    for q, name, style in ((same, "digits of one class", "-"), (other, "digits of two classes", "--")):
+    for i, colour in ((own, ORANGE), (len(t) - 1, VERMILION)):
+        axes.plot(middles, machine.mean("histogram")[i] * density, **style(colour), label=f"samples, T = {t[i]:.2f}")
+    for q, name, line in ((same, "digits of one class", "-"), (other, "digits of two classes", "--")):
         counts = torch.histc(q, len(middles), -1, 1)
-        axes.plot(middles, counts / counts.sum() * density, color="grey", linestyle=style, label=name)
+        axes.plot(middles, counts / counts.sum() * density, color="grey", linestyle=line, label=name)
     axes.set(xlabel="overlap q of two samples", ylabel="P(q)", title="Boltzmann machine: valleys that mean something")
     for row in grid:
         row[1].set_xticks([-1, -0.5, 0, 0.5, 1])

@@ -8,8 +8,10 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from matplotlib.colors import to_rgb
+from PIL import Image
 
-from experiments import pictures
+from experiments import pictures, receptive_fields
 from experiments.run import run
 from experiments.tasks import first_run_plots
 from experiments.tasks.first_run import FirstRun
@@ -71,13 +73,13 @@ def test_mistakes_are_named(wrong: str, tmp_path: Path) -> None:
 def test_fields_are_sorted_by_wins_and_the_dead_marked() -> None:
     weights = torch.stack([torch.full((4,), float(k)) for k in range(3)])
     figure, axes = plt.subplots()
-    note = pictures.draw_fields(
+    note = receptive_fields.draw_fields(
         axes, {"start": weights, "end": -weights}, torch.tensor([0.25, 0.0, 0.75]), (1, 2, 2), 3
     )
-    assert "red: the 1 that never is" in note
+    assert "orange: the 1 that never is" in note
     columns = {text.get_text(): round(text.get_position()[0]) for text in axes.texts}
     assert (columns["75 %"], columns["25 %"], columns["never"]) == (0, 0, 2) or columns["75 %"] < columns["25 %"]
-    red = [patch for patch in axes.patches if patch.get_edgecolor()[:3] == (1, 0, 0)]
+    red = [patch for patch in axes.patches if patch.get_edgecolor()[:3] == to_rgb(pictures.VERMILION)]
     assert {int(patch.get_x()) for patch in red} == {2}
     assert len(red) == 2
     signs = [float(image.get_array().mean()) for image in axes.images]  # of each neuron: start, then end
@@ -86,15 +88,15 @@ def test_fields_are_sorted_by_wins_and_the_dead_marked() -> None:
 
 
 def test_of_many_neurons_some_are_drawn_with_the_dead_among_them() -> None:
-    count = 2 * pictures.MOST_FIELDS
+    count = 2 * receptive_fields.MOST_FIELDS
     share = torch.arange(count).float().sub(count // 2).clamp(min=0)
     share /= share.sum()
     figure, axes = plt.subplots()
-    note = pictures.draw_fields(axes, {"end": torch.randn(count, 4)}, share, (1, 2, 2), 16)
-    assert note.startswith(f"{pictures.MOST_FIELDS} of {count} neurons")
-    assert len(axes.images) == pictures.MOST_FIELDS
+    note = receptive_fields.draw_fields(axes, {"end": torch.randn(count, 4)}, share, (1, 2, 2), 16)
+    assert note.startswith(f"{receptive_fields.MOST_FIELDS} of {count} neurons")
+    assert len(axes.images) == receptive_fields.MOST_FIELDS
     dead = [text for text in axes.texts if text.get_text() == "never"]
-    assert len(dead) == pictures.MOST_FIELDS // 2
+    assert len(dead) == receptive_fields.MOST_FIELDS // 2
     plt.close(figure)
 
 
@@ -109,3 +111,21 @@ def test_a_resumed_run_draws_the_weights_it_started_with(tmp_path: Path) -> None
         made.append(Classification(chosen, torch.device("cpu"), Ranks()).start)
     assert torch.equal(made[0], made[1])
     assert made[0].shape == (4, 784)
+
+
+def test_an_animation_has_a_picture_for_each_state(tmp_path: Path) -> None:
+    states = [torch.full((3, 4), -1.0), torch.zeros(3, 4), torch.full((3, 4), 2.0)]
+    path = receptive_fields.animation(states, (1, 2, 2), 2, tmp_path / "fields.gif", scale=1)
+    with Image.open(path) as drawn:
+        assert (drawn.n_frames, drawn.size) == (3, (6, 6))
+        colours = []
+        for frame in range(3):
+            drawn.seek(frame)
+            colours.append(drawn.convert("RGB").getpixel((0, 0)))
+            assert drawn.convert("RGB").getpixel((4, 4)) == drawn.convert("RGB").getpixel((2, 2))  # no fourth neuron
+    blue, white, red = colours
+    assert blue[2] > blue[0]
+    assert red[0] > red[2]
+    assert max(white) - min(white) < 5
+    with pytest.raises(ValueError, match=r"weights of shape \(3, 5\) do not see images of \(1, 2, 2\)"):
+        receptive_fields.animation([torch.zeros(3, 5)], (1, 2, 2), 2, tmp_path / "none.gif")

@@ -144,7 +144,7 @@ def test_no_cell_of_the_spreadsheet_is_a_formula(made: Path) -> None:
 def test_the_page_has_no_markup_of_names(made: Path) -> None:
     page = (made / "report.html").read_text(encoding="utf-8")
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
-    assert "<script" not in page
+    assert page.count("<script") == 1  # the report's own
     assert "<b>" not in page
     assert page.count("<tr>") == 1 + len(NAMES) + 1
 

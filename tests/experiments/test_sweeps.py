@@ -17,6 +17,7 @@ from hydra import compose, initialize_config_dir
 from experiments.config import name_of, run_group
 from experiments.report import NothingToReport, report
 from experiments.statistics import percent, plain
+from experiments.sweeps import DATED
 
 from ..commands import ROOT, TINY, config, fresh, script, started, train
 
@@ -78,22 +79,27 @@ def test_the_report_compares_groups_and_pairs_controls_by_seed(sweep: Path, tmp_
     (rule,) = [line for line in lines if line and line[0] == "hebbian"]
     # mean 82, deviation 2 over three seeds: 2 / sqrt(3) times Student's 4.303
     assert rule[1:4] == ["82.00", "±", "4.97"]
-    assert rule[5:11] == ["-10.00", "±", "4.97", "+12.00", "±", "4.97"]
-    assert rule[11:] == ["6.0", "30"]  # seconds and forward passes: the page has more
+    assert rule[4:10] == ["-10.00", "±", "4.97", "+12.00", "±", "4.97"]
+    assert rule[10:] == ["6.0"]  # seconds: the page has more
+    assert "digits: 9 runs in 3 groups, 3 seeds each" in shown
     (full,) = [line for line in (tmp_path / "out" / "report.md").read_text().splitlines() if "| hebbian" in line]
     # 4 seconds past the random trunk's 70 %, in epoch 2
     assert full.split(" | ")[5:] == ["3", "6.0", "100", "30", "4.0", "1", "1,000 |"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "accuracy.png", "curves.png", "report.csv", "report.html", "report.md",
+        "accuracy.pdf", "accuracy.png", "curves.pdf", "curves.png", "report.csv", "report.html", "report.md",
     ]  # fmt: skip
     table = list(csv.DictReader((tmp_path / "out" / "report.csv").read_text().splitlines()))
     assert len(table) == 9
     assert {row["seed"] for row in table} == {"0", "1", "2"}
     assert float(next(r for r in table if r["label"] == "hebbian" and r["seed"] == "1")["test_accuracy"]) == 0.84
     page = (tmp_path / "out" / "report.html").read_text()
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 4  # against epochs, seconds and forward passes; the last accuracies
     assert "82.00 ± 4.97" in page
-    assert not re.findall(r"(?:src|href)=\"(?!#)", page)  # nothing to fetch
+    assert not re.findall(r"src=\"(?!data:)", page)  # nothing to fetch
+    assert "://" not in re.sub(r"http://www.w3.org/[\w/]+", "", page)  # names of SVG's standards
+    assert re.findall(r"<a href=\"([^\"]*)\"", page) == [
+        f"../runs/{name}{seed}/" for name in "abc" for seed in range(3)
+    ]
     assert "| hebbian | 82.00 ± 4.97 | 3 |" in (tmp_path / "out" / "report.md").read_text()
     report([sweep], tmp_path / "out")
     assert (tmp_path / "out" / "report.html").read_text() == page  # made again, the same
@@ -138,7 +144,16 @@ def test_a_sweep_skips_what_is_finished_and_names_what_failed(tmp_path: Path) ->
     command = ["-m", "optimizer=sgd,oja", "optimizer.lr=0.1,-1", "seed=0", *TINY]
     done = train(*command, cwd=tmp_path)
     (folder,) = (tmp_path / "runs").iterdir()
-    assert folder.name == name_of(["optimizer=sgd,oja", "optimizer.lr=0.1,-1", *(o for o in TINY if "logger" not in o)])
+    assert re.fullmatch(DATED, folder.name)
+    learned = {run.name for run in folder.glob("*/")}
+    assert learned == {
+        f"{rule}-batch_size256-epochs1-cnn-kernel3-width2-lr{lr}-seed0"
+        for rule in ("sgd", "oja")
+        for lr in ("0.1", "-1")
+    }
+    typed = yaml.safe_load((folder / "sweep.yaml").read_text())["options"]
+    assert {"optimizer=sgd,oja", "optimizer.lr=0.1,-1"} < {*typed}
+    assert not any(option.startswith("seed") for option in typed)
     assert done.returncode == 1
     assert done.stdout.count("\nfailed: ValueError: optimizer=") == 2
     assert done.stdout.count("it failed: ValueError: optimizer=") == 2
@@ -198,6 +213,14 @@ def test_every_comparison_has_its_controls_and_seeds(experiment: str) -> None:
     assert swept.seed == "0,1,2"
     for optimizer in swept.optimizer.split(","):
         assert config(f"experiment={experiment}", f"optimizer={optimizer}").optimizer.name == optimizer
+
+
+def test_names_of_folders_need_no_quotes() -> None:
+    assert name_of(["optimizer=hebbian", "seed=0"]) == "hebbian-seed0"
+    typed = ["seed=1", "data=mnist", "optimizer=sgd", "optimizer.lr=0.5", "model.hidden=[32, 64]", "+x.y='a/b'", "~x.z"]
+    assert name_of(typed) == "sgd-mnist-hidden_32_64-lr0.5-ya_b-no-x.z-seed1"
+    assert len(name_of([f"optimizer.option{n}=1" for n in range(50)])) <= 120
+    assert name_of([]) == "defaults"
 
 
 def test_a_group_has_the_same_options_except_the_seed() -> None:

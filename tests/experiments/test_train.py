@@ -60,13 +60,13 @@ def test_every_optimizer_runs_and_writes_all_files(
     folder = tmp_path / "run"
     summary = run(config(*tiny(optimizer), f"run_dir={folder}"))
     left = {
-        "checkpoint.pt", "config.yaml", "curves.png", "metrics.jsonl", "neurons.png", "receptive_fields.png",
-        "summary.json",
+        "checkpoint.pt", "config.yaml", "curves.png", "curves.pdf", "metrics.jsonl", "neurons.png", "neurons.pdf",
+        "receptive_fields.png", "receptive_fields.pdf", "summary.json",
     }  # fmt: skip
     one_layer = optimizer == "reward_stdp"  # the last, of which there is no such picture
     in_time = optimizer == "eprop"  # whose first layer receives one row of an image
-    missing = {"neurons.png"} if one_layer else {"receptive_fields.png"} if in_time else set()
-    assert {p.name for p in folder.iterdir()} == left - missing
+    missing = "neurons" if one_layer else "receptive_fields" if in_time else None
+    assert {p.name for p in folder.iterdir()} == left - {f"{missing}.png", f"{missing}.pdf"}
     assert json.loads((folder / "summary.json").read_text()) == summary
     for key in ("test_accuracy", "best_test_accuracy", "optimizer", "data", "model", "seed", "epochs", "seconds",
                 "forward_passes", "peak_memory_bytes", "images_per_second"):  # fmt: skip
