@@ -20,10 +20,11 @@ from .models import spiking as spiking  # the configurations of older runs name 
 def vote(
     *, model: nn.Sequential, images: Images, title: str, folder: Path, rule: Mapping[str, Any] | None = None
 ) -> tuple[dict[str, float], list[Path]]:
-    """The test accuracy of the neurons' votes, as in the paper, and the measured STDP window.
+    """The test accuracy of the neurons' votes, and the measured STDP window. The readout is not used.
 
-    Each neuron is assigned to the class whose training images make it fire most on average; an image is assigned to the
-    class whose neurons fire most on average. The readout is not used.
+    As in the paper, each neuron is assigned to the class whose training images make it fire most on average, and an
+    image to the class whose neurons fire most on average. By weighted votes, each spike counts for every class in
+    proportion to how often its neuron fires for it (Hazan et al., 2018, *BindsNET*).
 
     Args:
         model: a network of `experiments.models.spiking`.
@@ -36,9 +37,11 @@ def vote(
     train_counts = torch.cat([model[0](images.prepare(part)) for part in images.train_images.split(EVALUATION_BATCH)])
     test_counts = torch.cat([model[0](inputs) for inputs, _ in images.test_batches(Augment())])
     assigned = assign(train_counts, images.train_labels, images.classes)
-    accuracy = (voted(test_counts, assigned, images.classes) == images.test_labels).float().mean().item()
+    by_neurons = voted(test_counts, assigned, images.classes)
+    by_spikes = (test_counts @ shares(train_counts, images.train_labels, images.classes)).argmax(1)
     results = {
-        "vote_accuracy": accuracy,
+        "vote_accuracy": (by_neurons == images.test_labels).float().mean().item(),
+        "weighted_vote_accuracy": (by_spikes == images.test_labels).float().mean().item(),
         "spikes_per_image": test_counts.sum(1).mean().item(),
         "silent_neurons": int((train_counts.sum(0) == 0).sum()),
     }
@@ -49,10 +52,23 @@ def vote(
 
 
 def assign(counts: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """The class for whose images each neuron fires most on average: samples×neurons to neurons."""
-    means = [counts[labels == c].mean(0) if (labels == c).any() else counts.new_zeros(counts.shape[1]) - 1
-             for c in range(classes)]  # fmt: skip
-    return torch.stack(means).argmax(0)
+    """The class for whose images each neuron fires most on average: samples×neurons to neurons.
+
+    -1 for a neuron that never fires, which has no vote.
+    """
+    return responses(counts, labels, classes).argmax(1).masked_fill(~counts.any(0), -1)
+
+
+def shares(counts: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """The share of each class in how often each neuron fires: samples×neurons to neurons×classes."""
+    means = responses(counts, labels, classes)
+    return means / means.sum(1, keepdim=True).clamp(min=1e-12)
+
+
+def responses(counts: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """How often each neuron fires on average for images of each class: samples×neurons to neurons×classes."""
+    silent = counts.new_zeros(counts.shape[1])
+    return torch.stack([counts[labels == c].mean(0) if (labels == c).any() else silent for c in range(classes)], dim=1)
 
 
 def voted(counts: Tensor, assigned: Tensor, classes: int) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from experiments.models import spiking
 from experiments.models.spiking import Competition
 from experiments.run import run
-from experiments.spiking import assign, voted, window
+from experiments.spiking import assign, shares, voted, window
 
 from ..commands import config
 
@@ -32,10 +32,14 @@ def test_neurons_that_compete() -> None:
 
 
 def test_votes() -> None:
-    counts = torch.tensor([[3.0, 0, 1], [2, 0, 1], [0, 4, 1], [1, 1, 1]])
-    assigned = assign(counts, torch.tensor([0, 0, 2, 2]), 4)
-    assert assigned.tolist() == [0, 2, 0]
-    assert voted(torch.tensor([[3.0, 2, 0], [3, 1, 2], [0, 0.1, 0]]), assigned, 4).tolist() == [2, 0, 2]
+    counts = torch.tensor([[3.0, 0, 1, 0], [2, 0, 1, 0], [0, 4, 1, 0], [1, 1, 1, 0]])
+    labels = torch.tensor([0, 0, 2, 2])
+    assigned = assign(counts, labels, 4)
+    assert assigned.tolist() == [0, 2, 0, -1]  # the last never fires, and has no vote
+    seen = torch.tensor([[3.0, 2, 0, 9], [3, 1, 2, 0], [0, 0.1, 0, 0]])
+    assert voted(seen, assigned, 4).tolist() == [2, 0, 2]
+    of_class = torch.tensor([[2.5, 0, 0.5, 0], [0, 0, 2.5, 0], [1, 0, 1, 0], [0, 0, 0, 0]])
+    torch.testing.assert_close(shares(counts, labels, 4), of_class / torch.tensor([[3.0], [2.5], [2], [1]]))
 
 
 def test_the_measured_window_is_that_of_the_options() -> None:
