@@ -164,9 +164,8 @@ def name_of(options: list[str]) -> str:
         own = bare if key.startswith("~") else value
         named = "." in bare or bare not in GROUPS
         text = f"{'no-' * key.startswith('~')}{bare.rpartition('.')[2] if named and own is value else ''}{own}"
-        text = re.sub(r"[^\w.+-]+", "_", re.sub("['\"]", "", text)).strip("_")
         place = 0 if bare == "optimizer" else 2 if bare == "seed" else 1
-        parts.append((place, group, bare, text))
+        parts.append((place, group, bare, re.sub(r"[^\w.+-]+", "_", text).strip("_")))
     name = "-".join(text for *_, text in sorted(parts)) or "defaults"
     return name if len(name) <= 120 else f"{name[:110]}-{hashlib.sha1(name.encode()).hexdigest()[:8]}"
 
