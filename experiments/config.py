@@ -159,6 +159,7 @@ def name_of(options: list[str]) -> str:
     parts = []
     for option in options:
         key, _, value = option.partition("=")
+        value = value.strip("'\"")
         bare = key.lstrip("+~")
         group = bare.split(".")[0].split("@")[0]
         own = bare if key.startswith("~") else value

@@ -348,7 +348,7 @@ def benchmark_tables(found: list[Rule], page: Path) -> str:
     text += [tables(benchmark, lambda rule: links.get(rule, f"`{rule}`")), "", NOTES, ""]
     if refused := [f"- {line}" for line in refusals(benchmark)]:
         text += ["Cannot be trained:", "", *refused, ""]
-    folder = relpath(RECORD.parent, page.parent)
+    folder = relpath(ROOT / "experiments" / "records" / "benchmark", page.parent)
     for name, (heading, shown, caption) in BENCHMARK_PICTURES.items():
         text += [f"### {heading}", "", f"![{shown}]({folder}/{name}.png)", "", caption, ""]
     return "\n".join(text).rstrip()

@@ -316,12 +316,15 @@ def test_presets_are_installed_with_the_library() -> None:
     assert "presets.json" in project["tool"]["setuptools"]["package-data"]["bioopt"]
 
 
+RECORDS = ("experiments/records/plausibility", "experiments/records/benchmark")  # that pages are made of
+
+
 @pytest.fixture
 def project(generate: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of what is read, to be changed."""
     monkeypatch.setattr(generate, "ROOT", tmp_path)
-    for folder in ("conf/optimizer", "conf/model", "docs", "experiments/records/plausibility"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.png", "_*"))
+    for folder in ("conf/optimizer", "conf/model", "docs", *RECORDS):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("_*"))
     (tmp_path / "bioopt").mkdir()
     shutil.copy(ROOT / "bioopt" / "presets.json", tmp_path / "bioopt")
     return tmp_path

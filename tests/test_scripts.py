@@ -73,6 +73,13 @@ def test_the_picture_of_the_readme(call: Call, tmp_path: Path, monkeypatch: pyte
         assert drawn.size == kept.size
 
 
+def test_receptive_fields_in_motion(call: Call, tmp_path: Path) -> None:
+    run = ["optimizer=hebbian", "model=mlp", "data=digits", "epochs=1", "batch_size=32"]
+    call("animate_fields.py", str(tmp_path / "fields.gif"), *run, "--frames", "3", "--neurons", "6")
+    with Image.open(tmp_path / "fields.gif") as drawn:
+        assert drawn.n_frames >= 2  # equal pictures become one
+
+
 def test_generate_names_outdated_files_and_writes_them(
     call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -225,7 +232,7 @@ class Parsed(Exception):
 def documented() -> list[str]:
     """The commands that pages and scripts give for scripts."""
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("**/*.md"), *(ROOT / "experiments/records").glob("*.md")]
-    texts = [page.read_text() for page in [*pages, *(ROOT / "scripts").glob("*.py")]]
+    texts = [page.read_text().replace("\\\n", " ") for page in [*pages, *(ROOT / "scripts").glob("*.py")]]
     return sorted({found.strip() for text in texts for found in re.findall(r"python (scripts/\w+\.py[^`#\n]*)", text)})
 
 
