@@ -116,7 +116,8 @@ def record_benchmark(name: str, folders: list[Path]) -> None:
     folder = RECORDS / name
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "result.json", by_line(result))
-    draw(benchmark, folder)
+    for picture in draw(benchmark, folder):
+        picture.with_suffix(".pdf").unlink()  # records have pictures as PNG alone
 
 
 def benchmark_command(

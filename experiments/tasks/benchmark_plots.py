@@ -131,14 +131,12 @@ def plausibility(benchmark: Benchmark, dependent: Mapping[str, float], path: Pat
         axes.set_xlim(min(counts) - 0.5, max(counts) + 1.4)
         axes.xaxis.set_major_locator(FixedLocator(list(range(int(min(counts)), int(max(counts)) + 1))))
         label_apart(axes, points)
-        axes.set_title(f"{name(data)}, mean over {', '.join(map(name, benchmark.networks))}", fontsize=10)
+        networks = ", ".join(map(name, benchmark.networks))
+        axes.set_title(f"{name(data)}, {'mean over ' * (len(benchmark.networks) > 1)}{networks}", fontsize=10)
         uncluttered(axes)
     grid[0][0].set_ylabel("test accuracy at equal epochs (%)")
     legend(figure, benchmark)
-    figure.supxlabel(
-        "quantities that a hidden layer's update depends on, of eight that were measured (left: more plausible)",
-        fontsize=10,
-    )
+    figure.supxlabel("quantities that a hidden layer's update depends on, of eight that were measured", fontsize=10)
     return saved(figure, path)
 
 

@@ -248,6 +248,7 @@ def test_a_benchmark_is_one_command_which_resumes_and_is_recorded(
     record.record_benchmark("benchmark", [folder])
     kept = json.loads((tmp_path / "records" / "benchmark" / "result.json").read_text())
     assert (kept["seeds"], len(kept["cells"])) == ([0, 1], 2)
+    assert {path.suffix for path in (tmp_path / "records" / "benchmark").iterdir()} == {".json", ".png"}
     assert kept["command"].startswith("python train.py experiment=benchmark benchmark.images=320")
     assert "'benchmark.rules=[sgd,random_trunk]'" in kept["command"] or "random_trunk,sgd" in kept["command"]
     config(*[word.strip("'") for word in kept["command"].split()[2:]])
