@@ -123,8 +123,8 @@ def test_relaxations_too_short_to_lower_the_energy_are_left_out() -> None:
     def closure() -> torch.Tensor:
         return (model(x) - 1).square().mean(1)
 
+    optimizer.steps = 2
     with pytest.raises(bioopt.Diverged):
-        optimizer.steps = 2
         optimizer.step(closure)
     optimizer.steps = 8
     course = relaxation_course(optimizer, closure)
