@@ -222,6 +222,21 @@ def test_the_large_benchmark_is_one_option() -> None:
     assert full.benchmark.keys() == small.keys()
 
 
+def test_the_command_of_a_record_is_that_of_the_nearest_size() -> None:
+    names = ["mnist", "cifar10", "cifar100"], ["mlp", "cnn", "lenet5", "resnet"], rules_by_name("all")
+    for size in ("small", "full"):
+        options = OmegaConf.to_container(OmegaConf.load(generate.ROOT / "conf" / "benchmark" / f"{size}.yaml"))
+        shared = ("images", "held_out", "test", "epochs", "batch_size", "seeds", "factors")
+        protocol = {**{key: options[key] for key in shared}, "models.mlp.hidden": [128, 128], "amp": False}
+        if size == "full":
+            found = record.benchmark_command(protocol, *names, 0)
+            assert found == "python train.py experiment=benchmark benchmark=full"
+        else:
+            protocol |= {"models.cnn.width": 8, "seeds": 5}
+            found = record.benchmark_command(protocol, names[0][:2], names[1][:3], names[2], 0)
+            assert found == "python train.py experiment=benchmark benchmark.seeds=5"
+
+
 @pytest.mark.long
 def test_a_benchmark_is_one_command_which_resumes_and_is_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
