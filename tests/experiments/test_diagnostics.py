@@ -110,6 +110,8 @@ def test_what_relaxation_buys_is_measured_and_drawn(tmp_path: Path) -> None:
     plain = torch.optim.SGD(model.parameters(), 0.1)
     assert relaxation_course(plain, closure) == {}
     assert pictures.relaxation_course({}, "", tmp_path / "none.png") is None
+    del optimizer.steps  # as of a rule of one's own that counts in another way
+    assert relaxation_course(optimizer, closure) == {}
 
 
 def test_relaxations_too_short_to_lower_the_energy_are_left_out() -> None:
