@@ -186,8 +186,13 @@ ABLATIONS: dict[str, Rule] = {
     "random_trunk, plain readout": lambda model: bioopt.Homeostasis(model, lr=0.0, **PLAIN),
     "homeostasis, plain readout": lambda model: bioopt.Homeostasis(model, **PLAIN),
 }
-for _name, _local in {"softhebb": bioopt.SoftHebb, "krotov_hopfield": bioopt.KrotovHopfield, "oja": bioopt.Oja}.items():
-    ABLATIONS[f"{_name}, no inhibition"] = partial(_local, inhibition=0.0)
+for _name, _local, _inhibition in (
+    ("hebbian", bioopt.Hebbian, 10.0),  # other than by default
+    ("softhebb", bioopt.SoftHebb, 10.0),
+    ("krotov_hopfield", bioopt.KrotovHopfield, 10.0),
+    ("oja", bioopt.Oja, 0.0),
+):
+    ABLATIONS[f"{_name}, inhibition {_inhibition:g}"] = partial(_local, inhibition=_inhibition)
     ABLATIONS[f"{_name}, constant rate"] = partial(_local, settle=0.0)
     ABLATIONS[f"{_name}, no homeostasis"] = partial(_local, lr=0.01, homeostasis=False)
     ABLATIONS[f"{_name}, as before"] = partial(_local, lr=0.01, homeostasis=False, **PLAIN)
@@ -216,11 +221,11 @@ def images(name: str, root: str, scale: str, count: int, held_out: bool) -> list
         root: its folder.
         scale: ``"unit"``, [0, 1]; ``"byte"``, [0, 255]; ``"standard"``, mean 0 and deviation 1 of each channel.
         count: the number of training images.
-        held_out: measure on the last 2,000 training images, to choose settings, in place of the test set's first 2,000.
+        held_out: measure on the last 2,000 training images, to choose settings, in place of the test set.
     """
     data = load(name, root)
     x, y = data.train_images, data.train_labels
-    test = (x[-2000:], y[-2000:]) if held_out else (data.test_images[:2000], data.test_labels[:2000])
+    test = (x[-2000:], y[-2000:]) if held_out else (data.test_images, data.test_labels)
     x, y, seen = x[:count].float(), y[:count].long(), test[0].float()
     if scale == "unit":
         x, seen = x / 255, seen / 255
@@ -297,10 +302,10 @@ def section(runs: list[dict[str, Any]]) -> str:
     networks = [name for name in NETWORKS if any(r["network"] == name for r in runs)]
     rules = [name for name in RULES | ABLATIONS if any(r["rule"] == name for r in runs)]
     seeds = sorted({r["seed"] for r in runs})
-    where = "held-out training images" if one["held_out"] else "test images"
+    where = "2,000 held-out training images" if one["held_out"] else "the test set"
     text = [
         f"## {one['data']}, input in {one['scale']} scale, {one['images']:,} images, {one['epochs']} epochs, batches "
-        f"of {one['batch']}\n\nAccuracy in % on 2,000 {where}; seeds: {', '.join(map(str, seeds))}.\n"
+        f"of {one['batch']}\n\nAccuracy in % on {where}; seeds: {', '.join(map(str, seeds))}.\n"
     ]
 
     def table(

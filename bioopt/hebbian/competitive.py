@@ -34,6 +34,9 @@ from .arithmetic import (
 COMPETITIONS = ("soft", "hard", "k", "none")
 DECAYS = ("subspace", "own", "none")
 
+#: of homeostasis: neurons that compete, or subtract what others represent, stay apart without inhibition
+APART: dict[str, Any] = {**DEFAULTS, "inhibition": 0.0}
+
 
 @final
 class Hebbian(LocalRule):
@@ -115,12 +118,12 @@ class Hebbian(LocalRule):
         "loser_strength": NON_NEGATIVE,
         "decay": one_of(*DECAYS),
     }
-    regulated: ClassVar[dict[str, Any]] = {**DEFAULTS, "tolerance": 0.5}
+    regulated: ClassVar[dict[str, Any]] = APART
 
     def __init__(
         self,
         params: Params,
-        lr: float = 0.02,  # η
+        lr: float = 0.2,  # η
         *,
         inverse_temperature: float = 1.0,  # t
         competition: str = "soft",
@@ -311,7 +314,7 @@ class SoftHebb(LocalProductRule):
         "inverse_temperature": POSITIVE,
         "k": (lambda v: v is None or (isinstance(v, int) and v >= 2), "an integer >= 2, or None for all"),
     }
-    regulated: ClassVar[dict[str, Any]] = DEFAULTS
+    regulated: ClassVar[dict[str, Any]] = APART
 
     def __init__(
         self,
@@ -393,7 +396,7 @@ class KrotovHopfield(LocalProductRule):
         "rank": (lambda v: isinstance(v, int) and v >= 2, "an integer >= 2"),
         "anti_hebbian": NON_NEGATIVE,
     }
-    regulated: ClassVar[dict[str, Any]] = DEFAULTS
+    regulated: ClassVar[dict[str, Any]] = APART
 
     def __init__(
         self,
