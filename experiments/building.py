@@ -182,7 +182,15 @@ def build_learner(run: DictConfig, model: nn.Module, name: str, of: str, schedul
     optimizer = build_optimizer(run, model)
     scheduler = build_schedule(run.schedule, optimizer, schedule_steps) if schedule_steps else None
     block = Block(model, CrossEntropy(), optimizer, scheduler)
-    return Learner(model, [block], name=name, rate=f"{of}.lr={run.optimizer.lr}")
+    return Learner(model, [block], name=name, rate=rate_of(run, optimizer, of))
+
+
+def rate_of(run: DictConfig, optimizer: torch.optim.Optimizer, of: str = "optimizer") -> str:
+    """The option of the learning rate for messages, as ``optimizer.lr=0.1``; without a value, the optimizer's own."""
+    rate = run.optimizer.lr
+    if rate is None:
+        rate = max(group["lr"] for group in optimizer.param_groups)
+    return f"{of}.lr={rate}"
 
 
 def groups(model: nn.Module, parts: Any, whole: nn.Module) -> Any:

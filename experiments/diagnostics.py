@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -196,17 +197,23 @@ def relaxation_course(optimizer: torch.optim.Optimizer, closure: Callable[[], Te
         closure: as of its steps.
 
     Returns:
-        By the name of the layer, for 1, 2, 4, ... steps up to as many as the rule takes.
+        By the name of the layer, for 1, 2, 4, ... steps up to as many as the rule takes, without those in which no step
+        lowers the energy.
     """
     found: dict[str, dict[int, float]] = {}
-    if not isinstance(optimizer, bioopt.EnergyRule):
-        return found
     option = "nudged_steps" if isinstance(optimizer, bioopt.EquilibriumPropagation) else "steps"
+    if not isinstance(optimizer, bioopt.EnergyRule) or not hasattr(optimizer, option):
+        return found
     most = getattr(optimizer, option)
     try:
         for count in sorted({*(2**i for i in range(most.bit_length())), most}):
             setattr(optimizer, option, count)
-            cosines = bioopt.diagnose(optimizer, closure, 2)
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # of relaxations that are cut short
+                    cosines = bioopt.diagnose(optimizer, closure, 2)
+            except bioopt.Diverged:
+                continue  # in so few steps; the run itself has gone well
             for name in optimizer.layers():
                 if (of_layer := cosines.get(f"{name}.weight")) is not None:
                     found.setdefault(name, {})[count] = of_layer["cosine"]

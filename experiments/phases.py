@@ -15,7 +15,7 @@ import bioopt
 from bioopt.costs import Cost
 
 from . import data
-from .building import COSTS, build_cost, build_optimizer, build_schedule, instantiated
+from .building import COSTS, build_cost, build_optimizer, build_schedule, instantiated, rate_of
 from .checks import require_counts
 from .learner import Block, Learner
 
@@ -77,7 +77,7 @@ def _learner(config: DictConfig, network: nn.Module, blocks: list[Block]) -> Lea
         network,
         blocks,
         name=f"optimizer={config.optimizer.name}",
-        rate=f"optimizer.lr={config.optimizer.lr}",
+        rate=rate_of(config, blocks[0].optimizer),
         frames=int(config.data.augment.frames),
         amp=config.amp,
         check=False,

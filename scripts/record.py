@@ -116,28 +116,34 @@ def record_benchmark(name: str, folders: list[Path]) -> None:
     folder = RECORDS / name
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "result.json", by_line(result))
-    draw(benchmark, folder)
+    for picture in draw(benchmark, folder):
+        picture.with_suffix(".pdf").unlink()  # records have pictures as PNG alone
 
 
 def benchmark_command(
     protocol: dict[str, Any], data: list[str], networks: list[str], rules: list[str], seed: int
 ) -> str:
-    """The command that makes the same cells."""
+    """The command that makes the same cells: of the size in conf/benchmark from which they differ least."""
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        usual: Any = OmegaConf.to_container(compose("config", ["experiment=benchmark"]), resolve=True)
-    plain = {f"benchmark.{key}": value for key, value in flat(usual["benchmark"]).items()}
     found = {f"benchmark.{key}": value for key, value in protocol.items() if key != "amp"}
-    changed = {key: value for key, value in found.items() if plain.get(key) != value}
     lists = {"data": data, "networks": networks, "rules": rules}
-    for key, names in lists.items():
-        if {*names} != {*(rules_by_name(usual["benchmark"][key]) if key == "rules" else usual["benchmark"][key])}:
-            changed[f"benchmark.{key}"] = f"[{','.join(names)}]"
-    changed |= {"amp": protocol["amp"]} if protocol["amp"] else {}
-    changed |= {"seed": seed} if seed else {}
-    return command(["experiment=benchmark"], changed)
+    commands = []
+    for size in ("small", "full"):
+        choices = ["experiment=benchmark", *([f"benchmark={size}"] if size != "small" else [])]
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            usual: Any = OmegaConf.to_container(compose("config", choices), resolve=True)
+        plain = {f"benchmark.{key}": value for key, value in flat(usual["benchmark"]).items()}
+        changed = {key: value for key, value in found.items() if plain.get(key) != value}
+        for key, names in lists.items():
+            known = usual["benchmark"][key]
+            if {*names} != {*(rules_by_name(known) if key == "rules" else known)}:
+                changed[f"benchmark.{key}"] = f"[{','.join(names)}]"
+        changed |= {"amp": protocol["amp"]} if protocol["amp"] else {}
+        changed |= {"seed": seed} if seed else {}
+        commands.append((len(changed), command(choices, changed)))
+    return min(commands)[1]
 
 
 def by_line(result: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ Loader = Callable[[Path], Tensors]
 
 
 class NotThere(FileNotFoundError):
-    """Raised by a loader for files that it cannot fetch itself; its message names the way out."""
+    """Raised by a loader that lacks what it cannot fetch, such as a file; its message names the way out."""
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,7 @@ def shd(root: Path) -> Tensors:
     A pixel is the number of spikes, at most 255.
 
     Raises:
-        NotThere: a file is missing or damaged.
-        ValueError: h5py is not installed.
+        NotThere: a file is missing or damaged, or h5py is not installed.
     """
     folder = root / "SHD"
     if missing := [name for name in FILES if not (folder / name).exists()]:
@@ -34,7 +33,10 @@ def shd(root: Path) -> Tensors:
             f"{' and '.join(f'{name}.gz' for name in missing)} from https://zenkelab.org/datasets/ and unpack there "
             "(gunzip), or set data.root=<folder that holds SHD/>"
         )
-    require_package("data=shd", "h5py")
+    try:
+        require_package("data=shd", "h5py")
+    except ValueError as error:
+        raise NotThere(str(error)) from None
     train, test = (_part(folder / name) for name in FILES)
     return tensors(train, test)
 
@@ -48,6 +50,8 @@ def _part(path: Path) -> tuple[Tensor, Tensor]:
             times, units, labels = file["spikes/times"][:], file["spikes/units"][:], file["labels"][:]
     except (OSError, KeyError) as error:
         raise _damaged(path, str(error)) from None
+    if not len(times) == len(units) == len(labels):
+        raise _damaged(path, f"it has {len(times)} lists of times, {len(units)} of channels and {len(labels)} labels")
     images = torch.zeros(len(labels), 1, STEPS, CHANNELS, dtype=torch.uint8)
     for image, when, unit in zip(images, times, units, strict=True):
         image[0] = _binned(path, when, unit)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
@@ -69,7 +70,10 @@ class Cell(Task):
         self.rule, self.network = str(self.config.optimizer.name), str(self.config.model.name)
         self.candidates = self.rates.get(self.rule) or self._around_the_preset()
         self.data = self._part()
-        self.searched = self.data.hold_out(self.held_out)
+        try:
+            self.searched = self.data.hold_out(self.held_out)
+        except ValueError as error:
+            raise ValueError(str(error).replace("data.validation=", "task.held_out=")) from None
         if self.searched.batches(self.batch_size) < 1:
             left = len(self.searched.train_labels)
             raise ValueError(f"task.batch_size={self.batch_size} is larger than the {left} images of the search")
@@ -78,13 +82,24 @@ class Cell(Task):
         self.jobs: list[Job] = []
         self.cannot = ""
         try:
-            self.learner(self.candidates[0], self.config.seed, 1).close()
-        except (TypeError, ValueError) as error:  # such as a rule without convolutions; a result, not a mistake
+            self._count()
+        except (ValueError, RuntimeError) as error:
+            if not self._is_refusal(error):
+                raise
             self.cannot = str(error)
         else:
-            self._count()
             self.jobs = self._plan()
         self.rounds = len(self.jobs)
+
+    def _is_refusal(self, error: Exception) -> bool:
+        """Whether a rule has refused the network, which is a result, rather than an option being wrong.
+
+        Some notice what they cannot train, such as skip connections, in their first step.
+        """
+        if isinstance(error, ValueError):
+            return isinstance(error.__cause__, ValueError)  # of the rule's constructor
+        published = str(self.config.optimizer.get("_target_")).startswith("bioopt.")
+        return published and not isinstance(error, bioopt.Diverged | torch.OutOfMemoryError)
 
     def _around_the_preset(self) -> list[float]:
         rate = self.config.optimizer.get("lr")
@@ -116,11 +131,14 @@ class Cell(Task):
         """The passes of a step, at a rate at which nothing diverges, and the parameters."""
         rate = None if self.candidates[0] is None else STILL
         learner = self.learner(rate, self.config.seed, PROBED)
+        learner.rate = ""  # in messages: nobody has chosen it
         self.parameters = sum(p.numel() for p in learner.network.parameters())
         *before, last = self.batches(self.searched, self.config.seed, PROBED)
-        learner.fit(before)
-        learner.train()
-        self.backward_passes = backward_passes_of(lambda: learner.step(*last), learner.network)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a rate that nobody has chosen; runs warn by themselves
+            learner.fit(before)
+            learner.train()
+            self.backward_passes = backward_passes_of(lambda: learner.step(*last), learner.network)
         self.forward_passes = learner.forward_passes
         learner.close()
 

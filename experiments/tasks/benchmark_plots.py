@@ -14,22 +14,23 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from ..benchmark import BACKPROPAGATION, BUDGETS, CONTROL, Benchmark, half_interval
-from ..pictures import saved, uncluttered
+from ..pictures import BLUE, GREEN, ORANGE, PINK, SKY, VERMILION, saved, uncluttered
 
-#: colours of Okabe and Ito, which colour-blind readers can tell apart, each with a marker of its own
+GREY = "#7F7F7F"
+#: colour and marker of a family; more families than colours, so that two share one
 STYLES = {
-    "gradient": ("#000000", "*"),
-    "control": ("#7F7F7F", "X"),
-    "feedback": ("#0072B2", "o"),
-    "target": ("#009E73", "P"),
-    "energy": ("#CC79A7", "D"),
-    "temporal": ("#009E73", "v"),
-    "local": ("#56B4E9", "s"),
-    "perturbation": ("#E69F00", "^"),
-    "hebbian": ("#D55E00", "h"),
-    "your own": ("#F0E442", "d"),
+    "gradient": ("black", "*"),
+    "control": (GREY, "X"),
+    "feedback": (BLUE, "o"),
+    "target": (GREEN, "P"),
+    "energy": (PINK, "D"),
+    "temporal": (GREEN, "v"),
+    "local": (SKY, "s"),
+    "perturbation": (ORANGE, "^"),
+    "hebbian": (VERMILION, "h"),
+    "your own": ("#F0E442", "d"),  # Okabe and Ito's yellow, which nothing else has
 }
-OTHERS = ("#7F7F7F", ".")  # of families that are not in the list
+OTHERS = (GREY, ".")  # of families that are not in the list
 NAMES = {"mnist": "MNIST", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
 NAMES |= {"mlp": "MLP", "cnn": "CNN", "lenet5": "LeNet-5", "resnet": "ResNet"}
 
@@ -82,7 +83,7 @@ def _compute(benchmark: Benchmark, axes: Axes, data: str, network: str) -> None:
             best[family] = (x, y, rule)
     control = benchmark.mean(data, network, CONTROL, "epochs")
     if control is not None:
-        axes.axhline(control, color=STYLES["control"][0], linestyle="--", linewidth=0.9, zorder=0)
+        axes.axhline(control, color=GREY, linestyle="--", linewidth=0.9, zorder=0)
     label_apart(axes, list(best.values()))
     axes.set_xscale("log")
     low, high = min([*costs, 1.0]), max([*costs, 1.0])
@@ -130,14 +131,12 @@ def plausibility(benchmark: Benchmark, dependent: Mapping[str, float], path: Pat
         axes.set_xlim(min(counts) - 0.5, max(counts) + 1.4)
         axes.xaxis.set_major_locator(FixedLocator(list(range(int(min(counts)), int(max(counts)) + 1))))
         label_apart(axes, points)
-        axes.set_title(f"{name(data)}, mean over {', '.join(map(name, benchmark.networks))}", fontsize=10)
+        networks = ", ".join(map(name, benchmark.networks))
+        axes.set_title(f"{name(data)}, {'mean over ' * (len(benchmark.networks) > 1)}{networks}", fontsize=10)
         uncluttered(axes)
     grid[0][0].set_ylabel("test accuracy at equal epochs (%)")
     legend(figure, benchmark)
-    figure.supxlabel(
-        "quantities that a hidden layer's update depends on, of eight that were measured (left: more plausible)",
-        fontsize=10,
-    )
+    figure.supxlabel("quantities that a hidden layer's update depends on, of eight that were measured", fontsize=10)
     return saved(figure, path)
 
 
@@ -170,7 +169,7 @@ def rules(benchmark: Benchmark, path: Path) -> Path:
                     level = benchmark.mean(data, network, other, "epochs")
                     if level is not None:
                         x = i * wide + j
-                        axes.hlines(level, x - 0.4, x + 0.4, color="#7F7F7F", linestyle=line, linewidth=1.2)
+                        axes.hlines(level, x - 0.4, x + 0.4, color=GREY, linestyle=line, linewidth=1.2)
             _course(benchmark, axes, data, rule, i * wide, color=colour, marker=marker, markersize=5, linewidth=1.2)
             for j, network in enumerate(benchmark.networks):
                 values = benchmark.accuracies(data, network, rule, "passes")

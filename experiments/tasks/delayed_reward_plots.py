@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 
-from ..pictures import saved, uncluttered
+from ..pictures import BLUE, ORANGE, saved, style, uncluttered
 
 if TYPE_CHECKING:
     from .delayed_reward import DelayedReward
 
 #: label, colour and line of each learner
 STYLES = {
-    "reward_hebbian": ("RewardHebbian", "tab:blue", "-"),
-    "hebbian_no_trace": ("RewardHebbian, no trace", "tab:blue", ":"),
-    "reward_stdp": ("RewardSTDP", "tab:orange", "-"),
-    "stdp_no_trace": ("RewardSTDP, no trace", "tab:orange", ":"),
+    "reward_hebbian": ("RewardHebbian", BLUE, "-"),
+    "hebbian_no_trace": ("RewardHebbian, no trace", BLUE, ":"),
+    "reward_stdp": ("RewardSTDP", ORANGE, "-"),
+    "stdp_no_trace": ("RewardSTDP, no trace", ORANGE, ":"),
 }
 
 
@@ -28,8 +28,8 @@ def picture(task: DelayedReward, history: list[dict[str, Any]], title: str, path
     episodes = [line["episodes"] for line in history]
     lines = []
     for name in task.learners:
-        label, colour, style = STYLES[name]
-        options = {"color": colour, "linestyle": style, "marker": ".", "label": label}
+        label, colour, line = STYLES[name]
+        options = {**style(colour), "linestyle": line, "label": label}
         lines += left.plot(episodes, [100 * line[name] for line in history], **options)
         right.plot(task.waits, [100 * reward for reward in history[-1][f"{name}_against_wait"]], **options)
     for axes in (left, right):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib.pyplot as plt
 from torch import Tensor
 
-from ..pictures import BLUE, ORANGE, saved, style, uncluttered
+from ..pictures import BLUE, ORANGE, VERMILION, saved, style, uncluttered
 
 if TYPE_CHECKING:
     from .evidence_accumulation import EvidenceAccumulation
@@ -80,8 +80,8 @@ def trial(
         axes.scatter(at.numpy(), which.numpy(), s=2, color="black", linewidths=0)
         axes.set(ylabel=label, ylim=(-1, spikes.shape[1]))
     for axes, neuron in zip(rows, activity.sum(0).topk(traced).indices.tolist(), strict=True):
-        axes.plot(membranes[:, neuron].cpu().numpy(), color="tab:blue", linewidth=0.9, label="membrane potential")
-        axes.plot(thresholds[:, neuron].cpu().numpy(), color="tab:red", linewidth=0.9, label="threshold")
+        axes.plot(membranes[:, neuron].cpu().numpy(), color=BLUE, linewidth=0.9, label="membrane potential")
+        axes.plot(thresholds[:, neuron].cpu().numpy(), color=VERMILION, linewidth=0.9, label="threshold")
         axes.set(ylabel=f"neuron {neuron}")
     for axes in (above, below, *rows):
         uncluttered(axes)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib.pyplot as plt
 from torch import Tensor
 
-from ..pictures import saved, uncluttered
+from ..pictures import saved, style, uncluttered
 from .evidence_accumulation_plots import STYLES
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def errors(task: PatternGeneration, history: list[dict[str, Any]], title: str, p
     steps = [line["steps"] for line in history]
     for name in task.learners:
         label, colour, line = STYLES[name]
-        axes.plot(steps, [one[name] for one in history], line, color=colour, marker=".", label=label)
+        axes.plot(steps, [one[name] for one in history], linestyle=line, **style(colour), label=label)
     axes.set(xlabel="steps", ylabel="normalised mean squared error", yscale="log")
     uncluttered(axes)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)

@@ -26,7 +26,7 @@ MEASURES = (
     "feedback_reads",
 )  # fmt: skip
 #: families from those that read most to those that read least; others come last
-FAMILIES = ("gradient", "energy", "feedback", "temporal", "perturbation", "local", "hebbian", "spiking")
+FAMILIES = ("gradient", "energy", "target", "feedback", "temporal", "perturbation", "local", "hebbian", "spiking")
 ORDER = {name: i for i, name in enumerate(FAMILIES)}
 COUNTS = ("forward_passes", "backward_passes", "loss_numbers")
 

@@ -98,6 +98,11 @@ CASES = {
     "PredictiveCoding": (
         plain, True, lambda m, g: bioopt.PredictiveCoding(
             m, 0.1, mode="incremental", descent=torch.optim.SGD, process_group=g)),
+    "PredictiveCoding, mu_pc": (
+        plain, True, lambda m, g: bioopt.PredictiveCoding(
+            m, mu_pc=True, descent=torch.optim.SGD, process_group=g)),
+    "DualPropagation": (
+        plain, True, lambda m, g: bioopt.DualPropagation(m, 0.1, descent=torch.optim.SGD, process_group=g)),
     "EquilibriumPropagation": (
         plain, True, lambda m, g: bioopt.EquilibriumPropagation(
             m, 0.1, energy="hopfield", descent=torch.optim.SGD, process_group=g)),

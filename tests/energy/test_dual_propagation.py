@@ -70,7 +70,7 @@ def test_an_error_goes_one_layer_down_in_each_step() -> None:
         rule.close()
 
 
-def test_states_that_never_rest_are_told_once() -> None:
+def test_states_that_never_rest_are_named_once() -> None:
     model, (x, y) = twins.network(), twins.data()
     rule = bioopt.DualPropagation(model, 0.0, inference_lr=3.5)
     message = "inference_lr=3.5 and beta=0.1 the states move twice as far in step .* try inference_lr=1.8"

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from omegaconf import OmegaConf
 from torch import nn
 
 import bioopt
@@ -89,11 +90,17 @@ def test_a_rule_that_cannot_train_a_network_is_a_result_and_a_mistake_is_not(tmp
     assert summary["measured"] == {}
     (found,) = tables.collected(report.find([tmp_path])[0]).cells
     assert found["rule"] == "contrastive_divergence"
+    seen_in_a_step = cell("difference_target_propagation", "model=resnet", "+benchmark.models.resnet.width=2")
+    assert "needs a chain of layers" in seen_in_a_step.cannot
+    assert not seen_in_a_step.jobs
     for option, message in (
         ("benchmark.images=9999", r"task\.images=9999: digits has 1437"),
         ("benchmark.factors=[]", "makes no rates to search"),
         ("benchmark.batch_size=300", "larger than the 256 images of the search"),
         ("benchmark.seeds=0", "seeds=0 must be"),
+        ("benchmark.held_out=320", r"task\.held_out=320 must be an integer >= 0 and below the 320"),
+        ("benchmark.models.mlp.hidden=[0]", "model=mlp: .*hidden"),
+        ("+benchmark.options.sgd.momentun=0.9", "optimizer=sgd: .*momentun"),
     ):
         with pytest.raises(ValueError, match=message):
             cell("sgd", option)
@@ -194,6 +201,42 @@ def test_which_rules() -> None:
             rules_by_name(wrong)
 
 
+def test_every_rule_has_rates_to_search() -> None:
+    conf = generate.ROOT / "conf"
+    for size in ("small", "full"):
+        options = OmegaConf.load(conf / "benchmark" / f"{size}.yaml")
+        rules = rules_by_name(options.rules)
+        for rule in rules:
+            rates = options.rates.get(rule)
+            assert rates is not None or OmegaConf.load(conf / "optimizer" / f"{rule}.yaml").lr > 0, rule
+            assert rates is None or len(rates) == len(options.factors), rule
+        assert {*options.rates, *options.options} <= {*rules}
+        assert {*options.networks, *options.models} <= {path.stem for path in (conf / "model").glob("*.yaml")}
+
+
+def test_the_large_benchmark_is_one_option() -> None:
+    full = config("experiment=benchmark", "benchmark=full")
+    assert full.sweep == "benchmark-full"
+    assert (full.task.images, full.task.held_out, full.benchmark.networks[-1]) == (None, 10_000, "resnet")
+    small = OmegaConf.load(generate.ROOT / "conf" / "benchmark" / "small.yaml")
+    assert full.benchmark.keys() == small.keys()
+
+
+def test_the_command_of_a_record_is_that_of_the_nearest_size() -> None:
+    names = ["mnist", "cifar10", "cifar100"], ["mlp", "cnn", "lenet5", "resnet"], rules_by_name("all")
+    for size in ("small", "full"):
+        options = OmegaConf.to_container(OmegaConf.load(generate.ROOT / "conf" / "benchmark" / f"{size}.yaml"))
+        shared = ("images", "held_out", "test", "epochs", "batch_size", "seeds", "factors")
+        protocol = {**{key: options[key] for key in shared}, "models.mlp.hidden": [128, 128], "amp": False}
+        if size == "full":
+            found = record.benchmark_command(protocol, *names, 0)
+            assert found == "python train.py experiment=benchmark benchmark=full"
+        else:
+            protocol |= {"models.cnn.width": 8, "seeds": 5}
+            found = record.benchmark_command(protocol, names[0][:2], names[1][:3], names[2], 0)
+            assert found == "python train.py experiment=benchmark benchmark.seeds=5"
+
+
 @pytest.mark.long
 def test_a_benchmark_is_one_command_which_resumes_and_is_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -204,11 +247,11 @@ def test_a_benchmark_is_one_command_which_resumes_and_is_recorded(
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "runs" / "benchmark-small"
     assert {path.name for path in folder.iterdir() if path.is_dir()} == {
-        "data=digits,model=mlp,optimizer=sgd", "data=digits,model=mlp,optimizer=random_trunk",
+        "sgd-digits-mlp", "random_trunk-digits-mlp",
     }  # fmt: skip
     assert "digits, at equal epochs" in done.stdout
     assert (folder / "rules.png").exists()
-    (folder / "data=digits,model=mlp,optimizer=sgd" / "summary.json").unlink()  # as if interrupted
+    (folder / "sgd-digits-mlp" / "summary.json").unlink()  # as if interrupted
     again = train(*command, cwd=tmp_path)
     assert again.stdout.count("finished before") == 1
     assert "resumed after round 5" in again.stdout
@@ -220,6 +263,7 @@ def test_a_benchmark_is_one_command_which_resumes_and_is_recorded(
     record.record_benchmark("benchmark", [folder])
     kept = json.loads((tmp_path / "records" / "benchmark" / "result.json").read_text())
     assert (kept["seeds"], len(kept["cells"])) == ([0, 1], 2)
+    assert {path.suffix for path in (tmp_path / "records" / "benchmark").iterdir()} == {".json", ".png"}
     assert kept["command"].startswith("python train.py experiment=benchmark benchmark.images=320")
     assert "'benchmark.rules=[sgd,random_trunk]'" in kept["command"] or "random_trunk,sgd" in kept["command"]
     config(*[word.strip("'") for word in kept["command"].split()[2:]])

@@ -202,7 +202,7 @@ def test_spikes_that_are_not_there_are_named(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(FileNotFoundError, match=r"shd_test\.h5 is not as published .*delete it"):
         data.load("shd", tmp_path)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(FileNotFoundError, match=r"data=shd needs the package h5py: pip install -e '\.\[h5py\]'"):
+    with pytest.raises(FileNotFoundError, match=r"^data=shd needs the package h5py: pip install -e '\.\[h5py\]'"):
         data.load("shd", tmp_path)
     assert not (tmp_path / "shd.safetensors").exists()
 
@@ -213,6 +213,11 @@ def test_channels_that_are_not_there_are_named(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "SHD" / "shd_train.h5", "r+") as file:
         file["spikes/times"][0], file["spikes/units"][0] = np.zeros(1, np.float16), np.array([700], np.uint16)
     with pytest.raises(FileNotFoundError, match=r"shd_train\.h5 is not as published .*channels below 700"):
+        data.load("shd", tmp_path)
+    with h5py.File(tmp_path / "SHD" / "shd_train.h5", "r+") as file:
+        del file["labels"]
+        file["labels"] = np.zeros(3, np.uint16)
+    with pytest.raises(FileNotFoundError, match=r"it has 4 lists of times, 4 of channels and 3 labels"):
         data.load("shd", tmp_path)
 
 

@@ -110,6 +110,29 @@ def test_what_relaxation_buys_is_measured_and_drawn(tmp_path: Path) -> None:
     plain = torch.optim.SGD(model.parameters(), 0.1)
     assert relaxation_course(plain, closure) == {}
     assert pictures.relaxation_course({}, "", tmp_path / "none.png") is None
+    del optimizer.steps  # as of a rule of one's own that counts in another way
+    assert relaxation_course(optimizer, closure) == {}
+
+
+def test_relaxations_too_short_to_lower_the_energy_are_left_out() -> None:
+    """A rate that is halved until it suits is no failure of the run, whose relaxation is long enough."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(5, 5), torch.nn.Tanh(), torch.nn.Linear(5, 5))
+        x = torch.randn(6, 5)
+    optimizer = bioopt.PredictiveCoding(model, steps=8, inference_lr=12.0)
+
+    def closure() -> torch.Tensor:
+        return (model(x) - 1).square().mean(1)
+
+    optimizer.steps = 2
+    with pytest.raises(bioopt.Diverged):
+        optimizer.step(closure)
+    optimizer.steps = 8
+    course = relaxation_course(optimizer, closure)
+    assert 2 not in course["0"]
+    assert {1, 8} <= course["0"].keys()
+    assert optimizer.steps == 8
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 import bioopt
 from bioopt.costs import CrossEntropy, SupervisedContrastive
+from experiments import building, data
 from experiments.learner import Block, Learner
+
+from ..commands import config
 
 
 def network() -> nn.Sequential:
@@ -140,3 +143,12 @@ def test_an_error_in_a_step_names_the_block_and_the_rate_and_keeps_its_type() ->
     with pytest.raises(bioopt.Diverged, match=r"^block (trunk|head): .* \(epoch 2, lr=1\)$"):
         fitted.fit(batches(20))
     fitted.close()
+
+
+@pytest.mark.parametrize(("optimizer", "rate"), [("sgd", "0.02"), ("predictive_coding", "0.001")])
+def test_messages_have_the_rate_that_is_used_where_none_is_given(optimizer: str, rate: str) -> None:
+    chosen = config("data=digits", "model=mlp", "model.hidden=[4]", f"optimizer={optimizer}")
+    model = building.build_model(chosen, data.load("digits", ""))
+    learner = building.build_learner(chosen, model, "it", "optimizer")
+    assert learner.rate == f"optimizer.lr={rate}"
+    learner.close()

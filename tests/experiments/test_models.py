@@ -278,6 +278,61 @@ def test_residual_networks_have_the_sizes_of_the_published_ones() -> None:
     assert models.resnet((1, 28, 28), 7)(torch.zeros(2, 1, 28, 28)).shape == (2, 7)
 
 
+def test_vgg_halves_the_image_by_each_convolution() -> None:
+    five = models.vgg((3, 32, 32), 10, channels=[128, 256, 512, 512])
+    convolutions = [layer for layer in five if isinstance(layer, nn.Conv2d)]
+    assert [layer.out_channels for layer in convolutions] == [128, 256, 512, 512]
+    assert five[-1].weight.shape == (10, 512 * 2 * 2)
+    odd = models.vgg((1, 28, 28), 10, channels=[4, 4, 4, 4], pooling="average")
+    assert odd(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
+    assert sum(isinstance(layer, nn.AvgPool2d) for layer in odd) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"channels": []}, r"model\.channels=\[\] must be a list"),
+        ({"channels": 32}, r"model\.channels=32 must be a list"),
+        ({"channels": [8, 0]}, r"model\.channels=0 must be an integer >= 1"),
+        ({"channels": [2] * 6}, r"halves images 6 times, which those of 32×32 pixels are too small for"),
+        ({"channels": [2], "pooling": "min"}, r"model\.pooling=min must be one of max, average"),
+    ],
+)
+def test_options_of_vgg_are_checked(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        models.vgg((3, 32, 32), 10, **options)
+
+
+def test_a_deep_network_has_as_many_layers_as_wanted() -> None:
+    for depth in (2, 3, 7):
+        model = models.deep((1, 4, 4), 5, width=8, depth=depth)
+        assert sum(isinstance(layer, nn.Linear) for layer in model.modules()) == depth
+        assert model(torch.zeros(3, 1, 4, 4)).shape == (3, 5)
+
+
+def test_deep_networks_start_with_the_deviations_of_mu_p() -> None:
+    torch.manual_seed(0)
+    model = models.deep((1, 16, 16), 64, width=200, depth=9, weights="mu_p")
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    expected = [256**-0.5, *[(200 * 9) ** -0.5] * 7, 1 / 200]
+    for layer, deviation in zip(layers, expected, strict=True):
+        assert layer.weight.std().item() == pytest.approx(deviation, rel=0.03)
+        assert not layer.bias.any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"depth": 1}, r"model\.depth=1 must be an integer >= 2"),
+        ({"width": 0}, r"model\.width=0 must be an integer >= 1"),
+        ({"weights": "xavier"}, r"model\.weights=xavier must be one of standard, mu_p"),
+    ],
+)
+def test_options_of_a_deep_network_are_checked(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        models.deep((1, 4, 4), 5, **{"width": 8, "depth": 3, **options})
+
+
 def test_a_wider_lenet() -> None:
     images = types.SimpleNamespace(shape=(3, 32, 32), classes=10)
     model = build_model(config("model=lenet5", "model.channels=[32,64]", "model.hidden=[128,84]"), images)  # type: ignore[arg-type]
