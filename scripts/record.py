@@ -20,6 +20,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from experiments.benchmark import Mismatch, collected
@@ -33,6 +35,7 @@ from experiments.statistics import interval, percent, plain
 
 ROOT = Path(__file__).parent.parent
 RECORDS = ROOT / "experiments" / "records"
+LARGEST = 300_000  # bytes of a picture
 LISTED = 50  # numbers of a record; pages of the documentation show those of larger ones
 # What the summary of any training run has.
 USUAL = {
@@ -79,9 +82,16 @@ def record(name: str, runs: list[Path]) -> None:
     folder = RECORDS / name
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "result.json", result)
+    for former in folder.glob("*.png"):
+        former.unlink()
     for picture in found[0].folder.glob("*.png"):
-        if picture.name != "neurons.png" and picture.stat().st_size < 300_000:
+        if picture.name == "neurons.png":
+            continue
+        if picture.stat().st_size < LARGEST:
             shutil.copy(picture, folder / picture.name)
+        else:  # in fewer colours
+            with Image.open(picture) as drawn:
+                drawn.convert("RGB").quantize(64).save(folder / picture.name, optimize=True)
 
 
 def record_benchmark(name: str, folders: list[Path]) -> None:
