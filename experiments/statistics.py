@@ -58,6 +58,13 @@ def readable(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
 
 
+def duration(seconds: float) -> str:
+    """``40 s``, ``25 min`` or ``3.1 h``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def mean(values: list[float], form: str) -> str:
     """The mean in this format specification; empty where there are no values."""
     return format(statistics.fmean(values), form) if values else ""
