@@ -69,8 +69,9 @@ def test_the_picture_of_the_readme(call: Call, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(importlib.import_module("scripts.front_picture"), "ROOT", tmp_path)
     (tmp_path / "docs").mkdir()
     call("front_picture.py")
-    with Image.open(tmp_path / "docs" / "front.png") as drawn, Image.open(ROOT / "docs" / "front.png") as kept:
-        assert drawn.size == kept.size
+    for name in ("front.png", "front_narrow.png"):
+        with Image.open(tmp_path / "docs" / name) as drawn, Image.open(ROOT / "docs" / name) as kept:
+            assert drawn.size == kept.size
 
 
 def test_generate_names_outdated_files_and_writes_them(
