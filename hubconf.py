@@ -1,6 +1,6 @@
 """Trained networks for `torch.hub.load`, which needs torch alone: see docs/hub.md.
 
-The names that it finds are the functions below; ``torch.hub.help(repository, name)`` shows what they say.
+The names that it finds are the functions below.
 """
 
 from pathlib import Path

@@ -15,6 +15,11 @@ def interval(values: list[float]) -> float | None:
     return float(stdtrit(len(values) - 1, 0.975)) * statistics.stdev(values) / math.sqrt(len(values))
 
 
+def whisker(values: list[float]) -> float | None:
+    """The `interval` to be drawn; ``None`` below three values, whose points say more (see `spread`)."""
+    return interval(values) if len(values) > 2 else None
+
+
 def with_interval(name: str, values: list[float]) -> dict[str, float]:
     """A mean by its name, and its 95 % confidence interval where there is one."""
     half = interval(values)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from experiments.config import resolved
 from experiments.files import write_json, write_whole
 from experiments.models.pixels import packed, unpacked
 from experiments.weights import accuracy_of, network_of
@@ -35,7 +36,7 @@ def keep(name: str, run: Path) -> float:
         model, config, images = network_of(run)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
-    options = {key: value for key, value in config.model.items() if key != "_target_"}
+    options = {key: value for key, value in resolved(config)["model"].items() if key != "_target_"}
     content = packed(model, options, images.shape, images.classes)
     if len(content) > MOST:
         raise SystemExit(f"error: the weights of {run} have {len(content):,} bytes, more than {MOST:,}")

@@ -65,6 +65,11 @@ def test_every_script_is_run_in_the_tests() -> None:
     assert set(tested) == {path.name for path in (ROOT / "scripts").glob("*.py")}
 
 
+def test_weights_are_kept_of_recorded_runs_alone(call: Call, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="^error: none has no record; make it by: python scripts/record.py none"):
+        call("keep_weights.py", "none", str(tmp_path))
+
+
 def test_the_picture_of_the_readme(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.import_module("scripts.front_picture"), "ROOT", tmp_path)
     (tmp_path / "docs").mkdir()
