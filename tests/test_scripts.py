@@ -65,6 +65,14 @@ def test_every_script_is_run_in_the_tests() -> None:
     assert set(tested) == {path.name for path in (ROOT / "scripts").glob("*.py")}
 
 
+def test_the_animation_has_a_picture_for_each_frame(call: Call, tmp_path: Path) -> None:
+    options = ["optimizer=hebbian", "model=mlp", "model.hidden=[4]", "epochs=1", "batch_size=256"]
+    said = call("animate_fields.py", str(tmp_path / "fields.gif"), *options, "--frames", "3", "--columns", "2")
+    assert "fields.gif: 4 pictures, test accuracy" in said  # the first is before learning
+    with Image.open(tmp_path / "fields.gif") as drawn:
+        assert drawn.format == "GIF"
+
+
 def test_weights_are_kept_of_recorded_runs_alone(call: Call, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="none has no record; make it by"):
         call("keep_weights.py", "none", str(tmp_path))
