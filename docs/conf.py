@@ -34,7 +34,8 @@ python_maximum_signature_line_length = 60
 
 html_theme = "furo"
 html_title = "bioopt"
-html_static_path = ["_static", str(files("ziamath") / "fonts" / "STIXTwoMath-Regular.ttf")]  # a font for equations
+FONT = files("ziamath") / "fonts" / "STIXTwoMath-Regular.ttf"  # for equations
+html_static_path = ["_static", "front_narrow.png", str(FONT)]
 html_css_files = ["pages.css"]
 html_copy_source = html_show_sphinx = html_show_copyright = False
 html_math_renderer = "mathml"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ from .building import build_model, build_schedule, freeze
 from .config import resolved
 from .control import control_accuracy
 from .diagnostics import Diagnostics, wins
+from .pace import Phase
 from .phases import frozen, plastic_epochs, plastic_learner, readout_learner, split
 from .ranks import Ranks
 from .tasks import Task
+from .verdict import Expected
 
 
 class Classification(Task):
@@ -257,11 +260,28 @@ class Classification(Task):
             f"{config.epochs} epoch{'s' * (config.epochs > 1)}, {seconds:.0f} s, "
             f"{self.forward_passes:,} forward passes",
         ]
-        control, remarks = self._control(accuracies[-1])
+        control, remarks = self._control()
         return summary | control | found, shown, lines + remarks
 
-    def _control(self, accuracy: float) -> tuple[dict[str, Any], list[str]]:
-        """The accuracy of the run's control and its steps, and a line where the run is below it.
+    def phases(self) -> Sequence[Phase]:
+        """Epochs in which everything learns, and those of the readout alone."""
+        if self.plastic == self.rounds:
+            return [Phase(self.rounds)]
+        return [Phase(self.plastic, name="the whole network"), Phase(self.rounds - self.plastic, name="the readout")]
+
+    def expected(self, summary: dict[str, Any]) -> dict[str, Sequence[Expected]]:
+        """The accuracy of the run's control, if it was measured."""
+        found, steps = summary["control_test_accuracy"], summary["control_steps"]
+        if found is None:
+            return {}
+        warning = (
+            f"warning: below its control: the same network with a random, frozen trunk reaches {found:.2%}, its "
+            f"readout trained for {steps:,} of the run's {self.steps:,} steps; see docs/rules/controls.md"
+        )
+        return {"test_accuracy": [Expected([found], f"its control, in {steps:,} of {self.steps:,} steps", warning)]}
+
+    def _control(self) -> tuple[dict[str, Any], list[str]]:
+        """The accuracy of the run's control and its steps, and a line where it could not be measured.
 
         There is none on other ranks than the first, and where no trunk learns.
         """
@@ -276,14 +296,7 @@ class Classification(Task):
             found = control_accuracy(self.config, self.images, steps)
         except (ValueError, TypeError, RuntimeError) as error:  # the run is complete without it
             return nothing, [f"its control was not measured ({error}); control=false leaves it out"]
-        summary = {"control_test_accuracy": found, "control_steps": steps}
-        if accuracy >= found:
-            return summary, []
-        line = (
-            f"warning: below its control: the same network with a random, frozen trunk reaches {found:.2%}, its "
-            f"readout trained for {steps:,} of the run's {self.steps:,} steps; see docs/rules/controls.md"
-        )
-        return summary, [line]
+        return {"control_test_accuracy": found, "control_steps": steps}, []
 
 
 def weight_norms(layers: list[bioopt.Synapse]) -> dict[str, list[float]]:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from .files import write_json, write_lines
 from .ranks import Ranks
+from .statistics import duration
 
 
 class Logger(ABC):
@@ -153,16 +154,9 @@ def _with_lines(batches: Iterator[Any], label: str, total: int) -> Iterator[Any]
         now = time.monotonic()
         if done and now - last >= QUIET:
             left = (now - begin) / done * (total - done)
-            print(f"{label}   batch {done:,}/{total:,}, {_duration(left)} left", flush=True)
+            print(f"{label}   batch {done:,}/{total:,}, {duration(left)} left", flush=True)
             last = now
         yield batch
-
-
-def _duration(seconds: float) -> str:
-    """``40 s``, ``25 min`` or ``3.1 h``."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def peak_memory(device: torch.device) -> int:

@@ -16,6 +16,7 @@ from .building import check_keywords
 from .classification import Classification
 from .config import flat, is_local, resolved, saved, with_new_names
 from .options import check
+from .pace import Pace
 from .ranks import Ranks
 from .runs import (
     Progress,
@@ -31,6 +32,7 @@ from .runs import (
     with_amp_chosen,
 )
 from .tasks import Task
+from .verdict import verdict
 
 
 def run(config: DictConfig) -> dict[str, Any]:
@@ -90,6 +92,7 @@ def perform(
     resumed = f", resumed after {task.unit} {started.epoch}" if started.epoch else ""
     print(f"{task.heading(config, device)}, {precision(config)}{resumed}", flush=True)
     plain, seconds = resolved(config), started.seconds
+    pace = Pace(task.phases(), task.unit, started.epoch)
     if not ranks.first:
         plain["logger"]["mode"] = "disabled"
     log = task.log = logs.RunLog(folder, plain, started.run_id, started.history)
@@ -114,11 +117,13 @@ def perform(
                 config=started.config,
                 environments=started.environments,
             ).save(folder)
+            if ahead := pace.after(number, time.perf_counter() - begin):
+                print(ahead, flush=True)
         memory = logs.peak_memory(device)  # of the training alone
         summary, pictures, lines = task.summarize(config, log.history, seconds, folder)
         summary |= {"peak_memory_bytes": memory, "precision": precision(config)}
         summary |= environment_info(device, started.commit)
-        log.finish(summary, pictures, lines)
+        log.finish(summary, pictures, [*lines, *verdict(config, summary, task.expected(summary))])
     finally:
         log.close()
         task.close()

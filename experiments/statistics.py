@@ -15,6 +15,11 @@ def interval(values: list[float]) -> float | None:
     return float(stdtrit(len(values) - 1, 0.975)) * statistics.stdev(values) / math.sqrt(len(values))
 
 
+def whisker(values: list[float]) -> float | None:
+    """The `interval` to be drawn; ``None`` below three values, whose points say more (see `spread`)."""
+    return interval(values) if len(values) > 2 else None
+
+
 def with_interval(name: str, values: list[float]) -> dict[str, float]:
     """A mean by its name, and its 95 % confidence interval where there is one."""
     half = interval(values)
@@ -56,6 +61,13 @@ def spread(values: list[float], form: str | None = None, half_form: str | None =
 def readable(value: float) -> str:
     """A number in a readable format."""
     return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+
+
+def duration(seconds: float) -> str:
+    """``40 s``, ``25 min`` or ``3.1 h``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def mean(values: list[float], form: str) -> str:

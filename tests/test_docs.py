@@ -45,7 +45,7 @@ def without_numbers(text: str) -> list[str]:
 PAGES_WITH_PYTHON = [
     *("getting_started", "other_loops"),
     *("rules/index", "rules/eprop", "rules/energy", "rules/feedback", "rules/hebbian", "rules/local", "rules/stdp"),
-    *("rules/target", "memories/hopfield", "memories/short_term", "routing", "costs", "plausibility"),
+    *("rules/target", "memories/hopfield", "memories/short_term", "routing", "costs", "plausibility", "hub"),
 ]
 
 

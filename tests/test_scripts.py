@@ -65,12 +65,26 @@ def test_every_script_is_run_in_the_tests() -> None:
     assert set(tested) == {path.name for path in (ROOT / "scripts").glob("*.py")}
 
 
+def test_the_animation_has_a_picture_for_each_frame(call: Call, tmp_path: Path) -> None:
+    options = ["optimizer=hebbian", "model=mlp", "model.hidden=[4]", "epochs=1", "batch_size=256"]
+    said = call("animate_fields.py", str(tmp_path / "fields.gif"), *options, "--frames", "3", "--columns", "2")
+    assert "fields.gif: 4 pictures, test accuracy" in said  # the first is before learning
+    with Image.open(tmp_path / "fields.gif") as drawn:
+        assert drawn.format == "GIF"
+
+
+def test_weights_are_kept_of_recorded_runs_alone(call: Call, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="none has no record; make it by"):
+        call("keep_weights.py", "none", str(tmp_path))
+
+
 def test_the_picture_of_the_readme(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.import_module("scripts.front_picture"), "ROOT", tmp_path)
     (tmp_path / "docs").mkdir()
     call("front_picture.py")
-    with Image.open(tmp_path / "docs" / "front.png") as drawn, Image.open(ROOT / "docs" / "front.png") as kept:
-        assert drawn.size == kept.size
+    for name in ("front.png", "front_narrow.png"):
+        with Image.open(tmp_path / "docs" / name) as drawn, Image.open(ROOT / "docs" / name) as kept:
+            assert drawn.size == kept.size
 
 
 def test_receptive_fields_in_motion(call: Call, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ A task steps learners (`experiments.learner`); it has no training loop, no folde
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,9 @@ import torch
 from omegaconf import DictConfig
 
 from ..checks import require_counts
+from ..pace import Phase
 from ..statistics import readable
+from ..verdict import Expected
 
 if TYPE_CHECKING:
     from ..logs import RunLog
@@ -28,6 +31,7 @@ class Task(ABC):
 
     unit = "round"  # the name of a round's number in ``metrics.jsonl``
     rounds: int  # their number
+    turns = 1  # rounds after which each rule has had one, where they take turns
     log: RunLog  # of the run, from the first round on
 
     def require_counts(self, *options: str, least: int = 1) -> None:
@@ -45,6 +49,17 @@ class Task(ABC):
     @abstractmethod
     def finish(self, history: list[dict[str, Any]], title: str, folder: Path) -> tuple[dict[str, float], list[Path]]:
         """The results of all rounds, from the lines they left: numbers, the most important first, and pictures."""
+
+    def phases(self) -> Sequence[Phase]:
+        """The rounds by what they do; how long a phase takes is told after its first rounds."""
+        return [Phase(self.rounds, self.turns)]
+
+    def expected(self, summary: dict[str, Any]) -> dict[str, Sequence[Expected]]:
+        """What theory, chance or a control expects of numbers in the summary, by their names.
+
+        The run ends with a comparison; with records of the same options, and of controls, they are compared anyway.
+        """
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         """What later rounds need of earlier ones, besides torch's random state: tensors and plain values."""

@@ -52,7 +52,8 @@ class Architectures(Task):
         for name in self.tasks:
             if name not in PROBLEMS:
                 raise ValueError(f"task.tasks has {name}, which is not a task; there are {', '.join(PROBLEMS)}")
-        self.rounds = self.repetitions * len(self.tasks) * len(self.structures) * len(self.rules)
+        self.turns = len(self.structures) * len(self.rules)
+        self.rounds = self.turns * self.repetitions * len(self.tasks)
         self.images = data.from_config(self.config.data, self.device)
         if self.config.data.validation:
             self.images = self.images.hold_out(self.config.data.validation)

@@ -20,6 +20,7 @@ from bioopt.core.sums import Sums, product_sums
 from .. import data
 from ..building import build_schedule
 from ..checks import require_counts
+from ..verdict import Expected
 from . import Task, classics_plots
 
 Draw = Callable[[int], Tensor]  # this number of patches, patches × pixels
@@ -523,6 +524,18 @@ class Classics(Task):
         measured, drawn = self.parts[name].run(self.draw, self.patch_size, self.device)
         self.drawn[name] = {key: tensor.cpu() for key, tensor in drawn.items()}
         return {"part": name} | {f"{name}_{key}": value for key, value in measured.items()}
+
+    def expected(self, summary: dict[str, Any]) -> dict[str, Sequence[Expected]]:
+        """The published results; for orientations, of which there is no number, the control."""
+        found = summary["measured"]
+        wanted: dict[str, tuple[float | None, str]] = {
+            "oja_least_cosine": (1.0, "by theory"),
+            "sanger_least_cosine": (1.0, "by theory"),
+            "bcm_patterns_selectivity": (found.get("bcm_patterns_selectivity_at_most"), "by theory"),
+            "bcm_orientations_index": (found.get("bcm_orientations_index_of_noise"), "after learning from noise"),
+            "bars_found": (found.get("bars_of"), "there are"),
+        }
+        return {name: [Expected([value], source)] for name, (value, source) in wanted.items() if value is not None}
 
     def finish(self, history: list[dict[str, Any]], title: str, folder: Path) -> tuple[dict[str, float], list[Path]]:
         """The numbers of all parts, and the page."""

@@ -85,7 +85,8 @@ class ContextRouting(Task):
         tested = slice(self.test)
         self.images = replace(images, test_images=images.test_images[tested], test_labels=images.test_labels[tested])
         problems.subset(self.images, torch.Generator(), self.train, self.validation)  # raises now if they do not fit
-        self.rounds = len(self.rules) * len(self.networks) * self.repetitions
+        self.turns = len(self.rules) * len(self.networks)
+        self.rounds = self.turns * self.repetitions
         channels, *sides = self.images.shape
         self.shape, self.classes = (channels + self.contexts, sides[0], sides[1]), self.images.classes
         sizes = {name: weights(self.network(name)) for name in self.networks}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..pictures import COLOURS, saved, uncluttered
-from ..statistics import interval
+from ..statistics import whisker
 
 if TYPE_CHECKING:
     from .context_routing import ContextRouting
@@ -31,7 +31,7 @@ def bars(task: ContextRouting, history: list[dict[str, Any]], title: str, path: 
             axes.bar(
                 at, statistics.fmean(values), 0.92 * width, color=COLOURS[i % len(COLOURS)], alpha=0.55,
                 label=rule.replace("_", " ") if place == 0 else None,
-                yerr=interval(values), error_kw={"capsize": 2, "elinewidth": 1},
+                yerr=whisker(values), error_kw={"capsize": 2, "elinewidth": 1},
             )  # fmt: skip
             axes.plot([at] * len(values), values, ".", color="black", markersize=3, alpha=0.6)
         computed = statistics.fmean(line["computation"] for line in history if line["network"] == name)

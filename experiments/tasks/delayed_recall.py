@@ -16,6 +16,7 @@ from bioopt.costs import CrossEntropy
 from bioopt.nn import FastWeights, ShortTermMemory
 
 from ..learner import Block, Learner
+from ..verdict import Expected
 from . import Task, delayed_recall_plots
 
 MODELS = (
@@ -165,6 +166,11 @@ class DelayedRecall(Task):
         scores |= {f"gated_{name}": recalled(memory, episodes, gated=True) for name, memory in self.memories.items()}
         scores["gru"] = self.network(episodes)
         return {name: (s.argmax(1) == episodes.answer).double().mean().item() for name, s in scores.items()}
+
+    def expected(self, summary: dict[str, Any]) -> dict[str, Sequence[Expected]]:
+        """Chance, of each model at the delays that the GRU has been trained on."""
+        chance = Expected([1 / self.values], "by chance")
+        return {f"{name}_at_trained_delays": [chance] for name in MODELS}
 
     def finish(self, history: list[dict[str, Any]], title: str, folder: Path) -> tuple[dict[str, float], list[Path]]:
         """Of the last round, for each model: accuracy within and beyond the GRU's training delays, and its span."""

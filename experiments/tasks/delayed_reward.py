@@ -17,6 +17,7 @@ from bioopt.costs import Cost
 from bioopt.nn import LIF, LeakyRate
 
 from ..learner import Block, Learner
+from ..verdict import Expected
 from . import delayed_reward_plots
 from .side_by_side import SideBySide
 
@@ -164,6 +165,10 @@ class DelayedReward(SideBySide):
     def shown(self, line: dict[str, Any]) -> str:
         """The share of rewarded episodes, with the delay whose curves are drawn."""
         return "   ".join(f"{name} {100 * line[name]:.1f}%" for name in self.learners)
+
+    def expected(self, summary: dict[str, Any]) -> dict[str, Sequence[Expected]]:
+        """Chance."""
+        return {name: [Expected([1 / self.cues], "by chance")] for name in self.learners}
 
     def finish(self, history: list[dict[str, Any]], title: str, folder: Path) -> tuple[dict[str, float], list[Path]]:
         """Of each rule, the share of rewarded episodes after the last round, for each delay of the reward."""

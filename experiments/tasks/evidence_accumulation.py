@@ -17,6 +17,7 @@ from bioopt.nn import LIF
 
 from ..learner import Block, Learner
 from ..models import RecurrentLayer
+from ..verdict import Expected
 from . import evidence_accumulation_plots
 from .credit import cosine_per_step, cosines, states_of
 from .side_by_side import SideBySide, learning_in_time
@@ -145,6 +146,10 @@ class EvidenceAccumulation(SideBySide):
     def shown(self, line: dict[str, Any]) -> str:
         """The accuracies."""
         return "   ".join(f"{name} {100 * line[name]:.1f}%" for name in self.learners)
+
+    def expected(self, summary: dict[str, Any]) -> dict[str, Sequence[Expected]]:
+        """Chance."""
+        return {name: [Expected([0.5], "by chance")] for name in self.learners}
 
     def finish(self, history: list[dict[str, Any]], title: str, folder: Path) -> tuple[dict[str, float], list[Path]]:
         """Of each network, the accuracy after the last round, and the number of steps after which it first had 95 %."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from .. import building, data
 from ..diagnostics import wins
 from ..receptive_fields import first_weights
 from ..statistics import percent, with_interval
+from ..verdict import Expected
 from . import Task, first_run_plots
 
 
@@ -105,6 +106,11 @@ class FirstRun(Task):
     def final(self, history: list[dict[str, Any]]) -> dict[str, list[float]]:
         """The final test accuracies of each rule."""
         return {rule: [line["courses"][rule][-1] for line in history] for rule in self.rules}
+
+    def expected(self, summary: dict[str, Any]) -> dict[str, Sequence[Expected]]:
+        """The accuracy of the control."""
+        control = Expected([summary["measured"][self.control]], f"with {self.control}, the control")
+        return {rule: [control] for rule in self.rules if rule != self.control}
 
     def finish(self, history: list[dict[str, Any]], title: str, folder: Path) -> tuple[dict[str, float], list[Path]]:
         """Mean test accuracies and leads over the control; the courses, and the filters of the first layer."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from torch import Tensor
 from bioopt.nn import Hopfield, ModernHopfield, SpikingHopfield
 
 from .. import data
+from ..pace import Phase
+from ..verdict import Expected
 from . import Task, hopfield_plots
 from .hopfield_plots import RULES, THEORY
 
@@ -130,6 +134,15 @@ class Recall(Task):
             for cue, cues in self._cues(x[:CUES]).items():
                 found[f"{name}_{cue}"] = _share(memory(cues), x, RIGHT)
         return found
+
+    def expected(self, summary: dict[str, Any]) -> dict[str, Sequence[Expected]]:
+        """The critical load of a network of infinitely many neurons."""
+        return {"critical_load": [Expected([THEORY], "by theory")]}
+
+    def phases(self) -> Sequence[Phase]:
+        """The kinds of rounds."""
+        counts = Counter(kind for kind, _ in self.work)
+        return [Phase(count, name=kind.replace("_", " ")) for kind, count in counts.items()]
 
     def finish(self, history: list[dict[str, Any]], title: str, folder: Path) -> tuple[dict[str, float], list[Path]]:
         """The critical load and other capacities, and pictures: of capacities, of recalled digits and of dynamics."""

@@ -131,7 +131,8 @@ class MetaCost(Task):
             if name not in PROBLEMS:
                 raise ValueError(f"task.problems has '{name}', which is not one; there are {', '.join(PROBLEMS)}")
         self.rules = list(self.config.rules)
-        self.rounds = self.repetitions * len(self.problems) * len(self.rules)
+        self.turns = len(self.problems) * len(self.rules)
+        self.rounds = self.turns * self.repetitions
         self.images = data.from_config(self.config.data, self.device)
         for name in self.problems:  # raises now where their options do not fit
             self.posed(name, 0, self.validation)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .. import building, data
 from ..learner import Learner
 from ..statistics import interval
+from ..verdict import Expected
 from . import Task, savings_plots
 
 
@@ -49,7 +50,8 @@ class Savings(Task):
             raise ValueError(f"task.criterion={self.criterion} must be in (0, 1], a share of right answers")
         self.require_counts("most", "batch_size", "repetitions")
         self.rules = list(self.config.rules)
-        self.rounds = len(self.rules) * self.repetitions
+        self.turns = len(self.rules)
+        self.rounds = self.turns * self.repetitions
         self.images = data.from_config(self.config.data, self.device)
 
     def round(self, number: int) -> dict[str, Any]:
@@ -89,6 +91,16 @@ class Savings(Task):
             learner.fit(islice(permutation.batches(self.batch_size, generator), self.most), until=learned)
         learner.close()
         return course
+
+    def expected(self, summary: dict[str, Any]) -> dict[str, Sequence[Expected]]:
+        """The savings of learning anything else."""
+        found = summary["measured"]
+        controls = {rule: found.get(f"{rule}_control") for rule in self.rules}
+        return {
+            f"{rule}_savings": [Expected([value], "for an unseen task, the control")]
+            for rule, value in controls.items()
+            if value is not None
+        }
 
     def finish(self, history: list[dict[str, Any]], title: str, folder: Path) -> tuple[dict[str, float], list[Path]]:
         """For each rule the means of savings, memory of A alone, the control, and A's accuracy after B."""

@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 
 from ..pictures import BLUE, VERMILION, saved, style, uncluttered
-from ..statistics import interval, percent
+from ..statistics import percent, whisker
 
 #: what is compared, by its label and colour; B comes between, and the last two start where B ends
 PHASES = {
@@ -21,7 +21,7 @@ PHASES = {
 
 
 def bars(rules: list[str], history: list[dict[str, Any]], most: int, title: str, path: Path) -> Path:
-    """Savings and the control for each rule: mean, 95 % confidence interval, and each repetition as a point."""
+    """Savings and the control for each rule: mean, 95 % interval of three or more repetitions, and these as points."""
     figure, axes = plt.subplots(figsize=(8, 1.6 + 0.62 * len(rules)), layout="constrained")
     figure.suptitle(title)
     for row, rule in enumerate(rules):
@@ -29,11 +29,10 @@ def bars(rules: list[str], history: list[dict[str, Any]], most: int, title: str,
         for key, phase, shift in (("savings", "again", -0.18), ("control", "other", 0.18)):
             label, colour = PHASES[phase]
             if values := [line[key] for line in lines]:
-                mean, half = 100 * statistics.fmean(values), interval(values)
-                whisker = None if half is None else 100 * half
+                mean, half = 100 * statistics.fmean(values), whisker(values)
                 axes.barh(
                     row + shift, mean, 0.32, color=colour, alpha=0.5, label=label,
-                    xerr=whisker, error_kw={"capsize": 3, "elinewidth": 1},
+                    xerr=None if half is None else 100 * half, error_kw={"capsize": 3, "elinewidth": 1},
                 )  # fmt: skip
                 points = [100 * value for value in values]
                 axes.plot(points, [row + shift] * len(points), "o", color=colour, markersize=3, alpha=0.6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from bioopt.nn import RBM
 from .. import data
 from ..likelihood import drawn
 from ..models import ToUnitInterval
+from ..verdict import Expected
 from . import Task, spin_glass_plots
 
 
@@ -303,6 +305,10 @@ class Valleys(Task):
         self.machine.states, self.machine.hidden = state["visible"], state["hidden"]
         for system, measured in zip((self.glass, self.machine), state["measured"], strict=True):
             system.restore(measured)
+
+    def expected(self, summary: dict[str, Any]) -> dict[str, Sequence[Expected]]:
+        """The energy of a ground state of so many spins."""
+        return {"ground_state_energy": [Expected([summary["measured"]["ground_state_energy_of_theory"]], "by theory")]}
 
     def finish(self, history: list[dict[str, Any]], title: str, folder: Path) -> tuple[dict[str, float], list[Path]]:
         """The numbers for which there is a theory, and the pictures."""

@@ -85,7 +85,11 @@ def test_a_run_below_its_control_says_so_in_one_line(tmp_path: Path) -> None:
 )
 def test_other_runs_do_not(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     summary = run(config(*options, f"run_dir={tmp_path / 'run'}"))
-    assert "control" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "warning" not in said
+    found = summary["control_test_accuracy"]
+    line = f"verdict: test accuracy {summary['test_accuracy']:.2%}; {found or 0:.2%} its control, in 27 of 110 steps"
+    assert said.replace(" %", "%").count(line) == said.count("control") == (found is not None)
     assert (summary["control_test_accuracy"] is None) == ("optimizer=hebbian" not in options)
 
 

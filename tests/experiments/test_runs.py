@@ -385,7 +385,7 @@ def test_two_sweeps_of_one_name_and_sweeps_outside_runs_are_refused(tmp_path: Pa
 @pytest.mark.long
 def test_a_sweep_restarts_a_run_without_options_or_checkpoint(tmp_path: Path) -> None:
     named = [option for option in TINY if not option.startswith("logger")]
-    first, second = (tmp_path / "runs/s" / name_of([*named, f"seed={seed}"]) for seed in (0, 1))
+    first, second = (tmp_path / "runs/s" / name_of([*named, "optimizer=hebbian", f"seed={seed}"]) for seed in (0, 1))
     for folder in (first, second):
         folder.mkdir(parents=True)
         (folder / "config.yaml").write_text("")

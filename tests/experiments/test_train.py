@@ -508,7 +508,7 @@ def test_torchrun_spreads_a_run_over_processes(tmp_path: Path) -> None:
     done = torchrun("train.py", *common, "run_dir=two", ranks=2, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "resumed after epoch" not in done.stdout
-    assert done.stdout.count("test accuracy") == 3  # each epoch and the end, printed by the first rank only
+    assert done.stdout.count("test accuracy") == 4  # each epoch, the end and its verdict, by the first rank only
     assert sorted(p.name for p in tmp_path.iterdir()) == ["two"]
     run(config(*common, f"run_dir={tmp_path / 'one'}"))
     two, one = (torch.load(tmp_path / n / "checkpoint.pt", weights_only=True)["model"] for n in ("two", "one"))
@@ -530,7 +530,7 @@ def test_an_interrupted_run_of_several_ranks_resumes_with_the_same_result(tmp_pa
     first, second = [ended(rank) for rank in spread("resume=two", cwd=tmp_path)]
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr
     made = 16 - int(first.stdout.split("resumed after epoch ")[1].split()[0])
-    assert first.stdout.count("test accuracy") == made + 1
+    assert first.stdout.count("test accuracy") == made + 2  # and the end, with its verdict
     assert second.stdout == ""
     assert sorted(p.name for p in tmp_path.iterdir()) == ["two"]
     run(config(*common, f"run_dir={tmp_path / 'one'}"))
