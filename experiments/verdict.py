@@ -60,7 +60,8 @@ def verdict(config: DictConfig, summary: Mapping[str, Any], expected: Mapping[st
             else:
                 compared.append(f"{shown([*one.values])}{unit} {one.source}")
         if compared:
-            lines.append(f"verdict: {name.replace('_', ' ')} {shown([found[name]])}{unit}; {', '.join(compared)}")
+            against = " and ".join([", ".join(compared[:-1]), compared[-1]] if compared[1:] else compared)
+            lines.append(f"verdict: {name.replace('_', ' ')} {shown([found[name]])}{unit}, against {against}")
     return lines + warnings
 
 
@@ -84,7 +85,7 @@ def recorded(config: DictConfig) -> Iterator[tuple[str, dict[str, Any]]]:
         if other == own:
             yield "recorded", record
         elif rule in CONTROLS and rule != config.optimizer.name and _posed(other) == _posed(own):
-            yield f"the recorded {CONTROLS[rule]}", record
+            yield f"of the recorded {CONTROLS[rule]}", record
 
 
 def options_of(command: str) -> Any:

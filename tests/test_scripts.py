@@ -87,13 +87,6 @@ def test_the_picture_of_the_readme(call: Call, tmp_path: Path, monkeypatch: pyte
             assert drawn.size == kept.size
 
 
-def test_receptive_fields_in_motion(call: Call, tmp_path: Path) -> None:
-    run = ["optimizer=hebbian", "model=mlp", "data=digits", "epochs=1", "batch_size=32"]
-    call("animate_fields.py", str(tmp_path / "fields.gif"), *run, "--frames", "3", "--neurons", "6")
-    with Image.open(tmp_path / "fields.gif") as drawn:
-        assert drawn.n_frames >= 2  # equal pictures become one
-
-
 def test_generate_names_outdated_files_and_writes_them(
     call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

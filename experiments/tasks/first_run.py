@@ -109,7 +109,7 @@ class FirstRun(Task):
 
     def expected(self, summary: dict[str, Any]) -> dict[str, Sequence[Expected]]:
         """The accuracy of the control."""
-        control = Expected([summary["measured"][self.control]], f"with {self.control}, the control")
+        control = Expected([summary["measured"][self.control]], f"with the control {self.control}")
         return {rule: [control] for rule in self.rules if rule != self.control}
 
     def finish(self, history: list[dict[str, Any]], title: str, folder: Path) -> tuple[dict[str, float], list[Path]]:

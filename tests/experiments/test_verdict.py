@@ -49,16 +49,16 @@ def test_a_run_is_compared_with_records_of_its_options_and_of_its_controls(recor
     summary = {"test_accuracy": 0.9833}
     chosen = config(*RUN, "seed=7", "control=false", "diagnostics.every=5", "data.root=elsewhere")
     assert verdict.verdict(chosen, summary, {}) == [
-        "verdict: test accuracy 98.33 %; 97.00 % the recorded random trunk, 98.20 ± 0.50 % recorded"
+        "verdict: test accuracy 98.33 %, against 97.00 % of the recorded random trunk and 98.20 ± 0.50 % recorded"
     ]
     assert verdict.verdict(config(*RUN, "data.validation=100"), summary, {}) == []
 
 
 def test_a_run_below_its_control_is_warned_of_and_above_it_compared(records: Path) -> None:
-    expected = {"test_accuracy": [Expected([0.9], "its control", "warning: below")]}
+    expected = {"test_accuracy": [Expected([0.9], "of its control", "warning: below")]}
     assert verdict.verdict(config(*RUN), {"test_accuracy": 0.8}, expected) == ["warning: below"]
     above = verdict.verdict(config(*RUN), {"test_accuracy": 0.95}, expected)
-    assert above == ["verdict: test accuracy 95.00 %; 90.00 % its control"]
+    assert above == ["verdict: test accuracy 95.00 %, against 90.00 % of its control"]
 
 
 def test_an_experiment_is_compared_with_theory_and_with_records(records: Path) -> None:
@@ -69,11 +69,11 @@ def test_an_experiment_is_compared_with_theory_and_with_records(records: Path) -
     task = made_task(config("experiment=hopfield_recall", "data=digits", "task.digits=[5]"))
     summary = {"measured": {"critical_load": 0.13552, "others": 3.0}}
     lines = verdict.verdict(config("experiment=hopfield_recall"), summary, task.expected(summary))
-    assert lines == ["verdict: critical load 0.1355; 0.138 by theory, 0.1372 (0.1355 to 0.1389) recorded"]
+    assert lines == ["verdict: critical load 0.1355, against 0.138 by theory and 0.1372 (0.1355 to 0.1389) recorded"]
     assert verdict.verdict(chosen, summary, {}) == []  # other data
     # Without an expectation, the most important number is compared with the record.
     assert verdict.verdict(config("experiment=hopfield_recall"), summary, {}) == [
-        "verdict: critical load 0.1355; 0.1372 (0.1355 to 0.1389) recorded"
+        "verdict: critical load 0.1355, against 0.1372 (0.1355 to 0.1389) recorded"
     ]
     assert verdict.verdict(chosen, {"measured": {}}, task.expected(summary)) == []
 
@@ -93,7 +93,7 @@ def test_records_are_found_within_hydras_main(records: Path) -> None:
     of_classification(records, "same", "hebbian", [0.98])
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         lines = verdict.verdict(compose("config", RUN), {"test_accuracy": 0.97}, {})
-    assert lines == ["verdict: test accuracy 97.00 %; 98.00 % recorded"]
+    assert lines == ["verdict: test accuracy 97.00 %, against 98.00 % recorded"]
 
 
 def test_the_time_that_is_left_is_told_once_in_each_phase() -> None:
