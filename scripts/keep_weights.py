@@ -31,7 +31,7 @@ def keep(name: str, run: Path) -> float:
     """
     record = RECORDS / name / "result.json"
     if not record.exists():
-        raise SystemExit(f"error: {name} has no record; make it by: python scripts/record.py {name} {run}")
+        raise SystemExit(f"error: {name} has no record; make it first, by scripts/record.py")
     try:
         model, config, images = network_of(run)
     except (ValueError, OSError) as error:

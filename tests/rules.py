@@ -303,7 +303,7 @@ CASES = [
     Case(bioopt.EquilibriumPropagation, {"nudged_steps": 2}),
     Case(
         bioopt.EquilibriumPropagation,
-        {"energy": "hopfield", "free_steps": 1, "nudged_steps": 2},
+        {"energy": "hopfield", "free_steps": 2, "nudged_steps": 2},
         cnn=averaging_cnn,
         variant="hopfield",
     ),

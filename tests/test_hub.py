@@ -80,7 +80,7 @@ def test_the_network_of_a_run_is_loaded_and_kept(tmp_path: Path, monkeypatch: py
     model, images = load("from_run", str(folder)), data.load("digits", "")
     assert accuracy_of(model, images) == pytest.approx(summary["test_accuracy"])
     monkeypatch.setattr(keep_weights, "RECORDS", tmp_path)
-    with pytest.raises(SystemExit, match="mine has no record; make it by"):
+    with pytest.raises(SystemExit, match="mine has no record; make it first"):
         keep_weights.keep("mine", folder)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "result.json").write_text('{"seeds": [0]}')

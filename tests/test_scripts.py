@@ -74,7 +74,7 @@ def test_the_animation_has_a_picture_for_each_frame(call: Call, tmp_path: Path) 
 
 
 def test_weights_are_kept_of_recorded_runs_alone(call: Call, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="none has no record; make it by"):
+    with pytest.raises(SystemExit, match="none has no record; make it first"):
         call("keep_weights.py", "none", str(tmp_path))
 
 

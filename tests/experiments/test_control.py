@@ -88,7 +88,8 @@ def test_other_runs_do_not(options: list[str], tmp_path: Path, capsys: pytest.Ca
     said = capsys.readouterr().out
     assert "warning" not in said
     found = summary["control_test_accuracy"]
-    line = f"verdict: test accuracy {summary['test_accuracy']:.2%}, against {found or 0:.2%} of its control, in 27 of 110 steps"
+    accuracy = f"{summary['test_accuracy']:.2%}"
+    line = f"verdict: test accuracy {accuracy}, against {found or 0:.2%} of its control, in 27 of 110 steps"
     assert said.replace(" %", "%").count(line) == said.count("control") == (found is not None)
     assert (summary["control_test_accuracy"] is None) == ("optimizer=hebbian" not in options)
 
