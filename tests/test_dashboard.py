@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from .commands import ROOT, TINY, config, inspected, train
 
+pytestmark = pytest.mark.long  # the script runs in a process of its own, and imports another library
 SCRIPT = str(ROOT / "scripts" / "wandb_dashboard.py")
 AXES = {"epoch", "forward_passes", "seconds", "step"}
 # Options of a run that logs more than TINY.
@@ -72,7 +73,6 @@ def on_demand(name: str) -> bool:
     return name in ON_DEMAND or name.split("/")[0] in ON_DEMAND
 
 
-@pytest.mark.long
 def test_panels_show_what_runs_log(
     panels: dict[str, list[dict[str, Any]]], logged: tuple[list[set[str]], set[str]]
 ) -> None:

@@ -59,6 +59,7 @@ def test_old_names_may_be_typed(typed: str, meant: str, capsys: pytest.CaptureFi
     assert capsys.readouterr().out.startswith("warning: ") == (typed != meant)
 
 
+@pytest.mark.long
 def test_a_command_with_an_old_name_runs(tmp_path: Path) -> None:
     few = ["experiment=savings", "logger.mode=disabled", "task.repetitions=1", "task.most=1", "model.hidden=[4]"]
     done = train(*few, "task.disguise=pixels", "run_dir=run", cwd=tmp_path)

@@ -108,6 +108,7 @@ def test_original_files_are_read_once(name: str, tmp_path: Path, monkeypatch: py
     assert torch.equal(again.train_images, images.train_images)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_network_trains_on_it(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undrawn: None) -> None:
     WRITERS[name](tmp_path / "new", monkeypatch)

@@ -24,6 +24,7 @@ SMALL = (
 )
 
 
+@pytest.mark.long
 def test_the_experiment_measures_the_capacity_of_its_memories(tmp_path: Path) -> None:
     summary = experiment(tmp_path / "run", *SMALL)
     found = summary["measured"]

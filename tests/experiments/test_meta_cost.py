@@ -33,6 +33,7 @@ def task(*overrides: str) -> MetaCost:
     return made
 
 
+@pytest.mark.long
 def test_a_run_draws_its_pictures_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     few = [*TINY, "~rules.node_perturbation"]
     whole = run(config(*few, f"run_dir={tmp_path / 'whole'}"))

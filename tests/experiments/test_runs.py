@@ -405,6 +405,7 @@ SMALL = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("option", ["seed=3", "optimizer.lr=0.5", "epochs=7"])
 def test_ranks_with_other_options_are_refused_on_all(option: str, tmp_path: Path) -> None:
     name, value = option.split("=")

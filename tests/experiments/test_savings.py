@@ -109,6 +109,7 @@ def test_every_rule_of_the_experiment_trains(rule: str) -> None:
     assert (line["rule"], line["steps_first"]) == (rule, 2)
 
 
+@pytest.mark.long
 def test_a_run_draws_its_pictures_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(config(*TINY, f"run_dir={tmp_path / 'whole'}"))
     for picture in ("savings.png", "courses.png"):

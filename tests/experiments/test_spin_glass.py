@@ -114,6 +114,7 @@ def test_a_machine_at_other_temperatures_has_the_distribution_of_all_its_states(
     torch.testing.assert_close(samples.mean("squared").float(), expected, atol=0.02, rtol=0)
 
 
+@pytest.mark.long
 def test_the_experiment_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(config("experiment=spin_glass", *TINY, f"run_dir={tmp_path / 'whole'}"))
     assert {p.name for p in (tmp_path / "whole").glob("*.png")} == {"spin_glass.png", "machine_by_temperature.png"}
@@ -135,6 +136,7 @@ def test_bad_options_are_named(option: str, match: str, tmp_path: Path) -> None:
         run(config("experiment=spin_glass", *TINY, f"task.{option}", f"run_dir={tmp_path / 'run'}"))
 
 
+@pytest.mark.long
 def test_a_trained_network_is_analysed_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(likelihood, "published_temperatures", lambda device: torch.linspace(0, 1, 50))
     overrides = [

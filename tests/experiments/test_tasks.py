@@ -136,6 +136,7 @@ def test_a_sweep_of_a_task_ends_with_its_numbers(walk: str, tmp_path: Path) -> N
     assert both in report.stdout
 
 
+@pytest.mark.long
 def test_a_task_with_wandb_offline(walk: str, tmp_path: Path) -> None:
     done = train(walk, "experiment=walk", "logger.mode=offline", cwd=tmp_path, HOME=str(tmp_path))
     assert done.returncode == 0, done.stderr

@@ -284,6 +284,7 @@ def test_a_killed_run_resumes_with_the_same_result(optimizer: str, tmp_path: Pat
         run(config(f"resume={tmp_path / 'killed'}"))
 
 
+@pytest.mark.long
 def test_a_run_with_wandb_offline(tmp_path: Path) -> None:
     offline = {"WANDB_API_KEY": "", "HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
     done = train(*TINY, "logger.mode=auto", cwd=tmp_path, **offline)

@@ -84,7 +84,7 @@ def test_the_last_line_of_a_run_is_its_verdict(tmp_path: Path, capsys: pytest.Ca
                f"run_dir={tmp_path / 'run'}"))  # fmt: skip
     *_, line, where = capsys.readouterr().out.splitlines()
     assert line.startswith("verdict: bcm patterns selectivity 0.")
-    assert line.endswith("; 0.9 by theory")
+    assert line.endswith(", against 0.9 by theory")
     assert where.startswith("results are in")
 
 
