@@ -39,6 +39,7 @@ def run(notebook: dict[str, Any]) -> dict[str, object]:
     """Run the cells of a notebook, whose outputs are replaced; returns the names that they define."""
     names: dict[str, object] = {"__name__": "__main__"}
     count = 0
+    plt.close("all")
     for cell in notebook["cells"]:
         if cell["cell_type"] != "code":
             continue
