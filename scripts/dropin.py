@@ -279,9 +279,11 @@ def run(make: Rule, network: Network, data: list[Tensor], seed: int, epochs: int
 
 
 def cell(values: list[float], digits: int = 1) -> str:
-    """The mean in percent, with its interval; empty where there is none."""
+    """The mean in percent, with its interval, or of two values both; empty where there is none."""
     if not values:
         return ""
+    if len(values) == 2:
+        return f"{100 * min(values):.{digits}f} to {100 * max(values):.{digits}f}"
     half = interval(values)
     mean = f"{100 * statistics.fmean(values):.{digits}f}"
     return mean + ("" if half is None else f" ± {100 * half:.{digits}f}")
