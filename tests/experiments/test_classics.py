@@ -38,6 +38,7 @@ def correlated(count: int) -> Tensor:
     return torch.randn(count, 16, generator=generator) * 0.7 ** torch.arange(16) @ axes
 
 
+@pytest.mark.long
 def test_the_experiment_has_a_page_and_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(config(*SMALL, f"run_dir={tmp_path / 'whole'}"))
     found = whole["measured"]

@@ -61,6 +61,7 @@ def test_all_networks_start_alike() -> None:
     made.close()
 
 
+@pytest.mark.long
 def test_it_runs_and_can_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     summary = run(config(*TINY, f"run_dir={tmp_path / 'whole'}"))
     assert [*summary["measured"]][: len(LEARNERS)] == [*LEARNERS]

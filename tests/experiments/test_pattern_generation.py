@@ -58,6 +58,7 @@ def test_eprop_draws_better_than_the_mean(neurons: str) -> None:
     made.close()
 
 
+@pytest.mark.long
 def test_it_runs_and_can_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     summary = run(config(*TINY, f"run_dir={tmp_path / 'whole'}"))
     assert [*summary["measured"]] == [*PatternGeneration.known]

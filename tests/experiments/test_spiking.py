@@ -51,6 +51,7 @@ def test_the_measured_window_is_that_of_the_options() -> None:
     assert changes == pytest.approx(expected)
 
 
+@pytest.mark.long
 def test_the_experiment_votes_and_its_evaluation_is_repeatable(tmp_path: Path) -> None:
     pytest.importorskip("snntorch")
     few = ["data=digits", "model.neurons=20", "model.steps=4", "plastic_epochs=1", "epochs=2", "logger.mode=disabled"]
