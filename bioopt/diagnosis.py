@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .core.hooks import hooked
 from .core.probe import Closure, Probe
 from .core.rule import LearningRule
 from .core.synapse import Synapse
@@ -99,12 +100,8 @@ def _errors(synapses: list[Synapse], found: dict[Synapse, Tensor]) -> Iterator[N
         if u.requires_grad:
             u.register_hook(lambda g: found.__setitem__(synapse, g.movedim(synapse.channel_dim, -1).flatten(0, -2)))
 
-    handles = [synapse.layer.register_forward_hook(partial(look, synapse)) for synapse in synapses]
-    try:
+    with hooked(*(synapse.layer.register_forward_hook(partial(look, synapse)) for synapse in synapses)):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _feedback(

@@ -274,10 +274,14 @@ def tiles(
 
 def mosaic(images: Tensor, shape: tuple[int, int, int], columns: int) -> Any:
     """Images N×pixels as one image, row by row, with a margin around each; colours are averaged."""
-    tiles = F.pad(images.reshape(-1, *shape).float().mean(1), (1, 1, 1, 1), value=0.5)
+    return in_rows(F.pad(images.reshape(-1, *shape).float().mean(1), (1, 1, 1, 1), value=0.5), columns).cpu().numpy()
+
+
+def in_rows(tiles: Tensor, columns: int, empty: float = 0.0) -> Tensor:
+    """Tiles N×H×W as one image, row by row, the last of which is filled up with a value."""
     rows = [torch.cat(list(row), 1) for row in tiles.split(columns)]
-    rows[-1] = F.pad(rows[-1], (0, rows[0].shape[1] - rows[-1].shape[1]))
-    return torch.cat(rows).cpu().numpy()
+    rows[-1] = F.pad(rows[-1], (0, rows[0].shape[1] - rows[-1].shape[1]), value=empty)
+    return torch.cat(rows)
 
 
 def uncluttered(*many: Axes, grid: Literal["x", "y", "both"] = "both") -> None:

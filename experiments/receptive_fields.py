@@ -16,7 +16,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor, nn
 
-from .pictures import SIGNED, VERMILION, saved, tiles
+from .pictures import SIGNED, VERMILION, in_rows, saved, tiles
 
 MOST_FIELDS = 64  # in a picture
 SHADES = 9  # of an animation: an odd number, so that one of them is 0
@@ -157,9 +157,7 @@ def animation(snapshots: list[Tensor], shape: tuple[int, int, int], columns: int
         fields = fields.float().mean(1)
         fields = fields / fields.abs().amax((1, 2), keepdim=True).clamp(min=1e-12)
         framed = F.pad(fields, (0, 1, 0, 1), value=0.0)  # a margin in the colour of 0
-        rows = [torch.cat(list(row), 1) for row in framed.split(columns)]
-        rows[-1] = F.pad(rows[-1], (0, rows[0].shape[1] - rows[-1].shape[1]))
-        shades = ((torch.cat(rows) + 1) / 2 * (SHADES - 1)).round().to(torch.uint8)
+        shades = ((in_rows(framed, columns) + 1) / 2 * (SHADES - 1)).round().to(torch.uint8)
         frame = Image.fromarray(shades.repeat_interleave(scale, 0).repeat_interleave(scale, 1).numpy())
         frame.putpalette(colours.tobytes())
         frames.append(frame)

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from torch import nn
@@ -22,7 +21,7 @@ from bioopt.registry import family_of, rules, summary_of
 from experiments.building import build_model, build_optimizer
 
 from .commands import ROOT
-from .rules import RULES, mlp
+from .rules import RULES, mlp, per_sample
 
 SMALL = {"cnn": ["model.width=2"], "mlp": ["model.hidden=[8]"], "softhebb": ["model.width=0.03"]}
 OWN_NETWORKS = {  # rules that are not made for `model=cnn`
@@ -152,17 +151,8 @@ def test_a_preset_is_what_train_py_builds(name: str, network: str) -> None:
         groups = optimizer.param_groups
         built.append([{**group, "params": [names.get(p) for p in group["params"]]} for group in groups])
         for step in range(2):
-
-            def closure(model: nn.Module = model, optimizer: Any = optimizer) -> torch.Tensor:
-                optimizer.zero_grad()
-                losses = F.cross_entropy(model(x), y, reduction="none")
-                if losses.requires_grad:
-                    losses.mean().backward()
-                return losses
-
             torch.manual_seed(step)
-            optimizer.target = y
-            optimizer.step(closure)
+            optimizer.step(per_sample(optimizer, model, x, y))
         results.append(model.state_dict())
         optimizer.close()
     assert built[0] == built[1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
 from ..core._torch_private import backward_pass, in_dual_level, is_batched
+from ..core.hooks import hooked
 from ..core.rule import LearningRule
 from ..core.synapse import Synapse, Unhooked, survey
 
@@ -80,12 +81,8 @@ def _watching_errors(synapses: list[Synapse], trace: Trace) -> Iterator[None]:
         if g is not None and bool(g.any()):
             trace.crossed.setdefault(backward_pass(), set()).add(synapse)
 
-    handles = [s.layer.register_forward_hook(partial(look, s)) for s in synapses]
-    try:
+    with hooked(*(s.layer.register_forward_hook(partial(look, s)) for s in synapses)):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def backward_passes_of(step: Callable[[], object], model: nn.Module) -> int:
@@ -207,7 +204,7 @@ def neuron_moved(synapse: Synapse, neuron: int) -> Iterator[None]:
     def after(layer: nn.Module, args: Any, u: Tensor) -> Tensor:
         return u - added.pop()
 
-    with _hooks(synapse.layer.register_forward_hook(before, prepend=True), synapse.layer.register_forward_hook(after)):
+    with hooked(synapse.layer.register_forward_hook(before, prepend=True), synapse.layer.register_forward_hook(after)):
         yield
 
 
@@ -218,7 +215,7 @@ def outputs_replaced(synapses: list[Synapse]) -> Iterator[None]:
     def other(layer: nn.Module, args: Any, u: Tensor) -> Tensor:
         return u * -0.5 + root_mean_square(u)
 
-    with _hooks(*(s.layer.register_forward_hook(other, prepend=True) for s in synapses)):
+    with hooked(*(s.layer.register_forward_hook(other, prepend=True) for s in synapses)):
         yield
 
 
@@ -233,7 +230,7 @@ def signal_changed(synapse: Synapse) -> Iterator[None]:
         if u.requires_grad:
             u.register_hook(lambda g: None if g is None else 2 * g)
 
-    with _hooks(synapse.layer.register_forward_hook(before, prepend=True)):
+    with hooked(synapse.layer.register_forward_hook(before, prepend=True)):
         yield
 
 
@@ -258,7 +255,7 @@ def samples_replaced(model: nn.Module, which: tuple[int, ...]) -> Iterator[None]
             other[i] = x[i].flip([*range(x.ndim - 1)])
         return tuple(other if v is x else v for v in args), {k: other if v is x else v for k, v in kwargs.items()}
 
-    with _hooks(model.register_forward_pre_hook(before, with_kwargs=True)):
+    with hooked(model.register_forward_pre_hook(before, with_kwargs=True)):
         yield
 
 
@@ -279,7 +276,7 @@ def labels_permuted(model: nn.Module, rule: LearningRule | None) -> Iterator[Non
     def after(module: nn.Module, args: Any, output: Any) -> Any:
         return output.roll(1, 0) if isinstance(output, Tensor) and output.ndim else None
 
-    with _hooks(model.register_forward_pre_hook(before), model.register_forward_hook(after)):
+    with hooked(model.register_forward_pre_hook(before), model.register_forward_hook(after)):
         yield
 
 
@@ -311,7 +308,7 @@ def error_changed(model: nn.Module) -> Iterator[None]:
             factors = torch.linspace(0.5, 2, output.numel(), dtype=output.dtype, device=output.device)
             output.register_hook(lambda g: None if g is None else g * factors.view_as(g))
 
-    with _hooks(model.register_forward_hook(after)):
+    with hooked(model.register_forward_hook(after)):
         yield
 
 
@@ -329,11 +326,3 @@ def permuted_loss(value: Any) -> Any:
     if value.requires_grad:
         return value + (value.detach().roll(1, 0) - value.detach())
     return value.roll(1, 0)
-
-
-@contextmanager
-def _hooks(*handles: Any) -> Iterator[None]:
-    with ExitStack() as stack:
-        for handle in handles:
-            stack.callback(handle.remove)
-        yield

@@ -5,10 +5,13 @@ from __future__ import annotations
 import copyreg
 import weakref
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from ._torch_private import HOOK_TABLES
 
@@ -50,6 +53,15 @@ class Hook:
 
     def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
         return Hook, ()
+
+
+@contextmanager
+def hooked(*handles: RemovableHandle) -> Iterator[None]:
+    """Remove these hooks at the end of a ``with`` block."""
+    with ExitStack() as stack:
+        for handle in handles:
+            stack.callback(handle.remove)
+        yield
 
 
 def leave_no_trace(kind: type[nn.Module]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from ..pictures import BLUE, SIGNED, VERMILION, saved, uncluttered
+from ..pictures import BLUE, SIGNED, VERMILION, in_rows, saved, uncluttered
 
 LEARNED, BEFORE, CONTROL = VERMILION, "lightgrey", BLUE
 Drawn = Mapping[str, Tensor]
@@ -166,13 +168,7 @@ def _mosaic(axes: Axes, fields: Tensor, columns: int, **options: Any) -> None:
     """Square fields, row by row, each with a scale of its own, and a white margin between them."""
     side = int(fields.shape[1] ** 0.5)
     scaled = fields / fields.abs().amax(1, keepdim=True).clamp(min=1e-12)
-    columns = max(1, min(columns, len(scaled)))
-    rows = -(-len(scaled) // columns)
-    tiles = torch.full((rows * (side + 1), columns * (side + 1)), float("nan"))
-    for k, field in enumerate(scaled):
-        row, column = divmod(k, columns)
-        top, start = row * (side + 1), column * (side + 1)
-        tiles[top : top + side, start : start + side] = field.view(side, side)
-    axes.imshow(tiles[:-1, :-1].numpy(), **options)
+    framed = F.pad(scaled.view(-1, side, side), (0, 1, 0, 1), value=math.nan)
+    axes.imshow(in_rows(framed, columns, math.nan)[:-1, :-1].numpy(), **options)
     axes.set_xticks([])
     axes.spines[:].set_visible(False)

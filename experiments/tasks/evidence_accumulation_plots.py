@@ -8,29 +8,16 @@ from typing import TYPE_CHECKING, Any
 import matplotlib.pyplot as plt
 from torch import Tensor
 
-from ..pictures import BLUE, ORANGE, VERMILION, saved, style, uncluttered
+from ..pictures import BLUE, VERMILION, saved, uncluttered
+from .side_by_side_plots import STYLES, learning
 
 if TYPE_CHECKING:
     from .evidence_accumulation import EvidenceAccumulation
 
-#: label, colour and line of each learner
-STYLES = {
-    "eprop": ("e-prop", BLUE, "-"),
-    "random": ("e-prop, random feedback", BLUE, "--"),
-    "bptt": ("backpropagation through time", "black", "-"),
-    "lif": ("e-prop, no adaptation", ORANGE, "-"),
-    "frozen": ("recurrent layer frozen", "grey", "-"),
-}
-
 
 def curves(task: EvidenceAccumulation, history: list[dict[str, Any]], title: str, path: Path) -> Path:
     """Accuracy on fresh trials against steps of training."""
-    figure, axes = plt.subplots(figsize=(6, 3.8), layout="constrained")
-    figure.suptitle(title)
-    steps = [line["steps"] for line in history]
-    for name in task.learners:
-        label, colour, line = STYLES[name]
-        axes.plot(steps, [100 * one[name] for one in history], linestyle=line, **style(colour), label=label)
+    figure, axes = learning(task, history, title, scale=100)
     axes.axhline(95, color="grey", linewidth=0.8, linestyle=":")
     axes.set(xlabel=f"steps of {task.batch_size} trials", ylabel="right answers (%)", ylim=(45, 101))
     uncluttered(axes)

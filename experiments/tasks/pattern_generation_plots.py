@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import matplotlib.pyplot as plt
 from torch import Tensor
 
-from ..pictures import saved, style, uncluttered
-from .evidence_accumulation_plots import STYLES
+from ..pictures import saved, uncluttered
+from .side_by_side_plots import STYLES, learning
 
 if TYPE_CHECKING:
     from .pattern_generation import PatternGeneration
@@ -17,12 +17,7 @@ if TYPE_CHECKING:
 
 def errors(task: PatternGeneration, history: list[dict[str, Any]], title: str, path: Path) -> Path:
     """The normalised error against steps of training."""
-    figure, axes = plt.subplots(figsize=(6, 3.8), layout="constrained")
-    figure.suptitle(title)
-    steps = [line["steps"] for line in history]
-    for name in task.learners:
-        label, colour, line = STYLES[name]
-        axes.plot(steps, [one[name] for one in history], linestyle=line, **style(colour), label=label)
+    figure, axes = learning(task, history, title)
     axes.set(xlabel="steps", ylabel="normalised mean squared error", yscale="log")
     uncluttered(axes)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)

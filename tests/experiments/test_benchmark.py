@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from omegaconf import OmegaConf
 from torch import nn
 
@@ -24,6 +23,7 @@ from experiments.tasks.benchmark import Cell
 from scripts import generate, record
 
 from ..commands import config, made_task, train
+from ..rules import per_sample
 
 DIGITS = [
     "experiment=benchmark",
@@ -115,15 +115,7 @@ def test_backward_passes_are_those_of_the_audit(rule: str, count: int) -> None:
     model = nn.Sequential(nn.Linear(30, 12), nn.Tanh(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 3)).double()
     x, y = torch.randn(2, 30).double(), torch.arange(2)
     optimizer: Any = torch.optim.SGD(model.parameters()) if rule == "sgd" else bioopt.create_optimizer(rule, model)
-
-    def closure() -> torch.Tensor:
-        optimizer.target = y
-        optimizer.zero_grad()
-        losses = F.cross_entropy(model(x), y, reduction="none")
-        if losses.requires_grad:
-            losses.mean().backward()
-        return losses
-
+    closure = per_sample(optimizer, model, x, y)
     optimizer.step(closure)
     assert bioopt.audit(optimizer, model, closure).backward_passes == count
     assert backward_passes_of(lambda: optimizer.step(closure), model) == count
