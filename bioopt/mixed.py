@@ -134,6 +134,7 @@ class Mixed(ModelGroups, Optimizer):
         for rule in self._rules():
             rule._coverage.look_for_silent()
             rule._own_state = own_states.get(rule, rule._own_state)
+            rule._follow_inputs()
         for p in self._trained():
             p.grad = grads.get(p)
         self._estimated = True

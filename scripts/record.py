@@ -263,7 +263,7 @@ def tables() -> str:
         text += ["|---|---|---:|---:|---:|---:|---:|---:|"]
         for result in sorted((r for r in results if r["data"] == data), key=lambda r: (r["model"], -r["mean"])):
             text += [
-                f"| {markdown_text(network(result))} | {markdown_text(result['optimizer'])} "
+                f"| {markdown_text(network(result))} | {markdown_text(learner(result))} "
                 f"| {percent(result['test_accuracy'])} | {len(result['seeds'])} | {to_random(result, results)} "
                 f"| {result['epochs']} | {result['forward_passes']:,} | {result['seconds']:.0f} |"
             ]
@@ -315,6 +315,13 @@ def network(result: dict[str, Any]) -> str:
     """The model and what was chosen of it."""
     options = [f"{key.removeprefix('model.')}={value}" for key, value in result.get("model_options", {}).items()]
     return ", ".join([result["model"], *options])
+
+
+def learner(result: dict[str, Any]) -> str:
+    """The optimizer and what was chosen of it, but for its rate, and what stays frozen."""
+    chosen = [part for part in shlex.split(result["command"]) if part.startswith(("optimizer.", "frozen="))]
+    options = [part.removeprefix("optimizer.") for part in chosen if not part.startswith("optimizer.lr=")]
+    return ", ".join([result["optimizer"], *options])
 
 
 def to_random(result: dict[str, Any], results: list[dict[str, Any]]) -> str:

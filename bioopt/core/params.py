@@ -50,6 +50,7 @@ class RuleOptions(DescentOptions, total=False):
     """Options of every rule; `bioopt.LearningRule` describes them."""
 
     exclude: Iterable[Any]
+    centre_inputs: bool | None
     descent: type[Optimizer]
     process_group: ProcessGroup
 

@@ -110,6 +110,7 @@ class Recorder:
         in_evaluation: whether layers in evaluation mode count, too.
         trace: whether to fill ``beneath``.
         beneath: leaf tensors that require gradients, found below a cut since `reset`.
+        note: called with each firing that is no replay, whatever the rule does with it; ``None``: nothing.
     """
 
     def __init__(self) -> None:
@@ -120,6 +121,7 @@ class Recorder:
         self.trace = False
         self.fired: dict[Synapse, None] = {}
         self.beneath: set[Tensor] = set()
+        self.note: Callable[[Firing], None] | None = None
         self._enter: Callable[[], Enter | None] | None = None
         self._leave: Callable[[], Leave | None] | None = None
         self._on_neurons: Callable[[], OnNeurons | None] | None = None
@@ -281,6 +283,8 @@ class Recorder:
             return None
         firing = Firing(synapse, running.x, rows_now(), in_backward())
         if not firing.replay:
+            if self.note is not None:
+                self.note(firing)
             if running.call is not None and not is_batched(output) and verify(synapse, output, *running.call):
                 self._verified.add(layer)
             self.fired.pop(synapse, None)

@@ -23,6 +23,7 @@ from torch.optim import SGD, Optimizer
 
 from ._torch_private import mark_as_stepped, unhooked_step
 from .acts import cut
+from .centring import Centring
 from .constraints import NON_NEGATIVE, Constraint, require_in_range
 from .coverage import Coverage
 from .errors import is_captured, require_finite, require_steady, warn
@@ -55,6 +56,7 @@ Visit: TypeAlias = Callable[[Firing, Tensor], Tensor | None]
 #: options that groups of earlier versions lack, with what these did
 NEW_OPTIONS = {"readout": None, "standardised": False, "homeostasis": False}
 
+CENTRED = "presynaptic"  # in the rule's own state: running means of presynaptic activity
 #: options of the descent that hold for SGD as well
 SHARED = ("weight_decay", "maximize", "differentiable")
 
@@ -93,6 +95,9 @@ class LearningRule(ModelGroups, Optimizer):
         descent: the optimizer class that makes the step from ``.grad``. It shares ``param_groups`` and ``state`` with
             the rule, so that momentum, weight decay, schedulers and checkpoints are PyTorch's own.
         process_group: the ranks that take a step together; ``None``: no communication.
+        centre_inputs: whether the weights of each layer learn from presynaptic activity less its running mean, and its
+            bias makes up for that, which changes no output (`bioopt.core.centring`). ``True`` by default in rules whose
+            layers descend a gradient, and not possible in others. ``False``: as published.
         descent_options: keywords of ``descent``.
 
     Attributes:
@@ -114,6 +119,8 @@ class LearningRule(ModelGroups, Optimizer):
     splits_batch: ClassVar[bool] = False
     #: whether one ordinary forward pass and at most one backward pass are enough (see `OnePass`)
     shares_pass: ClassVar[bool] = False
+    #: whether its layers descend a gradient, on centred presynaptic activity unless an option says otherwise
+    centres_inputs: ClassVar[bool] = False
     #: whether its updates of all layers are in proportion to the loss, as `torch.amp.GradScaler` needs it
     scales_with_loss: ClassVar[bool] = True
 
@@ -129,6 +136,7 @@ class LearningRule(ModelGroups, Optimizer):
         exclude: Iterable[Any] = (),
         descent: type[Optimizer] = SGD,
         process_group: ProcessGroup = None,
+        centre_inputs: bool | None = None,
         **descent_options: Unpack[DescentOptions],
     ) -> None:
         name = type(self).__name__
@@ -157,6 +165,15 @@ class LearningRule(ModelGroups, Optimizer):
             ),
             lambda groups, surveys: self._require_trainable(groups, surveys, defaults),
         )
+        centre = self.centres_inputs if centre_inputs is None else centre_inputs
+        self._require_bool("centre_inputs", centre)
+        if centre and not self.centres_inputs:
+            raise TypeError(
+                f"{name}: centre_inputs=True is for rules whose layers descend a gradient, or an estimate of it"
+            )
+        self._centring = Centring(self.shares_pass, self._readout.layers) if centre else None
+        self._recorder.note = None if self._centring is None else self._centring.note
+        self._same_step: dict[Tensor, Tensor] = {}  # weights -> a parameter that must take the same step
         self._known = Known()
         self._undo: list[Callable[[], None]] = []
         self._estimated = False  # `estimate` has written .grad, from which `step` may continue
@@ -217,6 +234,7 @@ class LearningRule(ModelGroups, Optimizer):
     def begin(self) -> None:
         """Start an evaluation that alone will count."""
         self._recorder.reset()
+        self._forget_inputs()
         for p in self._trained():
             p.grad = None
 
@@ -237,6 +255,7 @@ class LearningRule(ModelGroups, Optimizer):
     def evaluate(self, probe: Probe) -> Estimate:
         """The loss, the new ``.grad`` of each parameter, and the rule's own state after the step."""
         self._readout_grads = None
+        self._forget_inputs()
         losses, grads, state = self._estimate(probe)
         if self._readout and not self.shares_pass:
             if self._readout_grads is None:
@@ -292,7 +311,7 @@ class LearningRule(ModelGroups, Optimizer):
             with torch.no_grad():
                 loss, grads, own_state = probe.run(type(self).__name__, self.evaluate)
             loss = loss if probe.returns_tensor else loss.item()
-        if own_state.keys() - {"homeostasis", "readout", "seed"} and is_captured(self._trained()):
+        if own_state.keys() - {"homeostasis", "readout", "seed", CENTRED} and is_captured(self._trained()):
             raise RuntimeError(
                 f"{type(self).__name__} keeps running state, which the replay of a CUDA graph would not update: take "
                 "ordinary steps"
@@ -304,12 +323,14 @@ class LearningRule(ModelGroups, Optimizer):
         for p in self._trained():
             p.grad = grads.get(p)
         self._own_state = own_state
+        self._follow_inputs()
         self._estimated = True
         return loss
 
     def discard(self) -> None:
         """Drop all passes since the last step, and ``.grad``: the next step learns nothing from them."""
         self._recorder.discard()
+        self._forget_inputs()
         self._estimated = False
         for p in self._trained():
             p.grad = None
@@ -326,7 +347,7 @@ class LearningRule(ModelGroups, Optimizer):
                 self._descent: [group for group in self.param_groups if not group["standardised"]],
                 self._readout_descent: [group for group in self.param_groups if group["standardised"]],
             }
-        with self._around_descent():
+        with self._on_centred_activity(), self._around_descent():
             for descent, own in groups.items():
                 # load_state_dict replaces both. Without hooks: those on all optimizers must fire once per step.
                 descent.param_groups, descent.state = own, self.state
@@ -498,6 +519,26 @@ class LearningRule(ModelGroups, Optimizer):
         levels: dict[int, dict[str, Any]] = self._own_state.get("readout", {})
         return levels
 
+    def _forget_inputs(self) -> None:
+        """Drop what was seen of presynaptic activity since the last step."""
+        if self._centring is not None:
+            self._centring.clear()
+
+    @torch.no_grad()
+    def _follow_inputs(self) -> None:
+        """Let the running means of presynaptic activity follow the passes of this estimate."""
+        if self._centring is not None:
+            add = self._sum_over_ranks if self.splits_batch else _as_they_are
+            levels = self._centring.followed(self._own_state.get(CENTRED, {}), add)
+            self._own_state = {**self._own_state, CENTRED: levels}
+
+    def _on_centred_activity(self) -> AbstractContextManager[None]:
+        """What encloses the step of the descent, if it is on centred presynaptic activity."""
+        if self._centring is None:
+            return nullcontext()
+        levels = self._own_state.get(CENTRED, {})
+        return self._centring.descending(levels, self._recorder.synapses.values(), self._same_step)
+
     @optional
     def _around_descent(self) -> AbstractContextManager[None]:
         """What encloses the step of the descent."""
@@ -528,6 +569,19 @@ class LearningRule(ModelGroups, Optimizer):
         fired = self._recorder.fired
         learning = {p for s in fired for p in s.parameters()}
         return {p for s in self._recorder.synapses.values() for p in s.parameters() if p not in learning}
+
+    def _centre_unless(self, options: Any, otherwise: bool, why: str = "") -> None:
+        """Choose ``centre_inputs``, if the user has not.
+
+        Args:
+            options: of the constructor.
+            otherwise: whether another option excludes it.
+            why: the message to a user who has chosen both; none: both are possible.
+        """
+        if options.get("centre_inputs") is None:
+            options["centre_inputs"] = self.centres_inputs and not otherwise
+        elif options["centre_inputs"] and otherwise and why:
+            raise ValueError(f"{type(self).__name__}: {why}: choose that, or centre_inputs=True")
 
     def _refuse_readout(self, options: Mapping[str, Any], why: str) -> None:
         """Raise if options ask for a readout, in a rule whose last layer learns like the others."""
@@ -642,3 +696,7 @@ class LearningRule(ModelGroups, Optimizer):
         if (ranks := self._ranks[1]) > 1:
             for tensor in tensors:
                 tensor.div_(ranks)
+
+
+def _as_they_are(tensors: list[Tensor]) -> None:
+    """All ranks have the same batch."""

@@ -63,8 +63,8 @@ class EnergyRule(LearningRule):
         lr: learning rate of ``descent``, by default `torch.optim.Adam`.
         inference_lr: :math:`\gamma`, the rate of the relaxation. May differ between groups.
         relative: whether states and energies are in units of each layer's activity.
-        options: ``exclude``, ``descent`` and its options, ``process_group`` (average gradients over these ranks, each
-            with its share of the batch), as in `bioopt.LearningRule`.
+        options: ``centre_inputs``, ``exclude``, ``descent`` and its options, ``process_group`` (average gradients over
+            these ranks, each with its share of the batch), as in `bioopt.LearningRule`.
 
     Attributes:
         relaxations: what the relaxations of the last step did, in order.
@@ -81,6 +81,7 @@ class EnergyRule(LearningRule):
 
     constraints: ClassVar[dict[str, Constraint]] = {"inference_lr": POSITIVE}
     splits_batch = True
+    centres_inputs = True
     scales_with_loss = False
 
     def __init__(

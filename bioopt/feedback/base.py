@@ -66,14 +66,17 @@ class FeedbackRule(OnePass):
             which all directions are equally strong; for errors that have few directions, which random feedback makes
             of them. For convolutions this costs little, for large Linear layers several times the step.
         own: further hyperparameters of the rule, each of which may differ between groups (for subclasses).
-        options: ``exclude``, ``descent`` and its options, ``process_group`` (average gradients over these ranks, each
-            with its share of the batch), as in `bioopt.LearningRule`.
+        options: ``centre_inputs`` (``True`` unless updates are orthogonal), ``exclude``, ``descent`` and its options,
+            ``process_group`` (average gradients over these ranks, each with its share of the batch), as in
+            `bioopt.LearningRule`.
 
     Raises:
         ValueError: a hyperparameter out of range; a model without plastic layers, or with layers that have weights and
             are no known synapses.
         TypeError: bare parameters; a model wrapped in DistributedDataParallel.
     """
+
+    centres_inputs = True
 
     def __init__(
         self,
@@ -88,6 +91,7 @@ class FeedbackRule(OnePass):
         self._check_value("skips", skips, SKIPS)
         self._require_bool("orthogonal", orthogonal)
         self.skips, self.orthogonal = skips, orthogonal
+        self._centre_unless(options, orthogonal, "orthogonal=True replaces the gradient")
         self._refuse_readout(options, "the rule brings an error to every layer")
         super().__init__(params, {"lr": lr, **(own or {})}, **options)
         self._returned: dict[Synapse, torch.Size] = {}  # layers with an error at their input in this step; its shape

@@ -68,6 +68,7 @@ class KolenPollack(OwnedFeedback, LayerwiseFeedback):
         for synapse in self._returned:  # where no error returns, feedback weights are of no use
             if synapse.weight in grads:
                 grads[self.own_weights(synapse)] = grads[synapse.weight]
+                self._same_step[synapse.weight] = self.own_weights(synapse)
         self._add_decay(grads)
 
 

@@ -15,7 +15,7 @@ from ..core.readout import ReadoutOptions
 from ..core.reward import reward_prediction_errors
 from ..core.rule import Estimate
 from ..core.synapse import Synapse
-from ..perturbation.base import NoisyActivity, Record, add_power, credited
+from ..perturbation.base import NoisyActivity, Record, credited
 
 
 @final
@@ -90,11 +90,11 @@ class RewardHebbian(NoisyActivity):
     def __init__(
         self,
         params: Params,
-        lr: float = 1e-3,  # η
+        lr: float = 2e-3,  # η
         *,
         sigma: float = 0.5,  # σ
         relative: bool = True,
-        trials: int = 1,  # S
+        trials: int = 4,  # S
         trace_decay: float = 1.0,  # λ
         reward_rate: float = 0.1,  # r
         credit: str = "sample",
@@ -156,7 +156,10 @@ class RewardHebbian(NoisyActivity):
         """The running mean square of each layer's activity, after the firings of a step."""
         now: dict[Synapse, Tensor] = {}
         for record in records:  # noise was added to a copy of u, so that it stands as it was
-            add_power(now, record.synapse, record.u)
+            u = record.u.detach()
+            square = torch.linalg.vector_norm(u, dtype=torch.promote_types(u.dtype, torch.float32)).double().square()
+            found = torch.stack([square, torch.full_like(square, u.numel())])
+            now[record.synapse] = now[record.synapse] + found if record.synapse in now else found
         self._sum_over_ranks(list(now.values()))
         after = dict(before)
         for synapse, found in now.items():

@@ -56,8 +56,8 @@ class BlockRule(LearningRule):
         readout: ``None``, or ``"delta"``, with ``readout_lr``, ``readout_layer`` (one layer) and
             ``readout_options``, as in `bioopt.LearningRule`.
         own: further hyperparameters of the rule, each of which may differ between groups (for subclasses).
-        options: ``exclude``, ``descent`` and its options, ``process_group`` (average gradients over these ranks, each
-            with its share of the batch), as in `bioopt.LearningRule`.
+        options: ``centre_inputs``, ``exclude``, ``descent`` and its options, ``process_group`` (average gradients over
+            these ranks, each with its share of the batch), as in `bioopt.LearningRule`.
 
     Attributes:
         target: the labels, one for each sample, to be set before each forward pass; `step` clears it.
@@ -70,6 +70,7 @@ class BlockRule(LearningRule):
     """
 
     splits_batch = True
+    centres_inputs = True
     scales_with_loss = False
     #: whether the losses need labels
     needs_target = True

@@ -17,7 +17,7 @@ from ..core.readout import ReadoutOptions
 from ..core.recorder import Firing
 from ..core.rule import Estimate
 from ..core.synapse import Synapse, convolve
-from .base import NoisyActivity, Record, add_power, count_of, credit_of, sizes_of
+from .base import Activity, NoisyActivity, Record, add_activity, count_of, credit_of, sizes_of
 
 OTHER_LAYERS = "NodePerturbation: the closure ran other layers in the noisy pass than in the clean one"
 
@@ -39,9 +39,11 @@ class NodePerturbation(NoisyActivity):
     tends to the gradient of the mean loss as :math:`\sigma \to 0`; its variance grows with the number of neurons, not
     of weights.
 
-    By default :math:`\sigma` is ``sigma`` times the root mean square of the layer's activity in the clean pass, and the
-    step is that of Adam. So the same options suit layers and inputs of any scale. A layer without any activity gets
-    noise of width ``sigma``. ``relative=False`` is the published rule: one width for all layers, and SGD.
+    By default :math:`\sigma` is ``sigma`` times the size of the layer's activity in the clean pass: the root mean square
+    of its neurons' deviations over samples and positions (of a single event, of the activity itself; 1 without any
+    activity). Weights learn from presynaptic activity less its running mean (``centre_inputs``), and the step is that
+    of Adam. So the same options suit layers and inputs of any scale and offset. ``relative=False`` is the published
+    rule: one width for all layers, and SGD.
 
     With ``decorrelation`` :math:`\epsilon > 0` weights learn from decorrelated presynaptic activity
     :math:`\hat x = R x`, so that correlated inputs do not share the credit of one of them:
@@ -68,10 +70,10 @@ class NodePerturbation(NoisyActivity):
     Args:
         params: the model (or modules, or groups whose ``"params"`` are modules). Bare parameters are refused. Weight
             and bias of each synapse learn; other parameters stay frozen.
-        lr: learning rate of ``descent``; by default 5e-4, and with a readout 2e-4. With
+        lr: learning rate of ``descent``; by default 2e-3, and with a readout 1e-4. With
             ``relative=False`` it must be given.
-        sigma: the noise's standard deviation, in units of the root mean square of each layer's activity, or with
-            ``relative=False`` in units of :math:`u`.
+        sigma: the noise's standard deviation, in units of the size of each layer's activity, or with ``relative=False``
+            in units of :math:`u`.
         relative: whether ``sigma`` is relative to the size of the activity.
         samples: :math:`S`, noisy passes per step; by default 8, or 1 with ``relative=False``.
         credit: ``"sample"`` or ``"global"``. A scalar loss is always global.
@@ -117,7 +119,7 @@ class NodePerturbation(NoisyActivity):
         readout: str | None = None,
         **options: Unpack[ReadoutOptions],
     ) -> None:
-        lr = self._rate(lr, 5e-4, relative, readout)
+        lr = self._rate(lr, 2e-3, relative, readout)
         defaults = {"lr": lr, "sigma": sigma, "decorrelation": decorrelation}
         super().__init__(
             params, defaults, credit, distribution, relative=relative, seed=seed, readout=readout, **options
@@ -137,19 +139,19 @@ class NodePerturbation(NoisyActivity):
         self._prepare(probe)
         records: list[Record] = []
         inputs: dict[Synapse, list[Tensor]] = {}
-        powers: dict[Synapse, Tensor] = {}
+        activity: dict[Synapse, Activity] = {}
 
         def record(firing: Firing, u: Tensor) -> None:
             records.append(Record.of(firing, u))
             synapse = firing.synapse
             if self.relative:
-                add_power(powers, synapse, u)
+                add_activity(activity, synapse, u)
             if self.param_groups[synapse.group]["decorrelation"] and synapse.weight.requires_grad:
                 inputs.setdefault(synapse, []).append(firing.x.detach())
 
         clean = self._base_point(probe, record)
         per_sample = self._per_sample(records, clean, probe)
-        self._sizes = sizes_of(powers)
+        self._sizes = sizes_of(activity)
 
         mine, summed = self._share("samples", self.samples), self._sums_travel(self.samples)
         at_once = summed or self._ranks[1] == 1

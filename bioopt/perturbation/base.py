@@ -19,6 +19,7 @@ from ..core.losses import mean_loss, mean_over_samples
 from ..core.noise import NoiseSource, fill_normal_, fill_rademacher_
 from ..core.params import Params, named_parameters_of, no_plastic_layer, synapses_of, unique
 from ..core.probe import Probe
+from ..core.products import over_events
 from ..core.readout import ReadoutOptions
 from ..core.recorder import Firing
 from ..core.rows import Rows
@@ -29,8 +30,9 @@ from ..core.synapse import BUILT_IN, Synapse
 FILL = {"normal": fill_normal_, "rademacher": fill_rademacher_}
 MICRO_BATCHES = "if the closure runs several micro-batches, estimate each by itself, add up their .grad, and descend"
 HALF = (torch.float16, torch.bfloat16)
-TRUNK_LR = 2e-4  # default rate of Adam below a readout
+TRUNK_LR = 1e-4  # default rate of Adam below a readout
 SUMS_FROM = 8  # directions to draw again: summing the weights over two processes was measured to take as long as 2 to 4
+LEAST = 1e-3  # size of a layer's activity in units of its root mean square: noise below that would be rounded away
 CLEAR = 4  # times the rounding: from this width on, estimates in bfloat16 were measured to be as good as in float32
 DISTRIBUTION: Constraint = one_of(*FILL)
 CREDIT: Constraint = (lambda v: v in ("sample", "global"), "'sample' or 'global'")
@@ -384,7 +386,12 @@ class Record(NamedTuple):
 
 
 class NoisyActivity(Perturbation):
-    """A rule with noise on postsynaptic activity."""
+    """A rule with noise on postsynaptic activity.
+
+    Unless widths are as published, weights learn from centred presynaptic activity (``centre_inputs``).
+    """
+
+    centres_inputs = True
 
     def __init__(
         self,
@@ -399,6 +406,7 @@ class NoisyActivity(Perturbation):
         **options: Unpack[ReadoutOptions],
     ) -> None:
         self._check_value("credit", credit, CREDIT)
+        self._centre_unless(options, relative is not True)
         super().__init__(params, defaults, relative=relative, seed=seed, readout=readout, **options)
         if not self._trained():
             raise ValueError(no_plastic_layer(type(self).__name__))
@@ -453,9 +461,7 @@ class NoisyActivity(Perturbation):
             if records is not None:
                 records.append(record)
             if self.relative and firing.synapse not in self._sizes:  # a rule without a clean pass, in its first step
-                alone: dict[Synapse, Tensor] = {}
-                add_power(alone, firing.synapse, u)
-                self._sizes |= sizes_of(alone)
+                self._sizes[firing.synapse] = rms(u).item() or 1.0
             sigma = self._width(firing.synapse, width)
             self._note_width(firing.synapse, u, sigma, width)
             noisy = inject(u, record.own(drawn), sigma)
@@ -587,29 +593,46 @@ def ambiguous(synapse: Synapse, shape: torch.Size, samples: int) -> bool:
     return samples in others and type(synapse.layer) not in BUILT_IN[1:]  # convolutions take samples first
 
 
-def add_power(powers: dict[Synapse, Tensor], synapse: Synapse, u: Tensor) -> None:
-    """Add a firing to the sum of squares of a layer's activity and to the number of its entries.
+class Activity(NamedTuple):
+    """Sums over the events of a layer's firings, of which its size is made."""
+
+    square: Tensor  # over all neurons
+    neurons: Tensor  # of each
+    events: int
+
+
+def add_activity(found: dict[Synapse, Activity], synapse: Synapse, u: Tensor) -> None:
+    """Add a firing to the sums of a layer's activity.
 
     To be called as the layer fires: an activation in place may overwrite ``u``.
     """
-    u = u.detach()
+    u, channel = u.detach(), u.ndim + synapse.channel_dim
     exact = torch.promote_types(u.dtype, torch.float32)
-    power = torch.linalg.vector_norm(u, dtype=exact).double().square()
-    found = torch.stack([power, torch.full_like(power, u.numel())])
-    powers[synapse] = powers[synapse] + found if synapse in powers else found
+    square = torch.linalg.vector_norm(u, dtype=exact).double().square()
+    new = Activity(square, over_events(u, channel, exact).double(), u.numel() // max(u.shape[channel], 1))
+    if (known := found.get(synapse)) is not None:
+        new = Activity(known.square + new.square, known.neurons + new.neurons, known.events + new.events)
+    found[synapse] = new
 
 
-def sizes_of(powers: dict[Synapse, Tensor]) -> dict[Synapse, float]:
-    """The size of each layer's activity, its root mean square.
+def sizes_of(found: dict[Synapse, Activity]) -> dict[Synapse, float]:
+    """The size of each layer's activity: the root mean square, over its neurons, of their deviations over events.
 
-    A layer without any activity (whose weights are zero, say) has the size 1, so that it can begin to learn.
+    Of a single event it is the root mean square of the activity itself, and it is at least a thousandth of that. A
+    layer without any activity (whose weights are zero, say) has the size 1, so that it can begin to learn.
     """
-    if not powers:
+    if not found:
         return {}
-    device = next(iter(powers.values())).device
-    found = torch.stack([power.to(device) for power in powers.values()]).tolist()
-    means = [power / count if count else 0.0 for power, count in found]
-    return {synapse: mean**0.5 or 1.0 for synapse, mean in zip(powers, means, strict=True)}
+    device = next(iter(found.values())).square.device
+    both = [torch.stack([one.square, one.neurons.square().sum() / max(one.events, 1)]) for one in found.values()]
+    sizes = dict[Synapse, float]()
+    sums = torch.stack([values.to(device) for values in both]).tolist()
+    for (synapse, one), (square, of_means) in zip(found.items(), sums, strict=True):
+        neurons = max(len(one.neurons), 1)
+        mean_square = square / (neurons * max(one.events, 1))
+        variance = (square - of_means) / (neurons * (one.events - 1)) if one.events > 1 else mean_square
+        sizes[synapse] = max(variance, LEAST**2 * mean_square) ** 0.5 or 1.0
+    return sizes
 
 
 def compared(one: Tensor, other: Tensor) -> Tensor:

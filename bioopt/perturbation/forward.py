@@ -19,7 +19,7 @@ from ..core.readout import ReadoutOptions
 from ..core.recorder import Firing
 from ..core.rule import Estimate
 from ..core.synapse import Synapse
-from .base import FILL, NoisyActivity, Record, add_power, count_of, credit_of, sizes_of
+from .base import FILL, Activity, NoisyActivity, Record, add_activity, count_of, credit_of, sizes_of
 
 SPACES = ("weights", "activities")
 OUTCOME = ("the loss", "the slope of the loss")
@@ -44,8 +44,9 @@ class ForwardGradient(NoisyActivity):
     activity, and many more ``samples`` are needed for them.
 
     By default directions are relative: of a weight tensor, in units of its root mean square (biases as
-    `WeightPerturbation` describes), and of activity, in units of its root mean square in a clean pass. The mean of the
-    estimate stays the gradient; the noise is shared fairly between layers of any scale. With ``relative=False``
+    `WeightPerturbation` describes), and of activity, in units of its size in a clean pass (see `NodePerturbation`). The
+    mean of the estimate stays the gradient; the noise is shared fairly between layers of any scale. With directions of
+    activity, weights learn from presynaptic activity less its running mean (``centre_inputs``). With ``relative=False``
     directions are standard normal, as published, and the step is that of SGD.
 
     Cost of a step: ``samples`` forward passes with derivatives, each the work of two to three ordinary ones; with
@@ -55,7 +56,7 @@ class ForwardGradient(NoisyActivity):
 
     Args:
         params: the model, or parameters, or named parameters. ``space="activities"`` needs the model (or modules).
-        lr: learning rate of ``descent``; by default 5e-4, and with a readout 2e-4. With
+        lr: learning rate of ``descent``; by default 2e-3 (of weights 5e-4), and with a readout 1e-4. With
             ``relative=False`` it must be given.
         samples: :math:`S`, the number of directions per step; by default 8, or 1 with ``relative=False``.
         space: ``"weights"`` or ``"activities"``; by default activities for modules, and weights for
@@ -96,7 +97,6 @@ class ForwardGradient(NoisyActivity):
         readout: str | None = None,
         **options: Unpack[ReadoutOptions],
     ) -> None:
-        lr = self._rate(lr, 5e-4, relative, readout)
         groups = groups_of(params)
         if space is None:
             watchable = all(named_modules_of(group["params"]) for group in groups)
@@ -104,6 +104,7 @@ class ForwardGradient(NoisyActivity):
         if space not in SPACES:
             raise ValueError(f"ForwardGradient: space={space!r} must be one of {', '.join(SPACES)}")
         self.space = space
+        lr = self._rate(lr, 2e-3 if space == "activities" else 5e-4, relative, readout)
         super().__init__(
             groups, {"lr": lr}, credit, distribution, relative=relative, seed=seed, readout=readout, **options
         )
@@ -172,9 +173,9 @@ class ForwardGradient(NoisyActivity):
         records: list[Record] = []
         noise: list[Tensor] = []
         if self.relative:
-            powers: dict[Synapse, Tensor] = {}
-            clean = self._base_point(probe, lambda firing, u: add_power(powers, firing.synapse, u))
-            self._sizes = sizes_of(powers)
+            activity: dict[Synapse, Activity] = {}
+            clean = self._base_point(probe, lambda firing, u: add_activity(activity, firing.synapse, u))
+            self._sizes = sizes_of(activity)
 
         def exact(sample: int) -> tuple[Tensor, Tensor | None]:
             records.clear()

@@ -62,7 +62,7 @@ class RankOnePerturbation(NoisyActivity):
     Args:
         params: the model (or modules, or groups whose ``"params"`` are modules). Bare parameters are refused, because
             the rule needs presynaptic activity. Weight and bias of each synapse learn; other parameters stay frozen.
-        lr: learning rate of ``descent``; by default 3e-3, and with a readout 2e-4. With
+        lr: learning rate of ``descent``; by default 3e-3, and with a readout 1e-4. With
             ``relative=False`` it must be given.
         sigma: the standard deviation of the change of each weight, in units of the root mean square of its tensor, or
             with ``relative=False`` in units of the weights.
@@ -90,6 +90,7 @@ class RankOnePerturbation(NoisyActivity):
     of the batch; here the slices are single samples, which gives the least variance for the cost.
     """
 
+    centres_inputs = False  # presynaptic activity is never clean
     constraints: ClassVar[dict[str, Constraint]] = {"sigma": POSITIVE}
 
     def __init__(

@@ -81,7 +81,7 @@ class WeightPerturbation(Perturbation):
 
     Args:
         params: parameters, named parameters, or the model: all that require grad are perturbed.
-        lr: learning rate of ``descent``; by default 2e-3, and with a readout 2e-4. With
+        lr: learning rate of ``descent``; by default 2e-3, and with a readout 1e-4. With
             ``relative=False`` it must be given.
         sigma: the standard deviation of the change of each weight, in units of the size of its tensor, or with
             ``relative=False`` in units of the weights.

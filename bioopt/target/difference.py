@@ -81,8 +81,8 @@ class DifferenceTargetPropagation(LearningRule):
             of the sample.
         target_step: :math:`\beta`, the length of the step to the first target.
         seed: of all that the rule draws; it is state.
-        options: ``exclude``, ``descent`` and its options, ``process_group`` (average gradients over these ranks, each
-            with its share of the batch), as in `bioopt.LearningRule`.
+        options: ``centre_inputs``, ``exclude``, ``descent`` and its options, ``process_group`` (average gradients over
+            these ranks, each with its share of the batch), as in `bioopt.LearningRule`.
 
     Raises:
         ValueError: a hyperparameter out of range; a model without plastic layers, or with layers that have weights and
@@ -101,6 +101,7 @@ class DifferenceTargetPropagation(LearningRule):
         "feedback_lr": (lambda v: 0 <= v < 2, "a number in [0, 2)"),
     }
     splits_batch = True
+    centres_inputs = True
 
     def __init__(
         self,

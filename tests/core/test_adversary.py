@@ -195,10 +195,14 @@ def test_a_feedback_rule_shares_a_network(above: str) -> None:
     """Over a cut it learns as over a network that is not trained; over a layer of torch, as backpropagation does."""
     model, twin = network(), network()
     if above == "SGD":
-        optimizer: Any = bioopt.Mixed(Backprop(model[:4], 0.1), torch.optim.SGD(model[4:].parameters(), 0.1))
+        optimizer: Any = bioopt.Mixed(
+            Backprop(model[:4], 0.1, centre_inputs=False), torch.optim.SGD(model[4:].parameters(), 0.1)
+        )
         reference: Any = torch.optim.SGD(twin.parameters(), 0.1)
     else:
-        optimizer = bioopt.Mixed(published.Hebbian(model[:4], 0.1, readout=None), Backprop(model[4:], 0.1))
+        optimizer = bioopt.Mixed(
+            published.Hebbian(model[:4], 0.1, readout=None), Backprop(model[4:], 0.1, centre_inputs=False)
+        )
         reference = bioopt.Mixed(
             published.Hebbian(twin[:4], 0.1, readout=None), torch.optim.SGD(twin[4:].parameters(), 0.1)
         )

@@ -40,7 +40,8 @@ def test_equals_its_twin_of_loops(mode: str, relative: bool) -> None:
 
 def test_incremental_with_sgd_is_a_step_of_all_its_updates() -> None:
     model, (x, y) = twins.network(), twins.data()
-    rule = bioopt.PredictiveCoding(model, 0.05, steps=3, mode="incremental", descent=torch.optim.SGD)
+    options: Any = {"descent": torch.optim.SGD, "centre_inputs": False}
+    rule = bioopt.PredictiveCoding(model, 0.05, steps=3, mode="incremental", **options)
     expected = twins.predictive_coding(twins.layers_of(model), x, y, 3, 0.1, True, 0.05)
     before = twins.layers_of(model)
     rule.step(lambda: F.cross_entropy(model(x), y))
@@ -137,7 +138,7 @@ def change_by_a_step(depth: int, **options: Any) -> float:
         model = models.deep((1, 2, 3), 3, width=16, depth=depth, weights="mu_p").double()
     x, y = twins.data()
     before = model(x).detach()
-    rule = bioopt.PredictiveCoding(model, steps=4, **options)
+    rule = bioopt.PredictiveCoding(model, steps=4, centre_inputs=False, **options)
     rule.step(lambda: F.cross_entropy(model(x), y))
     return float((model(x).detach() - before).norm())
 

@@ -50,7 +50,7 @@ def test_with_the_layers_own_weights_it_is_backpropagation() -> None:
         model = build()
         torch.manual_seed(0)
         twin = build()
-        optimizer = Backpropagation(model, 0.1, momentum=0.9)
+        optimizer = Backpropagation(model, 0.1, momentum=0.9, centre_inputs=False)
         plain = torch.optim.SGD(twin.parameters(), 0.1, momentum=0.9)
         for i in range(3):
             optimizer.step(ordinary(optimizer, model, *batch(i)))
@@ -103,7 +103,9 @@ def test_what_is_missing_is_named() -> None:
 
 def test_it_shares_the_pass_of_mixed() -> None:
     model, twin = cnn(dropout=0.0), cnn(dropout=0.0)
-    mixed = bioopt.Mixed(Backpropagation(model[4:], 0.1), torch.optim.SGD(model[:4].parameters(), 0.1))
+    mixed = bioopt.Mixed(
+        Backpropagation(model[4:], 0.1, centre_inputs=False), torch.optim.SGD(model[:4].parameters(), 0.1)
+    )
     plain = torch.optim.SGD(twin.parameters(), 0.1)
     mixed.step(ordinary(mixed, model, *batch()))
     plain.step(ordinary(plain, twin, *batch()))

@@ -65,7 +65,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(rule: Any) -> None:
 @every_rule
 def test_gradients_can_be_clipped_before_the_descent(rule: Any) -> None:
     model = network()
-    optimizer, before = rule(model, 1.0, **SGD), weights(model)
+    optimizer, before = rule(model, 1.0, centre_inputs=False, **SGD), weights(model)
     ((x, y),) = halves(*batch(), 1)
     optimizer.target = y
     optimizer.estimate(lambda: F.cross_entropy(model(x), y))
@@ -133,7 +133,7 @@ def test_learned_feedback_follows_a_loss_that_is_dropped() -> None:
         results = []
         for dropped in (False, True):
             model = network()
-            optimizer = rule(model, 0.1, **SGD)
+            optimizer = rule(model, 0.1, centre_inputs=False, **SGD)
             if dropped:
                 ((x, y),) = halves(*batch(7), 1)
                 F.cross_entropy(model(x), y).backward()

@@ -19,7 +19,7 @@ from .twins import NETWORKS, Twin
 LAYERWISE = [bioopt.FeedbackAlignment, bioopt.SignSymmetry, bioopt.KolenPollack, bioopt.WeightMirror]
 DIRECT = [bioopt.DirectFeedbackAlignment, bioopt.DRTP, bioopt.DirectKolenPollack]
 LR = 0.3
-SGD: dict[str, Any] = {"descent": torch.optim.SGD}
+SGD: dict[str, Any] = {"descent": torch.optim.SGD, "centre_inputs": False}  # as published
 every_network = pytest.mark.parametrize("network", NETWORKS)
 
 

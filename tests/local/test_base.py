@@ -170,8 +170,8 @@ def test_what_stands_before_the_first_layer_learns_with_it() -> None:
 
 def updated(run: Callable[[Any, nn.Module, Tensor, Tensor], None]) -> list[Tensor]:
     model = cnn(dropout=0.0)
-    model[1].eval()  # whose statistics would tell passes apart
-    optimizer = LocalLoss(model, 0.1, **SGD)
+    model[1].eval()  # whose statistics would tell passes apart, as the means of presynaptic activity would
+    optimizer = LocalLoss(model, 0.1, centre_inputs=False, **SGD)
     optimizer.target = batch()[1]
     run(optimizer, model, *batch())
     optimizer.step()

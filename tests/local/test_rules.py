@@ -88,7 +88,7 @@ def test_the_slow_twin_agrees(rule: Any, options: dict[str, Any], slow: Callable
     x, y = torch.randn(6, 2, 8, 8, generator=generator, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 4, 0])
     model, twin = cnn(dropout=0.0).double(), cnn(dropout=0.0).double()
     sgd = {"momentum": 0.9, "weight_decay": 0.01}
-    optimizer = rule(model, 0.1, descent=torch.optim.SGD, example=x, **options, **sgd)
+    optimizer = rule(model, 0.1, descent=torch.optim.SGD, example=x, centre_inputs=False, **options, **sgd)
     # The twin's blocks and heads, which know nothing of each other.
     parts = [twin[:4], twin[4:7], twin[8]]
     heads = [*rule(twin, example=x, **options)._owned.modules.values()]

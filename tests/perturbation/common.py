@@ -30,6 +30,11 @@ def size(values: Tensor) -> float:
     return (sum(v * v for v in values.flatten().tolist()) / values.numel()) ** 0.5
 
 
+def deviation(values: Tensor) -> float:
+    """The size of an activity, samples × neurons: the root mean square of the neurons' deviations."""
+    return values.detach().var(0).mean().sqrt().item()
+
+
 def sizes(layers: list[nn.Module], relative: bool = True) -> list[float]:
     """Of each layer's weight and bias, to which a relative width refers."""
     found = []

@@ -14,7 +14,7 @@ import bioopt
 from bioopt.core.noise import NoiseSource, fill_normal_, fill_rademacher_
 
 from ..rules import mlp, ordinary, per_sample, same, weights
-from .common import X, Y, estimate, flat, losses_of, size
+from .common import X, Y, deviation, estimate, flat, losses_of
 
 
 @pytest.mark.parametrize("samples", [1, 3])
@@ -32,7 +32,7 @@ def test_node_perturbation_equals_its_twin(samples: int, credit: str, distributi
     with torch.no_grad():
         hidden = torch.tanh(first(X))
         clean = F.cross_entropy(second(hidden), Y, reduction="none")
-        width = [sigma * size(u) if relative else sigma for u in (first(X), second(hidden))]
+        width = [sigma * deviation(u) if relative else sigma for u in (first(X), second(hidden))]
         for sample in range(samples):
             stream = NoiseSource().stream(torch.device("cpu"), 2, 0, sample)
             fill = fill_normal_ if distribution == "normal" else fill_rademacher_

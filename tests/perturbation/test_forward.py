@@ -12,7 +12,7 @@ import bioopt
 from bioopt.core.noise import NoiseSource
 
 from ..rules import mlp, same, weights
-from .common import X, Y, estimate, gradient, losses_of, size, sizes
+from .common import X, Y, deviation, estimate, gradient, losses_of, sizes
 
 
 @pytest.mark.parametrize("samples", [1, 3])
@@ -46,7 +46,7 @@ def test_forward_gradient_of_activities_equals_its_twin(samples: int, credit: st
     u = [first(X)]
     hidden = torch.tanh(u[0])
     u.append(second(hidden))
-    scales = [size(v) if relative else 1.0 for v in u]
+    scales = [deviation(v) if relative else 1.0 for v in u]
     slopes_at = torch.autograd.grad(F.cross_entropy(u[1], Y, reduction="sum"), u)
     wanted = [torch.zeros_like(p) for p in model.parameters()]
     for sample in range(samples):
