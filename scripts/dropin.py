@@ -17,6 +17,7 @@ rules, homeostasis *is* the rule with its trunk's rate at 0; for rules of pertur
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -74,6 +75,13 @@ def mlp(activation: type[nn.Module], channels: int, size: int) -> nn.Module:
     return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(256, 10))
 
 
+def deep(channels: int, size: int) -> nn.Module:
+    """Six hidden layers of 128."""
+    widths = [channels * size * size, *[128] * 6]
+    hidden = [layer for a, b in itertools.pairwise(widths) for layer in (nn.Linear(a, b), nn.ReLU())]
+    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(128, 10))
+
+
 def convolution(inputs: int, outputs: int, kernel: int = 3, norm: bool = True) -> list[nn.Module]:
     """A convolution, batch norm and ReLU."""
     conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=not norm)
@@ -95,6 +103,12 @@ def lenet5(channels: int, size: int) -> nn.Module:
         *(nn.Linear(16 * ((size // 2 - 4) // 2) ** 2, 120), nn.Tanh()),
         *(nn.Linear(120, 84), nn.Tanh(), nn.Linear(84, 10)),
     )
+
+
+def pooled(channels: int, size: int) -> nn.Module:
+    """Two convolutions, whose mean over all positions the readout sees."""
+    first, second = convolution(channels, 32, 5, False), convolution(32, 64, 5, False)
+    return nn.Sequential(*first, nn.MaxPool2d(2), *second, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 
 
 def vgg(channels: int, size: int) -> nn.Module:
@@ -134,6 +148,8 @@ NETWORKS: dict[str, Network] = {
     "residual_gn": residual,
     "resnet18": resnet18,
 }
+#: run where ``--networks`` names them
+FURTHER: dict[str, Network] = {"mlp_sigmoid": partial(mlp, nn.Sigmoid), "mlp_deep": deep, "cnn_pooled": pooled}
 CONTROLS = ("sgd", "random_trunk", "homeostasis")
 RULES: dict[str, Rule] = {
     "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9),
@@ -179,6 +195,11 @@ for _name, _rule in {
     RULES[_name] = _rule
     RULES[f"{_name}_delta"] = partial(_rule, readout="delta")
     RULES[f"{_name}_still"] = partial(_rule, lr=0.0, readout="delta")  # what the readout reaches alone
+#: rules besides those of feedback that learn on centred presynaptic activity
+DESCENDING = (
+    *("local_loss", "mono_forward", "forward_forward", "local_contrastive", "local_perturbation", "predictive_coding"),
+    *("dual_propagation", "difference_target_propagation", "node_perturbation_delta", "forward_gradient_delta"),
+)
 DIVERGED = {"accuracy": 0.1, "turned": 0.0, "first_loss": 1.0, "last_loss": 1.0, "step_ms": 0.0}
 #: what made the difference: each leaves one thing out
 PLAIN: dict[str, Any] = {"readout_lr": 0.02, "readout_options": {"momentum": 0.9}}
@@ -209,6 +230,9 @@ ABLATIONS["adam"] = lambda model: torch.optim.Adam(model.parameters(), lr=2e-3)
 ABLATIONS["adam, orthogonal"] = lambda model: Backpropagation(model, lr=2e-3, descent=torch.optim.Adam, orthogonal=True)
 for _name, _feedback in FEEDBACK.items():
     ABLATIONS[f"{_name}, orthogonal"] = partial(_feedback, orthogonal=True)
+for _name, _centred in (FEEDBACK | {name: RULES[name] for name in DESCENDING}).items():
+    if _name != "eprop":
+        ABLATIONS[f"{_name}, as published"] = partial(_centred, centre_inputs=False)
 SETTINGS = ("data", "scale", "images", "epochs", "batch", "held_out")
 SCALES = ("unit", "standard", "byte")
 
@@ -301,7 +325,7 @@ def section(runs: list[dict[str, Any]]) -> str:
     """The tables of runs of one setting."""
     one = runs[0]
     found = {(r["rule"], r["network"], r["seed"]): r for r in runs}
-    networks = [name for name in NETWORKS if any(r["network"] == name for r in runs)]
+    networks = [name for name in NETWORKS | FURTHER if any(r["network"] == name for r in runs)]
     rules = [name for name in RULES | ABLATIONS if any(r["rule"] == name for r in runs)]
     seeds = sorted({r["seed"] for r in runs})
     where = "2,000 held-out training images" if one["held_out"] else "the test set"
@@ -343,7 +367,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rules", nargs="+", default=list(RULES), choices=list(RULES | ABLATIONS))
     parser.add_argument("--ablations", action="store_true", help="run the ablations in place of the rules")
-    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS | FURTHER))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--data", default="mnist")
     parser.add_argument("--root", default="data", help="folder of the data sets")
@@ -372,7 +396,12 @@ def main() -> None:
                 data = data or images(options.data, options.root, options.scale, options.images, options.held_out)
                 try:
                     result = run(
-                        (RULES | ABLATIONS)[rule], NETWORKS[network], data, seed, options.epochs, options.batch
+                        (RULES | ABLATIONS)[rule],
+                        (NETWORKS | FURTHER)[network],
+                        data,
+                        seed,
+                        options.epochs,
+                        options.batch,
                     )
                 except bioopt.Diverged as error:
                     result = {

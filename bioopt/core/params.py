@@ -50,9 +50,14 @@ class RuleOptions(DescentOptions, total=False):
     """Options of every rule; `bioopt.LearningRule` describes them."""
 
     exclude: Iterable[Any]
-    centre_inputs: bool | None
     descent: type[Optimizer]
     process_group: ProcessGroup
+
+
+class GradientOptions(RuleOptions, total=False):
+    """Options of rules whose layers descend a gradient, or an estimate of it."""
+
+    centre_inputs: bool | None
 
 
 def named_modules_of(params: Any) -> list[tuple[str, nn.Module]]:

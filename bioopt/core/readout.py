@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from .acts import Isolated, cut, detached, isolate
 from .constraints import NON_NEGATIVE, require_in_range, require_labels
 from .homeostasis import NOT_MOVING, RATE, Level, along_neurons, in_weight_form, kept_in_place
-from .params import RuleOptions, named_modules_of, no_plastic_layer, surveyed
+from .params import GradientOptions, RuleOptions, named_modules_of, no_plastic_layer, surveyed
 from .products import in_full, over_events, squares_over_events
 from .reach import Pending, Reach, weakly
 from .recorder import Firing
 from .sums import Sums, product_sums
 from .synapse import Exclusion, Synapse, Unwatchable, refusal, survey
 
-__all__ = ["Readout", "ReadoutOptions"]
+__all__ = ["GradientReadoutOptions", "Readout", "ReadoutOptions"]
 
 KINDS = ("delta", "teacher", None)
 #: of a readout on standardised activity, in units of one over the eigenvalues of its covariance: with momentum 0.9,
@@ -41,6 +41,10 @@ class _Choice(TypedDict, total=False):
 
 class ReadoutOptions(RuleOptions, _Choice, total=False):
     """Options of rules with a readout; `bioopt.LearningRule` describes them."""
+
+
+class GradientReadoutOptions(ReadoutOptions, GradientOptions, total=False):
+    """Options of rules with a readout whose other layers descend a gradient, or an estimate of it."""
 
 
 class ReadoutChoice(NamedTuple):

@@ -13,7 +13,7 @@ from torch.optim import Adam
 
 from ..core.constraints import POSITIVE, Constraint
 from ..core.errors import Diverged, warn
-from ..core.params import Params, RuleOptions, whole_of
+from ..core.params import GradientOptions, Params, whole_of
 from ..core.probe import Probe
 from ..core.products import in_full, power_of
 from ..core.recorder import Firing
@@ -80,12 +80,14 @@ class EnergyRule(LearningRule):
     """
 
     constraints: ClassVar[dict[str, Constraint]] = {"inference_lr": POSITIVE}
+    #: the option that sets the number of steps in which an error goes down from the loss
+    steps_option: ClassVar[str] = "steps"
     splits_batch = True
     centres_inputs = True
     scales_with_loss = False
 
     def __init__(
-        self, params: Params, lr: float, *, inference_lr: float, relative: bool, **options: Unpack[RuleOptions]
+        self, params: Params, lr: float, *, inference_lr: float, relative: bool, **options: Unpack[GradientOptions]
     ) -> None:
         self._require_bool("relative", relative)
         self._refuse_readout(options, "the last layer learns from the loss by the rule")
@@ -99,6 +101,7 @@ class EnergyRule(LearningRule):
         self._now: Evaluation | None = None
         self._wiring: Wiring | None = None
         self._warned = False
+        self._looked = False  # for layers that no error reaches
 
     # -- what a rule implements ---------------------------------------------------------------------------------
 
@@ -285,6 +288,7 @@ class EnergyRule(LearningRule):
         with torch.no_grad():
             self._average_gradients(losses, grads)
             self._report()
+            self._look_for_unreached(grads)
         return losses, grads, self._next_state()
 
     def _forget(self) -> None:
@@ -303,6 +307,21 @@ class EnergyRule(LearningRule):
     ) -> dict[Tensor, Tensor]:
         samples = evaluation.samples(self._wired)
         return {p: g.detach() / samples for p, g in zip(params, found, strict=True) if g is not None}
+
+    def _look_for_unreached(self, grads: dict[Tensor, Tensor]) -> None:
+        """Warn once of layers that no error has reached: it goes one layer down in each step."""
+        wired, name = self._wired, type(self).__name__
+        steps = min((len(descent.done.energy) for descent in self._descents if descent.done.nudge), default=0)
+        if self._looked or steps > len(wired.hidden):
+            return
+        self._looked = True
+        layers = dict.fromkeys(wired.synapses[i] for i in wired.hidden)
+        unreached = [s.name for s in layers if s.weight in grads and not grads[s.weight].any()]
+        if unreached:
+            warn(
+                f"{name}: {self.steps_option}={steps} is too few for an error to reach the layers "
+                f"{', '.join(unreached)}, which learn nothing: try {self.steps_option}={steps + len(unreached)}"
+            )
 
     def _report(self) -> None:
         """Keep what the relaxations did; raise or warn where one has not descended."""

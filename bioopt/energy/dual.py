@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..core.constraints import POSITIVE, POSITIVE_INT
 from ..core.errors import warn
-from ..core.params import Params, RuleOptions
+from ..core.params import GradientOptions, Params
 from ..core.sums import add_up
 from .base import EnergyRule, Run
 from .relaxation import Relaxation
@@ -95,7 +95,7 @@ class DualPropagation(EnergyRule):
         steps: int = 8,  # T
         inference_lr: float = 1.0,  # γ
         relative: bool = True,
-        **options: Unpack[RuleOptions],
+        **options: Unpack[GradientOptions],
     ) -> None:
         self._check_value("beta", beta, POSITIVE)
         self._check_value("steps", steps, POSITIVE_INT)

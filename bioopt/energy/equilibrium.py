@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from ..core.constraints import POSITIVE, POSITIVE_INT, Constraint, one_of
 from ..core.errors import warn
-from ..core.params import Params, RuleOptions
+from ..core.hooks import Hook, leave_no_trace
+from ..core.params import GradientOptions, Params
 from ..core.probe import keeping_modes
+from ..core.recorder import Recorder
 from ..core.sums import add_up
 from .base import EnergyRule, Run
 from .states import Evaluation
@@ -80,6 +82,8 @@ class EquilibriumPropagation(EnergyRule):
     S. Kumar (2023), *Energy-based learning algorithms for analog computing: a comparative study*, NeurIPS 36.
     """
 
+    steps_option = "nudged_steps"
+
     def __init__(
         self,
         params: Params,
@@ -93,7 +97,7 @@ class EquilibriumPropagation(EnergyRule):
         relative: bool = True,
         energy: str = "feedforward",
         alternate: bool | None = None,
-        **options: Unpack[RuleOptions],
+        **options: Unpack[GradientOptions],
     ) -> None:
         for name, value, constraint in (
             ("nudging", nudging, NUDGING),
@@ -118,6 +122,10 @@ class EquilibriumPropagation(EnergyRule):
                 "EquilibriumPropagation: energy='hopfield' with max pooling: states jump as another input becomes the "
                 "largest, so that they converge badly; use average pooling"
             )
+
+        self._plain = _PlainPrediction(self._recorder)
+        for model in self._known.roots if self._hopfield else ():
+            self._plain.watch(model)
 
     def energy(self, z: Tensor, u: Tensor) -> Tensor:
         """As `EquilibriumPropagation` describes."""
@@ -185,3 +193,37 @@ class EquilibriumPropagation(EnergyRule):
             return outputs
 
         return self._relax_freely(run, self._forward(run, loss=False)).losses
+
+
+class _PlainPrediction:
+    """Warns once of a model that predicts in evaluation mode without relaxing.
+
+    Args:
+        recorder: of the rule.
+
+    Attributes:
+        watched: the models.
+        active: whether anything is called as synapses fire.
+    """
+
+    active = False
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.watched: set[nn.Module] = set()
+        self._recorder = recorder
+        self._warned = False
+
+    def watch(self, model: nn.Module) -> None:
+        """Install the hook of a model."""
+        self._recorder.keep(model.register_forward_pre_hook(Hook(self, "before")))
+        leave_no_trace(type(model))
+        self.watched.add(model)
+
+    def before(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+        """The model begins to run."""
+        if not (model.training or self._recorder.in_evaluation or self._warned):
+            self._warned = True
+            warn(
+                "EquilibriumPropagation: with energy='hopfield' the network that learns is the one that relaxes, and "
+                "model(inputs) is another function: predict by optimizer.relaxed(inputs)"
+            )

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.constraints import POSITIVE_INT, Constraint, one_of
-from ..core.params import Params, RuleOptions
+from ..core.params import GradientOptions, Params
 from .base import EnergyRule, Run
 from .depth import in_units, premultipliers
 from .states import Evaluation
@@ -105,7 +105,7 @@ class PredictiveCoding(EnergyRule):
         mode: str = "state",
         fixed_prediction: bool = False,
         mu_pc: bool = False,
-        **options: Unpack[RuleOptions],
+        **options: Unpack[GradientOptions],
     ) -> None:
         self._check_value("steps", steps, POSITIVE_INT)
         self._check_value("mode", mode, MODES)

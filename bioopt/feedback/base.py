@@ -16,8 +16,8 @@ from ..core.constraints import NON_NEGATIVE, POSITIVE, SEED, Constraint, one_of
 from ..core.integrations import PACKED
 from ..core.one_pass import OnePass
 from ..core.params import (
+    GradientOptions,
     Params,
-    RuleOptions,
     whole_of,
 )
 from ..core.products import in_pools, orthogonalised, weight_shaped
@@ -29,7 +29,7 @@ from .weights import RandomWeights
 __all__ = ["FeedbackRule"]
 
 
-class FeedbackOptions(RuleOptions, total=False):
+class FeedbackOptions(GradientOptions, total=False):
     """Options of every feedback rule; `FeedbackRule` describes them."""
 
     skips: str
@@ -86,7 +86,7 @@ class FeedbackRule(OnePass):
         skips: str = "keep",
         orthogonal: bool = False,
         own: dict[str, Any] | None = None,
-        **options: Unpack[RuleOptions],
+        **options: Unpack[GradientOptions],
     ) -> None:
         self._check_value("skips", skips, SKIPS)
         self._require_bool("orthogonal", orthogonal)

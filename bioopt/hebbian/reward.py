@@ -11,11 +11,11 @@ from ..core.constraints import POSITIVE, POSITIVE_INT, RATE, Constraint
 from ..core.errors import require_finite
 from ..core.params import Params
 from ..core.probe import Probe
-from ..core.readout import ReadoutOptions
+from ..core.readout import GradientReadoutOptions
 from ..core.reward import reward_prediction_errors
 from ..core.rule import Estimate
 from ..core.synapse import Synapse
-from ..perturbation.base import NoisyActivity, Record, credited
+from ..perturbation.base import NoisyActivity, Record, count_of, credited
 
 
 @final
@@ -59,7 +59,8 @@ class RewardHebbian(NoisyActivity):
         sigma: the exploration's standard deviation, in units of the root mean square of each layer's activity, or with
             ``relative=False`` in units of :math:`u`.
         relative: whether ``sigma`` is relative to the size of the activity.
-        trials: the number of evaluations of the closure per step, each with its own noise.
+        trials: the number of evaluations of the closure per step, each with its own noise; by default 4, or 1 with
+            ``relative=False``. With several the closure must be repeatable, as an environment may not be.
         trace_decay: :math:`\lambda` in [0, 1], the share of a trace that remains after the next firing.
         reward_rate: :math:`r` in (0, 1], of the running mean of the reward.
         credit: ``"sample"`` or ``"global"``. A scalar loss is always global.
@@ -94,16 +95,17 @@ class RewardHebbian(NoisyActivity):
         *,
         sigma: float = 0.5,  # σ
         relative: bool = True,
-        trials: int = 4,  # S
+        trials: int | None = None,  # S
         trace_decay: float = 1.0,  # λ
         reward_rate: float = 0.1,  # r
         credit: str = "sample",
         seed: int = 0,
         readout: str | None = None,
-        **options: Unpack[ReadoutOptions],
+        **options: Unpack[GradientReadoutOptions],
     ) -> None:
         defaults = {"lr": lr, "sigma": sigma, "trace_decay": trace_decay}
         super().__init__(params, defaults, credit, relative=relative, seed=seed, readout=readout, **options)
+        trials = count_of(trials, 4, relative)
         self._check_value("trials", trials, POSITIVE_INT)
         self.trials = trials
         self._check_value("reward_rate", reward_rate, RATE)

@@ -17,7 +17,7 @@ from ..core.errors import warn
 from ..core.params import Params, named_modules_of
 from ..core.probe import keeping_modes
 from ..core.reach import Gates, Pending, gates_behind, shut_gates
-from ..core.readout import ReadoutOptions
+from ..core.readout import GradientReadoutOptions
 from ..core.recorder import Firing
 from ..core.rows import rows_now
 from ..core.rule import LearningRule, optional
@@ -89,7 +89,7 @@ class BlockRule(LearningRule):
         example: Any = None,
         readout: str | None = None,
         own: dict[str, Any] | None = None,
-        **options: Unpack[ReadoutOptions],
+        **options: Unpack[GradientReadoutOptions],
     ) -> None:
         options.setdefault("descent", Adam)
         self._check_value("readout", readout, one_of("delta", None))

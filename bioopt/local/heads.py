@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..core.readout import ReadoutOptions
+from ..core.readout import GradientReadoutOptions
 
 __all__ = ["BlockOptions", "Heads", "LocalOptions", "cross_entropy", "deviation", "pooled", "require_size"]
 
 
-class BlockOptions(ReadoutOptions, total=False):
+class BlockOptions(GradientReadoutOptions, total=False):
     """Options of rules with local losses, besides their readout; `BlockRule` describes them."""
 
     head_lr: float | None

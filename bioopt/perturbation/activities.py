@@ -13,7 +13,7 @@ from ..core.constraints import NON_NEGATIVE, POSITIVE, POSITIVE_INT, Constraint
 from ..core.errors import Diverged, require_finite
 from ..core.params import Params
 from ..core.probe import Probe
-from ..core.readout import ReadoutOptions
+from ..core.readout import GradientReadoutOptions
 from ..core.recorder import Firing
 from ..core.rule import Estimate
 from ..core.synapse import Synapse, convolve
@@ -39,8 +39,8 @@ class NodePerturbation(NoisyActivity):
     tends to the gradient of the mean loss as :math:`\sigma \to 0`; its variance grows with the number of neurons, not
     of weights.
 
-    By default :math:`\sigma` is ``sigma`` times the size of the layer's activity in the clean pass: the root mean square
-    of its neurons' deviations over samples and positions (of a single event, of the activity itself; 1 without any
+    By default :math:`\sigma` is ``sigma`` times the size of the layer's activity in the clean pass: root mean square of
+    its neurons' deviations over samples and positions (of a single event, of the activity itself; 1 without any
     activity). Weights learn from presynaptic activity less its running mean (``centre_inputs``), and the step is that
     of Adam. So the same options suit layers and inputs of any scale and offset. ``relative=False`` is the published
     rule: one width for all layers, and SGD.
@@ -117,7 +117,7 @@ class NodePerturbation(NoisyActivity):
         batched: bool = False,
         seed: int = 0,
         readout: str | None = None,
-        **options: Unpack[ReadoutOptions],
+        **options: Unpack[GradientReadoutOptions],
     ) -> None:
         lr = self._rate(lr, 2e-3, relative, readout)
         defaults = {"lr": lr, "sigma": sigma, "decorrelation": decorrelation}

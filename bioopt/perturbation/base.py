@@ -20,7 +20,7 @@ from ..core.noise import NoiseSource, fill_normal_, fill_rademacher_
 from ..core.params import Params, named_parameters_of, no_plastic_layer, synapses_of, unique
 from ..core.probe import Probe
 from ..core.products import over_events
-from ..core.readout import ReadoutOptions
+from ..core.readout import GradientReadoutOptions
 from ..core.recorder import Firing
 from ..core.rows import Rows
 from ..core.rule import LearningRule, Visit
@@ -59,7 +59,7 @@ class Perturbation(LearningRule):
         relative: bool = True,
         seed: int = 0,
         readout: str | None = None,
-        **options: Unpack[ReadoutOptions],
+        **options: Unpack[GradientReadoutOptions],
     ) -> None:
         self._require_bool("relative", relative)
         self._noise = NoiseSource()
@@ -403,7 +403,7 @@ class NoisyActivity(Perturbation):
         relative: bool = True,
         seed: int = 0,
         readout: str | None = None,
-        **options: Unpack[ReadoutOptions],
+        **options: Unpack[GradientReadoutOptions],
     ) -> None:
         self._check_value("credit", credit, CREDIT)
         self._centre_unless(options, relative is not True)

@@ -15,7 +15,7 @@ from ..core.errors import warn
 from ..core.losses import mean_loss
 from ..core.params import Params, groups_of, named_modules_of
 from ..core.probe import NO_TANGENT, Probe, prepare_forward_ad
-from ..core.readout import ReadoutOptions
+from ..core.readout import GradientReadoutOptions
 from ..core.recorder import Firing
 from ..core.rule import Estimate
 from ..core.synapse import Synapse
@@ -95,7 +95,7 @@ class ForwardGradient(NoisyActivity):
         difference: float = 1e-3,
         seed: int = 0,
         readout: str | None = None,
-        **options: Unpack[ReadoutOptions],
+        **options: Unpack[GradientReadoutOptions],
     ) -> None:
         groups = groups_of(params)
         if space is None:

@@ -14,7 +14,7 @@ from torch.optim import Adam
 from ..core.constraints import POSITIVE, POSITIVE_INT, SEED, Constraint
 from ..core.errors import require_finite, warn
 from ..core.noise import NoiseSource, fill_normal_
-from ..core.params import Params, RuleOptions, whole_of
+from ..core.params import GradientOptions, Params, whole_of
 from ..core.probe import Probe
 from ..core.products import in_full
 from ..core.recorder import Firing
@@ -113,7 +113,7 @@ class DifferenceTargetPropagation(LearningRule):
         noise: float = 0.1,  # σ
         target_step: float = 0.1,  # β
         seed: int = 0,
-        **options: Unpack[RuleOptions],
+        **options: Unpack[GradientOptions],
     ) -> None:
         for option, value, constraint in (
             ("feedback_steps", feedback_steps, POSITIVE_INT),

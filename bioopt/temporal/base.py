@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import warn
-from ..core.params import Params, RuleOptions
+from ..core.params import GradientOptions, Params
 from ..core.recorder import Firing
 from ..core.synapse import Synapse
 from ..feedback.direct import LearnedDirectFeedback, channels_last
@@ -19,7 +19,7 @@ from .eligibility import Eligibility
 from .sequence import Sequence
 
 
-class TemporalOptions(RuleOptions, total=False):
+class TemporalOptions(GradientOptions, total=False):
     """Options of temporal rules, as of other feedback; `RandomFeedback` and `FeedbackRule` describe them."""
 
     seed: int

@@ -41,9 +41,9 @@ def credit(
         right.plot(cosine.cpu().numpy(), line, color=colour, linewidth=1)
     begin, end = task.cues * (task.cue + task.pause), len(cosine) - task.answer
     right.axvspan(begin, end, color="grey", alpha=0.15, linewidth=0)
-    right.text((begin + end) / 2, -0.28, "delay", ha="center", color="grey")
+    right.text((begin + end) / 2, -0.95, "delay", ha="center", color="grey")
     left.set(
-        xlabel=f"steps of {task.batch_size} trials", ylabel="cosine, e-prop to backpropagation", ylim=(-0.35, 1.02)
+        xlabel=f"steps of {task.batch_size} trials", ylabel="cosine, e-prop to backpropagation", ylim=(-1.02, 1.02)
     )
     right.set(xlabel="time step of a trial: what reaches the neurons' input currents")
     for axes in (left, right):

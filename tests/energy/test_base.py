@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -205,6 +206,7 @@ def stiff() -> nn.Sequential:
     return model
 
 
+@pytest.mark.filterwarnings("ignore:.*too few for an error to reach")
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule not in ("hopfield", "dual")])
 def test_a_rate_at_which_relaxation_explodes_is_named_with_one_that_works(rule: str) -> None:
     model, (x, y) = stiff(), twins.data()
@@ -246,6 +248,36 @@ def test_steps_that_mostly_raise_the_free_energy_warn_once() -> None:
     with pytest.warns(UserWarning, match="of 8 steps of relaxation with inference_lr=0.5 have raised .*; try"):
         optimizer.step(lambda: F.cross_entropy(model(x), y))
     optimizer.step(lambda: F.cross_entropy(model(x), y))  # no second warning, which would be an error here
+
+
+@pytest.mark.parametrize(
+    ("rule", "option", "enough"),
+    [
+        (bioopt.PredictiveCoding, "steps", 3),
+        (partial(bioopt.PredictiveCoding, mode="incremental"), "steps", 4),
+        (partial(bioopt.PredictiveCoding, fixed_prediction=True), "steps", 3),
+        (bioopt.DualPropagation, "steps", 3),
+        (bioopt.EquilibriumPropagation, "nudged_steps", 3),
+    ],
+)
+def test_layers_that_no_error_reaches_are_told_once(rule: Any, option: str, enough: int) -> None:
+    model, (x, y) = twins.network(), twins.data()
+    optimizer = rule(model, **{option: 1})
+    message = (
+        rf"{option}=1 is too few for an error to reach the layers 0, 2.*, which learn nothing: try {option}={enough}$"
+    )
+    with pytest.warns(UserWarning, match=message):
+        optimizer.step(lambda: F.cross_entropy(model(x), y))
+    optimizer.step(lambda: F.cross_entropy(model(x), y))
+    optimizer.close()
+    before = weights(model)
+    rule(model, **{option: enough}).step(lambda: F.cross_entropy(model(x), y))  # silent, or it would be an error here
+    assert not any(torch.equal(p, q) for p, q in zip(weights(model), before, strict=True))
+
+
+def test_errors_reach_all_layers_of_a_relaxation_of_errors_at_once() -> None:
+    model, (x, y) = twins.network(), twins.data()
+    gradients(bioopt.PredictiveCoding(model, mode="error", steps=1), model, x, y)
 
 
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "dual"])  # which seeks a saddle point

@@ -61,6 +61,7 @@ def test_equals_the_published_rule_of_relu_where_no_state_crosses_its_kink() -> 
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.filterwarnings("ignore:.*too few for an error to reach")
 def test_an_error_goes_one_layer_down_in_each_step() -> None:
     model, (x, y) = twins.network(), twins.data()
     for steps in (1, 2, 3):

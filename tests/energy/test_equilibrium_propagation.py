@@ -107,6 +107,20 @@ def test_relaxed_predicts_from_the_free_equilibrium() -> None:
     torch.testing.assert_close(plain.relaxed(x), model(x).detach())
 
 
+def test_a_plain_prediction_of_a_hopfield_network_is_warned_of_once() -> None:
+    model, (x, y) = twins.network(), twins.data()
+    rule = bioopt.EquilibriumPropagation(model, energy="hopfield")
+    rule.step(lambda: F.cross_entropy(model(x), y))
+    rule.relaxed(x)
+    model.eval()
+    with pytest.warns(UserWarning, match=r"model\(inputs\) is another function: predict by optimizer\.relaxed"):
+        model(x)
+    model(x)  # silent, or it would be an error here
+    rule.close()
+    bioopt.EquilibriumPropagation(model).relaxed(x)
+    model(x)
+
+
 def test_relaxed_changes_nothing() -> None:
     model = cnn(dropout=0.5)
     model[3] = nn.AvgPool2d(2)

@@ -38,6 +38,7 @@ def test_equals_its_twin_of_loops(mode: str, relative: bool) -> None:
     compared(model, gradients(rule, model, x, y), expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*too few for an error to reach")
 def test_incremental_with_sgd_is_a_step_of_all_its_updates() -> None:
     model, (x, y) = twins.network(), twins.data()
     options: Any = {"descent": torch.optim.SGD, "centre_inputs": False}
@@ -77,6 +78,7 @@ def test_small_errors_approach_backpropagation() -> None:
         rule.close()
 
 
+@pytest.mark.filterwarnings("ignore:.*too few for an error to reach")
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_an_error_goes_one_layer_down_in_each_step(steps: int) -> None:
     """Three layers have states: the update of one does not depend on the labels until the error has arrived there."""

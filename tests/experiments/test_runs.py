@@ -233,7 +233,7 @@ def test_an_interrupted_write_keeps_the_old_file(half: Path, monkeypatch: pytest
         ("+logger.moode=disabled", "logger.moode is not an option; did you mean logger.mode?"),
         ("+diagnostics.evry=2", "diagnostics.evry is not an option; did you mean diagnostics.every?"),
         ("+optimizer.momentun=0.9", "optimizer.momentun is not an option; did you mean optimizer.momentum?"),
-        ("+optimizer.sgima=1", "optimizer.sgima is not an option; optimizer has competition, "),
+        ("+optimizer.sgima=1", "optimizer.sgima is not an option; optimizer has centre_inputs, competition, "),
         ("+model.widht=1", "model.widht is not an option; did you mean model.width?"),
         ("+optimizer.per_data.digits.epoch=3", "did you mean optimizer.per_data.digits.epochs?"),
         ("+optimizer.per_model.cnn.lr=3", "optimizer.per_model.cnn.lr=3 has no effect"),

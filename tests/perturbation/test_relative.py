@@ -66,7 +66,7 @@ def test_the_step_is_that_of_adam_or_as_published() -> None:
     with pytest.raises(TypeError, match=r"NodePerturbation\(relative=False\) needs lr=: "):
         bioopt.NodePerturbation(mlp(), relative=False)
     groups = bioopt.NodePerturbation(mlp(), readout="delta").param_groups
-    assert [group["lr"] for group in groups] == [2e-4, LR]
+    assert [group["lr"] for group in groups] == [1e-4, LR]
     groups = bioopt.NodePerturbation(mlp(), 0.1, readout="delta", readout_lr=0.2).param_groups
     assert [group["lr"] for group in groups] == [0.1, 0.2]
 
