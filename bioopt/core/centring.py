@@ -110,11 +110,12 @@ class Centring:
                 continue
             if bias is None or bias.grad is None or weight.grad is None:
                 continue
-            mean = in_weight_form(levels[synapse.index]["mean"].to(weight), synapse)
+            mean = levels[synapse.index]["mean"].to(weight)
+            mean = mean if weight.ndim == 2 else in_weight_form(mean, synapse)
             for p in (weight, alike.get(weight)):
                 if p is not None and p.grad is not None:
                     given.append((p, p.grad))
-                    p.grad = torch.addcmul(p.grad, along_neurons(bias.grad, weight), mean, value=-1)
+                    p.grad = _centred(p.grad, bias.grad, mean)
             moving.append((weight, bias, weight.detach().clone(), mean))
         try:
             yield
@@ -122,7 +123,18 @@ class Centring:
             for p, grad in given:
                 p.grad = grad
             for w, b, before, mean in moving:
-                b.sub_((w - before).mul_(mean).flatten(1).sum(1))
+                change = before.sub_(w)
+                if w.ndim == 2:
+                    b.addmv_(change, mean)
+                else:
+                    b.add_(change.mul_(mean).flatten(1).sum(1))
+
+
+def _centred(gradient: Tensor, of_bias: Tensor, mean: Tensor) -> Tensor:
+    """The gradient by weights at constant activity for the mean input: a vector, or of the form of the weight."""
+    if gradient.ndim == 2:
+        return torch.addr(gradient, of_bias, mean, alpha=-1)
+    return torch.addcmul(gradient, along_neurons(of_bias, gradient), mean, value=-1)
 
 
 def can_centre(synapse: Synapse) -> bool:
