@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 RATE = 0.05  # of homeostasis, per step
 EVENTS = 16  # of a layer, before its activity is regulated: the deviation of fewer is mostly chance
-WARM_UP = 10  # regulated steps before a rule acts: until then the statistics of its input move
+WARM_UP = 1  # regulated steps before a rule acts; later, its first turns upset a readout that has already learned
 NOT_MOVING = 1e-6  # a deviation below this share of the mean is rounding
 
 #: of rules under homeostasis; `LocalRule` describes them

@@ -82,8 +82,8 @@ class LocalRule(OnePass):
         z_k = \frac{u_k - m_k}{s_k}, \qquad w_k \leftarrow s_k^{-r}\, w_k, \qquad b_k \leftarrow b_k - m_k
 
     after each step, at a rate :math:`r` that falls from 1 in the first step to 0.05. In the first step the layers
-    above receive :math:`z` in place of :math:`u`, as they will after it. For ten steps, until the statistics of its
-    input have settled, a layer learns no more than this. Then
+    above receive :math:`z` in place of :math:`u`, as they will after it, and a layer learns no more than this. From the
+    second step on
 
     .. math::
         P = \langle s\,(x - \langle x \rangle)^\top \rangle, \qquad

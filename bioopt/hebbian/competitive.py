@@ -36,6 +36,8 @@ DECAYS = ("subspace", "own", "none")
 
 #: of homeostasis: neurons that compete, or subtract what others represent, stay apart without inhibition
 APART: dict[str, Any] = {**DEFAULTS, "inhibition": 0.0}
+#: of `Hebbian`, whose large first turns a readout has to follow: the sooner they end, the better
+SOON: dict[str, Any] = {**APART, "settle": 5.0}
 
 
 @final
@@ -74,8 +76,9 @@ class Hebbian(LocalRule):
 
     That is the published formula, ``homeostasis=False``. By default, neurons compete by their standardised activity
     :math:`z` in place of :math:`u / \lVert w \rVert`, and their unit weight vectors :math:`V` turn by
-    :math:`P - C V` with :math:`P = \langle (m y z)(x - \langle x\rangle)^\top\rangle` and :math:`C = P V^\top` (by
-    :math:`P` for the other decays, which turn no vector), as in `LocalRule`.
+    :math:`P - g\,C V` with :math:`P = \langle (m y z)(x - \langle x\rangle)^\top\rangle` and :math:`C = P V^\top` (by
+    :math:`P` for the other decays, which turn no vector), as in `LocalRule`. Of :math:`N` neurons with :math:`D < N`
+    inputs, the unit vectors represent the input :math:`N / D` times, so that :math:`g = \min(1, D / N)`.
 
     The rule uses no error signal and no labels; only the readout uses a loss.
 
@@ -118,7 +121,7 @@ class Hebbian(LocalRule):
         "loser_strength": NON_NEGATIVE,
         "decay": one_of(*DECAYS),
     }
-    regulated: ClassVar[dict[str, Any]] = APART
+    regulated: ClassVar[dict[str, Any]] = SOON
 
     def __init__(
         self,
@@ -170,14 +173,15 @@ class Hebbian(LocalRule):
         return most(N, lambda n: n * N * D + n * n * (N + D) + n**3 / 3 < 3 * N * N * D + N**3 / 3)
 
     def drive(self, product: Tensor, direction: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor:
-        """``P - C V``; without a decay, or with a neuron's own, which turns no weight vector, ``P``."""
+        """``P - g C V``; without a decay, or with a neuron's own, which turns no weight vector, ``P``."""
         if group["decay"] != "subspace":
             return product
-        return torch.baddbmm(product, product @ direction.mT, direction, alpha=-1)
+        return torch.baddbmm(product, product @ direction.mT, direction, alpha=-_share(direction))
 
     def drive_of_few(self, product: Tensor, direction: Tensor, events: Events, group: dict[str, Any]) -> Tensor:
-        """``P - C V`` with ``C V = ⟨s (Vᵀ V (x - μ))ᵀ⟩``."""
-        return product[0].addmm_(events.s.T, events.u @ direction[0], alpha=-1 / len(events.x)).unsqueeze(0)
+        """``P - g C V`` with ``C V = ⟨s (Vᵀ V (x - μ))ᵀ⟩``."""
+        share = _share(direction) / len(events.x)
+        return product[0].addmm_(events.s.T, events.u @ direction[0], alpha=-share).unsqueeze(0)
 
     def _shared(self, u: Tensor, synapse: Synapse, group: dict[str, Any]) -> Tensor | SparseSignal:
         """``y u``."""
@@ -249,6 +253,11 @@ class Hebbian(LocalRule):
                 change, _ = torch.linalg.solve_ex(system, change)  # which does not wait for the device
         change = clip_update_norm(change, weight, group["lr"])
         return {synapse.weight: weight_shaped(change.to(product.dtype), synapse)}
+
+
+def _share(direction: Tensor) -> float:
+    """``g``: with it, more neurons than inputs represent the input once, and not several times."""
+    return min(1.0, direction.shape[-1] / direction.shape[-2])
 
 
 def _shares(strength: Tensor, dim: int, kind: str, losers: float) -> Tensor:

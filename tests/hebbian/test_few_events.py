@@ -16,6 +16,7 @@ LAYERS = {
     "linear": (lambda: nn.Linear(30, 24), (10, 30)),
     "linear, no bias": (lambda: nn.Linear(30, 24, bias=False), (10, 30)),
     "sequence": (lambda: nn.Linear(30, 24), (5, 2, 30)),
+    "linear, wide": (lambda: nn.Linear(12, 24), (10, 12)),
     "conv": (lambda: nn.Conv2d(3, 24, 3, padding=1, padding_mode="reflect", stride=2), (3, 3, 4, 4)),
 }
 RULES: dict[str, tuple[Any, dict[str, Any]]] = {
