@@ -63,7 +63,6 @@ class TemporalFeedback(LearnedDirectFeedback):
         self._warned = False
         self._readouts: set[Synapse] = set()  # layers at whose output an error was taken
         self._traces: Eligibility | None = None
-        self._centre_unless(options, True)
         super().__init__(params, lr, readout_layer=readout_layer, own=own, **options)
         if recurrent is not None:
             named = [recurrent] if isinstance(recurrent, str | nn.Module) else recurrent

@@ -120,4 +120,5 @@ class EProp(TemporalFeedback):
             output = self._output
             if output in self._shapes and output.weight in grads:
                 grads[self.own_weights(output)] = grads[output.weight]
+                self._same_step[output.weight] = self.own_weights(output)
             self._add_decay(grads)

@@ -236,7 +236,7 @@ def test_which_rules_centre_by_default() -> None:
     assert not centred(bioopt.RankOnePerturbation(model))
     assert centred(bioopt.PredictiveCoding(model))
     assert not centred(bioopt.PredictiveCoding(model, mu_pc=True))
-    assert not centred(bioopt.EProp(model))
+    assert centred(bioopt.EProp(model))
     assert not centred(bioopt.Hebbian(model))
     with pytest.raises(ValueError, match=r"mu_pc=True gives .* units of their own: choose that, or centre_inputs=True"):
         bioopt.PredictiveCoding(model, mu_pc=True, centre_inputs=True)
