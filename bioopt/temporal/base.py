@@ -39,7 +39,7 @@ class TemporalFeedback(LearnedDirectFeedback):
         online: whether ``backward()`` is called at each time step.
         readout_layer: as in `DirectFeedback`.
         own: as in `FeedbackRule`.
-        options: ``seed``, ``feedback_scale``, ``orthogonal``, ``exclude``, ``descent`` and its options,
+        options: ``seed``, ``feedback_scale``, ``orthogonal``, ``centre_inputs``, ``exclude``, ``descent`` and its options,
             ``process_group``, as in `RandomFeedback`.
     """
 

@@ -61,7 +61,7 @@ class EProp(TemporalFeedback):
         decay: of the weights of all layers (not of biases) with ``feedback="adaptive"``.
         readout_layer: the layer at whose output the error is taken, by name or as a module; by default the last layer
             to fire.
-        options: ``seed``, ``feedback_scale``, ``orthogonal``, ``exclude``, ``descent`` and its options,
+        options: ``seed``, ``feedback_scale``, ``orthogonal``, ``centre_inputs``, ``exclude``, ``descent`` and its options,
             ``process_group``, as in the feedback family.
 
     Raises:
