@@ -39,8 +39,8 @@ class TemporalFeedback(LearnedDirectFeedback):
         online: whether ``backward()`` is called at each time step.
         readout_layer: as in `DirectFeedback`.
         own: as in `FeedbackRule`.
-        options: ``seed``, ``feedback_scale``, ``orthogonal``, ``centre_inputs``, ``exclude``, ``descent`` and its options,
-            ``process_group``, as in `RandomFeedback`.
+        options: ``seed``, ``feedback_scale``, ``orthogonal``, ``centre_inputs``, ``exclude``, ``descent`` and its
+            options, ``process_group``, as in `RandomFeedback`.
     """
 
     def __init__(

@@ -61,8 +61,8 @@ class EProp(TemporalFeedback):
         decay: of the weights of all layers (not of biases) with ``feedback="adaptive"``.
         readout_layer: the layer at whose output the error is taken, by name or as a module; by default the last layer
             to fire.
-        options: ``seed``, ``feedback_scale``, ``orthogonal``, ``centre_inputs``, ``exclude``, ``descent`` and its options,
-            ``process_group``, as in the feedback family.
+        options: ``seed``, ``feedback_scale``, ``orthogonal``, ``centre_inputs``, ``exclude``, ``descent`` and its
+            options, ``process_group``, as in the feedback family.
 
     Raises:
         ValueError: a hyperparameter out of range; a fused `torch.nn.RNN`, `torch.nn.LSTM` or `torch.nn.GRU`; a name of
