@@ -379,6 +379,7 @@ def test_a_group_can_be_added(case: Case) -> None:
     assert hooks(model) == everything  # the refused group left none
 
 
+@pytest.mark.filterwarnings("ignore:.*predict by optimizer.relaxed")
 @every_optimizer
 def test_validation_between_two_steps_changes_nothing(case: Case) -> None:
     one, two = case.cnn(dropout=0.0), case.cnn(dropout=0.0)
@@ -685,6 +686,7 @@ def test_lightning_calls_with_a_keyword(case: Case) -> None:
     assert optimizer.step(closure=per_sample(optimizer, model, *batch())).shape == (10,)
 
 
+@pytest.mark.filterwarnings("ignore:.*predict by optimizer.relaxed")
 @every_rule
 def test_bf16_autocast_inside_and_around_the_closure(case: Case) -> None:
     results = []

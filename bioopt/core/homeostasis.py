@@ -1,12 +1,13 @@
-r"""Homeostasis: each neuron keeps its activity at mean 0 and deviation 1 through its own weights and bias.
+r"""Homeostasis: each neuron keeps its activity at mean 0 and deviation 1/2 through its own weights and bias.
 
 With running mean :math:`m_k` and deviation :math:`s_k` of a neuron's activity :math:`u_k`, after each step
 
 .. math::
-    w_k \leftarrow s_k^{-r}\, w_k, \qquad b_k \leftarrow b_k - \langle u_k \rangle
+    w_k \leftarrow (2 s_k)^{-r}\, w_k, \qquad b_k \leftarrow b_k - \langle u_k \rangle
 
 where :math:`r` falls from 1 in the first step to ``rate``: synaptic scaling (Turrigiano & Nelson, 2004), and intrinsic
-plasticity (Triesch, 2005). In the first step, layers above already receive :math:`(u - m) / s`, as they will after it.
+plasticity (Triesch, 2005). In the first step, layers above already receive :math:`(u - m) / 2 s`, as they will after
+it. At a deviation of 1/2, neurons that saturate at 1 stay in their range; for ReLU, which has no scale, any would do.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from .recorder import Firing
 
 RATE = 0.05  # of homeostasis, per step
+DEVIATION = 0.5  # at which activity is kept
 EVENTS = 16  # of a layer, before its activity is regulated: the deviation of fewer is mostly chance
 WARM_UP = 1  # regulated steps before a rule acts; later, its first turns upset a readout that has already learned
 NOT_MOVING = 1e-6  # a deviation below this share of the mean is rounding
@@ -52,7 +54,7 @@ class Fresh(NamedTuple):
 
 
 class Regulator:
-    """The running activity of the neurons of a rule, and what keeps it at mean 0 and deviation 1.
+    """The running activity of the neurons of a rule, and what keeps it at mean 0 and deviation 1/2.
 
     Args:
         levels: returns the present levels by the index of the synapse; they are the rule's own state.
@@ -95,10 +97,13 @@ class Regulator:
         scale = along_channels(deviation.reciprocal(), synapse)
         return torch.sub(u.detach(), along_channels(mean, synapse)).mul_(scale)
 
-    def hands_on(self, synapse: Synapse) -> bool:
-        """Whether the network receives standardised activity: until the first descent has made it the layer's own."""
-        level = self.level(synapse)
-        return synapse in self._starts or (level is not None and not level["steps"] and level["events"] >= EVENTS)
+    def handed_on(self, firing: Firing, u: Tensor) -> Tensor:
+        """What the network receives: regulated activity, until the first descent has made it the layer's own."""
+        level = self.level(firing.synapse)
+        begins = level is not None and not level["steps"] and level["events"] >= EVENTS
+        if not begins and firing.synapse not in self._starts:
+            return u
+        return firing.activity(u).mul(DEVIATION).to(u.dtype)
 
     def moments(self, firing: Firing, z: Tensor, acts: bool, inhibited: bool) -> dict[str, Tensor]:
         """The sums over events that `followed` needs, and for a rule that acts those of its input and of ``z zᵀ``."""
@@ -209,7 +214,7 @@ class Regulator:
         weight, steps = synapse.weight, level["steps"]
         mean, variance = (level[name].to(weight.device) for name in ("mean", "variance"))
         r = max(rate, 1 / (1 + steps)) if rate else 0.0
-        gain = deviation.pow(-r).masked_fill(still, 1)
+        gain = (deviation / DEVIATION).pow(-r).masked_fill(still, 1)
         if steps:
             gain.clamp_(0.1, 10)
         scale = gain

@@ -75,7 +75,7 @@ class LocalRule(OnePass):
     `torch.no_grad`, and all firings if no readout learns from a loss, count at once.
 
     Rules whose class attribute `regulated` has defaults for it learn under **homeostasis**, as the neurons of a brain
-    do: each neuron keeps its activity at mean 0 and deviation 1 through its own weights and bias, and the rule only
+    do: each neuron keeps its activity at mean 0 and deviation 1/2 through its own weights and bias, and the rule only
     *turns* its weight vector. With the running mean :math:`m_k` and deviation :math:`s_k` of its activity,
 
     .. math::
@@ -318,7 +318,7 @@ class LocalRule(OnePass):
         sums.values |= regulator.moments(
             firing, firing.activity(u), acts, acts and self.param_groups[synapse.group].get("inhibition", 0)
         )
-        return sums, firing.activity(u).to(u.dtype) if regulator.hands_on(synapse) else u
+        return sums, regulator.handed_on(firing, u)
 
     def _on_neurons(self, firing: Firing, spikes: Tensor) -> Tensor:
         pending, token = self._awaiting[firing.synapse]

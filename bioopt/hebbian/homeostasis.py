@@ -16,7 +16,7 @@ from ..core.synapse import Synapse
 
 @final
 class Homeostasis(LocalRule):
-    r"""Each neuron keeps its activity at mean 0 and deviation 1 through its own weights and bias.
+    r"""Each neuron keeps its activity at mean 0 and deviation 1/2 through its own weights and bias.
 
     .. math::
         w_k \leftarrow s_k^{-r}\, w_k, \qquad b_k \leftarrow b_k - m_k

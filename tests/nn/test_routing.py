@@ -366,6 +366,7 @@ def test_traces_decay_while_samples_take_other_routes(rule: type) -> None:
 # -- every rule --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:.*too few for an error to reach")
 @pytest.mark.parametrize("case", ANY_GRAPH)
 @pytest.mark.parametrize("build", [gated, attentive])
 def test_every_rule_trains_routing(case: Case, build: Callable[[], nn.Sequential]) -> None:
