@@ -13,8 +13,9 @@ from torch.nn.parameter import UninitializedParameter
 
 from ..core.constraints import require_labels
 from ..core.params import Params
+from ..core.products import along_channels
 from ..core.recorder import Firing
-from ..core.rule import optional
+from ..core.rule import CENTRED, optional
 from ..core.synapse import Synapse
 from .base import OwnedFeedback, RandomFeedback, RandomOptions
 from .weights import drawn
@@ -326,13 +327,20 @@ class DirectKolenPollack(LearnedDirectFeedback):
         def feedback(g: Tensor) -> Tensor:
             error = self._error_at(synapse, g)
             returned = self._sent(synapse, error, x.shape, channels_last(x))
-            self._add_product(synapse, error, x)
+            self._add_product(synapse, error, x if synapse is self._output else self._less_its_mean(synapse, x))
             return returned
 
         return feedback
 
+    def _less_its_mean(self, synapse: Synapse, x: Tensor) -> Tensor:
+        """Presynaptic activity as the weights of a layer learn from it."""
+        level = self._own_state.get(CENTRED, {}).get(synapse.index)
+        return x if level is None else x - along_channels(level["mean"].to(x), synapse)
+
     def learn_feedback(self, grads: dict[Tensor, Tensor], state: dict[str, Any]) -> None:
-        """The decay of forward and feedback weights."""
+        """The decay of forward and feedback weights; those of the last layer take the same step."""
+        if (output := self._output) in self._shapes:
+            self._same_step[output.weight] = self.own_weights(output)
         self._add_decay(grads)
 
 

@@ -248,3 +248,21 @@ def test_which_rules_centre_by_default() -> None:
 def test_refuses_what_is_neither_true_nor_false() -> None:
     with pytest.raises(ValueError, match=r"FeedbackAlignment: centre_inputs='yes' must be True or False"):
         bioopt.FeedbackAlignment(network(), centre_inputs="yes")  # type: ignore[arg-type]
+
+
+def test_learned_direct_feedback_is_centred_like_the_weights() -> None:
+    """A common mode of positive activity in feedback and weights would drive each other."""
+    model = network()
+    optimizer = bioopt.DirectKolenPollack(model, lr=0.1, decay=0.05, descent=SGD)
+    step(model, optimizer, *batch())
+    before = {name: w.clone() for name, w in optimizer.feedback_weights().items()}
+    last = optimizer.layers()["6"].weight.detach() - before["6"]
+    mean = optimizer.state_dict()["state"]["rule"]["presynaptic"][1]["mean"]
+    x, y = batch(1)
+    error = torch.autograd.grad(F.cross_entropy(out := model(x), y), out)[0]
+    hidden = inputs_of(model, x)[1].detach()
+    step(model, optimizer, x, y)
+    expected = before["4"] - 0.1 * (error.T @ (hidden - mean) + 0.05 * before["4"])
+    torch.testing.assert_close(optimizer.feedback_weights()["4"], expected)
+    now = optimizer.layers()["6"].weight.detach() - optimizer.feedback_weights()["6"]
+    torch.testing.assert_close(now, last * (1 - 0.1 * 0.05))  # as in Kolen-Pollack
