@@ -295,7 +295,7 @@ def kept_in_place(old: Level, new: Level) -> Level:
         return new
     if old["steps"] * RATE < 1:
         raise RuntimeError(
-            f"homeostasis settles in the first {round(1 / RATE)} steps, and the replay of a CUDA graph would repeat "
+            f"running values settle in the first {round(1 / RATE)} steps, and the replay of a CUDA graph would repeat "
             "one of them: take these as ordinary steps before the capture"
         )
     for name, value in old.items():
