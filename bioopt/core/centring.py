@@ -57,7 +57,9 @@ class Centring:
         """Add the presynaptic activity of a firing."""
         synapse = firing.synapse
         known = self._seen.get(synapse)
-        if not can_centre(synapse) or synapse.layer in self._apart or (known is not None and not self._every):
+        if known is not None and not self._every:
+            return
+        if not can_centre(synapse) or synapse.layer in self._apart:
             return
         x = firing.x.detach()
         if in_dual_level():

@@ -79,11 +79,11 @@ class LocalRule(OnePass):
     *turns* its weight vector. With the running mean :math:`m_k` and deviation :math:`s_k` of its activity,
 
     .. math::
-        z_k = \frac{u_k - m_k}{s_k}, \qquad w_k \leftarrow s_k^{-r}\, w_k, \qquad b_k \leftarrow b_k - m_k
+        z_k = \frac{u_k - m_k}{s_k}, \qquad w_k \leftarrow (2 s_k)^{-r}\, w_k, \qquad b_k \leftarrow b_k - m_k
 
     after each step, at a rate :math:`r` that falls from 1 in the first step to 0.05. In the first step the layers
-    above receive :math:`z` in place of :math:`u`, as they will after it, and a layer learns no more than this. From the
-    second step on
+    above receive :math:`z / 2` in place of :math:`u`, as they will after it, and a layer learns no more than this. From
+    the second step on
 
     .. math::
         P = \langle s\,(x - \langle x \rangle)^\top \rangle, \qquad

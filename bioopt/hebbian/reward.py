@@ -15,7 +15,7 @@ from ..core.readout import GradientReadoutOptions
 from ..core.reward import reward_prediction_errors
 from ..core.rule import Estimate
 from ..core.synapse import Synapse
-from ..perturbation.base import NoisyActivity, Record, count_of, credited
+from ..perturbation.base import NoisyActivity, Record, count_of, credited, norm_of
 
 
 @final
@@ -158,9 +158,8 @@ class RewardHebbian(NoisyActivity):
         """The running mean square of each layer's activity, after the firings of a step."""
         now: dict[Synapse, Tensor] = {}
         for record in records:  # noise was added to a copy of u, so that it stands as it was
-            u = record.u.detach()
-            square = torch.linalg.vector_norm(u, dtype=torch.promote_types(u.dtype, torch.float32)).double().square()
-            found = torch.stack([square, torch.full_like(square, u.numel())])
+            square = norm_of(record.u).square()
+            found = torch.stack([square, torch.full_like(square, record.u.numel())])
             now[record.synapse] = now[record.synapse] + found if record.synapse in now else found
         self._sum_over_ranks(list(now.values()))
         after = dict(before)

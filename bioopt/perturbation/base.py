@@ -346,9 +346,14 @@ def weight_sizes(params: list[Tensor]) -> list[float]:
 
 def rms(tensor: Tensor) -> Tensor:
     """The root mean square of the entries, in double precision; 0 for no entries."""
+    return norm_of(tensor).div(max(tensor.numel(), 1) ** 0.5)
+
+
+def norm_of(tensor: Tensor) -> Tensor:
+    """The norm of all entries together, in double precision."""
     exact = torch.promote_types(tensor.dtype, torch.float32)
-    norm: Tensor = torch.linalg.vector_norm(tensor.detach(), dtype=exact).double()
-    return norm.div(max(tensor.numel(), 1) ** 0.5)
+    norm: Tensor = torch.linalg.vector_norm(tensor.detach(), dtype=exact)
+    return norm.double()
 
 
 @torch.no_grad()
@@ -608,8 +613,7 @@ def add_activity(found: dict[Synapse, Activity], synapse: Synapse, u: Tensor) ->
     """
     u, channel = u.detach(), u.ndim + synapse.channel_dim
     exact = torch.promote_types(u.dtype, torch.float32)
-    square = torch.linalg.vector_norm(u, dtype=exact).double().square()
-    new = Activity(square, over_events(u, channel, exact).double(), u.numel() // max(u.shape[channel], 1))
+    new = Activity(norm_of(u).square(), over_events(u, channel, exact).double(), u.numel() // max(u.shape[channel], 1))
     if (known := found.get(synapse)) is not None:
         new = Activity(known.square + new.square, known.neurons + new.neurons, known.events + new.events)
     found[synapse] = new

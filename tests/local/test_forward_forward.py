@@ -158,7 +158,9 @@ def test_the_step_decides_the_wrong_labels() -> None:
     optimizer = ForwardForward(model)
     optimizer.target = y
     optimizer.step(lambda: F.cross_entropy(model(x), y))
-    assert optimizer.state_dict()["state"]["rule"]["step"] == 1
+    own = optimizer.state_dict()["state"]["rule"]
+    assert own.keys() == {"step", "presynaptic"}
+    assert own["step"] == 1
     assert torch.equal(torch.get_rng_state(), state)
 
 

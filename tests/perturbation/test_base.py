@@ -139,12 +139,8 @@ def test_options_out_of_range(option: str) -> None:
 WIDTHS = [  # the width that is too small in bfloat16, and what it changes
     (bioopt.WeightPerturbation, {"sigma": 2e-3}, r"moves \d+% of the weights"),
     (bioopt.HillClimbing, {"lr": 2e-3}, r"moves \d+% of the weights"),
-    (bioopt.NodePerturbation, {"sigma": 2e-3}, "changes the activity of layer '[02]' by 0.00[12]\\d* of its size"),
-    (
-        bioopt.NodePerturbation,
-        {"sigma": 2e-3, "batched": True},
-        "changes the activity of layer '[02]' by 0.00[12]\\d* of",
-    ),
+    (bioopt.NodePerturbation, {"sigma": 2e-3}, "changes the activity of layer '2' by 0.001 of its size"),
+    (bioopt.NodePerturbation, {"sigma": 2e-3, "batched": True}, "changes the activity of layer '2' by 0.001"),
     (bioopt.NodePerturbation, {"sigma": 1e-4, "relative": False, "lr": 0.1}, "changes the activity of layer '[02]'"),
     (bioopt.RewardHebbian, {"sigma": 2e-3}, "changes the activity of layer '[02]' by 0.002 of its size"),
     (bioopt.RankOnePerturbation, {"sigma": 5e-4}, "changes the activity of layer '[02]' by"),
@@ -176,8 +172,13 @@ def test_a_width_that_bfloat16_cannot_carry_is_warned_of(
     assert steps(float(re.search(rf"try {option}=([\d.e-]+)$", message)[1])) == []
 
 
-@pytest.mark.parametrize(("space", "what"), [("weights", "'0.weight'"), ("activities", "the activity of layer '[02]'")])
+@pytest.mark.parametrize(
+    ("space", "what"),
+    [("weights", "'0.weight' by 0.001"), ("activities", "the activity of layer '2' by 0.0007")],
+)
 def test_a_difference_that_bfloat16_cannot_carry_is_warned_of(space: str, what: str) -> None:
+    torch.manual_seed(0)
+
     class Doubled(torch.autograd.Function):  # without a forward derivative
         @staticmethod
         def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -193,9 +194,7 @@ def test_a_difference_that_bfloat16_cannot_carry_is_warned_of(space: str, what: 
         optimizer.step(closure)
     slow, coarse = (str(warning.message) for warning in caught)
     assert "no forward derivative" in slow
-    assert re.search(
-        f"difference=0.001 changes {what} by 0.00[01]\\d* of its size.*bfloat16.*; try difference=0.0[23]\\d*$", coarse
-    )
+    assert re.search(f"difference=0.001 changes {what} of its size.*bfloat16.*; try difference=0.02$", coarse)
     optimizer.step(closure)
 
 
