@@ -29,6 +29,7 @@ from .runs import (
     precision,
     random_state,
     set_threads,
+    warn_if_emulated,
     with_amp_chosen,
 )
 from .tasks import Task
@@ -91,6 +92,7 @@ def perform(
         started.restore_random(device)
     resumed = f", resumed after {task.unit} {started.epoch}" if started.epoch else ""
     print(f"{task.heading(config, device)}, {precision(config)}{resumed}", flush=True)
+    warn_if_emulated(config, device)
     plain, seconds = resolved(config), started.seconds
     pace = Pace(task.phases(), task.unit, started.epoch)
     if not ranks.first:

@@ -57,6 +57,12 @@ def precision(config: DictConfig) -> str:
     return "bf16" if config.amp else "fp32"
 
 
+def warn_if_emulated(config: DictConfig, device: torch.device) -> None:
+    """Say so where a run asks for a precision that its device does not have."""
+    if config.amp and not has_bf16(device):
+        print(f"amp=true: this {device.type} emulates bf16, far more slowly than fp32; try amp=auto", flush=True)
+
+
 def run_command(folder: Path) -> str:
     """The command that resumes a run."""
     name = str(folder)

@@ -120,6 +120,15 @@ def vgg(channels: int, size: int) -> nn.Module:
     )
 
 
+def separable(channels: int, size: int) -> nn.Module:
+    """Depthwise and pointwise convolutions with batch norm, as in mobile networks."""
+    depthwise = nn.Conv2d(32, 32, 3, padding=1, groups=32, bias=False)
+    return nn.Sequential(
+        *(*convolution(channels, 32), nn.MaxPool2d(2), depthwise, nn.BatchNorm2d(32), nn.ReLU()),
+        *(*convolution(32, 64, 1), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(64 * (size // 4) ** 2, 10)),
+    )
+
+
 def residual(channels: int, size: int) -> nn.Module:
     """Two residual blocks with group norm."""
     return nn.Sequential(
@@ -149,7 +158,12 @@ NETWORKS: dict[str, Network] = {
     "resnet18": resnet18,
 }
 ORDINARY = list(NETWORKS)  # run by default; further ones where ``--networks`` names them
-NETWORKS |= {"mlp_sigmoid": partial(mlp, nn.Sigmoid), "mlp_deep": deep, "cnn_pooled": pooled}
+NETWORKS |= {
+    "mlp_sigmoid": partial(mlp, nn.Sigmoid),
+    "mlp_deep": deep,
+    "cnn_pooled": pooled,
+    "cnn_separable": separable,
+}
 CONTROLS = ("sgd", "random_trunk", "homeostasis")
 RULES: dict[str, Rule] = {
     "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9),

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, ClassVar, Unpack
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ._torch_private import backward_pass
 from .acts import cut
@@ -268,19 +268,48 @@ class LocalRule(OnePass):
             raise ValueError(refusal(name, unwatchable) if unwatchable else no_plastic_layer(name))
         wrong = {other.layer: other for other in unwatchable}
         for group, (found, _) in zip(groups, surveys, strict=True):
-            least, reason = self.least_neurons({**defaults, **group})
-            for s in found:
-                if (size := len(s.weight) // s.pools) < least and s.layer not in self._readout.layers:
-                    of = f"it has {size}" + " in each group" * (s.pools > 1)
-                    lacking = f"{reason} takes at least {least} neurons, but {of}"
-                    wrong.setdefault(s.layer, Unwatchable(s.name, s.layer, lacking))
+            hidden = [s for s in found if s.layer not in self._readout.layers]
+            lacking = {s: why for s in hidden if (why := self._lacking(s, {**defaults, **group}))}
+            learns = len(lacking) < len(hidden)
+            for s, why in lacking.items():
+                if not (learns and self._only_regulated(s, {**defaults, **group})):
+                    wrong.setdefault(s.layer, Unwatchable(s.name, s.layer, why))
         if wrong:
             raise ValueError(refusal(name, list(wrong.values())))
+
+    def _lacking(self, synapse: Synapse, group: dict[str, Any]) -> str:
+        """Why a layer has too few neurons in a pool to learn, or an empty string."""
+        least, reason = self.least_neurons(group)
+        size = len(synapse.weight) // synapse.pools
+        of = f"it has {size}" + " in each group" * (synapse.pools > 1)
+        return f"{reason} takes at least {least} neurons, but {of}" if size < least else ""
+
+    def _only_regulated(self, synapse: Synapse, group: dict[str, Any]) -> bool:
+        """Whether a layer keeps its level of activity and learns no more: one of many groups with too few neurons."""
+        return bool(synapse.pools > 1 and self._lacking(synapse, group) and self._homeostatic_rate(group))
+
+    def coverage(self, model: nn.Module | None = None) -> dict[str, str]:
+        """As `LearningRule.coverage`; ``"<rule> (homeostasis)"`` where a layer learns by homeostasis alone."""
+        covered, label = super().coverage(model), type(self).__name__
+        names = self._names() if model is None else {p: name for name, p in model.named_parameters()}
+        for s in self._recorder.synapses.values():
+            if self._only_regulated(s, self.param_groups[s.group]):
+                own = [names[p] for p in s.parameters() if covered.get(names.get(p, "")) == label]
+                covered |= dict.fromkeys(own, f"{label} (homeostasis)")
+        return covered
 
     def _select(self, group: dict[str, Any]) -> tuple[list[Any], list[Synapse]]:
         synapses = synapses_of(type(self).__name__, group["params"], self._exclusion)
         self._require_trainable([group], [(synapses, [])], self.defaults)
-        chosen = self.trained([s for s in synapses if s.layer not in self._readout.layers], group)
+        hidden, full = [s for s in synapses if s.layer not in self._readout.layers], {**self.defaults, **group}
+        if alone := [s for s in hidden if self._only_regulated(s, full)]:
+            names = ", ".join(f"'{s.name}'" for s in alone)
+            layers, verb = ("layer", "learns") if len(alone) == 1 else ("layers", "learn")
+            warn(
+                f"{type(self).__name__}: {layers} {names} {verb} by homeostasis alone, because "
+                f"{self._lacking(alone[0], full)}"
+            )
+        chosen = self.trained(hidden, group)
         return unique([named for _, own in chosen for named in own]), [s for s, _ in chosen]
 
     # -- one pass -----------------------------------------------------------------------------------------------
@@ -313,11 +342,10 @@ class LocalRule(OnePass):
         if not self._homeostatic_rate(self.param_groups[synapse.group]):
             return self.measure(firing, u), u
         firing = replace(firing, standardised=regulator.standardised(firing, u))
-        acts = bool(self.regulated) and regulator.acts(synapse)
+        group = self.param_groups[synapse.group]
+        acts = bool(self.regulated) and regulator.acts(synapse) and not self._only_regulated(synapse, group)
         sums = self.measure(firing, u) if acts else Sums({}, {"events": u.numel() // len(synapse.weight)})
-        sums.values |= regulator.moments(
-            firing, firing.activity(u), acts, acts and self.param_groups[synapse.group].get("inhibition", 0)
-        )
+        sums.values |= regulator.moments(firing, firing.activity(u), acts, acts and group.get("inhibition", 0))
         return sums, regulator.handed_on(firing, u)
 
     def _on_neurons(self, firing: Firing, spikes: Tensor) -> Tensor:

@@ -599,3 +599,34 @@ def test_a_step_that_diverges_is_refused_long_before_the_weights_are_lost() -> N
     with pytest.raises(bioopt.Diverged, match=r"Hebbian: this step would change each weight of '.*' by .* on average"):
         train()
     assert max(p.detach().abs().max().item() for p in model.parameters()) < 1e6
+
+
+@pytest.mark.parametrize("rule", [bioopt.Hebbian, bioopt.SoftHebb, bioopt.KrotovHopfield, bioopt.AntiHebbian])
+def test_depthwise_convolutions_have_homeostasis_alone(rule: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3, groups=6), nn.ReLU(), nn.Conv2d(6, 8, 1), nn.Flatten()),
+        nn.Linear(128, 3),
+    )
+    with pytest.warns(UserWarning, match="layer '2' learns by homeostasis alone, because .* 1 in each group") as caught:
+        optimizer = rule(model)
+    assert len(caught) == 1
+    covered = optimizer.coverage()
+    assert covered["0.weight"] == covered["4.bias"] == rule.__name__
+    assert covered["2.weight"] == covered["2.bias"] == f"{rule.__name__} (homeostasis)"
+    before = [model[i].weight.detach().flatten(1).clone() for i in (0, 2)]
+    for _ in range(10):
+        optimizer.zero_grad()
+        F.cross_entropy(model(torch.rand(32, 1, 8, 8)), torch.arange(32) % 3).backward()
+        optimizer.step()
+    turned = [1 - F.cosine_similarity(model[i].weight.flatten(1), w).min() for i, w in zip((0, 2), before, strict=True)]
+    assert turned[0] > 1e-4 or rule is bioopt.AntiHebbian  # whose neurons are not correlated here
+    assert turned[1] < 1e-6
+    model(x := torch.rand(200, 1, 8, 8))
+    assert torch.allclose(model[:3](x).std((0, 2, 3)), torch.full((6,), 0.5), atol=0.1)
+
+
+def test_a_network_of_lone_neurons_is_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), nn.Flatten(), nn.Linear(16, 2))
+    with pytest.raises(ValueError, match="1 in each group"):
+        bioopt.Hebbian(model)

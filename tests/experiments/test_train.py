@@ -437,6 +437,20 @@ def test_amp_auto_is_chosen_by_the_hardware(
 
 
 @pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(("capabilities", "said"), [({"avx512_bf16": True}, False), ({"avx2": True}, True)])
+def test_a_run_says_that_its_cpu_emulates_bf16(
+    capabilities: dict[str, bool],
+    said: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    run(config(*TINY, "amp=true", "device=cpu", "control=false", f"run_dir={tmp_path / 'run'}"))
+    assert ("try amp=auto" in capsys.readouterr().out) is said
+
+
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("bf16", [False, True])
 def test_a_run_with_amp_auto_keeps_its_precision(
     bf16: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
