@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .statistics import interval, spread
 
 if TYPE_CHECKING:
-    from .report import Run
+    from .finished import Run
 
 RECORD = Path(__file__).parent / "records" / "benchmark" / "result.json"
 PLAUSIBILITY = Path(__file__).parent / "records" / "plausibility" / "result.json"

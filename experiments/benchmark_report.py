@@ -11,7 +11,7 @@ from .report_page import aligned
 from .tasks import benchmark_plots
 
 if TYPE_CHECKING:
-    from .report import Run
+    from .finished import Run
 
 NOTES = """Test accuracy in %: mean ± 95 % confidence interval over the seeds (Student's t); of two seeds, the mean and
 both. "epochs": at equal epochs; "passes": at as many forward-pass equivalents as backpropagation takes for these (a

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from .report_page import printable, styles
 
 if TYPE_CHECKING:
-    from .report import RunGroup
+    from .finished import RunGroup
 
 EMBEDDED = 8_000_000  # bytes of pictures in one page; further ones are linked
 GLYPHS = dict(zip("os^DvPX<>h*|x+", "●■▲◆▼✚✖◀▶⬢★|×+", strict=True))  # of markers

@@ -20,7 +20,7 @@ from .pictures import style, uncluttered
 from .statistics import interval
 
 if TYPE_CHECKING:
-    from .report import RunGroup
+    from .finished import RunGroup
 
 
 def number(value: Any) -> bool:

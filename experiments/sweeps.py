@@ -71,7 +71,8 @@ class Sweep(Callback):
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Print a table, and write ``report.html`` beside the runs."""
         interrupts.check()
-        from .report import NothingToReport, report
+        from .finished import NothingToReport
+        from .report import report
 
         folder = Path(config.hydra.sweep.dir)
         try:

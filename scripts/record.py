@@ -28,8 +28,8 @@ from experiments.benchmark import Mismatch, collected
 from experiments.benchmark_report import draw
 from experiments.config import flat, run_group
 from experiments.files import write_json, write_whole
+from experiments.finished import NothingToReport, Run, find
 from experiments.options import rules_by_name
-from experiments.report import NothingToReport, Run, find
 from experiments.report_page import markdown_text, number
 from experiments.statistics import interval, percent, plain
 

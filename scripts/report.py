@@ -13,7 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from experiments.report import NothingToReport, report
+from experiments.finished import NothingToReport
+from experiments.report import report
 
 
 def main() -> None:

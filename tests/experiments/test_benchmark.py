@@ -15,7 +15,7 @@ from torch import nn
 import bioopt
 from bioopt.auditing import backward_passes_of
 from experiments import benchmark as tables
-from experiments import report
+from experiments.finished import find
 from experiments.options import rules_by_name
 from experiments.run import run
 from experiments.tasks import benchmark_plots
@@ -88,7 +88,7 @@ def test_a_rule_that_cannot_train_a_network_is_a_result_and_a_mistake_is_not(tmp
     summary = run(config(*options, f"run_dir={tmp_path / 'run'}"))
     assert "model=rbm" in summary["cell"]["cannot"]
     assert summary["measured"] == {}
-    (found,) = tables.collected(report.find([tmp_path])[0]).cells
+    (found,) = tables.collected(find([tmp_path])[0]).cells
     assert found["rule"] == "contrastive_divergence"
     seen_in_a_step = cell("difference_target_propagation", "model=resnet", "+benchmark.models.resnet.width=2")
     assert "needs a chain of layers" in seen_in_a_step.cannot

@@ -16,7 +16,8 @@ import yaml
 
 from experiments import report as reports
 from experiments import report_page
-from experiments.report import NothingToReport, report
+from experiments.finished import FILES, NothingToReport, Run, find, grouped
+from experiments.report import report
 
 from ..commands import ROOT
 from .test_sweeps import finished
@@ -67,20 +68,20 @@ def edited(file: Path, path: tuple[str, ...], *odd: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["training", "task"])
 def test_every_damaged_run_has_a_row_or_a_reason(kind: str, tmp_path: Path) -> None:
-    files = reports.FILES if kind == "training" else ("summary.json",)
+    files = FILES if kind == "training" else ("summary.json",)
     make = {"training": lambda run: finished(run, "a", 0, [0.5]), "task": lambda run: task(run, 0)}[kind]
     runs, reasons, all_damages = [], [], damages(make(tmp_path / "whole"), files)
     for number, damage in enumerate(all_damages):
         run = make(tmp_path / str(number))
         damage(run)
         try:
-            runs += reports.find([run])[0]
+            runs += find([run])[0]
         except NothingToReport as nothing:
             reasons.append(str(nothing).replace(str(run), "RUN"))
     assert min(len(runs), len(reasons)) > 15
     assert len(runs) + len(reasons) == len(all_damages)
     assert all(reason.startswith("no finished run in RUN (RUN: it") and reason.isprintable() for reason in reasons)
-    alike: dict[Any, list[reports.Run]] = {}
+    alike: dict[Any, list[Run]] = {}
     for run in runs:
         key = str([run.options.get("data.name"), *(run.summary.get(k) for k in ("task", "evaluated_on"))])
         alike.setdefault(key, []).append(run)
@@ -88,7 +89,7 @@ def test_every_damaged_run_has_a_row_or_a_reason(kind: str, tmp_path: Path) -> N
         if kind == "task":
             reports.report_tasks(some, [], tmp_path)
         else:
-            cells = reports.grouped(some)
+            cells = grouped(some)
             header, rows = reports.table(cells, 0.5)
             assert len(rows) == len(cells) > 0
             reports.document("title", header, rows, reports._notes(cells, 0.5), []).encode()
@@ -150,8 +151,8 @@ def test_the_page_has_no_markup_of_names(made: Path) -> None:
 
 
 def test_pictures_show_names_as_they_are(tmp_path: Path) -> None:
-    runs = [reports.Run.read(finished(tmp_path / str(n), name, 0, [0.5])) for n, name in enumerate(NAMES)]
-    cells = reports.grouped(runs)
+    runs = [Run.read(finished(tmp_path / str(n), name, 0, [0.5])) for n, name in enumerate(NAMES)]
+    cells = grouped(runs)
     figure = reports.curves(cells)
     (legend,) = figure.legends
     texts = [*legend.get_texts(), *(bars := reports.bars(cells)).axes[0].get_yticklabels()]

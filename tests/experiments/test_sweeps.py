@@ -15,7 +15,8 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 from experiments.config import name_of, run_group
-from experiments.report import NothingToReport, report
+from experiments.finished import NothingToReport
+from experiments.report import report
 from experiments.statistics import percent, plain
 from experiments.sweeps import DATED
 
