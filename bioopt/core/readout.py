@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypedDict
 import torch
 from torch import Tensor, nn
 
+from . import curvature
 from .acts import Isolated, cut, detached, isolate
 from .constraints import NON_NEGATIVE, require_in_range, require_labels
 from .homeostasis import NOT_MOVING, RATE, Level, along_neurons, in_weight_form, kept_in_place
@@ -24,7 +25,7 @@ __all__ = ["GradientReadoutOptions", "Readout", "ReadoutOptions"]
 
 KINDS = ("delta", "teacher", None)
 #: of a readout on standardised activity, in units of one over the eigenvalues of its covariance: with momentum 0.9,
-#: cross-entropy (whose curvature is at most 1/2) and squared error (2) are stable below 7.6 and 1.9
+#: cross-entropy, whose curvature is at most 1/2, is stable below 7.6
 LR = 1.0
 MOMENTUM = 0.9
 COMPONENTS = 16  # principal components of the input with a rate of their own
@@ -70,14 +71,15 @@ class Readout:
     all others,
 
     .. math::
-        \Delta v = -\frac{\eta}{1 + \nu} \, \nabla v
+        \Delta v = -\frac{\eta}{c\,(1 + c\,\nu)} \, \nabla v
         [ \frac{1 - \sum_i q_i q_i^\top}{\rho} + \sum_i \frac{q_i q_i^\top}{\lambda_i + \rho} ],
 
-    where :math:`\nu` is 6 times the trace of the matrix in brackets times :math:`\langle z z^\top \rangle`, over the
-    events of the batch: a small batch is no good estimate of all directions. ``"teacher"``: without a loss; the target
-    :math:`t` takes the place of its postsynaptic activity, and the weights of each neuron move towards the activity
-    that accompanies its target: :math:`\Delta w_k = \langle t_k (x - t_k w_k)\rangle`. ``None``: no readout; all layers
-    follow the rule.
+    where :math:`\nu` is 6 times the trace of the matrix in brackets times :math:`\langle z z^\top \rangle`, over
+    the events of the batch: a small batch is no good estimate of all directions; and :math:`c` is how many times
+    larger the curvature of the loss is than that of cross-entropy, measured as it learns (`bioopt.core.curvature`),
+    at least 1. ``"teacher"``: without a loss; the target :math:`t` takes the place of its postsynaptic activity,
+    and the weights of each neuron move towards the activity that accompanies its target: :math:`\Delta w_k =
+    \langle t_k (x - t_k w_k)\rangle`. ``None``: no readout; all layers follow the rule.
 
     Attributes:
         kind: ``"delta"``, ``"teacher"`` or ``None``.
@@ -381,7 +383,7 @@ class Readout:
             if not count:
                 continue
             if self.by_loss:
-                level = _followed(state.get("readout", {}).get(synapse.index), gathered, count)
+                level = _followed(state.get("readout", {}).get(synapse.index), gathered, count, synapse, grads)
                 state["readout"] = {**state.get("readout", {}), synapse.index: level}
                 continue
             weight = synapse.weight.detach()
@@ -405,7 +407,8 @@ def _input_sums(firing: Firing, level: Level | None) -> Sums:
         mean, power = _moments(level, firing.synapse.bias is not None)
         rows = (x.movedim(channel, -1).flatten(0, -2) - mean.to(x)) / power.to(x).sqrt()
         along = (rows.mT @ (rows @ level["components"].to(x))).to(x.dtype)  # which autocast rounds
-    return Sums({"input": total, "square": square, "along": along}, {"events": x.numel() // len(total)})
+    sums = {"input": total, "square": square, "along": along, "moved": curvature.moved(firing, level)}
+    return Sums(sums, {"events": x.numel() // len(total)})
 
 
 def _components(like: Tensor) -> Tensor:
@@ -425,15 +428,16 @@ def _moments(level: Level, centred: bool) -> tuple[Tensor, Tensor]:
     return mean, variance + FLOOR * variance.mean() + NOT_MOVING * mean.square().mean() + 1e-9
 
 
-def _followed(level: Level | None, sums: Sums, count: float) -> Level:
-    """The running moments and principal components of presynaptic activity after these firings."""
+def _followed(level: Level | None, sums: Sums, count: float, synapse: Synapse, grads: dict[Tensor, Tensor]) -> Level:
+    """The running moments and principal components of presynaptic activity, and the loss's curvature, after a step."""
+    bent = curvature.followed(level, sums.values["moved"] / count, synapse, grads)
     mean, square, along = (sums.values[name] / count for name in ("input", "square", "along"))
     of_batch = (square - mean.square()).clamp(min=0)
     if level is None:
         components = _components(mean)
         return {
             **{"mean": mean, "variance": of_batch, "components": components, "steps": 1, "events": count},
-            "eigenvalues": mean.new_zeros(components.shape[1]),
+            **{"eigenvalues": mean.new_zeros(components.shape[1]), **bent},
         }
     known, components, eigenvalues = (level[name].to(mean.device) for name in ("mean", "components", "eigenvalues"))
     steps, shift = level["steps"], mean - known
@@ -447,6 +451,7 @@ def _followed(level: Level | None, sums: Sums, count: float) -> Level:
         "eigenvalues": triangle.diagonal().abs(),
         "steps": steps + 1,
         "events": count,
+        **bent,
     }
     return kept_in_place(level, new)
 
@@ -468,6 +473,8 @@ def _standardised(grads: dict[Tensor, Tensor], synapse: Synapse, level: Level) -
     if not centred:
         variance = variance + level["mean"].to(weight).square()
     rates, rest, noise = _rates(level, (variance / power).sum())
+    bent = curvature.excess(level).to(weight)
+    slower = bent * (1 + noise * bent)
     places = weight[0].numel() / weight.shape[1]  # of a kernel, each of which adds as much
     change = grad / deviation
     along = change.movedim(1, -1)
@@ -476,14 +483,14 @@ def _standardised(grads: dict[Tensor, Tensor], synapse: Synapse, level: Level) -
         along = along * rest + (along @ components * (rates - rest)) @ components.mT
     else:  # pools of channels have other principal components
         along = along * rates.min()
-    change = along.movedim(-1, 1) / (places * noise * deviation)
+    change = along.movedim(-1, 1) / (places * slower * deviation)
     if bias is None or not centred:
         return {weight: change}
-    return {weight: change, bias: grads[bias] / noise - (change * mean).flatten(1).sum(1)}
+    return {weight: change, bias: grads[bias] / slower - (change * mean).flatten(1).sum(1)}
 
 
 def _rates(level: Level, trace: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One over each eigenvalue and over a bound of the others; and how much larger noise makes a batch's curvature.
+    """One over each eigenvalue and over a bound of the others; and by which share noise adds to a batch's curvature.
 
     Args:
         level: of the readout.
@@ -492,11 +499,11 @@ def _rates(level: Level, trace: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     eigenvalues = level["eigenvalues"].to(trace)
     if level["steps"] <= KNOWN:  # none of them exceeds the trace
         bound = 1 + trace
-        return (1 / bound).expand_as(eigenvalues), 1 / bound, torch.ones_like(bound)
+        return (1 / bound).expand_as(eigenvalues), 1 / bound, torch.zeros_like(bound)
     bound = eigenvalues[-1].clamp(min=FLOOR)  # others are smaller
     rates = 1 / (eigenvalues + bound)
     scaled = (eigenvalues * rates).sum() + (trace - eigenvalues.sum()).clamp(min=0) / bound
-    return rates, 1 / bound, 1 + NOISE * scaled / level["events"]
+    return rates, 1 / bound, NOISE * scaled / level["events"]
 
 
 def as_grad(change: Tensor, p: Tensor) -> Tensor:
