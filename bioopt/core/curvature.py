@@ -56,7 +56,7 @@ def followed(level: Level | None, moved: Tensor, synapse: Synapse, grads: Mappin
     for name, p in own.items():
         if p in grads:
             response = response + (grads[p] * (p.detach() - level[name].to(p))).sum().to(moved)
-    r, first = max(RATE, 1 / (1 + steps)), max(RATE, 1 / steps)
+    r, first = max(RATE, 1 / (1 + steps)), max(RATE, 1 / max(steps, 1))
     return {
         **{name: torch.lerp(level[name].to(p), p.detach(), r) for name, p in own.items()},
         "moved": torch.lerp(level["moved"].to(moved), moved, first),

@@ -34,7 +34,8 @@ RATE = 0.05  # of homeostasis, per step
 DEVIATION = 0.5  # at which activity is kept
 EVENTS = 16  # of a layer, before its activity is regulated: the deviation of fewer is mostly chance
 WARM_UP = 1  # regulated steps before a rule acts; later, its first turns upset a readout that has already learned
-NOT_MOVING = 1e-6  # a deviation below this share of the mean is rounding
+CANCELLED = 1e-6  # the rounding of a difference of squares, as a share of them
+ROUNDING = 1e-5  # a deviation below this share of the largest mean of a layer is rounding
 
 #: of rules under homeostasis; `LocalRule` describes them
 DEFAULTS: dict[str, Any] = {"homeostasis": True, "inhibition": 10.0, "tolerance": 0.4, "settle": 20.0}
@@ -162,12 +163,17 @@ class Regulator:
             variance = level["variance"].to(shift.device)
             known = self._references.get(synapse)
             deviation = moving(mean, variance, synapse)[0] if known is None else known[1].to(mean.device)
+        steps = 0 if level is None else level["steps"]
+        constant = self._constant(n, mean, shift, square, deviation, synapse)
+        if constant is not None and steps < 1 / RATE and bool(constant.all()):
+            n = 0  # a batch in which nothing varies tells nothing of the level
         square = torch.addcmul(square, shift, shift, value=-r)
+        varied = torch.addcmul((1 - r) * variance, deviation.square(), square, value=r)
         new: Level = {
             "mean": torch.addcmul(mean, deviation, shift, value=r),
-            "variance": torch.addcmul((1 - r) * variance, deviation.square(), square, value=r),
+            "variance": varied if constant is None else torch.where(constant, variance, varied),
             "events": seen + n,
-            "steps": 0 if level is None else level["steps"],
+            "steps": steps,
         }
         if "input" in sums.values:
             own = in_weight_form(sums.values["input"] / sums.values["inputs"], synapse)
@@ -176,8 +182,19 @@ class Regulator:
         elif level is not None and "input" in level:
             new["input"] = level["input"]
         new = new if level is None else kept_in_place(level, new)
-        self._fresh[synapse] = Fresh(new, rate, *moving(new["mean"], new["variance"], synapse))
+        deviation, still = moving(new["mean"], new["variance"], synapse)
+        self._fresh[synapse] = Fresh(new, rate, deviation, still if constant is None else still | constant)
         return self._fresh[synapse]
+
+    def _constant(
+        self, events: float, mean: Tensor, shift: Tensor, square: Tensor, deviation: Tensor, synapse: Synapse
+    ) -> Tensor | None:
+        """Which neurons had the same activity at all events of a step; ``None`` for too few events to tell."""
+        if events < EVENTS:
+            return None
+        # What is left of large numbers that cancel is rounding.
+        within = torch.addcmul(square, shift, shift, value=-1 - CANCELLED).mul_(deviation.square())
+        return moving(torch.addcmul(mean, deviation, shift), within, synapse)[1]
 
     @contextmanager
     def descending(self, commit: Callable[[dict[int, Level]], None]) -> Iterator[None]:
@@ -250,7 +267,7 @@ def moving(mean: Tensor, variance: Tensor, synapse: Synapse) -> tuple[Tensor, Te
     deviation, offset = variance.clamp(min=0).sqrt_(), mean.abs()
     if synapse.bias is not None:  # which may cancel a constant input but for rounding
         offset.add_(synapse.bias.detach().abs())
-    still = deviation <= offset.mul_(NOT_MOVING).add_(1e-20)
+    still = deviation <= offset.amax().mul(ROUNDING).add_(1e-20)  # of sums in which other neurons cancel less
     return deviation.masked_fill_(still, 1), still
 
 

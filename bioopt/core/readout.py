@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import curvature
 from .acts import Isolated, cut, detached, isolate
 from .constraints import NON_NEGATIVE, require_in_range, require_labels
-from .homeostasis import NOT_MOVING, RATE, Level, along_neurons, in_weight_form, kept_in_place
+from .homeostasis import EVENTS, RATE, Level, along_neurons, in_weight_form, kept_in_place
 from .params import GradientOptions, RuleOptions, named_modules_of, no_plastic_layer, surveyed
 from .products import in_full, over_events, squares_over_events
 from .reach import Pending, Reach, weakly
@@ -31,6 +31,7 @@ MOMENTUM = 0.9
 COMPONENTS = 16  # principal components of the input with a rate of their own
 NOISE = 6.0  # how much the noise of a small batch counts, which momentum adds up over some 10 batches
 KNOWN = 10  # steps after which the estimates are good
+NOT_MOVING = 1e-6  # a variance below this share of the squared mean is rounding
 FLOOR = 0.1  # of the variance of an input, as a share of the mean variance: rare inputs are not blown up
 
 
@@ -433,23 +434,32 @@ def _followed(level: Level | None, sums: Sums, count: float, synapse: Synapse, g
     bent = curvature.followed(level, sums.values["moved"] / count, synapse, grads)
     mean, square, along = (sums.values[name] / count for name in ("input", "square", "along"))
     of_batch = (square - mean.square()).clamp(min=0)
+    varies = of_batch.sum() > NOT_MOVING * mean.square().sum()
+    if count < EVENTS:  # too few to tell
+        varies = torch.ones_like(varies)
+    steps = 0 if level is None else level["steps"]
+    counts = steps >= 1 / RATE or bool(varies)  # at first, steps whose inputs are all alike tell nothing
     if level is None:
         components = _components(mean)
         return {
-            **{"mean": mean, "variance": of_batch, "components": components, "steps": 1, "events": count},
+            **{"mean": mean, "variance": of_batch, "components": components, "steps": int(counts), "events": count},
+            "varies": varies,
             **{"eigenvalues": mean.new_zeros(components.shape[1]), **bent},
         }
     known, components, eigenvalues = (level[name].to(mean.device) for name in ("mean", "components", "eigenvalues"))
-    steps, shift = level["steps"], mean - known
-    r, first = max(RATE, 1 / (1 + steps)), max(RATE, 1 / steps)
+    shift = mean - known
+    r, first = max(RATE, 1 / (1 + steps)), max(RATE, 1 / max(steps, 1))
     # One step of subspace iteration, with the running covariance within the subspace and that of this batch.
-    components, triangle = torch.linalg.qr(torch.lerp(components * eigenvalues, along, first))
+    found, triangle = torch.linalg.qr(torch.lerp(components * eigenvalues, along, first))
+    variance = level["variance"].to(mean.device)
+    varied = torch.lerp(variance, of_batch, r) + r * (1 - r) * shift.square()
     new = {
         "mean": known + r * shift,
-        "variance": torch.lerp(level["variance"].to(mean.device), of_batch, r) + r * (1 - r) * shift.square(),
-        "components": components,
-        "eigenvalues": triangle.diagonal().abs(),
-        "steps": steps + 1,
+        "variance": torch.where(varies, varied, variance),
+        "components": torch.where(varies, found, components),
+        "eigenvalues": torch.where(varies, triangle.diagonal().abs(), eigenvalues),
+        "varies": varies,
+        "steps": steps + int(counts),
         "events": count,
         **bent,
     }
@@ -484,6 +494,8 @@ def _standardised(grads: dict[Tensor, Tensor], synapse: Synapse, level: Level) -
     else:  # pools of channels have other principal components
         along = along * rates.min()
     change = along.movedim(-1, 1) / (places * slower * deviation)
+    if "varies" in level:  # where all inputs are alike, they differ from those of late by their common drift alone
+        change = change * level["varies"].to(weight)
     if bias is None or not centred:
         return {weight: change}
     return {weight: change, bias: grads[bias] / slower - (change * mean).flatten(1).sum(1)}
