@@ -344,7 +344,7 @@ def section(runs: list[dict[str, Any]]) -> str:
     where = "2,000 held-out training images" if one["held_out"] else "the test set"
     text = [
         f"## {one['data']}, input in {one['scale']} scale, {one['images']:,} images, {one['epochs']} epochs, batches "
-        f"of {one['batch']}\n\nAccuracy in % on {where}; seeds: {', '.join(map(str, seeds))}.\n"
+        f"of {one['batch']}\n\nAccuracy in % on {where}; of seeds {', '.join(map(str, seeds))}, those that were run.\n"
     ]
 
     def table(

@@ -12,7 +12,7 @@ from .errors import warn
 from .recorder import COMPILED, Recorder
 from .synapse import Exclusion, Synapse, is_known
 
-UNFROZEN = "it was frozen when the optimizer was built: optimizer.add_param_group({'params': layer})"
+UNFROZEN = "it was frozen when the optimizer was built: optimizer.add_param_group({'params': layer}), or a new one"
 
 
 class Coverage:

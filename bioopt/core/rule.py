@@ -19,6 +19,7 @@ from typing import Any, ClassVar, TypeAlias, TypeVar, Unpack
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import SGD, Optimizer
 
 from ._torch_private import mark_as_stepped, unhooked_step
@@ -44,7 +45,7 @@ from .params import DescentOptions, Params, ProcessGroup, groups_of, named_modul
 from .probe import Closure, Known, Probe, restoring_grad_mode, settled
 from .readout import MOMENTUM, Readout, ReadoutChoice
 from .recorder import Firing, Leave, Recorder
-from .synapse import Exclusion, Synapse, Unwatchable
+from .synapse import BUILT_IN, Exclusion, Synapse, Unwatchable
 
 __all__ = ["LearningRule", "optional"]
 
@@ -56,6 +57,8 @@ Visit: TypeAlias = Callable[[Firing, Tensor], Tensor | None]
 #: options that groups of earlier versions lack, with what these did
 NEW_OPTIONS = {"readout": None, "standardised": False, "homeostasis": False}
 
+MOMENTS = ("momentum_buffer", "exp_avg", "exp_avg_sq", "square_avg", "sum")  # of torch's optimizers
+LEVELS = "homeostasis"  # in the rule's own state: running means and deviations of activity
 CENTRED = "presynaptic"  # in the rule's own state: running means of presynaptic activity
 #: options of the descent that hold for SGD as well
 SHARED = ("weight_decay", "maximize", "differentiable")
@@ -198,6 +201,7 @@ class LearningRule(ModelGroups, Optimizer):
         of_sgd = SGD([torch.zeros(1)], **{key: own_defaults[key] for key in SHARED if key in own_defaults}).defaults
         groups = [{**of_sgd, **group} if group.get("standardised") else group for group in groups]
         super().__init__(groups, {**own_defaults, **defaults, "readout": None, "standardised": False, PACKED: None})
+        self._one_rate = bool(self._rates_alike())  # by the user's choice, or after a warning
         self._descent = descent([{"params": group["params"]} for group in self.param_groups], **options)
         self.state.update(self._descent.state)  # some optimizers create it here
         apart = not isinstance(self._descent, SGD) and any(group["standardised"] for group in self.param_groups)
@@ -347,11 +351,28 @@ class LearningRule(ModelGroups, Optimizer):
                 self._descent: [group for group in self.param_groups if not group["standardised"]],
                 self._readout_descent: [group for group in self.param_groups if group["standardised"]],
             }
+        self._look_for_one_rate()
         with self._on_centred_activity(), self._around_descent():
             for descent, own in groups.items():
                 # load_state_dict replaces both. Without hooks: those on all optimizers must fire once per step.
                 descent.param_groups, descent.state = own, self.state
                 unhooked_step(descent)
+
+    def _rates_alike(self) -> list[float]:
+        """The rates of readouts on standardised activity that other layers have too."""
+        others = {group["lr"] for group in self.param_groups if not group["standardised"]}
+        return [group["lr"] for group in self.param_groups if group["standardised"] and group["lr"] in others]
+
+    def _look_for_one_rate(self) -> None:
+        """Warn once where a schedule has given a readout on standardised activity the rate of the other layers."""
+        if not self._one_rate and (same := self._rates_alike()):
+            self._one_rate = True
+            warn(
+                f"{type(self).__name__}: the readout, whose rate is in units of its own (1 by default), now has that "
+                f"of the other layers, lr={same[0]:g}. OneCycleLR, CyclicLR and SWALR set one rate for all groups: "
+                "give them a list, such as max_lr=[10 * group['lr'] for group in optimizer.param_groups], or build the "
+                "optimizer with readout_lr="
+            )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as in torch, after a check of its options; its ``"params"`` may be a module."""
@@ -630,6 +651,30 @@ class LearningRule(ModelGroups, Optimizer):
         """Raise for the state of another rule, or of other modules of its own."""
         self._require_same_rule(state_dict)
         self._owned.require_own(type(self).__name__, own_state.get(OWNED, {}))
+        self._require_same_sizes(state_dict, own_state)
+
+    def _require_same_sizes(self, state_dict: dict[str, Any], own_state: dict[str, Any]) -> None:
+        """Raise for the state of a model whose layers have other sizes."""
+        name, names = type(self).__name__, self._names()
+        numbers = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for i, p in zip(numbers, self._trained(), strict=False):
+            for moment in MOMENTS:
+                value = state_dict["state"].get(i, {}).get(moment)
+                if isinstance(value, Tensor) and not is_lazy(p) and value.shape != p.shape:
+                    raise ValueError(
+                        f"{name}: the state is of a model of other sizes: '{names.get(p, i)}' has the shape "
+                        f"{tuple(value.shape)} there and {tuple(p.shape)} here"
+                    )
+        for synapse in self._recorder.synapses.values():
+            inputs = getattr(synapse.layer, "in_features", getattr(synapse.layer, "in_channels", None))
+            for kind, size in ((CENTRED, inputs), ("readout", inputs), (LEVELS, len(synapse.weight))):
+                level = own_state.get(kind, {}).get(synapse.index)
+                if level is not None and type(synapse.layer) in BUILT_IN and level["mean"].numel() != size:
+                    what = "neurons" if kind == LEVELS else "inputs"
+                    raise ValueError(
+                        f"{name}: the state is of a model of other sizes: layer '{synapse.name}' has "
+                        f"{level['mean'].numel()} {what} there and {size} here"
+                    )
 
     def _require_same_rule(self, state_dict: dict[str, Any]) -> None:
         own, theirs = type(self).__name__, state_dict.get(NAME)

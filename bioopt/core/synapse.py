@@ -9,6 +9,8 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
 
 from ._torch_private import convolution_input_gradient
 
@@ -186,6 +188,11 @@ def convolve(layer: Any, x: Tensor, weight: Tensor, groups: int | None = None) -
 
 
 UNKNOWN = "not a known synapse"
+LAZY = "it has no size yet: call model(x) once before the optimizer is built"
+PARAMETRIZED = (
+    "its parameters are computed from others at each pass; undo that with "
+    "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
+)
 FUSED = (
     "it does not show its synapses: in its place, call nn.Linear layers for the input and for the recurrence once per "
     "time step, and bioopt.nn.LeakyRate, LIF or ALIF on their sum"
@@ -225,7 +232,11 @@ def survey(
             continue
         own = [(n, p) for n, p in layer.named_parameters(recurse=False) if p.requires_grad and p not in left_out.params]
         kind = type(layer)
-        if kind in _KINDS:
+        if any(is_lazy(p) for _, p in own):
+            unwatchable.append(Unwatchable(name, layer, LAZY))
+        elif is_parametrized(layer) and any(p.requires_grad for p in layer.parameters()):
+            unwatchable.append(Unwatchable(name, layer, PARAMETRIZED))
+        elif kind in _KINDS:
             if isinstance(layer.weight, nn.Parameter):
                 if layer.weight.requires_grad and layer.weight not in left_out.params:
                     apart = getattr(layer, "bias", None) in left_out.params

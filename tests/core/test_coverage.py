@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -320,3 +321,65 @@ def test_a_layer_replaced_later_is_warned_of_and_experts_in_turn_are_not() -> No
     with pytest.warns(UserWarning, match=r"'2' \(it was replaced in the model"):
         step(0)
     assert optimizer.coverage()["2.weight"] == "frozen"  # that of the new layer
+
+
+def test_lazy_and_parametrized_layers_are_refused_with_the_way_out() -> None:
+    def lazy() -> nn.Module:
+        return nn.Sequential(nn.Linear(20, 8), nn.ReLU(), nn.LazyLinear(16), nn.ReLU(), nn.Linear(16, 5))
+
+    def normalised() -> nn.Module:
+        return nn.Sequential(
+            *(nn.Linear(20, 24), nn.ReLU(), nn.utils.parametrizations.weight_norm(nn.Linear(24, 16)), nn.ReLU()),
+            nn.Linear(16, 5),
+        )
+
+    for rule in (bioopt.Hebbian, bioopt.FeedbackAlignment, bioopt.LocalLoss, bioopt.PredictiveCoding):
+        with pytest.raises(
+            ValueError, match=r"layer '2' of type LazyLinear \(it has no size yet: call model\(x\) once"
+        ):
+            rule(lazy())
+        with pytest.raises(ValueError, match=r"layer '2' .*remove_parametrizations.*exclude=\['2'\]"):
+            rule(normalised())
+        rule(normalised(), exclude=["2"])
+        sized = lazy()
+        sized(torch.randn(2, 20))
+        rule(sized)
+
+
+def test_block_rules_refuse_an_unfrozen_layer() -> None:
+    model = nn.Sequential(nn.Linear(20, 24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 5))
+    model[2].requires_grad_(False)
+    optimizer = bioopt.MonoForward(model)
+    model[2].requires_grad_(True)
+    with pytest.raises(ValueError, match="layer '2' would end the block before it elsewhere"):
+        optimizer.add_param_group({"params": model[2]})
+    assert len(optimizer.param_groups) == len(bioopt.MonoForward(model).param_groups)
+
+
+def test_the_state_of_a_model_of_other_sizes_is_refused() -> None:
+    def taught(rule: Any, width: int) -> Any:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(20, width), nn.ReLU(), nn.Linear(width, 5))
+        optimizer, x, y = rule(model), torch.randn(32, 20), torch.arange(32) % 5
+        optimizer.target = y
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            found = F.cross_entropy(model(x), y, reduction="none")
+            if found.requires_grad:
+                found.mean().backward()
+            return found
+
+        optimizer.step(closure)
+        return optimizer
+
+    for rule in (
+        *(bioopt.Hebbian, bioopt.Homeostasis, bioopt.FeedbackAlignment, bioopt.SignSymmetry),
+        *(bioopt.PredictiveCoding, bioopt.NodePerturbation, bioopt.WeightPerturbation, bioopt.RewardHebbian),
+    ):
+        mine = taught(rule, 30)
+        before = copy.deepcopy(mine.state_dict())
+        with pytest.raises(ValueError, match=r"of a model of other sizes: .*24.* there and .*30.* here"):
+            mine.load_state_dict(taught(rule, 24).state_dict())
+        torch.testing.assert_close(mine.state_dict()["state"], before["state"])
+        mine.load_state_dict(taught(rule, 30).state_dict())

@@ -168,7 +168,7 @@ def test_models_that_cannot_be_trained_are_refused() -> None:
         published.Hebbian(mlp().parameters(), 0.1)
     with pytest.raises(TypeError, match="needs the model"):
         published.Hebbian(list(mlp().named_parameters()), 0.1)
-    with pytest.raises(ValueError, match=r"no plastic layer.* Lazy layers become one in the first"):
+    with pytest.raises(ValueError, match="no plastic layer"):
         published.Hebbian(nn.Sequential(nn.Flatten(), nn.ReLU()), 0.1)
     with pytest.raises(ValueError, match="no plastic layer"):
         published.Hebbian(mlp().requires_grad_(False), 0.1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -166,3 +167,27 @@ def test_a_readout_on_standardised_activity_learns_by_sgd_whatever_the_descent(o
     learned = after(torch.optim.Adam, 1e-3)
     assert 1e-3 < (learned[0] - initial[0]).abs().mean() < 4.1e-3  # Adam's steps are about as long as its rate
     assert same(learned, after(torch.optim.Adam, 1e-3, interrupted=True))
+
+
+def test_a_schedule_of_one_rate_for_all_is_told() -> None:
+    torch.manual_seed(0)
+    model, x, y = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(32, 6), torch.arange(32) % 3
+
+    def learn(optimizer: Any, schedule: Any) -> None:
+        for _ in range(3):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            schedule.step()
+
+    one = bioopt.Hebbian(model)
+    with pytest.warns(UserWarning, match="now has that of the other layers.*give them a list") as caught:
+        learn(one, torch.optim.lr_scheduler.OneCycleLR(one, max_lr=0.05, total_steps=12))
+    assert len(caught) == 1
+    one.close()
+    each = bioopt.Hebbian(model)
+    rates = [group["lr"] for group in each.param_groups]
+    learn(each, torch.optim.lr_scheduler.OneCycleLR(each, max_lr=rates, total_steps=12))
+    each.close()
+    chosen = bioopt.Hebbian(model, readout_options={"lr": 0.2})  # as the trunk has
+    learn(chosen, torch.optim.lr_scheduler.LambdaLR(chosen, lambda step: 0.9**step))
