@@ -278,7 +278,8 @@ class Classification(Task):
             f"warning: below its control: the same network with a random, frozen trunk reaches {found:.2%}, its "
             f"readout trained for {steps:,} of the run's {self.steps:,} steps; see docs/rules/controls.md"
         )
-        return {"test_accuracy": [Expected([found], f"of its control, in {steps:,} of {self.steps:,} steps", warning)]}
+        few = "" if steps == self.steps else f", in only {steps:,} of {self.steps:,} steps: too few to compare"
+        return {"test_accuracy": [Expected([found], f"of its control{few}", warning)]}
 
     def _control(self) -> tuple[dict[str, Any], list[str]]:
         """The accuracy of the run's control and its steps, and a line where it could not be measured.

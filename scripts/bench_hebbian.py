@@ -1,4 +1,4 @@
-"""Speed of the local rules, as ratios within one run.
+"""Speed of the Hebbian rules, as ratios within one run.
 
     python scripts/bench_hebbian.py                      # SoftHebb's network, at batch 10 and 64
     python scripts/bench_hebbian.py --table solves       # rules that solve a system of neurons, on a wide MLP

@@ -270,7 +270,8 @@ def rule_tables(found: list[Rule], page: Path) -> str:
     tables: dict[str, list[str]] = {}
     for rule in found:
         head = [f"| {rule.family.capitalize()} | `optimizer=` | how it learns |", "|---|---|---|"]
-        row = f"| {linked(rule, page)} | `{rule.name}` | {rule.summary.removesuffix('.')} |"
+        name = f"`{rule.name}`" + "".join(f", `{option}={value}`" for option, value in rule.requires.items())
+        row = f"| {linked(rule, page)} | {name} | {rule.summary.removesuffix('.')} |"
         tables.setdefault(rule.family, head).append(row)
     return "\n\n".join("\n".join(rows) for rows in tables.values())
 

@@ -253,7 +253,8 @@ def tables() -> str:
         "# Measured results\n",
         "Written by `python scripts/record.py` from `*/result.json` in this folder. Test accuracy in %, mean ± 95 %",
         "confidence interval over the seeds; of two seeds, both numbers. The difference to the random trunk is",
-        "paired by seed.\n",
+        "paired by seed. Commands, at the end, restate options whose defaults have changed since. A rule may have",
+        "changed as well: `commit` in `result.json` names the code that was run.\n",
     ]
     for data in sorted({result["data"] for result in results}):
         text += [f"## {markdown_text(data)}\n"]

@@ -58,7 +58,7 @@ class RewardHebbian(NoisyActivity):
         lr: learning rate of ``descent``.
         sigma: the exploration's standard deviation, in units of the root mean square of each layer's activity, or with
             ``relative=False`` in units of :math:`u`.
-        relative: whether ``sigma`` is relative to the size of the activity.
+        relative: whether ``sigma`` is relative to that root mean square.
         trials: the number of evaluations of the closure per step, each with its own noise; by default 4, or 1 with
             ``relative=False``. With several the closure must be repeatable, as an environment may not be.
         trace_decay: :math:`\lambda` in [0, 1], the share of a trace that remains after the next firing.

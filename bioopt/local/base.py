@@ -39,7 +39,7 @@ class BlockRule(LearningRule):
     the closure, by the exact gradient of its own weights: by ``descent``, as the blocks do, or with
     ``readout="delta"`` on standardised activity.
 
-    A block's update counts when a backward pass reaches it, like the updates of local rules, so that a loss that is
+    A block's update counts when a backward pass reaches it, like the updates of Hebbian rules, so that a loss that is
     thrown away teaches nothing.
 
     Args:

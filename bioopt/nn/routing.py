@@ -164,7 +164,7 @@ class Attention(nn.Module):
     omitted here. The synapses are four `torch.nn.Linear` layers: ``query``, ``key``, ``value`` and ``out``. Activity,
     not weights, decides which positions are connected.
 
-    A local rule (the Hebbian family) treats the four layers like any others, with each position of a sample as an
+    A Hebbian rule treats the four layers like any others, with each position of a sample as an
     event: it trains queries and keys without regard to how well they match.
 
     Args:

@@ -72,9 +72,9 @@ class NodePerturbation(NoisyActivity):
             and bias of each synapse learn; other parameters stay frozen.
         lr: learning rate of ``descent``; by default 2e-3, and with a readout 1e-4. With
             ``relative=False`` it must be given.
-        sigma: the noise's standard deviation, in units of the size of each layer's activity, or with ``relative=False``
-            in units of :math:`u`.
-        relative: whether ``sigma`` is relative to the size of the activity.
+        sigma: the noise's standard deviation, in units of the standard deviation of each layer's activity, or
+            with ``relative=False`` in units of :math:`u`.
+        relative: whether ``sigma`` is relative to that deviation.
         samples: :math:`S`, noisy passes per step; by default 8, or 1 with ``relative=False``.
         credit: ``"sample"`` or ``"global"``. A scalar loss is always global.
         distribution: of :math:`\xi`: ``"normal"``, or ``"rademacher"``, -1 and 1, drawn in a third of the time.

@@ -89,7 +89,8 @@ def test_other_runs_do_not(options: list[str], tmp_path: Path, capsys: pytest.Ca
     assert "warning" not in said
     found = summary["control_test_accuracy"]
     accuracy = f"{summary['test_accuracy']:.2%}"
-    line = f"verdict: test accuracy {accuracy}, against {found or 0:.2%} of its control, in 27 of 110 steps"
+    few = "in only 27 of 110 steps: too few to compare"
+    line = f"verdict: test accuracy {accuracy}, against {found or 0:.2%} of its control, {few}"
     assert said.replace(" %", "%").count(line) == said.count("control") == (found is not None)
     assert (summary["control_test_accuracy"] is None) == ("optimizer=hebbian" not in options)
 
