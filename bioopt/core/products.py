@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from .recorder import Firing
 from .synapse import Synapse, padded
 
+HALF_CHUNK = 2**25  # values of patches of a convolution at a time, in half precision
+
 
 class SparseSignal(NamedTuple):
     """A teaching signal that is zero for all but a few neurons of each event.
@@ -197,7 +199,7 @@ def _product_of_patches(firing: Firing, u: Tensor, s: Tensor) -> Tensor:
     # As many samples at a time as fit into the cache with their patches, and little memory beside activity and weights.
     most = max(100_000, min(2_000_000, max(weight.numel(), u.numel()) // 4))
     if u.dtype == torch.bfloat16:  # whose product gains from many events, and the sum costs a pass over the weights
-        most = max(2**25, 4 * weight.numel())
+        most = max(HALF_CHUNK, 4 * weight.numel())
     step = max(1, most // (width * positions))
     total: Tensor | None = None
     for start in range(0, len(u), step):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.transforms import offset_copy
 
 from ..benchmark import BACKPROPAGATION, BUDGETS, CONTROL, Benchmark, half_interval
 from ..pictures import BLUE, GREEN, ORANGE, PINK, SKY, VERMILION, saved, uncluttered
@@ -84,7 +85,10 @@ def _compute(benchmark: Benchmark, axes: Axes, data: str, network: str) -> None:
     control = benchmark.mean(data, network, CONTROL, "epochs")
     if control is not None:
         axes.axhline(control, color=GREY, linestyle="--", linewidth=0.9, zorder=0)
-    label_apart(axes, list(best.values()))
+    columns: dict[int, list[tuple[float, float, str]]] = {}
+    for point in best.values():
+        columns.setdefault(round(2 * math.log(point[0])), []).append(point)
+    label_apart(axes, columns.values())
     axes.set_xscale("log")
     low, high = min([*costs, 1.0]), max([*costs, 1.0])
     axes.set_xlim(low / 1.5, high * 2.2)
@@ -130,7 +134,7 @@ def plausibility(benchmark: Benchmark, dependent: Mapping[str, float], path: Pat
         counts = [*places] or [0.0]
         axes.set_xlim(min(counts) - 0.5, max(counts) + 1.4)
         axes.xaxis.set_major_locator(FixedLocator(list(range(int(min(counts)), int(max(counts)) + 1))))
-        label_apart(axes, points)
+        label_apart(axes, [[point for point in points if round(point[0]) == column] for column in sorted(counts)])
         networks = ", ".join(map(name, benchmark.networks))
         axes.set_title(f"{name(data)}, {'mean over ' * (len(benchmark.networks) > 1)}{networks}", fontsize=10)
         uncluttered(axes)
@@ -200,18 +204,40 @@ def _course(benchmark: Benchmark, axes: Axes, data: str, rule: str, shift: float
         axes.plot(*zip(*points, strict=True), **look)  # type: ignore[arg-type]
 
 
-def label_apart(axes: Axes, points: list[tuple[float, float, str]]) -> None:
-    """Names to the right of points, moved up or down as far as they would cover one another."""
+def label_apart(axes: Axes, columns: Iterable[list[tuple[float, float, str]]]) -> None:
+    """Names to the right of points, moved up or down as far as those of one column would cover one another."""
     low, high = axes.get_ylim()
-    height = (high - low) * 10 / (axes.get_window_extent().height * 72 / axes.figure.dpi)  # of a line of text
-    last = -math.inf
-    for x, y, text in sorted(points, key=lambda point: point[1]):
-        last = max(y, last + 0.8 * height)
-        axes.annotate(
-            name(text), (x, y), (6, (last - y) / height * 10), textcoords="offset points", fontsize=6, va="center",
-            arrowprops={"arrowstyle": "-", "linewidth": 0.3, "color": "0.6"} if last > y + height else None,
-        )  # fmt: skip
-    axes.set_ylim(low, max(high, last + height))
+    high = min(high, max(100.5, low + 1))  # no accuracy is above 100
+    axes.set_ylim(low, high)
+    line = (high - low) * 7.5 / (axes.get_window_extent().height * 72 / axes.figure.dpi)
+    for points in columns:
+        points = sorted(points, key=lambda point: point[1])
+        right = max((x for x, *_ in points), default=0.0)
+        for (x, y, text), place in zip(points, _apart([y for _, y, _ in points], line, low, high), strict=True):
+            away = abs(place - y) > line or x < right
+            axes.annotate(
+                name(text), (x, y), (right, place), fontsize=6, va="center", annotation_clip=False,
+                textcoords=offset_copy(axes.transData, axes.get_figure(root=True), x=14 if away else 6, units="points"),
+                arrowprops={"arrowstyle": "-", "linewidth": 0.3, "color": "0.6"} if away else None,
+            )  # fmt: skip
+
+
+def _apart(heights: list[float], line: float, low: float, high: float) -> list[float]:
+    """Heights in ascending order, a line apart at least: groups of those that are nearer stand about their mean."""
+    groups: list[list[float]] = []
+    for height in heights:
+        groups.append([height])
+        while len(groups) > 1 and _bottom(groups[-1], line) < _bottom(groups[-2], line) + line * len(groups[-2]):
+            groups[-2:] = [groups[-2] + groups[-1]]
+    places: list[float] = []
+    for group in groups:
+        bottom = min(max(_bottom(group, line), low + line / 2), high - line * (len(group) - 0.5))
+        places += [bottom + line * number for number in range(len(group))]
+    return places
+
+
+def _bottom(group: list[float], line: float) -> float:
+    return statistics.fmean(group) - line * (len(group) - 1) / 2
 
 
 def legend(figure: Figure, benchmark: Benchmark) -> None:
