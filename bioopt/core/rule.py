@@ -370,7 +370,7 @@ class LearningRule(ModelGroups, Optimizer):
             warn(
                 f"{type(self).__name__}: the readout, whose rate is in units of its own (1 by default), now has that "
                 f"of the other layers, lr={same[0]:g}. OneCycleLR, CyclicLR and SWALR set one rate for all groups: "
-                "give them a list, such as max_lr=[10 * group['lr'] for group in optimizer.param_groups], or build the "
+                "give them a list, such as max_lr=[2 * group['lr'] for group in optimizer.param_groups], or build the "
                 "optimizer with readout_lr="
             )
 
