@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, ClassVar, Unpack
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ._torch_private import backward_pass
 from .acts import cut
@@ -288,15 +288,9 @@ class LocalRule(OnePass):
         """Whether a layer keeps its level of activity and learns no more: one of many groups with too few neurons."""
         return bool(synapse.pools > 1 and self._lacking(synapse, group) and self._homeostatic_rate(group))
 
-    def coverage(self, model: nn.Module | None = None) -> dict[str, str]:
-        """As `LearningRule.coverage`; ``"<rule> (homeostasis)"`` where a layer learns by homeostasis alone."""
-        covered, label = super().coverage(model), type(self).__name__
-        names = self._names() if model is None else {p: name for name, p in model.named_parameters()}
-        for s in self._recorder.synapses.values():
-            if self._only_regulated(s, self.param_groups[s.group]):
-                own = [names[p] for p in s.parameters() if covered.get(names.get(p, "")) == label]
-                covered |= dict.fromkeys(own, f"{label} (homeostasis)")
-        return covered
+    def _otherwise(self) -> dict[Tensor, str]:
+        alone = (s for s in self._recorder.synapses.values() if self._only_regulated(s, self.param_groups[s.group]))
+        return {p: "homeostasis" for s in alone for p in s.parameters()}
 
     def _select(self, group: dict[str, Any]) -> tuple[list[Any], list[Synapse]]:
         synapses = synapses_of(type(self).__name__, group["params"], self._exclusion)

@@ -380,6 +380,7 @@ class LearningRule(ModelGroups, Optimizer):
         group |= self._pop_renamed(group)
         self._check({**self.defaults, **group})
         modules = named_modules_of(group["params"])
+        self._require_addable(modules)
         for layer in (layer for _, module in modules for layer in module.modules()):
             if isinstance(layer, tuple(self._exclusion.kinds)):
                 self._exclusion.add(layer)
@@ -398,6 +399,10 @@ class LearningRule(ModelGroups, Optimizer):
         self._coverage.add(modules, self.param_groups[-1]["params"], watched=bool(synapses))
         if hasattr(self, "_descent"):  # a group that is added later
             self._own_for(synapses)
+
+    @optional
+    def _require_addable(self, modules: list[tuple[str, nn.Module]]) -> None:
+        """Raise for modules that cannot be added once the rule is built."""
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with the rule's name; ``["state"]["rule"]`` is the state that belongs to no parameter."""
@@ -454,15 +459,21 @@ class LearningRule(ModelGroups, Optimizer):
     def coverage(self, model: nn.Module | None = None) -> dict[str, str]:
         """The name of each parameter -> the rule's name, or why the parameter is not trained.
 
-        The reasons are ``"frozen"``, ``"excluded"`` and, from the first step on, ``"silent: ..."`` for a layer that
-        should learn but does not.
+        A layer that can only have homeostasis is ``"<rule> (homeostasis)"``. The reasons are ``"frozen"``,
+        ``"excluded"`` and, from the first step on, ``"silent: ..."`` for a layer that should learn but does not.
 
         Args:
             model: whose parameters and names to list; by default those given as ``params``.
         """
-        labels = self._coverage.labels(self.param_groups)
+        labels, rule = self._coverage.labels(self.param_groups), type(self).__name__
+        labels |= {p: f"{rule} ({how})" for p, how in self._otherwise().items() if labels.get(p) == rule}
         names = self._names() if model is None else {p: name for name, p in model.named_parameters()}
         return {name: labels.get(p, "frozen") for p, name in names.items()}
+
+    @optional
+    def _otherwise(self) -> dict[Tensor, str]:
+        """Parameters that learn in another way than the rule's own, with its name."""
+        return {}
 
     def layers(self) -> dict[str, Synapse]:
         """The layers that the rule watches by their names in the model."""

@@ -165,23 +165,19 @@ class BlockRule(LearningRule):
 
     # -- which layers -------------------------------------------------------------------------------------------
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in `LearningRule`, for layers that leave blocks as they are.
-
-        Raises:
-            ValueError: a layer of the model behind another one, whose block would end before it.
-        """
-        if self._blocks and self._given_blocks is None:
-            inside = {m: name for prefix, root in self._modules for name, m in root.named_modules(prefix=prefix)}
-            order = {m: i for i, m in enumerate(inside)}
-            first = min(order[s.layer] for s in self._blocks)
-            for _, module in named_modules_of(param_group["params"]):
-                if order.get(module, first) > first:
-                    raise ValueError(
-                        f"{type(self).__name__}: layer '{inside[module]}' would end the block before it elsewhere, "
-                        "but its head is made: build a new optimizer"
-                    )
-        super().add_param_group(param_group)
+    def _require_addable(self, modules: list[tuple[str, nn.Module]]) -> None:
+        """Raise for a layer of the model behind another one, whose block would end before it."""
+        if not self._blocks or self._given_blocks is not None:
+            return
+        inside = {m: name for prefix, root in self._modules for name, m in root.named_modules(prefix=prefix)}
+        order = {m: i for i, m in enumerate(inside)}
+        first = min(order[s.layer] for s in self._blocks)
+        for _, module in modules:
+            if order.get(module, first) > first:
+                raise ValueError(
+                    f"{type(self).__name__}: layer '{inside[module]}' would end the block before it elsewhere, "
+                    "but its head is made: build a new optimizer"
+                )
 
     def _own_for(self, synapses: list[Synapse]) -> None:
         order = {m: i for i, m in enumerate(dict.fromkeys(m for _, root in self._modules for m in root.modules()))}
