@@ -208,6 +208,7 @@ def test_descent_is_the_optimizer_itself(case: Case, descent: type, options: dic
 
 
 @every_optimizer
+@pytest.mark.filterwarnings("ignore:.* now has that of the other layers")
 @pytest.mark.parametrize("schedule", [lambda o: CosineAnnealingLR(o, 4), lambda o: OneCycleLR(o, 0.01, total_steps=8)])
 def test_schedulers(case: Case, schedule) -> None:
     torch.manual_seed(0)

@@ -360,7 +360,7 @@ class LearningRule(ModelGroups, Optimizer):
 
     def _rates_alike(self) -> list[float]:
         """The rates of readouts on standardised activity that other layers have too."""
-        others = {group["lr"] for group in self.param_groups if not group["standardised"]}
+        others = {group["lr"] for group in self.param_groups if not group["standardised"]} - {0}
         return [group["lr"] for group in self.param_groups if group["standardised"] and group["lr"] in others]
 
     def _look_for_one_rate(self) -> None:
