@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .homeostasis import RATE, Level
+from .homeostasis import Level
 from .recorder import Firing
 from .synapse import Synapse
 
@@ -31,16 +31,15 @@ OF_CROSS_ENTROPY = 0.5
 
 def moved(firing: Firing, level: Level | None) -> Tensor:
     """The sum over events of how far their activity is, squared, from that by the mean weights."""
-    synapse = firing.synapse
-    x = firing.x.detach()
-    own = _followed_in(synapse)
-    if level is None or not own or "moved" not in level:
+    x, apart = firing.x.detach(), _apart(firing.synapse, level)
+    if not apart:
         return x.new_zeros((), dtype=torch.float32)
-    apart = {name: (p.detach() - level[name].to(p)).to(x) for name, p in own.items()}
-    return F.linear(x, **apart).float().square().sum()
+    return F.linear(x, **{name: change.to(x) for name, change in apart.items()}).float().square().sum()
 
 
-def followed(level: Level | None, moved: Tensor, synapse: Synapse, grads: Mapping[Tensor, Tensor]) -> Level:
+def followed(
+    level: Level | None, moved: Tensor, synapse: Synapse, grads: Mapping[Tensor, Tensor], r: float, first: float
+) -> Level:
     """The part of a layer's level that is of curvature, after a step.
 
     Args:
@@ -48,15 +47,16 @@ def followed(level: Level | None, moved: Tensor, synapse: Synapse, grads: Mappin
         moved: the mean over events of `moved`.
         synapse: the layer.
         grads: of its parameters, by the loss.
+        r: the share of this step in mean weights.
+        first: its share in what is only known from the second step on.
     """
     own = _followed_in(synapse)
     if level is None or "moved" not in level:
         return {**{name: p.detach().clone() for name, p in own.items()}, "moved": moved, "response": moved * 0}
-    steps, response = level["steps"], torch.zeros_like(moved)
-    for name, p in own.items():
-        if p in grads:
-            response = response + (grads[p] * (p.detach() - level[name].to(p))).sum().to(moved)
-    r, first = max(RATE, 1 / (1 + steps)), max(RATE, 1 / max(steps, 1))
+    response = torch.zeros_like(moved)
+    for name, change in _apart(synapse, level).items():
+        if own[name] in grads:
+            response = response + (grads[own[name]] * change).sum().to(moved)
     return {
         **{name: torch.lerp(level[name].to(p), p.detach(), r) for name, p in own.items()},
         "moved": torch.lerp(level["moved"].to(moved), moved, first),
@@ -75,3 +75,10 @@ def _followed_in(synapse: Synapse) -> dict[str, Tensor]:
     if type(synapse.layer) is not nn.Linear:
         return {}
     return {name: p for name, p in (("weight", synapse.weight), ("bias", synapse.bias)) if p is not None}
+
+
+def _apart(synapse: Synapse, level: Level | None) -> dict[str, Tensor]:
+    """How far these parameters are from their running means; none before these are known."""
+    if level is None or "moved" not in level:
+        return {}
+    return {name: p.detach() - level[name].to(p) for name, p in _followed_in(synapse).items()}

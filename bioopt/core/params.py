@@ -175,5 +175,5 @@ def no_plastic_layer(rule: str) -> str:
     """The message about a model without plastic layers."""
     return (
         f"{rule}: the model has no plastic layer: no Linear, Conv1d, Conv2d or Conv3d (or a type given to "
-        "bioopt.register_synapse) whose weight has requires_grad=True."
+        "bioopt.register_synapse) whose weight has requires_grad=True"
     )

@@ -431,13 +431,14 @@ def _moments(level: Level, centred: bool) -> tuple[Tensor, Tensor]:
 
 def _followed(level: Level | None, sums: Sums, count: float, synapse: Synapse, grads: dict[Tensor, Tensor]) -> Level:
     """The running moments and principal components of presynaptic activity, and the loss's curvature, after a step."""
-    bent = curvature.followed(level, sums.values["moved"] / count, synapse, grads)
+    steps = 0 if level is None else level["steps"]
+    r, first = max(RATE, 1 / (1 + steps)), max(RATE, 1 / max(steps, 1))
+    bent = curvature.followed(level, sums.values["moved"] / count, synapse, grads, r, first)
     mean, square, along = (sums.values[name] / count for name in ("input", "square", "along"))
     of_batch = (square - mean.square()).clamp(min=0)
     varies = of_batch.sum() > NOT_MOVING * mean.square().sum()
     if count < EVENTS:  # too few to tell
         varies = torch.ones_like(varies)
-    steps = 0 if level is None else level["steps"]
     counts = steps >= 1 / RATE or bool(varies)  # at first, steps whose inputs are all alike tell nothing
     if level is None:
         components = _components(mean)
@@ -448,7 +449,6 @@ def _followed(level: Level | None, sums: Sums, count: float, synapse: Synapse, g
         }
     known, components, eigenvalues = (level[name].to(mean.device) for name in ("mean", "components", "eigenvalues"))
     shift = mean - known
-    r, first = max(RATE, 1 / (1 + steps)), max(RATE, 1 / max(steps, 1))
     # One step of subspace iteration, with the running covariance within the subspace and that of this batch.
     found, triangle = torch.linalg.qr(torch.lerp(components * eigenvalues, along, first))
     variance = level["variance"].to(mean.device)

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations, prune
 
 import bioopt
 
-from ..rules import LOCAL, ORDINARY, Case, give_target, mlp, published
+from ..rules import LOCAL, ORDINARY, Case, give_target, mlp, per_sample, published
 
 FIRING = [case for case in ORDINARY if not case.takes_parameters or case.takes("space")]
 # 16 samples: homeostasis needs that many to begin with.
@@ -360,17 +360,8 @@ def test_the_state_of_a_model_of_other_sizes_is_refused() -> None:
     def taught(rule: Any, width: int) -> Any:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(20, width), nn.ReLU(), nn.Linear(width, 5))
-        optimizer, x, y = rule(model), torch.randn(32, 20), torch.arange(32) % 5
-        optimizer.target = y
-
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            found = F.cross_entropy(model(x), y, reduction="none")
-            if found.requires_grad:
-                found.mean().backward()
-            return found
-
-        optimizer.step(closure)
+        optimizer = rule(model)
+        optimizer.step(per_sample(optimizer, model, torch.randn(32, 20), torch.arange(32) % 5))
         return optimizer
 
     for rule in (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -116,36 +115,3 @@ def test_against_a_twin() -> None:
         assert float(level["response"]) == pytest.approx(response, rel=1e-5)
         assert float(level["moved"]) == pytest.approx(moved, rel=1e-5)
         assert torch.allclose(level["weight"], means[0])
-
-
-@pytest.mark.parametrize("rule", [bioopt.Hebbian, bioopt.AntiHebbian, bioopt.LocalContrastive])
-@pytest.mark.parametrize(("first", "batch"), [("zeros", 32), ("ones", 28), ("one sample", 28), ("one sample", 32)])
-def test_batches_whose_inputs_are_all_alike_do_no_harm(rule: Any, first: str, batch: int) -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(20, 24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 3))
-    x = torch.randn(1000, 20) + 4 * torch.eye(20)[torch.arange(1000) % 3]
-    y = torch.arange(1000) % 3
-    alike = {"zeros": torch.zeros(batch, 20), "ones": torch.ones(batch, 20), "one sample": x[:1].expand(batch, -1)}
-    with pytest.warns(UserWarning, match="is the same for all") if rule is not bioopt.LocalContrastive else nothing():
-        optimizer = rule(model)
-        learn(optimizer, model, [(alike[first], y[:batch])] * 6)
-    weights = [p.detach().clone() for p in (model[0].weight, model[2].weight)]
-    assert max(float(w.norm()) for w in weights) < 20
-    learn(optimizer, model, [(x[i : i + batch], y[i : i + batch]) for i in range(0, 960, 16)])
-    assert float(F.cross_entropy(model(x), y).detach()) < 1.0
-
-
-def nothing() -> Any:
-    return contextlib.nullcontext()
-
-
-def learn(optimizer: Any, model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> None:
-    for x, y in batches:
-
-        def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
-            optimizer.zero_grad()
-            losses = F.cross_entropy(model(x), y, reduction="none")
-            losses.mean().backward()
-            return losses
-
-        optimizer.step(closure)

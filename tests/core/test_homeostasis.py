@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 import bioopt
 from bioopt.core.homeostasis import EVENTS, RATE, WARM_UP, inhibit_, together
 
-from ..rules import cnn
+from ..rules import cnn, per_sample
 
 LAYERS = {
     "linear": lambda: nn.Linear(7, 5),
@@ -630,3 +631,23 @@ def test_a_network_of_lone_neurons_is_refused() -> None:
     model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), nn.Flatten(), nn.Linear(16, 2))
     with pytest.raises(ValueError, match="1 in each group"):
         bioopt.Hebbian(model)
+
+
+@pytest.mark.parametrize("rule", [bioopt.Hebbian, bioopt.AntiHebbian, bioopt.LocalContrastive])
+@pytest.mark.parametrize(("first", "batch"), [("zeros", 32), ("ones", 28), ("one sample", 28), ("one sample", 32)])
+def test_batches_whose_inputs_are_all_alike_do_no_harm(rule: Any, first: str, batch: int) -> None:
+    """Rows of 28 are rounded differently."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 3))
+    x = torch.randn(1000, 20) + 4 * torch.eye(20)[torch.arange(1000) % 3]
+    y = torch.arange(1000) % 3
+    alike = {"zeros": torch.zeros(batch, 20), "ones": torch.ones(batch, 20), "one sample": x[:1].expand(batch, -1)}
+    told = pytest.warns(UserWarning, match="is the same for all")
+    with contextlib.nullcontext() if rule is bioopt.LocalContrastive else told:
+        optimizer = rule(model)
+        for _ in range(6):
+            optimizer.step(per_sample(optimizer, model, alike[first], y[:batch]))
+    assert max(float(model[i].weight.detach().norm()) for i in (0, 2)) < 20
+    for i in range(0, 960, 16):
+        optimizer.step(per_sample(optimizer, model, x[i : i + batch], y[i : i + batch]))
+    assert float(F.cross_entropy(model(x), y).detach()) < 1.0
