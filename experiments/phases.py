@@ -105,14 +105,15 @@ def plastic_epochs(config: DictConfig, learner: Learner) -> int:
 
 
 def frozen(trunk: nn.Module, amp: bool) -> Callable[[Tensor], Tensor]:
-    """A function from inputs to the features of a trunk that learns no more."""
+    """A function from inputs to the features of a trunk that learns no more, in bf16 where it computes in it."""
     trunk.eval()
+    kept = torch.bfloat16 if amp else torch.float32
 
     @torch.no_grad()
     def features(inputs: Tensor) -> Tensor:
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=amp):
             outputs: Tensor = trunk(inputs)
-        return outputs.float()
+        return outputs.to(kept)
 
     return features
 

@@ -20,12 +20,12 @@ from ..core.rule import Estimate
 from ..core.synapse import Synapse
 from .blocks import Block
 from .gradient import LocalGradientRule
-from .heads import LocalOptions
+from .heads import BlockOptions
 
 __all__ = ["ForwardForward"]
 
 WAVELENGTH = 4.0  # pixels, of the pattern that marks the label of an image
-CONTRAST = 0.5  # of that pattern, in units of the range of the image
+CONTRAST = 0.15  # of that pattern, in units of the range of the image
 CODE = 8.0  # the size of a one-hot code, in units of the range of the sample
 
 
@@ -41,28 +41,31 @@ class ForwardForward(LocalGradientRule):
         L = \mathrm{softplus}(n (\theta - g^+)) + \mathrm{softplus}(n (g^- - \theta)) .
 
     The next layer receives :math:`h / \sqrt{g}`, so that it cannot read the goodness from the length of its input, but
-    must find it in the pattern. A third, ordinary pass trains the readout, by the loss. A class can also be told
-    without it, by goodness: it is the label for which the layers are most active.
+    must find it in the pattern. A third, ordinary pass trains the readout, by the loss: on standardised activity, since
+    the layers learn nothing in this pass that would suit a readout. A class can also be told without it, by goodness:
+    it is the label for which the layers are most active.
 
     An input that enters a Linear layer carries its label as a one-hot code in its first values. An image or a sequence
     that enters a convolution carries it as a wave over all positions, whose direction (or length, of a sequence) is
     that of the label.
 
-    On convolutions it ended below a random trunk here: filters are spent on the wave, which ordinary images do not
-    have, and the readout receives activity of inputs that the layers were not trained with.
+    On convolutions it does not rise above a random trunk: filters are spent on the wave, which ordinary images do not
+    have. Before batch norm it ends below one, since each pass is then normalised by itself, and goodness hardly differs
+    between them.
 
     Args:
         params: as in `BlockRule`.
         lr: learning rate of ``descent``, by default `torch.optim.Adam`.
         threshold: :math:`\theta` > 0. Neurons with tanh need one well below 1.
         label_scale: the size of the label in the input, in units of its default: 8 times the range of the sample for a
-            one-hot code, half of it for a wave.
+            one-hot code, 0.15 times for a wave. `predict` by goodness is better with larger ones.
         negatives: ``"label"``, or a function of inputs of the first layer and their labels that returns negative
             inputs. With a function, inputs carry no label, goodness predicts none, and `target` may be missing (the
             function gets ``None``). ``lambda x, y: (x + x.roll(1, 0)) / 2`` contrasts each input with a mixture, as
             self-contrastive Forward-Forward does, without labels.
         prediction: what `predict`, and with it ``train.py``, tells a class by: ``"readout"``, or ``"goodness"``.
-        options: ``readout`` and its options, ``blocks``, ``classes``, ``exclude``, ``descent`` and its options,
+        readout: ``"delta"``, or ``None``: by ``descent``, as the blocks; as in `BlockRule`.
+        options: further options of the readout, ``blocks``, ``classes``, ``exclude``, ``descent`` and its options,
             ``process_group``, and ``seed``, of the wrong labels, as in `BlockRule`.
 
     Attributes:
@@ -79,13 +82,14 @@ class ForwardForward(LocalGradientRule):
     def __init__(
         self,
         params: Params,
-        lr: float = 2e-3,
+        lr: float = 5e-4,
         *,
         threshold: float = 0.3,  # θ
         label_scale: float = 1.0,
         negatives: str | Callable[[Tensor, Tensor | None], Tensor] = "label",
         prediction: str = "readout",
-        **options: Unpack[LocalOptions],
+        readout: str | None = "delta",
+        **options: Unpack[BlockOptions],
     ) -> None:
         if negatives != "label" and not callable(negatives):
             raise ValueError(
@@ -102,7 +106,7 @@ class ForwardForward(LocalGradientRule):
         self.needs_target = negatives == "label"
         self._other: Tensor | None = None  # labels of the negative inputs
         self._noise = NoiseSource()
-        super().__init__(params, lr, own={"threshold": threshold}, **options)
+        super().__init__(params, lr, own={"threshold": threshold}, readout=readout, **options)
         if self.number_of_classes < 2:
             raise ValueError("ForwardForward: with classes=1 no input carries a wrong label; it needs at least 2")
         self._own_state = {"step": 0}

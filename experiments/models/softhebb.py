@@ -14,20 +14,28 @@ from .shapes import Shape
 from .whitening import Whiten
 
 
-class StridedInTraining(nn.Sequential):
-    """A block whose ``conv`` learns from every second patch in each direction: neighbours are nearly equal.
+class WideBlock(nn.Sequential):
+    """A block of very many neurons, named ``whiten``, ``norm``, ``conv``, ``active``, ``pool`` and ``power``.
 
-    Once frozen it sees all patches.
+    ``conv`` learns from every second patch in each direction, since neighbours are nearly equal; frozen, it sees all
+    patches, a few images at a time, so that their activity stays in the processor's cache.
     """
 
     conv: nn.Conv2d
+    ACTIVE = 2**21  # activities at a time
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """As of `torch.nn.Sequential`."""
-        self.conv.stride = (2, 2) if self.training else (1, 1)
-        for module in self:
-            x = module(x)
-        return x
+        whiten, norm, _, _, pool, power = self
+        conv = self.conv
+        conv.stride = (2, 2) if self.training else (1, 1)
+        if self.training:
+            return super().forward(x)
+        x = norm(whiten(x))
+        centred = conv.weight - conv.weight.mean(0)  # what `Triangle` subtracts, at the weights: two passes less
+        positions = math.prod(n - k + 1 for n, k in zip(x.shape[2:], conv.kernel_size, strict=True))
+        parts = x.split(max(1, self.ACTIVE // (len(centred) * positions)))
+        return torch.cat([power(pool(torch.relu_(F.conv2d(part, centred)))) for part in parts])
 
 
 class Trunk(nn.Module):
@@ -110,7 +118,7 @@ def softhebb(
     }
     parallel: dict[str, nn.Module] = {}
     if whitened:
-        parallel["whitened"] = StridedInTraining(
+        parallel["whitened"] = WideBlock(
             OrderedDict(
                 whiten=Whiten(channels),
                 norm=nn.BatchNorm2d(channels, affine=False),

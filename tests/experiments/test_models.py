@@ -116,6 +116,18 @@ def test_the_readout_sees_one_block_or_all() -> None:
         models.softhebb((3, 32, 32), 10, readout_sees="first")
 
 
+def test_a_frozen_wide_block_is_its_layers_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    block = models.softhebb((3, 32, 32), 10, width=0.05, whitened=7).get_submodule("trunk.whitened").double().eval()
+    x = torch.randn(5, 3, 32, 32, dtype=torch.float64)
+    monkeypatch.setattr(type(block), "ACTIVE", 2 * 7 * 27 * 27)  # two images at a time
+    y = block(x)
+    for layer in block.children():
+        x = layer(x)
+    assert y.shape == (5, 7, 3, 3)
+    torch.testing.assert_close(y, x)
+
+
 def test_the_gate_of_images_with_a_context_sees_only_the_context() -> None:
     model = models.gated((3, 8, 8), 5, pathways=4, hidden=7, active=1, contexts=2).eval()
     x = torch.randn(6, 3, 8, 8)

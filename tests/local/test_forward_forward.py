@@ -53,7 +53,15 @@ def test_the_slow_twin_agrees() -> None:
     model, twin = network(), network()
     sgd = {"momentum": 0.9, "weight_decay": 0.01}
     optimizer = ForwardForward(
-        model, 0.01, threshold=0.7, label_scale=0.4, seed=2, descent=torch.optim.SGD, **sgd, centre_inputs=False
+        model,
+        0.01,
+        threshold=0.7,
+        label_scale=0.4,
+        seed=2,
+        readout=None,
+        descent=torch.optim.SGD,
+        **sgd,
+        centre_inputs=False,
     )
     plain = torch.optim.SGD(twin.parameters(), 0.01, **sgd)
     for step in range(3):
@@ -98,7 +106,7 @@ def test_images_carry_their_label_as_a_wave() -> None:
     """Images of one class differ by their label alone, everywhere, and the layers learn to tell."""
     torch.manual_seed(0)
     model = cnn(dropout=0.0)
-    optimizer = ForwardForward(model, 3e-3, prediction="goodness")
+    optimizer = ForwardForward(model, 3e-3, label_scale=3.0, prediction="goodness")
     x, y = torch.rand(20, 2, 8, 8), torch.arange(20) % 5
     first = next(iter(optimizer._recorder.synapses.values()))
     marked = [optimizer._with_label(x, torch.full((20,), c), first) for c in range(5)]
@@ -159,7 +167,7 @@ def test_the_step_decides_the_wrong_labels() -> None:
     optimizer.target = y
     optimizer.step(lambda: F.cross_entropy(model(x), y))
     own = optimizer.state_dict()["state"]["rule"]
-    assert own.keys() == {"step", "presynaptic"}
+    assert own.keys() == {"step", "presynaptic", "readout"}
     assert own["step"] == 1
     assert torch.equal(torch.get_rng_state(), state)
 
