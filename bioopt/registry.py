@@ -172,8 +172,15 @@ def _without(options: Mapping[str, Any], tuned: dict[str, Any], renamed: Mapping
     return kept
 
 
+def _inside(name: str, part: str) -> bool:
+    return f"{name}.".startswith(f"{part}.")
+
+
 def in_groups(model: Params, groups: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Param groups of a model: each layer is in that of the innermost part with options."""
+    """Param groups of a model: each layer is in that of the innermost part with options.
+
+    An option that a part does not have is that of the part around it.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"options for parts ({_listed(groups)}) need the model itself, not its parameters or groups")
     layers = dict(model.named_modules())
@@ -183,8 +190,12 @@ def in_groups(model: Params, groups: Mapping[str, Mapping[str, Any]]) -> list[di
                 f"there are options for {part!r}, which is not a part of the model{_nearest(part, layers) or '.'} "
                 "Name the parts in groups={...}, or use preset='default'"
             )
+    options = {
+        part: {k: v for outer in sorted(groups, key=len) if _inside(part, outer) for k, v in groups[outer].items()}
+        for part in groups
+    }
     nearest = {
-        layer: max((part for part in groups if f"{name}.".startswith(f"{part}.")), key=len, default="")
+        layer: max((part for part in groups if _inside(name, part)), key=len, default="")
         for name, layer in layers.items()
     }
     order = {synapse.layer: i for i, synapse in enumerate(survey(model)[0])}
@@ -201,7 +212,7 @@ def in_groups(model: Params, groups: Mapping[str, Mapping[str, Any]]) -> list[di
                 "cannot be split: give options for all of it, or give param groups in place of the model"
             )
         placed |= {*layer.modules()}
-        found.setdefault(part, {"params": [], **groups.get(part, {})})["params"].append((name, layer))
+        found.setdefault(part, {"params": [], **options.get(part, {})})["params"].append((name, layer))
         last[part] = max([last.get(part, -1), *(order[inner] for inner in layer.modules() if inner in order)])
     # The last layer stays last, where a rule looks for its readout.
     return [found[part] for part in sorted(found, key=last.__getitem__)]

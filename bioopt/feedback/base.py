@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Unpack
 
 import torch
@@ -23,6 +24,7 @@ from ..core.params import (
 from ..core.products import in_pools, orthogonalised, weight_shaped
 from ..core.recorder import Firing
 from ..core.rule import optional
+from ..core.steps import in_shares
 from ..core.synapse import Synapse
 from .weights import RandomWeights
 
@@ -41,6 +43,7 @@ class RandomOptions(FeedbackOptions, total=False):
 
     seed: int
     feedback_scale: float
+    fan_in: float | None
 
 
 SKIPS: Constraint = one_of("keep", "cut")
@@ -97,6 +100,8 @@ class FeedbackRule(OnePass):
         self._returned: dict[Synapse, torch.Size] = {}  # layers with an error at their input in this step; its shape
         #: layers that an error returned through in the last step
         self.returned: frozenset[Synapse] = frozenset()
+        #: the layer whose output was that of the network in the last step: the last that fired
+        self.output: Synapse | None = None
         self._recorder.act(self._enter, self._leave)
 
     @abstractmethod
@@ -170,9 +175,15 @@ class FeedbackRule(OnePass):
         state = self._next_state()
         self.learn_feedback(grads, state)
         self.returned = frozenset(self._returned)
+        self.output = self._last_to_fire()
         self._returned.clear()
         self.target = None  # an old target must not teach a new batch
         return grads, state
+
+    @optional
+    def _last_to_fire(self) -> Synapse:
+        """The layer whose output is that of the network."""
+        return next(reversed(self._recorder.fired))
 
     def _orthogonalise(self, grads: dict[Tensor, Tensor]) -> None:
         """Replace the gradients of the layers' weights."""
@@ -182,7 +193,7 @@ class FeedbackRule(OnePass):
 
 
 class RandomFeedback(FeedbackRule):
-    """A feedback rule whose feedback weights start at random, or stay there.
+    r"""A feedback rule whose feedback weights start at random, or stay there.
 
     Args:
         params: as in `FeedbackRule`.
@@ -190,6 +201,11 @@ class RandomFeedback(FeedbackRule):
             errors as for those with large ones.
         seed: of all that the rule draws; it is state.
         feedback_scale: standard deviation of feedback weights, in units of that with which the error keeps its length.
+        fan_in: the number of a neuron's inputs up to which its layer learns at ``lr``: the weights of a layer with
+            :math:`n` more learn at ``lr`` times :math:`\mathrm{fan\_in} / n`. A step of Adam moves activity in
+            proportion to :math:`n`, whatever the error; backpropagation corrects what went too far, but random
+            feedback, which does not know the way yet, lets the activity of large layers explode. The last layer, whose
+            error is the true one, always learns at ``lr``. ``None``: so do all, as published.
         own: as in `FeedbackRule`.
         options: ``skips``, ``orthogonal``, ``exclude``, ``descent`` and its options, ``process_group``, as in
             `FeedbackRule`.
@@ -204,11 +220,15 @@ class RandomFeedback(FeedbackRule):
         *,
         seed: int = 0,
         feedback_scale: float = 1.0,
+        fan_in: float | None = 256,
         own: dict[str, Any] | None = None,
         **options: Unpack[FeedbackOptions],
     ) -> None:
         options.setdefault("descent", Adam)
         self._check_value("seed", seed, SEED)
+        if fan_in is not None:
+            self._check_value("fan_in", fan_in, POSITIVE)
+        self.fan_in = fan_in
         self._random, self._first_seed = RandomWeights(), seed
         super().__init__(params, lr, own={"feedback_scale": feedback_scale, **(own or {})}, **options)
         self._own_state = {"seed": seed}
@@ -217,6 +237,18 @@ class RandomFeedback(FeedbackRule):
     def _seed(self) -> int:
         """That of the state, which may have been loaded."""
         return int(self._own_state.get("seed", self._first_seed))
+
+    def _around_descent(self) -> AbstractContextManager[None]:
+        if self.fan_in is None:
+            return nullcontext()
+        of_output = None if self.output is None else self.output.weight
+        shares: dict[Tensor, float] = {}
+        for synapse in self._recorder.synapses.values():
+            weight, inputs = synapse.weight, synapse.weight[0].numel()
+            if weight.grad is not None and inputs > self.fan_in and weight is not of_output:
+                alike = (weight, self._same_step.get(weight))
+                shares |= {p: self.fan_in / inputs for p in alike if p is not None}
+        return in_shares(shares)
 
     def _deviation(self, synapse: Synapse, count: int) -> float:
         """Of weights by which the error reaches so many activities; at a scale of 1 it keeps its length on average."""

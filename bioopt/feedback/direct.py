@@ -88,6 +88,9 @@ class DirectFeedback(RandomFeedback):
     @property
     def _output(self) -> Synapse:
         """The layer whose output is that of the network."""
+        return self._last_to_fire()
+
+    def _last_to_fire(self) -> Synapse:
         return self._readout_synapse or next(reversed(self._recorder.fired))
 
     def _found(self, layer: str | nn.Module, option: str) -> Synapse:

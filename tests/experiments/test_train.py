@@ -501,6 +501,8 @@ def test_options_of_parts_reach_their_groups() -> None:
         "readout.weight": 1e-4,
         "readout.bias": 1e-4,
     }
+    trunk = [g for g in optimizer.param_groups if any("trunk" in name for name in g["param_names"])]
+    assert [g["homeostasis"] for g in trunk] == [False] * 3  # options of the trunk are those of the blocks in it too
     control = config(*best, "optimizer=random_trunk")
     build_optimizer(control, build_model(control, images))
     control = config(*best, "optimizer=sgd")
