@@ -33,6 +33,8 @@ class DirectFeedback(RandomFeedback):
         lr: learning rate of ``descent``, by default `torch.optim.Adam`.
         readout_layer: the layer at whose output the error is taken, by name or as a module; by default the last layer
             of the rule to fire in a forward pass.
+        orthogonal: as in `FeedbackRule`. A signal of the output's size has few directions, and those of a layer's
+            updates are as few: without it, networks with convolutions often end below a random trunk.
         own: as in `FeedbackRule`.
         options: as in `RandomFeedback`.
     """
@@ -43,9 +45,11 @@ class DirectFeedback(RandomFeedback):
         lr: float = 2e-3,
         *,
         readout_layer: str | nn.Module | None = None,
+        orthogonal: bool = True,
         own: dict[str, Any] | None = None,
         **options: Unpack[RandomOptions],
     ) -> None:
+        options["orthogonal"] = orthogonal
         self._error: Tensor | None = None  # at the output, samples × ... × outputs, in the backward pass
         super().__init__(params, lr, own=own, **options)
         self._readout_synapse = None if readout_layer is None else self._found(readout_layer, "readout_layer")
@@ -343,7 +347,10 @@ class DirectKolenPollack(LearnedDirectFeedback):
     def learn_feedback(self, grads: dict[Tensor, Tensor], state: dict[str, Any]) -> None:
         """The decay of forward and feedback weights; those of the last layer take the same step."""
         if (output := self._output) in self._shapes:
-            self._same_step[output.weight] = self.own_weights(output)
+            weight, own = output.weight, self.own_weights(output)
+            self._same_step[weight] = own
+            if self.orthogonal and own.shape == weight.shape and weight in grads:
+                grads[own] = grads[weight]
         self._add_decay(grads)
 
 

@@ -24,6 +24,7 @@ class TemporalOptions(GradientOptions, total=False):
 
     seed: int
     feedback_scale: float
+    fan_in: float | None
     orthogonal: bool
 
 
@@ -39,8 +40,8 @@ class TemporalFeedback(LearnedDirectFeedback):
         online: whether ``backward()`` is called at each time step.
         readout_layer: as in `DirectFeedback`.
         own: as in `FeedbackRule`.
-        options: ``seed``, ``feedback_scale``, ``orthogonal``, ``centre_inputs``, ``exclude``, ``descent`` and its
-            options, ``process_group``, as in `RandomFeedback`.
+        options: ``seed``, ``feedback_scale``, ``fan_in``, ``orthogonal`` (``False`` by default), ``centre_inputs``,
+            ``exclude``, ``descent`` and its options, ``process_group``, as in `RandomFeedback`.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class TemporalFeedback(LearnedDirectFeedback):
         own: dict[str, Any],
         **options: Unpack[TemporalOptions],
     ) -> None:
+        options.setdefault("orthogonal", False)
         self._require_bool("online", online)
         self._sequence = Sequence()
         self._errors: dict[int, Tensor] = {}  # at the output, by the number of its firing

@@ -253,7 +253,7 @@ def test_refuses_what_is_neither_true_nor_false() -> None:
 def test_learned_direct_feedback_is_centred_like_the_weights() -> None:
     """A common mode of positive activity in feedback and weights would drive each other."""
     model = network()
-    optimizer = bioopt.DirectKolenPollack(model, lr=0.1, decay=0.05, descent=SGD)
+    optimizer = bioopt.DirectKolenPollack(model, lr=0.1, decay=0.05, orthogonal=False, descent=SGD)
     step(model, optimizer, *batch())
     before = {name: w.clone() for name, w in optimizer.feedback_weights().items()}
     last = optimizer.layers()["6"].weight.detach() - before["6"]

@@ -69,6 +69,25 @@ def test_fixed_feedback_is_its_slow_twin(network: str, mode: str | None) -> None
     agree(twin, model)
 
 
+def test_layers_of_many_inputs_learn_by_shorter_steps() -> None:
+    """And so do the feedback weights that learn with them; the last layer and biases do not."""
+    x, y = torch.randn(4, 6, dtype=torch.float64), torch.arange(4)
+    steps = []
+    for fan_in in (None, 7):
+        model = mlp(sizes=(6, 8, 14, 5))
+        optimizer = bioopt.KolenPollack(model, LR, decay=0.1, fan_in=fan_in, **SGD)
+        before = [*weights(model), *flat(optimizer)]
+        learn(optimizer, model, x, y)
+        after = [*weights(model), *flat(optimizer)]
+        steps.append([torch.as_tensor(a) - torch.as_tensor(b) for a, b in zip(after, before, strict=True)])
+    shares = [1, 1, 7 / 8, 1, 1, 1, *(1, 7 / 8, 1)]  # of weights and biases, then of feedback weights
+    assert all(step.abs().max() > 0 for step in steps[0][:6])
+    for share, plain, shorter in zip(shares, *steps, strict=True):
+        torch.testing.assert_close(shorter, share * plain)
+    with pytest.raises(ValueError, match=r"FeedbackAlignment: fan_in=0 must be a finite number > 0"):
+        bioopt.FeedbackAlignment(mlp(), fan_in=0)
+
+
 @every_network
 def test_kolen_pollack_is_its_slow_twin(network: str) -> None:
     model, x, y = problem(network)
@@ -115,7 +134,7 @@ def test_direct_feedback_is_its_slow_twin(network: str, rule: type, centred: boo
     model, x, y = problem(network)
     options: dict[str, Any] = {"centred": centred} if rule is bioopt.DRTP else {}
     options |= {"decay": 0.1} if rule is bioopt.DirectKolenPollack else {}
-    optimizer: Any = rule(model, LR, seed=3, **options, **SGD)
+    optimizer: Any = rule(model, LR, seed=3, orthogonal=False, **options, **SGD)
     before = weights(model)
     optimizer.target = y
     F.cross_entropy(model(x), y).backward()  # shows the shapes
@@ -470,3 +489,14 @@ def test_the_memory_format_changes_nothing_but_the_memory(rule: type) -> None:
         results.append([*weights(model), *optimizer.feedback_weights().values()])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_learned_direct_feedback_of_the_last_layer_meets_its_weights_with_orthogonal_updates_too() -> None:
+    model = mlp(sizes=(6, 8, 5))
+    x, y = torch.randn(4, 6, dtype=torch.float64), torch.arange(4)
+    optimizer = bioopt.DirectKolenPollack(model, LR, decay=0.5, **SGD)
+    learn(optimizer, model, x, y)
+    name, layer = [*optimizer.layers().items()][-1]
+    apart = layer.weight.detach() - optimizer.feedback_weights()[name]
+    learn(optimizer, model, x, y)
+    torch.testing.assert_close(layer.weight.detach() - optimizer.feedback_weights()[name], apart * (1 - LR * 0.5))
