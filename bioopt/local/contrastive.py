@@ -71,7 +71,7 @@ class LocalContrastive(LocalGradientRule):
     def __init__(
         self,
         params: Params,
-        lr: float = 5e-4,
+        lr: float = 1e-4,
         *,
         temperature: float = 0.2,  # τ
         features: int = 128,
