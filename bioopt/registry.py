@@ -42,7 +42,7 @@ def create_optimizer(
         preset: ``"default"``, or a network of ``conf/model`` (``"cnn"``, ``"mlp"``, ...): start from the options of
             ``conf/optimizer/<name>.yaml`` for it, which `presets` lists. ``None``: the defaults of the class.
         groups: options for parts of the model, by module name, as in ``{"trunk.block2": {"lr": 0.005}}``. Each layer
-            has those of the innermost part that it is in.
+            has those of all parts that it is in; of one given twice, the innermost counts.
         options: keywords of the class. They override the preset, in its groups too. ``readout=None`` also drops the
             preset's options of the readout, another ``descent`` those of the preset's descent.
 

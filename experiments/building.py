@@ -194,7 +194,7 @@ def rate_of(run: DictConfig, optimizer: torch.optim.Optimizer, of: str = "optimi
 
 
 def groups(model: nn.Module, parts: Any, whole: nn.Module) -> Any:
-    """The model, or groups of its modules where there are options for parts; each module is in its nearest part's."""
+    """The model, or groups of its modules where there are options for parts; those of an inner part go first."""
     parts = by_part(parts or {})
     present = dict(model.named_modules())
     for name in parts:

@@ -230,14 +230,14 @@ def softhebb_like() -> nn.Module:
     return model
 
 
-def test_each_layer_takes_the_options_of_the_nearest_part() -> None:
+def test_each_layer_takes_the_options_of_the_parts_that_it_is_in() -> None:
     groups = {"trunk": {"lr": 0.1}, "trunk.block2": {"inverse_temperature": 3.0}}
     published = {"homeostasis": False, "inverse_temperature": 1.0, "readout_lr": 0.5}
     optimizer = bioopt.create_optimizer("softhebb", softhebb_like(), groups=groups, lr=0.5, **published)
     found = [(group["param_names"], group["lr"], group["inverse_temperature"]) for group in optimizer.param_groups]
     assert found == [
         (["trunk.block1.0.weight"], 0.1, 1.0),
-        (["trunk.block2.0.weight"], 0.5, 3.0),
+        (["trunk.block2.0.weight"], 0.1, 3.0),
         (["readout.weight", "readout.bias"], 0.5, 1.0),
     ]
 

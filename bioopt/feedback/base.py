@@ -188,7 +188,8 @@ class FeedbackRule(OnePass):
     def _orthogonalise(self, grads: dict[Tensor, Tensor]) -> None:
         """Replace the gradients of the layers' weights."""
         for weight, synapse in {s.weight: s for s in self._recorder.synapses.values() if s.weight in grads}.items():
-            matrices = orthogonalised(in_pools(grads[weight], synapse))
+            with torch.autocast(weight.device.type, enabled=False):  # of a step inside it
+                matrices = orthogonalised(in_pools(grads[weight], synapse))
             grads[weight] = weight_shaped(matrices, synapse).to(weight.dtype)
 
 

@@ -33,10 +33,10 @@ class DirectFeedback(RandomFeedback):
         lr: learning rate of ``descent``, by default `torch.optim.Adam`.
         readout_layer: the layer at whose output the error is taken, by name or as a module; by default the last layer
             of the rule to fire in a forward pass.
-        orthogonal: as in `FeedbackRule`. A signal of the output's size has few directions, and those of a layer's
-            updates are as few: without it, networks with convolutions often end below a random trunk.
         own: as in `FeedbackRule`.
-        options: as in `RandomFeedback`.
+        options: as in `RandomFeedback`, with ``orthogonal=True`` by default: a signal of the output's size has few
+            directions, and those of a layer's updates are as few; without it, networks with convolutions often end
+            below a random trunk.
     """
 
     def __init__(
@@ -45,11 +45,10 @@ class DirectFeedback(RandomFeedback):
         lr: float = 2e-3,
         *,
         readout_layer: str | nn.Module | None = None,
-        orthogonal: bool = True,
         own: dict[str, Any] | None = None,
         **options: Unpack[RandomOptions],
     ) -> None:
-        options["orthogonal"] = orthogonal
+        options.setdefault("orthogonal", True)
         self._error: Tensor | None = None  # at the output, samples × ... × outputs, in the backward pass
         super().__init__(params, lr, own=own, **options)
         self._readout_synapse = None if readout_layer is None else self._found(readout_layer, "readout_layer")

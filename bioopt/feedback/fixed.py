@@ -54,8 +54,7 @@ class SignSymmetry(LayerwiseFeedback):
         lr: learning rate of ``descent``, by default `torch.optim.Adam`.
         mode: ``"uniform"``: all magnitudes of a layer are alike (uSF); ``"fixed"``: those of normal numbers that are
             drawn once (frSF); ``"batchwise"``: drawn for each step (brSF).
-        fan_in: as in `RandomFeedback`; by default all layers learn at ``lr``, since this error knows the way.
-        options: as in `RandomFeedback`.
+        options: as in `RandomFeedback`, with ``fan_in=None`` by default: this error knows the way.
 
     Source: Q. Liao, J. Z. Leibo & T. Poggio (2016), *How important is weight symmetry in backpropagation?*, AAAI 30.
     """
@@ -68,10 +67,10 @@ class SignSymmetry(LayerwiseFeedback):
         lr: float = 2e-3,
         *,
         mode: str = "uniform",
-        fan_in: float | None = None,
         **options: Unpack[RandomOptions],
     ) -> None:
-        super().__init__(params, lr, fan_in=fan_in, own={"mode": mode}, **options)
+        options.setdefault("fan_in", None)
+        super().__init__(params, lr, own={"mode": mode}, **options)
 
     def weights_of(self, synapse: Synapse) -> Tensor:
         """The signs of the weights, times the magnitudes."""
