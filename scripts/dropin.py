@@ -244,7 +244,6 @@ ABLATIONS["adam"] = lambda model: torch.optim.Adam(model.parameters(), lr=2e-3)
 ABLATIONS["adam, orthogonal"] = lambda model: Backpropagation(model, lr=2e-3, descent=torch.optim.Adam, orthogonal=True)
 for _name, _feedback in FEEDBACK.items():
     ABLATIONS[f"{_name}, orthogonal"] = partial(_feedback, orthogonal=True)
-for _name, _feedback in FEEDBACK.items():
     ABLATIONS[f"{_name}, as published"] = partial(_feedback, centre_inputs=False, orthogonal=False, fan_in=None)
 for _name in DESCENDING:
     ABLATIONS[f"{_name}, as published"] = partial(RULES[_name], centre_inputs=False)

@@ -141,9 +141,10 @@ def orthogonalised(matrices: Tensor, steps: int = 5) -> Tensor:
     tiny = torch.finfo(x.dtype).tiny
     x = x / x.abs().amax((-2, -1), keepdim=True).clamp(min=tiny)  # or the squares of small entries would vanish
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=tiny)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+    with torch.autocast(x.device.type, enabled=False):  # a step may be made inside it
+        for _ in range(steps):
+            gram = x @ x.mT
+            x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
     return x if wide else x.mT
 
 

@@ -21,6 +21,5 @@ def in_shares(shares: Mapping[Tensor, float]) -> Iterator[None]:
     try:
         yield
     finally:
-        with torch.no_grad():
-            for p, was, share in zip(shares, before, shares.values(), strict=True):
-                p.copy_(torch.lerp(was, p, share))
+        for p, was, share in zip(shares, before, shares.values(), strict=True):
+            p.copy_(torch.lerp(was, p, share))

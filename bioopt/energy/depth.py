@@ -34,7 +34,8 @@ def premultipliers(wiring: Wiring, params: Iterable[Tensor]) -> dict[Tensor, flo
 def in_units(scales: Mapping[Tensor, float]) -> Iterator[None]:
     """Divide parameters by their premultipliers inside a ``with`` block, and multiply by them after it.
 
-    A parameter that stays as it is inside is the same bit for bit after it.
+    A parameter that stays as it is inside is the same bit for bit after it. Unlike in `bioopt.core.steps.in_shares`,
+    weight decay is not scaled.
     """
     kept = [(p, p.clone(), a) for p, a in scales.items()]
     for p, _, a in kept:

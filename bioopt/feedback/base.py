@@ -100,8 +100,8 @@ class FeedbackRule(OnePass):
         self._returned: dict[Synapse, torch.Size] = {}  # layers with an error at their input in this step; its shape
         #: layers that an error returned through in the last step
         self.returned: frozenset[Synapse] = frozenset()
-        #: the layer whose output was that of the network in the last step: the last that fired
-        self.output: Synapse | None = None
+        self._readout_synapse: Synapse | None = None  # at whose output the error is taken; none: the last that fires
+        self._at_output: Tensor | None = None  # the weights of that layer in the last step
         self._recorder.act(self._enter, self._leave)
 
     @abstractmethod
@@ -175,21 +175,20 @@ class FeedbackRule(OnePass):
         state = self._next_state()
         self.learn_feedback(grads, state)
         self.returned = frozenset(self._returned)
-        self.output = self._last_to_fire()
+        self._at_output = self._output.weight
         self._returned.clear()
         self.target = None  # an old target must not teach a new batch
         return grads, state
 
-    @optional
-    def _last_to_fire(self) -> Synapse:
+    @property
+    def _output(self) -> Synapse:
         """The layer whose output is that of the network."""
-        return next(reversed(self._recorder.fired))
+        return self._readout_synapse or next(reversed(self._recorder.fired))
 
     def _orthogonalise(self, grads: dict[Tensor, Tensor]) -> None:
         """Replace the gradients of the layers' weights."""
         for weight, synapse in {s.weight: s for s in self._recorder.synapses.values() if s.weight in grads}.items():
-            with torch.autocast(weight.device.type, enabled=False):  # of a step inside it
-                matrices = orthogonalised(in_pools(grads[weight], synapse))
+            matrices = orthogonalised(in_pools(grads[weight], synapse))
             grads[weight] = weight_shaped(matrices, synapse).to(weight.dtype)
 
 
@@ -242,11 +241,10 @@ class RandomFeedback(FeedbackRule):
     def _around_descent(self) -> AbstractContextManager[None]:
         if self.fan_in is None:
             return nullcontext()
-        of_output = None if self.output is None else self.output.weight
         shares: dict[Tensor, float] = {}
         for synapse in self._recorder.synapses.values():
             weight, inputs = synapse.weight, synapse.weight[0].numel()
-            if weight.grad is not None and inputs > self.fan_in and weight is not of_output:
+            if weight.grad is not None and inputs > self.fan_in and weight is not self._at_output:
                 alike = (weight, self._same_step.get(weight))
                 shares |= {p: self.fan_in / inputs for p in alike if p is not None}
         return in_shares(shares)

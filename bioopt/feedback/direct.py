@@ -51,7 +51,8 @@ class DirectFeedback(RandomFeedback):
         options.setdefault("orthogonal", True)
         self._error: Tensor | None = None  # at the output, samples × ... × outputs, in the backward pass
         super().__init__(params, lr, own=own, **options)
-        self._readout_synapse = None if readout_layer is None else self._found(readout_layer, "readout_layer")
+        if readout_layer is not None:
+            self._readout_synapse = self._found(readout_layer, "readout_layer")
         self._shapes: dict[Synapse, torch.Size] = {}  # of feedback weights, from the first pass
 
     @abstractmethod
@@ -87,14 +88,6 @@ class DirectFeedback(RandomFeedback):
         """Start an evaluation that alone will count."""
         self._error = None
         super().begin()
-
-    @property
-    def _output(self) -> Synapse:
-        """The layer whose output is that of the network."""
-        return self._last_to_fire()
-
-    def _last_to_fire(self) -> Synapse:
-        return self._readout_synapse or next(reversed(self._recorder.fired))
 
     def _found(self, layer: str | nn.Module, option: str) -> Synapse:
         """The layer that an option gives, by name or as a module."""
@@ -278,6 +271,14 @@ class LearnedDirectFeedback(OwnedFeedback, DirectFeedback):
         product = (signal.T @ x.reshape(len(signal), -1).to(signal.dtype)).view_as(weights).to(weights.dtype)
         weights.grad = product if weights.grad is None else weights.grad + product
 
+    def _pair_at_output(self, grads: dict[Tensor, Tensor]) -> None:
+        """Let the feedback weights of the last layer change as its forward weights do, where they have one shape."""
+        if (output := self._output) in self._shapes:
+            weight, own = output.weight, self.own_weights(output)
+            self._same_step[weight] = own
+            if own.shape == weight.shape and weight in grads:
+                grads[own] = grads[weight]
+
 
 @final
 class DirectKolenPollack(LearnedDirectFeedback):
@@ -345,11 +346,7 @@ class DirectKolenPollack(LearnedDirectFeedback):
 
     def learn_feedback(self, grads: dict[Tensor, Tensor], state: dict[str, Any]) -> None:
         """The decay of forward and feedback weights; those of the last layer take the same step."""
-        if (output := self._output) in self._shapes:
-            weight, own = output.weight, self.own_weights(output)
-            self._same_step[weight] = own
-            if self.orthogonal and own.shape == weight.shape and weight in grads:
-                grads[own] = grads[weight]
+        self._pair_at_output(grads)
         self._add_decay(grads)
 
 

@@ -117,8 +117,5 @@ class EProp(TemporalFeedback):
     def learn_feedback(self, grads: dict[Tensor, Tensor], state: dict[str, Any]) -> None:
         """Of the readout, by the gradient of its forward weights; the decay of both."""
         if self.kind == "adaptive":
-            output = self._output
-            if output in self._shapes and output.weight in grads:
-                grads[self.own_weights(output)] = grads[output.weight]
-                self._same_step[output.weight] = self.own_weights(output)
+            self._pair_at_output(grads)
             self._add_decay(grads)
