@@ -229,6 +229,7 @@ for _name, _local, _inhibition in (
 ):
     ABLATIONS[f"{_name}, inhibition {_inhibition:g}"] = partial(_local, inhibition=_inhibition)
     ABLATIONS[f"{_name}, constant rate"] = partial(_local, settle=0.0)
+    ABLATIONS[f"{_name}, no whitening"] = partial(_local, whitening=0.0)
     ABLATIONS[f"{_name}, no homeostasis"] = partial(_local, lr=0.01, homeostasis=False)
     ABLATIONS[f"{_name}, as before"] = partial(_local, lr=0.01, homeostasis=False, **PLAIN)
 # What feedback rules do beyond Adam and orthogonal updates, which help backpropagation as well.

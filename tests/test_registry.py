@@ -245,7 +245,7 @@ def test_each_layer_takes_the_options_of_the_parts_that_it_is_in() -> None:
 def test_explicit_groups_replace_those_of_the_preset() -> None:
     groups = {"trunk.block2": {"lr": 0.7}}
     optimizer = bioopt.create_optimizer("softhebb", softhebb_like(), preset="softhebb", groups=groups)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.7, 0.02, 1e-4]
+    assert [group["lr"] for group in optimizer.param_groups] == [0.7, 0.1, 1e-4]
     of_preset = bioopt.presets("softhebb")["softhebb"]
     same = bioopt.create_optimizer("softhebb", softhebb_like(), **of_preset)
     assert [group["lr"] for group in same.param_groups] == [0.08, 0.005, 1e-4]

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import whitening
 from .errors import is_captured, warn
 from .products import Events, along_channels, in_full, over_events, rows_of, squares_over_events
 from .reach import weakly
@@ -38,10 +39,17 @@ CANCELLED = 1e-6  # the rounding of a difference of squares, as a share of them
 ROUNDING = 1e-5  # a deviation below this share of the largest mean of a layer is rounding
 
 #: of rules under homeostasis; `LocalRule` describes them
-DEFAULTS: dict[str, Any] = {"homeostasis": True, "inhibition": 10.0, "tolerance": 0.4, "settle": 20.0}
+DEFAULTS: dict[str, Any] = {
+    "homeostasis": True,
+    "whitening": 1.0,
+    "inhibition": 10.0,
+    "tolerance": 0.4,
+    "settle": 20.0,
+}
 
 #: of a synapse: ``"mean"`` and ``"variance"`` of each neuron, ``"input"``, the mean of presynaptic activity, in the
-#: form of a weight, ``"events"`` that were seen, and ``"steps"`` in which it was regulated
+#: form of a weight, ``"events"`` that were seen, ``"steps"`` in which it was regulated, and with whitening
+#: ``"covariance"`` and ``"whitening"``
 Level: TypeAlias = dict[str, Any]
 
 
@@ -106,8 +114,9 @@ class Regulator:
             return u
         return firing.activity(u).mul(DEVIATION).to(u.dtype)
 
-    def moments(self, firing: Firing, z: Tensor, acts: bool, inhibited: bool) -> dict[str, Tensor]:
+    def moments(self, firing: Firing, z: Tensor, acts: bool, group: dict[str, Any]) -> dict[str, Tensor]:
         """The sums over events that `followed` needs, and for a rule that acts those of its input and of ``z zᵀ``."""
+        inhibited = acts and group.get("inhibition", 0)
         synapse, channel = firing.synapse, z.ndim + firing.synapse.channel_dim
         sums = {"z": over_events(z, channel)}
         if inhibited:
@@ -120,6 +129,8 @@ class Regulator:
             x = firing.x.detach()
             sums["input"] = over_events(x, x.ndim + synapse.channel_dim, z.dtype)
             sums["inputs"] = z.new_tensor(float(x.numel() // x.shape[synapse.channel_dim]))
+            if group.get("whitening", 0):
+                sums |= whitening.moments(firing, z, self.level(synapse))
         return sums
 
     def _reference(self, synapse: Synapse, u: Tensor, channel: int) -> tuple[Tensor, Tensor]:
@@ -149,8 +160,8 @@ class Regulator:
 
     # -- at the step --------------------------------------------------------------------------------------------
 
-    def followed(self, sums: Sums, synapse: Synapse, rate: float) -> Fresh:
-        """The level of a synapse after these firings."""
+    def followed(self, sums: Sums, synapse: Synapse, rate: float, strength: float = 0.0) -> Fresh:
+        """The level of a synapse after these firings; ``strength``: of whitening."""
         n, level = sums.events, self.level(synapse)
         seen = 0 if level is None else level["events"]
         r = max(rate, n / (seen + n))
@@ -181,6 +192,8 @@ class Regulator:
             new["input"] = own if before is None else torch.lerp(before.to(own.device), own, r)
         elif level is not None and "input" in level:
             new["input"] = level["input"]
+        if strength:
+            new |= whitening.followed(sums, level, r, strength, steps - WARM_UP + 1)
         new = new if level is None else kept_in_place(level, new)
         deviation, still = moving(new["mean"], new["variance"], synapse)
         self._fresh[synapse] = Fresh(new, rate, deviation, still if constant is None else still | constant)

@@ -37,6 +37,7 @@ from .recorder import Firing
 from .rule import optional
 from .sums import Gathering, Sums, add_up, product_sums
 from .synapse import Synapse, Unwatchable, refusal
+from .whitening import whitened
 
 __all__ = ["LocalProductRule", "LocalRule", "SynapticRule"]
 
@@ -44,6 +45,7 @@ UNPROVEN = 64  # firings of a layer that are kept until a backward pass first re
 
 #: ranges of the options of homeostasis
 REGULATED: dict[str, Constraint] = {
+    "whitening": NON_NEGATIVE,
     "inhibition": NON_NEGATIVE,
     "tolerance": (lambda v: 0 <= v < 1, "a number in [0, 1)"),
     "settle": NON_NEGATIVE,
@@ -57,6 +59,7 @@ class LocalOptions(ReadoutOptions, total=False):
     """Options of local rules; `LocalRule` describes them."""
 
     homeostasis: bool
+    whitening: float
     inhibition: float
     tolerance: float
     settle: float
@@ -86,20 +89,26 @@ class LocalRule(OnePass):
     the second step on
 
     .. math::
-        P = \langle s\,(x - \langle x \rangle)^\top \rangle, \qquad
+        P = \langle s\,\tilde x^\top \rangle, \qquad
+        \tilde x = \Bigl(I + \frac{\kappa}{\bar c}\,C\Bigr)^{-1} (x - \langle x \rangle), \qquad
         d_k = \mathrm{drive}(P, V)_k - \beta\,\bar p \sum_{j \ne k} \mathrm{soft}_\tau(c_{kj})\,
         \frac{a_k}{a_j}\, v_j, \qquad
         \Delta w_k = \frac{\lVert w_k \rVert}{1 + t / t_s}\,
         \frac{d_k - (d_k \cdot v_k)\,v_k}{\max_j (\lVert p_j \rVert, \lVert d_j^\perp \rVert)}
 
-    with the rule's signal :math:`s` of standardised activity :math:`z`, the unit vectors :math:`v_k = w_k / \lVert
-    w_k \rVert`, the deviation :math:`a_k` of the activity of a unit vector, the mean length :math:`\bar p` of the
-    rows :math:`p_k` of :math:`P`, the part :math:`d_j^\perp` of :math:`d_j` that turns a vector, the correlation
-    :math:`c_{kj}` of two neurons of a pool and :math:`\mathrm{soft}_\tau(c) = \mathrm{sign}(c) \max(|c| - \tau, 0)`.
-    Neurons whose activity is correlated by more than the tolerance :math:`\tau` inhibit each other with strength
-    :math:`\beta`, so that they do not all learn the same. No neuron turns by more than ``lr`` radians in a step,
-    whatever the scale of its input, so that one ``lr`` suits every layer and network; :math:`t` counts the steps
-    since the rule began.
+    with the rule's signal :math:`s` of standardised activity :math:`z`; presynaptic activity :math:`\tilde x`, centred,
+    and whitened with strength :math:`\kappa` by the covariance :math:`C` of a neuron's inputs and their mean variance
+    :math:`\bar c`; the unit vectors :math:`v_k = w_k / \lVert w_k \rVert`, the deviation :math:`a_k` of the activity of
+    a unit vector, the mean length :math:`\bar p` of the rows :math:`p_k` of :math:`P`, the part :math:`d_j^\perp` of
+    :math:`d_j` that turns a vector, the correlation :math:`c_{kj}` of two neurons of a pool and
+    :math:`\mathrm{soft}_\tau(c) = \mathrm{sign}(c) \max(|c| - \tau, 0)`. Neurons whose activity is correlated by more
+    than the tolerance :math:`\tau` inhibit each other with strength :math:`\beta`, so that they do not all learn the
+    same. No neuron turns by more than ``lr`` radians in a step, whatever the scale of its input, so that one ``lr``
+    suits every layer and network; :math:`t` counts the steps since the rule began.
+
+    Inputs are whitened in convolutions, and in Linear layers with several events a sample, of up to 2,048 inputs each;
+    :math:`C` is a running mean over some events, and its inverse is taken in steps 1, 2, 4, 8 and so on. Elsewhere
+    :math:`\tilde x = x - \langle x \rangle`: where a sample is one event, a batch tells too little of a covariance.
 
     With ``homeostasis=False`` a rule has its published formula, `changes`, with biases frozen and activity as it is. It
     needs an ``lr`` that suits the network, and usually each layer.
@@ -112,9 +121,10 @@ class LocalRule(OnePass):
         readout: ``"delta"``, ``"teacher"`` or ``None``, as in `LearningRule`.
         options: ``readout_lr``, ``readout_layer``, ``readout_options``, ``exclude``, ``descent`` and its options,
             ``process_group`` (average the sums over these ranks, each with its share of the batch), as in
-            `LearningRule`. Of rules with homeostasis, also ``homeostasis``; ``inhibition`` :math:`\beta` >= 0;
-            ``tolerance`` :math:`\tau` in [0, 1); and ``settle`` :math:`t_s`, the number of steps after which the
-            angle has halved (0: it stays). Their defaults are those of `regulated`.
+            `LearningRule`. Of rules with homeostasis, also ``homeostasis``; ``whitening`` :math:`\kappa` >= 0
+            (0: none); ``inhibition`` :math:`\beta` >= 0; ``tolerance`` :math:`\tau` in [0, 1); and ``settle``
+            :math:`t_s`, the number of steps after which the angle has halved (0: it stays). Their defaults are those
+            of `regulated`.
 
     Attributes:
         target: for ``readout="teacher"``: class labels, one per sample (the target is 1 for the class and
@@ -127,11 +137,12 @@ class LocalRule(OnePass):
 
     Sources: homeostasis of weights: G. G. Turrigiano & S. B. Nelson (2004), *Homeostatic plasticity in the developing
     nervous system*, Nature Reviews Neuroscience 5; of biases: J. Triesch (2005), *A gradient rule for the plasticity
-    of a neuron's intrinsic excitability*, ICANN; inhibition: P. Földiák (1990), *Forming sparse representations by
+    of a neuron's intrinsic excitability*, ICANN; whitening: J. J. Atick & A. N. Redlich (1992), *What does the retina
+    know about natural scenes?*, Neural Computation 4; inhibition: P. Földiák (1990), *Forming sparse representations by
     local anti-Hebbian learning*, Biol. Cybernetics 64.
     """
 
-    #: defaults of ``homeostasis``, ``inhibition``, ``tolerance`` and ``settle``; empty for rules without homeostasis
+    #: defaults of ``homeostasis``, ``whitening``, ``inhibition``, ``tolerance`` and ``settle``; empty: no homeostasis
     regulated: ClassVar[dict[str, Any]] = {}
     #: the option that is the rate of homeostasis, where ``homeostasis`` does not turn it on
     homeostatic_rate: ClassVar[str] = ""
@@ -210,7 +221,7 @@ class LocalRule(OnePass):
         """Under homeostasis: the change of the neurons' unit weight vectors, of which only the rotation is taken.
 
         Args:
-            product: ``⟨s (x - μ)ᵀ⟩``, pools × neurons × inputs, with the signal of standardised activity; may be
+            product: ``⟨s x̃ᵀ⟩``, pools × neurons × inputs, with the signal of standardised activity; may be
                 changed in place.
             direction: the unit vectors, of the same shape.
             synapse: the layer.
@@ -339,7 +350,7 @@ class LocalRule(OnePass):
         group = self.param_groups[synapse.group]
         acts = bool(self.regulated) and regulator.acts(synapse) and not self._only_regulated(synapse, group)
         sums = self.measure(firing, u) if acts else Sums({}, {"events": u.numel() // len(synapse.weight)})
-        sums.values |= regulator.moments(firing, firing.activity(u), acts, acts and group.get("inhibition", 0))
+        sums.values |= regulator.moments(firing, firing.activity(u), acts, group)
         return sums, regulator.handed_on(firing, u)
 
     def _on_neurons(self, firing: Firing, spikes: Tensor) -> Tensor:
@@ -482,9 +493,9 @@ class LocalRule(OnePass):
         rate = self._homeostatic_rate(group)
         if not rate or "z" not in sums.values:
             return self.changes(sums, synapse, group, state)
-        level, _, deviation, still = self._regulator.followed(sums, synapse, rate)
+        level, _, deviation, still = self._regulator.followed(sums, synapse, rate, group.get("whitening", 0.0))
         state["homeostasis"] = {**state.get("homeostasis", {}), synapse.index: level}
-        few = sums.few
+        few = None if "whitening" in level else sums.few
         sums.form_product()
         if "product" not in sums.values:
             return {}
@@ -493,6 +504,8 @@ class LocalRule(OnePass):
         weight, length = synapse.weight.detach(), norms(synapse.weight)
         direction = in_pools(weight / along_neurons(length.clamp(min=1e-30).to(weight.dtype), weight), synapse)
         product.addcmul_(along_neurons(signal, product), level["input"].to(product), value=-1)
+        if "whitening" in level:
+            product = whitened(product, level["whitening"], synapse)
         centred = in_pools(product, synapse)
         size = centred.norm(dim=-1)
         still = still.view(size.shape)

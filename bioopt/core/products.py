@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .recorder import Firing
-from .synapse import Synapse, padded
+from .synapse import BUILT_IN, Synapse, padded
 
 HALF_CHUNK = 2**25  # values of patches of a convolution at a time, in half precision
 
@@ -82,6 +83,35 @@ def few_events(firing: Firing, u: Tensor, s: Tensor | SparseSignal, most: int) -
         x = firing.x.detach().reshape(-1, synapse.weight.shape[1]).clone()
     # Activity may be changed in place after the layer, as by ReLU(inplace=True).
     return Events(synapse, x, of_signal.clone(), of_neurons.clone(), most)
+
+
+def some_events(firing: Firing, u: Tensor, most: int) -> Tensor | None:
+    """Presynaptic activity of about ``most`` evenly spaced events at most, pools × events × inputs.
+
+    Inputs are in the order of ``weight.flatten(1)``. ``None`` for layers that are neither Linear nor convolutions.
+    """
+    synapse, x = firing.synapse, firing.x.detach()
+    layer: Any = synapse.layer
+    if type(layer) not in BUILT_IN:
+        return None
+    if type(layer) is nn.Linear:
+        rows = x.reshape(-1, x.shape[-1])
+        return rows[:: max(1, math.ceil(len(rows) / most))].unsqueeze(0)
+    x = x if x.ndim == layer.weight.ndim else x.unsqueeze(0)
+    positions = u.shape[synapse.channel_dim + 1 :]
+    x = x[:: max(1, math.ceil(len(x) * min(8, positions.numel()) / most))]  # several positions of each sample
+    x = padded(layer, x)
+    spacing = max(1, math.ceil((len(x) * positions.numel() / most) ** (1 / len(positions))))
+    places = zip(layer.kernel_size, layer.stride, layer.dilation, positions, strict=True)
+    for dim, (size, stride, dilation, count) in enumerate(places, start=2):
+        x = x.unfold(dim, dilation * (size - 1) + 1, stride)[..., ::dilation]
+        between = min(spacing, count)
+        chosen = [slice(None)] * dim + [slice((between - 1) // 2, None, between)]
+        x = x[tuple(chosen)]
+    spatial = len(positions)
+    kernel = range(2 + spatial, 2 + 2 * spatial)
+    x = x.permute(0, *range(2, 2 + spatial), 1, *kernel)
+    return x.reshape(-1, synapse.pools, synapse.weight[0].numel()).movedim(1, 0)
 
 
 def in_full(values: Tensor) -> Tensor:

@@ -608,12 +608,12 @@ class LearningRule(ModelGroups, Optimizer):
         Args:
             options: of the constructor.
             otherwise: whether another option excludes it.
-            why: the message to a user who has chosen both; none: both are possible.
+            why: what ``centre_inputs=True`` needs and why, for a user who has chosen both; none: both are possible.
         """
         if options.get("centre_inputs") is None:
             options["centre_inputs"] = self.centres_inputs and not otherwise
         elif options["centre_inputs"] and otherwise and why:
-            raise ValueError(f"{type(self).__name__}: {why}: choose that, or centre_inputs=True")
+            raise ValueError(f"{type(self).__name__}: centre_inputs=True needs {why}")
 
     def _refuse_readout(self, options: Mapping[str, Any], why: str) -> None:
         """Raise if options ask for a readout, in a rule whose last layer learns like the others."""

@@ -122,7 +122,9 @@ class PredictiveCoding(EnergyRule):
                 f"PredictiveCoding: mu_pc=True needs mode='state' or mode='error', in which weights learn once the "
                 f"states have relaxed, not {other}"
             )
-        self._centre_unless(options, mu_pc, "mu_pc=True gives the weights of each layer units of their own")
+        self._centre_unless(
+            options, mu_pc, "mu_pc=False, since mu_pc gives the weights of each layer units of their own"
+        )
         self.steps, self.mode, self.fixed_prediction, self.mu_pc = steps, mode, fixed_prediction, mu_pc
         self._scales: dict[Tensor, float] = {}
         if lr is None:

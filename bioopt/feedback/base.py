@@ -94,7 +94,7 @@ class FeedbackRule(OnePass):
         self._check_value("skips", skips, SKIPS)
         self._require_bool("orthogonal", orthogonal)
         self.skips, self.orthogonal = skips, orthogonal
-        self._centre_unless(options, orthogonal, "orthogonal=True replaces the gradient")
+        self._centre_unless(options, orthogonal, "orthogonal=False, since orthogonal updates replace the gradient")
         self._refuse_readout(options, "the rule brings an error to every layer")
         super().__init__(params, {"lr": lr, **(own or {})}, **options)
         self._returned: dict[Synapse, torch.Size] = {}  # layers with an error at their input in this step; its shape

@@ -34,10 +34,9 @@ from .arithmetic import (
 COMPETITIONS = ("soft", "hard", "k", "none")
 DECAYS = ("subspace", "own", "none")
 
-#: of homeostasis: neurons that compete, or subtract what others represent, stay apart without inhibition
-APART: dict[str, Any] = {**DEFAULTS, "inhibition": 0.0}
-#: of `Hebbian`, whose large first turns a readout has to follow: the sooner they end, the better
-SOON: dict[str, Any] = {**APART, "settle": 5.0}
+#: of homeostasis: neurons that compete stay apart without inhibition, and a readout has to follow their large first
+#: turns: the sooner they end, the better
+COMPETING: dict[str, Any] = {**DEFAULTS, "inhibition": 0.0, "settle": 5.0}
 
 
 @final
@@ -76,9 +75,10 @@ class Hebbian(LocalRule):
 
     That is the published formula, ``homeostasis=False``. By default, neurons compete by their standardised activity
     :math:`z` in place of :math:`u / \lVert w \rVert`, and their unit weight vectors :math:`V` turn by
-    :math:`P - g\,C V` with :math:`P = \langle (m y z)(x - \langle x\rangle)^\top\rangle` and :math:`C = P V^\top` (by
-    :math:`P` for the other decays, which turn no vector), as in `LocalRule`. Of :math:`N` neurons with :math:`D < N`
-    inputs, the unit vectors represent the input :math:`N / D` times, so that :math:`g = \min(1, D / N)`.
+    :math:`P - g\,C V` with :math:`P = \langle (m y z)\,\tilde x^\top\rangle` of whitened presynaptic activity and
+    :math:`C = P V^\top` (by :math:`P` for the other decays, which turn no vector), as in `LocalRule`. Of :math:`N`
+    neurons with :math:`D < N` inputs, the unit vectors represent the input :math:`N / D` times, so that
+    :math:`g = \min(1, D / N)`.
 
     The rule uses no error signal and no labels; only the readout uses a loss.
 
@@ -92,8 +92,8 @@ class Hebbian(LocalRule):
         k: the number of neurons that share an event with ``competition="k"``.
         loser_strength: :math:`\lambda`, the strength of anti-Hebbian learning in all but the winner.
         decay: ``"subspace"``, ``"own"`` or ``"none"``.
-        options: ``homeostasis``, ``inhibition``, ``tolerance`` and ``settle``; the readout, ``descent``, its options
-            and ``process_group``, as in `LocalRule`.
+        options: ``homeostasis``, ``whitening``, ``inhibition``, ``tolerance`` and ``settle``; the readout, ``descent``,
+            its options and ``process_group``, as in `LocalRule`.
 
     Attributes:
         modulator: :math:`m`, the third factor of a three-factor rule (attention, dopamine, novelty): a number, or a
@@ -121,7 +121,7 @@ class Hebbian(LocalRule):
         "loser_strength": NON_NEGATIVE,
         "decay": one_of(*DECAYS),
     }
-    regulated: ClassVar[dict[str, Any]] = SOON
+    regulated: ClassVar[dict[str, Any]] = COMPETING
 
     def __init__(
         self,
@@ -298,8 +298,8 @@ class SoftHebb(LocalProductRule):
     an approximation (the others' :math:`y` is small) that is faster in wide layers.
 
     That is the published formula, ``homeostasis=False``. By default, neurons compete by their standardised activity
-    :math:`z`, and their unit weight vectors turn by :math:`\langle y_k\,(x - \langle x\rangle)\rangle`, as in
-    `LocalRule`.
+    :math:`z`, and their unit weight vectors turn by :math:`\langle y_k\,\tilde x\rangle` with whitened
+    presynaptic activity :math:`\tilde x`, as in `LocalRule`.
 
     Args:
         params: the model (or modules, or groups whose ``"params"`` are modules). Bare parameters are refused.
@@ -308,8 +308,8 @@ class SoftHebb(LocalProductRule):
         inverse_temperature: :math:`t` > 0, in units of :math:`1/z`, or without homeostasis of :math:`1/u`.
         k: the number of neurons that learn from an event; ``None``: all, as published.
         readout: ``"delta"``, ``"teacher"`` or ``None``, as in `LocalRule`.
-        options: ``homeostasis``, ``inhibition``, ``tolerance`` and ``settle``; further options of the readout,
-            ``descent``, its options and ``process_group``, as in `LocalRule`.
+        options: ``homeostasis``, ``whitening``, ``inhibition``, ``tolerance`` and ``settle``; further options of the
+            readout, ``descent``, its options and ``process_group``, as in `LocalRule`.
 
     Raises:
         ValueError: a layer of one neuron, or of fewer than ``k``; as `LocalRule`.
@@ -323,12 +323,12 @@ class SoftHebb(LocalProductRule):
         "inverse_temperature": POSITIVE,
         "k": (lambda v: v is None or (isinstance(v, int) and v >= 2), "an integer >= 2, or None for all"),
     }
-    regulated: ClassVar[dict[str, Any]] = APART
+    regulated: ClassVar[dict[str, Any]] = COMPETING
 
     def __init__(
         self,
         params: Params,
-        lr: float = 0.02,  # η
+        lr: float = 0.1,  # η
         *,
         inverse_temperature: float = 8.0,  # t
         k: int | None = None,
@@ -382,8 +382,8 @@ class KrotovHopfield(LocalProductRule):
     Lebesgue exponent :math:`p = 2` and radius :math:`R = 1`. Let ``lr`` fall to zero over the run.
 
     That is the published formula, ``homeostasis=False``. By default, neurons are ranked by their standardised activity
-    :math:`z`, and their unit weight vectors turn by :math:`\langle g_k\,(x - \langle x\rangle)\rangle`, as in
-    `LocalRule`.
+    :math:`z`, and their unit weight vectors turn by :math:`\langle g_k\,\tilde x\rangle` with whitened
+    presynaptic activity :math:`\tilde x`, as in `LocalRule`.
 
     Args:
         params: the model (or modules, or groups whose ``"params"`` are modules). Bare parameters are refused.
@@ -392,8 +392,8 @@ class KrotovHopfield(LocalProductRule):
         rank: :math:`r` >= 2, of the neuron that moves away.
         anti_hebbian: :math:`\lambda`, how strongly it does.
         readout: ``"delta"``, ``"teacher"`` or ``None``, as in `LocalRule`.
-        options: ``homeostasis``, ``inhibition``, ``tolerance`` and ``settle``; further options of the readout,
-            ``descent``, its options and ``process_group``, as in `LocalRule`.
+        options: ``homeostasis``, ``whitening``, ``inhibition``, ``tolerance`` and ``settle``; further options of the
+            readout, ``descent``, its options and ``process_group``, as in `LocalRule`.
 
     Raises:
         ValueError: a layer of fewer than ``rank`` neurons; as `LocalRule`.
@@ -405,12 +405,12 @@ class KrotovHopfield(LocalProductRule):
         "rank": (lambda v: isinstance(v, int) and v >= 2, "an integer >= 2"),
         "anti_hebbian": NON_NEGATIVE,
     }
-    regulated: ClassVar[dict[str, Any]] = APART
+    regulated: ClassVar[dict[str, Any]] = COMPETING
 
     def __init__(
         self,
         params: Params,
-        lr: float = 0.02,  # ε
+        lr: float = 0.1,  # ε
         *,
         rank: int = 2,  # k
         anti_hebbian: float = 0.4,  # Δ

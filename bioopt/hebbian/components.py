@@ -49,9 +49,9 @@ class Oja(_OfActivity):
     :math:`c = \langle u^2\rangle`.
 
     That is the published formula, ``homeostasis=False``. By default, the unit weight vectors turn by
-    :math:`\langle z_k\,(x - \langle x\rangle)\rangle` from standardised activity :math:`z`, as in `LocalRule`, whose
-    inhibition keeps the neurons of a layer from all converging to the same component. For the component itself, write
-    ``inhibition=0`` or the published formula.
+    :math:`\langle z_k\,\tilde x\rangle` from standardised activity :math:`z` and whitened presynaptic activity
+    :math:`\tilde x`, as in `LocalRule`, whose inhibition keeps the neurons of a layer from all converging to the same
+    component. For the component itself, write ``inhibition=0, whitening=0`` or the published formula.
 
     Arguments and errors are those of `LocalRule`.
 
@@ -143,7 +143,9 @@ class AntiHebbian(_OfActivity):
     principle for learning*.
     """
 
-    regulated: ClassVar[dict[str, Any]] = {**DEFAULTS, "tolerance": 0.7}
+    regulated: ClassVar[dict[str, Any]] = {name: DEFAULTS[name] for name in DEFAULTS if name != "whitening"} | {
+        "tolerance": 0.7
+    }
 
     def least_neurons(self, group: dict[str, Any]) -> tuple[int, str]:
         """Two."""

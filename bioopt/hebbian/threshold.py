@@ -32,8 +32,8 @@ class BCM(LocalRule):
     activity of that step. A step longer than a neuron's weights is clipped to their length.
 
     That is the published formula, ``homeostasis=False``. By default, the unit weight vectors turn by
-    :math:`\langle a_k\,(a_k - 1)(x - \langle x\rangle)\rangle` with the rectified standardised activity :math:`a_k =
-    \max(z_k, 0)`, as in `LocalRule`: homeostasis keeps the mean squared activity, and so the threshold, at 1.
+    :math:`\langle a_k\,(a_k - 1)\,\tilde x\rangle` with the rectified standardised activity :math:`a_k =
+    \max(z_k, 0)` and whitened presynaptic activity :math:`\tilde x`, as in `LocalRule`: homeostasis keeps the mean squared activity, and so the threshold, at 1.
 
     Args:
         params: the model (or modules, or groups whose ``"params"`` are modules). Bare parameters are refused.
@@ -41,8 +41,8 @@ class BCM(LocalRule):
             event.
         threshold_rate: :math:`r`, in (0, 1], per step; without homeostasis.
         readout: ``"delta"``, ``"teacher"`` or ``None``, as in `LocalRule`.
-        options: ``homeostasis``, ``inhibition``, ``tolerance`` and ``settle``; further options of the readout,
-            ``descent``, its options and ``process_group``, as in `LocalRule`.
+        options: ``homeostasis``, ``whitening``, ``inhibition``, ``tolerance`` and ``settle``; further options of the
+            readout, ``descent``, its options and ``process_group``, as in `LocalRule`.
             The thresholds are state, the same on all ranks.
 
     Sources: E. L. Bienenstock, L. N. Cooper & P. W. Munro (1982), *Theory for the development of neuron selectivity*,

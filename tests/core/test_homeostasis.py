@@ -55,8 +55,11 @@ def patches(layer: Any, x: Tensor) -> Tensor:
 class Twin:
     """Homeostasis of one layer, written out neuron by neuron; with a rule, its rotation too."""
 
-    def __init__(self, layer: Any, rule: Any = None, lr: float = 0.0, settle: float = 20.0) -> None:
+    def __init__(
+        self, layer: Any, rule: Any = None, lr: float = 0.0, settle: float = 20.0, whitening: float = 0.0
+    ) -> None:
         self.layer, self.rule, self.lr, self.settle, self.steps = copy.deepcopy(layer), rule, lr, settle, 0
+        self.whitening, self.covariance, self.inverse = whitening, None, None
         self.seen = 0
         self.mean = self.variance = self.input = None
 
@@ -82,6 +85,10 @@ class Twin:
             square = (rows[:, k] - m[k]).square().mean()
             self.mean[k] = m[k] + r * shift
             self.variance[k] = (1 - r) * s[k] ** 2 + r * (square - shift**2) + r * (1 - r) * shift**2
+        if not isinstance(layer, nn.Conv2d):  # of which each neuron has several events a sample
+            self.whitening = 0.0
+        if acts and self.whitening:
+            self.whiten(pre, r)
         if acts:
             if isinstance(layer, nn.Linear):
                 of_batch = x.mean(0, keepdim=True)
@@ -114,6 +121,20 @@ class Twin:
         pools = len(self.input)
         return (rows.view(pools, -1, rows.shape[1]) * self.input.unsqueeze(1)).sum(-1).flatten()
 
+    def whiten(self, pre: Tensor, r: float) -> None:
+        """The running covariance about the mean of the last step, and at steps 1, 2, 4, … the inhibition by it."""
+        now = []
+        for p, rows in enumerate(pre):
+            off = rows - (rows.mean(0) if self.input is None else self.input[p])
+            now.append(sum(torch.outer(event, event) for event in off) / len(off))
+        old, step = self.covariance, self.steps - WARM_UP + 1
+        self.covariance = now if old is None else [(1 - r) * a + r * b for a, b in zip(old, now, strict=True)]
+        if step in (1, 2, 4, 8):
+            inputs = pre.shape[2]
+            strength = [self.whitening * inputs / c.trace() for c in self.covariance]
+            lateral = [k * c for k, c in zip(strength, self.covariance, strict=True)]
+            self.inverse = [torch.linalg.inv(torch.eye(inputs, dtype=c.dtype) + c) for c in lateral]
+
     def turn(self, z: Tensor, pre: Tensor, length: Tensor) -> None:
         """The rule's rotation of every weight vector."""
         weight = self.layer.weight
@@ -126,7 +147,10 @@ class Twin:
         for p in range(pools):
             for k in range(neurons):
                 for e in range(len(z)):
-                    products[p, k] += signal[e, p, k] * (pre[p, e] - self.input[p]) / len(z)
+                    seen = pre[p, e] - self.input[p]
+                    if self.whitening:
+                        seen = self.inverse[p] @ seen
+                    products[p, k] += signal[e, p, k] * seen / len(z)
                 size[p, k] = products[p, k].norm()
         for p in range(pools):
             drive[p] = self.rule["drive"](products[p], unit[p])
@@ -200,13 +224,17 @@ RULES = {
 
 
 @pytest.mark.parametrize("name", ["linear", "linear, wide", "conv, groups", "conv, no bias"])
+@pytest.mark.parametrize("whitening", [0.0, 2.0])
 @pytest.mark.parametrize("rule", RULES)
-def test_a_rule_turns_weight_vectors_as_its_twin(rule: str, name: str) -> None:
+def test_a_rule_turns_weight_vectors_as_its_twin(
+    rule: str, whitening: float, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bioopt.core.whitening.LEAST_EVENTS", 1000)  # all that there are
     build, options, written_out = RULES[rule]
     layer, x = layer_and_input(name, seed=1)
-    twin = Twin(layer, written_out, lr=0.2)
-    optimizer = build(layer, 0.2, inhibition=0.0, settle=20.0, readout=None, **options)
-    for batch in batches(x, WARM_UP + 4):
+    twin = Twin(layer, written_out, lr=0.2, whitening=whitening)
+    optimizer = build(layer, 0.2, whitening=whitening, inhibition=0.0, settle=20.0, readout=None, **options)
+    for batch in batches(x, WARM_UP + 5):
         optimizer.step(lambda batch=batch: layer(batch).sum())
         twin.step(batch)
         torch.testing.assert_close(layer.weight.detach(), twin.layer.weight.detach(), rtol=0, atol=1e-9)

@@ -1,0 +1,105 @@
+r"""Whitening: presynaptic neurons that are active together inhibit each other before a rule reads them.
+
+With the running covariance :math:`C` of a layer's inputs, and their mean variance :math:`\bar c`, lateral inhibition
+
+.. math::
+    \tilde x = x - \langle x \rangle - \frac{\kappa}{\bar c}\, C\, \tilde x \qquad \Leftrightarrow \qquad
+    \tilde x = \Bigl(I + \frac{\kappa}{\bar c}\, C\Bigr)^{-1} (x - \langle x \rangle)
+
+takes from the inputs what they have in common, as the retina does before the cortex learns (Atick & Redlich, 1992):
+each lateral synapse has the covariance of the two neurons that it connects, which is Hebbian (Földiák, 1989). Only a
+rule reads :math:`\tilde x`; no output of the network changes.
+
+Layers that see one event of each sample, Linear layers mostly, keep their inputs as they are: a batch has fewer events
+than they have inputs, so that a covariance would be mostly chance.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .errors import is_captured
+from .products import in_full, some_events
+
+if TYPE_CHECKING:
+    from .recorder import Firing
+    from .sums import Sums
+    from .synapse import Synapse
+
+MOST_INPUTS = 2048  # of a neuron; for more, the inhibition takes longer than the rule itself
+MOST_EVENTS = 512  # of a firing, from which the covariance is measured
+LEAST_EVENTS = 64
+
+
+def moments(firing: Firing, u: Tensor, level: dict[str, Any] | None) -> dict[str, Tensor]:
+    """The sums over some events that `followed` needs: of the inputs, of their products, and of 1.
+
+    None for layers with one event a sample, with more than `MOST_INPUTS`, or of a kind that is not built in.
+    """
+    synapse = firing.synapse
+    neurons, inputs = len(synapse.weight) // synapse.pools, synapse.weight[0].numel()
+    if inputs > MOST_INPUTS or u.ndim < 3:  # which is the same on all ranks
+        return {}
+    events = u.numel() // len(synapse.weight)
+    # At most a quarter of the work of the local product of all events.
+    most = max(LEAST_EVENTS, min(MOST_EVENTS, events * neurons // (4 * inputs)))
+    x = some_events(firing, u, most)
+    if x is None:
+        return {}
+    x = in_full(x)
+    if level is not None and "input" in level:  # nearly the mean, without which large numbers would cancel
+        x = x - _of_pools(level["input"].to(x), synapse)
+    with torch.autocast(x.device.type, enabled=False):  # a covariance in half precision may have no inverse
+        product = x.mT @ x
+    return {"seen": x.new_tensor(float(x.shape[1])), "seen_input": x.sum(1), "seen_product": product}
+
+
+def followed(sums: Sums, level: dict[str, Any] | None, rate: float, strength: float, step: int) -> dict[str, Tensor]:
+    r"""The running covariance, and at steps 1, 2, 4, 8, … the inhibition by it, as parts of the new level.
+
+    Args:
+        sums: with `moments`.
+        level: the former level.
+        rate: of the running covariance.
+        strength: :math:`\kappa`.
+        step: how many steps the rule has made, with this one.
+    """
+    values, old = sums.values, level or {}
+    if "seen_product" not in values or is_captured([values["seen_product"]]):
+        return {name: old[name] for name in ("covariance", "whitening") if name in old}
+    covariance = values["seen_product"] / values["seen"]
+    if "input" not in old:
+        mean = values["seen_input"] / values["seen"]
+        covariance -= mean.unsqueeze(2) * mean.unsqueeze(1)
+    if "covariance" in old:
+        covariance = torch.lerp(old["covariance"].to(covariance.device), covariance, rate)
+    if "whitening" in old and step & (step - 1):
+        inverse = old["whitening"].to(covariance.device)
+    else:
+        inverse = inhibition(covariance, strength)
+    return {"covariance": covariance, "whitening": inverse}
+
+
+def inhibition(covariance: Tensor, strength: float) -> Tensor:
+    """``(I + κ C / c̄)⁻¹`` of each pool; the identity where inputs do not vary."""
+    variance = covariance.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=torch.finfo(covariance.dtype).tiny)
+    system = covariance * (strength / variance).view(-1, 1, 1)
+    system.diagonal(dim1=-2, dim2=-1).add_(1)
+    factor, _ = torch.linalg.cholesky_ex(system)  # which does not wait for the device
+    return torch.cholesky_inverse(factor)
+
+
+def whitened(product: Tensor, inverse: Tensor, synapse: Synapse) -> Tensor:
+    """A local product with whitened inputs, of the weight's shape."""
+    rows = in_full(product).reshape(len(inverse), -1, inverse.shape[-1])
+    return (rows @ inverse.to(rows)).to(product.dtype).view(synapse.weight.shape)
+
+
+def _of_pools(mean: Tensor, synapse: Synapse) -> Tensor:
+    """The mean input, in the form of a weight, as pools × 1 × inputs."""
+    each = mean.expand(len(mean), *synapse.weight.shape[1:]).flatten(1)
+    step = max(1, len(each) // synapse.pools)
+    return each[::step].unsqueeze(1)
