@@ -10,6 +10,10 @@ A layer :math:`u = W x + b` is also :math:`u = W (x - \mu) + c` with :math:`c = 
 with the running mean :math:`\mu` of presynaptic activity: the product with :math:`x - \mu`, as in the covariance rule
 (Sejnowski, 1977), and without the common mode of all inputs, which otherwise dominates steps where activity is positive
 (LeCun, Bottou, Orr & Müller, 1998; Montavon & Müller, 2012). The model computes what it did.
+
+Where `whitening` is on, the gradient by the weights is that of `bioopt.core.whitening`'s inputs :math:`\tilde x`:
+descent in coordinates in which inputs are hardly correlated (Desjardins, Simonyan, Pascanu & Kavukcuoglu, 2015; for
+node perturbation Dalm et al., 2023).
 """
 
 from __future__ import annotations
@@ -22,9 +26,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from . import whitening
 from ._torch_private import in_dual_level
 from .homeostasis import RATE, along_neurons, in_weight_form, kept_in_place
 from .products import over_events
+from .reach import weakly
 from .synapse import BUILT_IN, Synapse
 
 if TYPE_CHECKING:
@@ -32,21 +38,25 @@ if TYPE_CHECKING:
 
 __all__ = ["Centring"]
 
-#: of a synapse: ``"mean"``, that of its presynaptic activity, and ``"steps"`` in which it was seen
+#: of a synapse: ``"mean"``, that of its presynaptic activity, ``"steps"`` in which it was seen, and `whitening.PARTS`
 Level: TypeAlias = dict[str, Any]
 
 
 class Centring:
-    """The running means of presynaptic activity of a rule's layers, and steps on centred activity.
+    """The running means and covariances of presynaptic activity of a rule's layers, and steps on what they leave.
 
     Args:
         every: whether all firings of a step count, or the first of each layer, in rules of several passes.
         apart: layers that learn otherwise.
+        strength: of whitening; 0: none.
+        levels: returns the present levels by the index of the synapse. Bound methods are held weakly.
     """
 
-    def __init__(self, every: bool, apart: Collection[Any]) -> None:
-        self._every, self._apart = every, apart
-        self._seen: dict[Synapse, tuple[Tensor, int]] = {}  # sums over the events of this step, and their number
+    def __init__(
+        self, every: bool, apart: Collection[Any], strength: float, levels: Callable[[], dict[int, Level]]
+    ) -> None:
+        self._every, self._apart, self._strength, self._levels = every, apart, strength, weakly(levels)
+        self._seen: dict[Synapse, dict[str, Tensor]] = {}  # sums over the events of this step
 
     def clear(self) -> None:
         """Drop the firings since the last step."""
@@ -57,17 +67,24 @@ class Centring:
         """Add the presynaptic activity of a firing."""
         synapse = firing.synapse
         known = self._seen.get(synapse)
-        if known is not None and not self._every:
-            return
-        if not can_centre(synapse) or synapse.layer in self._apart:
+        if (known is not None and not self._every) or synapse.layer in self._apart:
             return
         x = firing.x.detach()
         if in_dual_level():
             x = forward_ad.unpack_dual(x).primal
+        sums: dict[str, Tensor] = {}
+        if self._strength and synapse.weight.requires_grad:
+            level = self._levels()().get(synapse.index)
+            mean = None if level is None else _in_form(level["mean"], synapse)
+            sums = whitening.moments(synapse, x, mean)
+        if not sums and not can_centre(synapse):
+            return
         channel = x.ndim + synapse.channel_dim
-        total = over_events(x, channel, torch.promote_types(x.dtype, torch.float32))
-        count = x.numel() // max(len(total), 1)
-        self._seen[synapse] = (total, count) if known is None else (known[0] + total, known[1] + count)
+        sums["total"] = over_events(x, channel, torch.promote_types(x.dtype, torch.float32))
+        sums["count"] = sums["total"].new_tensor(float(x.numel() // max(len(sums["total"]), 1)))
+        if known is not None:
+            sums = {name: known[name] + value for name, value in sums.items() if name in known}
+        self._seen[synapse] = sums
 
     def followed(self, levels: dict[int, Level], add: Callable[[list[Tensor]], None]) -> dict[int, Level]:
         """The levels after the firings of this step, by the indices of their synapses.
@@ -78,25 +95,25 @@ class Centring:
         """
         seen = sorted(self._seen.items(), key=lambda item: item[0].index)
         self._seen.clear()
-        sums = [(synapse, total, total.new_tensor(float(count))) for synapse, (total, count) in seen]
-        add([value for _, *both in sums for value in both])
+        add([value for _, sums in seen for value in sums.values()])
         new = dict(levels)
-        for synapse, total, count in sums:
-            mean = total / count.clamp(min=1)
+        for synapse, sums in seen:
+            mean = sums["total"] / sums["count"].clamp(min=1)
             level = levels.get(synapse.index)
-            if level is None:
-                new[synapse.index] = {"mean": mean, "steps": 1}
-                continue
-            known, steps = level["mean"].to(mean.device), level["steps"]
-            moved = torch.lerp(known, mean, max(RATE, 1 / (1 + steps)))
-            new[synapse.index] = kept_in_place(level, {"mean": moved, "steps": steps + 1})
+            steps = 0 if level is None else level["steps"]
+            rate = max(RATE, 1 / (1 + steps))
+            moved = mean if level is None else torch.lerp(level["mean"].to(mean.device), mean, rate)
+            own = {"mean": moved, "steps": steps + 1}
+            if self._strength:
+                own |= whitening.followed(sums, level, rate, self._strength, steps + 1, level is not None)
+            new[synapse.index] = own if level is None else kept_in_place(level, own)
         return new
 
     @contextmanager
     def descending(
         self, levels: dict[int, Level], synapses: Iterable[Synapse], alike: Mapping[Tensor, Tensor]
     ) -> Iterator[None]:
-        """Let the descent that is made inside the ``with`` block step on centred activity.
+        """Let the descent that is made inside the ``with`` block step on centred and whitened activity.
 
         Args:
             levels: by the indices of synapses.
@@ -105,20 +122,26 @@ class Centring:
         """
         given: list[tuple[Tensor, Tensor]] = []  # .grad, to be put back
         moving: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []  # weight, bias, the weight before, mean input
+        done: set[Tensor] = set()
         for synapse in synapses:
             weight, bias = synapse.weight, synapse.bias
-            shared = any(weight is known for known, *_ in moving)
-            if synapse.index not in levels or not can_centre(synapse) or shared:
+            level = levels.get(synapse.index)
+            if level is None or weight.grad is None or weight in done:
                 continue
-            if bias is None or bias.grad is None or weight.grad is None:
+            done.add(weight)
+            of_bias = bias.grad if bias is not None and can_centre(synapse) else None
+            inverse, mean = level.get("whitening"), _in_form(level["mean"].to(weight), synapse)
+            if of_bias is None and inverse is None:
                 continue
-            mean = levels[synapse.index]["mean"].to(weight)
-            mean = mean if weight.ndim == 2 else in_weight_form(mean, synapse)
             for p in (weight, alike.get(weight)):
                 if p is not None and p.grad is not None:
                     given.append((p, p.grad))
-                    p.grad = _centred(p.grad, bias.grad, mean)
-            moving.append((weight, bias, weight.detach().clone(), mean))
+                    if of_bias is not None:
+                        p.grad = _centred(p.grad, of_bias, mean)
+                    if inverse is not None:
+                        p.grad = whitening.whitened(p.grad, inverse)
+            if bias is not None and of_bias is not None:
+                moving.append((weight, bias, weight.detach().clone(), mean))
         try:
             yield
         finally:
@@ -127,15 +150,20 @@ class Centring:
             for w, b, before, mean in moving:
                 change = before.sub_(w)
                 if w.ndim == 2:
-                    b.addmv_(change, mean)
+                    b.addmv_(change, mean[0])
                 else:
                     b.add_(change.mul_(mean).flatten(1).sum(1))
 
 
+def _in_form(mean: Tensor, synapse: Synapse) -> Tensor:
+    """The mean of each input channel in the form of a weight."""
+    return mean.view(1, -1) if synapse.weight.ndim == 2 else in_weight_form(mean, synapse)
+
+
 def _centred(gradient: Tensor, of_bias: Tensor, mean: Tensor) -> Tensor:
-    """The gradient by weights at constant activity for the mean input: a vector, or of the form of the weight."""
+    """The gradient by weights at constant activity for the mean input, which is in the form of the weight."""
     if gradient.ndim == 2:
-        return torch.addr(gradient, of_bias, mean, alpha=-1)
+        return torch.addr(gradient, of_bias, mean[0], alpha=-1)
     return torch.addcmul(gradient, along_neurons(of_bias, gradient), mean, value=-1)
 
 

@@ -130,7 +130,8 @@ class Regulator:
             sums["input"] = over_events(x, x.ndim + synapse.channel_dim, z.dtype)
             sums["inputs"] = z.new_tensor(float(x.numel() // x.shape[synapse.channel_dim]))
             if group.get("whitening", 0):
-                sums |= whitening.moments(firing, z, self.level(synapse))
+                level = self.level(synapse) or {}
+                sums |= whitening.moments(synapse, x, level.get("input"))
         return sums
 
     def _reference(self, synapse: Synapse, u: Tensor, channel: int) -> tuple[Tensor, Tensor]:
@@ -193,7 +194,8 @@ class Regulator:
         elif level is not None and "input" in level:
             new["input"] = level["input"]
         if strength:
-            new |= whitening.followed(sums, level, r, strength, steps - WARM_UP + 1)
+            centred = level is not None and "input" in level
+            new |= whitening.followed(sums.values, level, r, strength, steps - WARM_UP + 1, centred)
         new = new if level is None else kept_in_place(level, new)
         deviation, still = moving(new["mean"], new["variance"], synapse)
         self._fresh[synapse] = Fresh(new, rate, deviation, still if constant is None else still | constant)

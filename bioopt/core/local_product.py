@@ -184,7 +184,8 @@ class LocalRule(OnePass):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if cls.regulated:
-            cls.constraints = {**REGULATED, **cls.constraints}
+            known = {**REGULATED, **cls.constraints}
+            cls.constraints = {name: known[name] for name in known if name not in REGULATED or name in cls.regulated}
         if found := [name for name in FORMER_METHODS if name in vars(cls)]:
             raise TypeError(
                 f"{cls.__name__} defines {', '.join(found)}, which bioopt no longer calls: subclass bioopt.LocalRule "
@@ -505,7 +506,7 @@ class LocalRule(OnePass):
         direction = in_pools(weight / along_neurons(length.clamp(min=1e-30).to(weight.dtype), weight), synapse)
         product.addcmul_(along_neurons(signal, product), level["input"].to(product), value=-1)
         if "whitening" in level:
-            product = whitened(product, level["whitening"], synapse)
+            product = whitened(product, level["whitening"])
         centred = in_pools(product, synapse)
         size = centred.norm(dim=-1)
         still = still.view(size.shape)

@@ -58,6 +58,7 @@ class GradientOptions(RuleOptions, total=False):
     """Options of rules whose layers descend a gradient, or an estimate of it."""
 
     centre_inputs: bool | None
+    whitening: float | None
 
 
 def named_modules_of(params: Any) -> list[tuple[str, nn.Module]]:

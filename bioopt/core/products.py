@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .recorder import Firing
-from .synapse import BUILT_IN, Synapse, padded
+from .synapse import BUILT_IN, Synapse, padded, positions_of
 
 HALF_CHUNK = 2**25  # values of patches of a convolution at a time, in half precision
 
@@ -85,32 +86,36 @@ def few_events(firing: Firing, u: Tensor, s: Tensor | SparseSignal, most: int) -
     return Events(synapse, x, of_signal.clone(), of_neurons.clone(), most)
 
 
-def some_events(firing: Firing, u: Tensor, most: int) -> Tensor | None:
-    """Presynaptic activity of about ``most`` evenly spaced events at most, pools × events × inputs.
+def some_events(synapse: Synapse, x: Tensor, most: Callable[[int], int]) -> Tensor | None:
+    """Presynaptic activity of evenly spaced events, pools × events × inputs, in the order of ``weight.flatten(1)``.
 
-    Inputs are in the order of ``weight.flatten(1)``. ``None`` for layers that are neither Linear nor convolutions.
+    Args:
+        synapse: the layer.
+        x: its input.
+        most: for the number of events, about how many are wanted at most.
+
+    Returns:
+        ``None`` for layers that are neither Linear nor convolutions.
     """
-    synapse, x = firing.synapse, firing.x.detach()
     layer: Any = synapse.layer
     if type(layer) not in BUILT_IN:
         return None
     if type(layer) is nn.Linear:
         rows = x.reshape(-1, x.shape[-1])
-        return rows[:: max(1, math.ceil(len(rows) / most))].unsqueeze(0)
+        return rows[:: max(1, math.ceil(len(rows) / most(len(rows))))].unsqueeze(0)
     x = x if x.ndim == layer.weight.ndim else x.unsqueeze(0)
-    positions = u.shape[synapse.channel_dim + 1 :]
-    x = x[:: max(1, math.ceil(len(x) * min(8, positions.numel()) / most))]  # several positions of each sample
+    positions = positions_of(layer, x.shape[2:])
+    wanted = most(len(x) * math.prod(positions))
+    x = x[:: max(1, math.ceil(len(x) * min(8, math.prod(positions)) / wanted))]  # several positions of each sample
+    spacing = max(1, math.ceil((len(x) * math.prod(positions) / wanted) ** (1 / len(positions))))
     x = padded(layer, x)
-    spacing = max(1, math.ceil((len(x) * positions.numel() / most) ** (1 / len(positions))))
     places = zip(layer.kernel_size, layer.stride, layer.dilation, positions, strict=True)
     for dim, (size, stride, dilation, count) in enumerate(places, start=2):
         x = x.unfold(dim, dilation * (size - 1) + 1, stride)[..., ::dilation]
         between = min(spacing, count)
-        chosen = [slice(None)] * dim + [slice((between - 1) // 2, None, between)]
-        x = x[tuple(chosen)]
+        x = x[tuple([slice(None)] * dim + [slice((between - 1) // 2, None, between)])]
     spatial = len(positions)
-    kernel = range(2 + spatial, 2 + 2 * spatial)
-    x = x.permute(0, *range(2, 2 + spatial), 1, *kernel)
+    x = x.permute(0, *range(2, 2 + spatial), 1, *range(2 + spatial, 2 + 2 * spatial))
     return x.reshape(-1, synapse.pools, synapse.weight[0].numel()).movedim(1, 0)
 
 

@@ -101,6 +101,9 @@ class LearningRule(ModelGroups, Optimizer):
         centre_inputs: whether the weights of each layer learn from presynaptic activity less its running mean, and its
             bias makes up for that, which changes no output (`bioopt.core.centring`). ``True`` by default in rules whose
             layers descend a gradient, and not possible in others. ``False``: as published.
+        whitening: with ``centre_inputs``, how strongly inputs that are active together inhibit each other before the
+            weights learn from them (`bioopt.core.whitening`), in convolutions and in Linear layers at several positions
+            of a sample. 1 by default; 0: not at all.
         descent_options: keywords of ``descent``.
 
     Attributes:
@@ -140,6 +143,7 @@ class LearningRule(ModelGroups, Optimizer):
         descent: type[Optimizer] = SGD,
         process_group: ProcessGroup = None,
         centre_inputs: bool | None = None,
+        whitening: float | None = None,
         **descent_options: Unpack[DescentOptions],
     ) -> None:
         name = type(self).__name__
@@ -174,7 +178,13 @@ class LearningRule(ModelGroups, Optimizer):
             raise TypeError(
                 f"{name}: centre_inputs=True is for rules whose layers descend a gradient, or an estimate of it"
             )
-        self._centring = Centring(self.shares_pass, self._readout.layers) if centre else None
+        strength = float(centre) if whitening is None else whitening
+        self._check_value("whitening", strength, NON_NEGATIVE)
+        if strength and not centre:
+            raise ValueError(f"{name}: whitening={whitening!r} needs centre_inputs=True")
+        self._centring = None
+        if centre:
+            self._centring = Centring(self.shares_pass, self._readout.layers, strength, self._input_levels)
         self._recorder.note = None if self._centring is None else self._centring.note
         self._same_step: dict[Tensor, Tensor] = {}  # weights -> a parameter that must take the same step
         self._known = Known()
@@ -551,6 +561,11 @@ class LearningRule(ModelGroups, Optimizer):
         levels: dict[int, dict[str, Any]] = self._own_state.get("readout", {})
         return levels
 
+    def _input_levels(self) -> dict[int, dict[str, Any]]:
+        """The levels of presynaptic activity, by the index of the synapse."""
+        levels: dict[int, dict[str, Any]] = self._own_state.get(CENTRED, {})
+        return levels
+
     def _forget_inputs(self) -> None:
         """Drop what was seen of presynaptic activity since the last step."""
         if self._centring is not None:
@@ -561,15 +576,14 @@ class LearningRule(ModelGroups, Optimizer):
         """Let the running means of presynaptic activity follow the passes of this estimate."""
         if self._centring is not None:
             add = self._sum_over_ranks if self.splits_batch else _as_they_are
-            levels = self._centring.followed(self._own_state.get(CENTRED, {}), add)
+            levels = self._centring.followed(self._input_levels(), add)
             self._own_state = {**self._own_state, CENTRED: levels}
 
     def _on_centred_activity(self) -> AbstractContextManager[None]:
         """What encloses the step of the descent, if it is on centred presynaptic activity."""
         if self._centring is None:
             return nullcontext()
-        levels = self._own_state.get(CENTRED, {})
-        return self._centring.descending(levels, self._recorder.synapses.values(), self._same_step)
+        return self._centring.descending(self._input_levels(), self._recorder.synapses.values(), self._same_step)
 
     @optional
     def _around_descent(self) -> AbstractContextManager[None]:

@@ -172,6 +172,12 @@ def padding_of(layer: Any) -> list[tuple[int, int]]:
     return [(width, width) for width in layer.padding]
 
 
+def positions_of(layer: Any, sizes: Iterable[int]) -> list[int]:
+    """The size of a convolution's output in each spatial dimension, for that of its input."""
+    places = zip(sizes, padding_of(layer), layer.kernel_size, layer.stride, layer.dilation, strict=True)
+    return [(n + sum(pad) - dilation * (size - 1) - 1) // stride + 1 for n, pad, size, stride, dilation in places]
+
+
 def padded(layer: Any, x: Tensor) -> Tensor:
     """The input of a convolution, padded."""
     widths = [width for pair in reversed(padding_of(layer)) for width in pair]

@@ -16,48 +16,54 @@ than they have inputs, so that a covariance would be mostly chance.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import is_captured
 from .products import in_full, some_events
-
-if TYPE_CHECKING:
-    from .recorder import Firing
-    from .sums import Sums
-    from .synapse import Synapse
+from .synapse import Synapse
 
 MOST_INPUTS = 2048  # of a neuron; for more, the inhibition takes longer than the rule itself
 MOST_EVENTS = 512  # of a firing, from which the covariance is measured
 LEAST_EVENTS = 64
 
+PARTS = ("covariance", "whitening")  # of a level: the running covariance, and the inhibition by it
 
-def moments(firing: Firing, u: Tensor, level: dict[str, Any] | None) -> dict[str, Tensor]:
+
+def moments(synapse: Synapse, x: Tensor, mean: Tensor | None) -> dict[str, Tensor]:
     """The sums over some events that `followed` needs: of the inputs, of their products, and of 1.
 
     None for layers with one event a sample, with more than `MOST_INPUTS`, or of a kind that is not built in.
+
+    Args:
+        synapse: the layer.
+        x: presynaptic activity.
+        mean: its running mean, in the form of a weight, without which large numbers would cancel; ``None``: unknown.
     """
-    synapse = firing.synapse
     neurons, inputs = len(synapse.weight) // synapse.pools, synapse.weight[0].numel()
-    if inputs > MOST_INPUTS or u.ndim < 3:  # which is the same on all ranks
+    if inputs > MOST_INPUTS or (type(synapse.layer) is nn.Linear and x.ndim < 3):  # which is the same on all ranks
         return {}
-    events = u.numel() // len(synapse.weight)
-    # At most a quarter of the work of the local product of all events.
-    most = max(LEAST_EVENTS, min(MOST_EVENTS, events * neurons // (4 * inputs)))
-    x = some_events(firing, u, most)
-    if x is None:
+
+    def most(events: int) -> int:
+        """At most a quarter of the work of the local product of all events."""
+        return max(LEAST_EVENTS, min(MOST_EVENTS, events * neurons // (4 * inputs)))
+
+    seen = some_events(synapse, x, most)
+    if seen is None:
         return {}
-    x = in_full(x)
-    if level is not None and "input" in level:  # nearly the mean, without which large numbers would cancel
-        x = x - _of_pools(level["input"].to(x), synapse)
-    with torch.autocast(x.device.type, enabled=False):  # a covariance in half precision may have no inverse
-        product = x.mT @ x
-    return {"seen": x.new_tensor(float(x.shape[1])), "seen_input": x.sum(1), "seen_product": product}
+    seen = in_full(seen)
+    if mean is not None:
+        seen = seen - _of_pools(mean.to(seen), synapse)
+    with torch.autocast(seen.device.type, enabled=False):  # a covariance in half precision may have no inverse
+        product = seen.mT @ seen
+    return {"seen": seen.new_tensor(float(seen.shape[1])), "seen_input": seen.sum(1), "seen_product": product}
 
 
-def followed(sums: Sums, level: dict[str, Any] | None, rate: float, strength: float, step: int) -> dict[str, Tensor]:
+def followed(
+    sums: dict[str, Tensor], level: dict[str, Any] | None, rate: float, strength: float, step: int, centred: bool
+) -> dict[str, Tensor]:
     r"""The running covariance, and at steps 1, 2, 4, 8, … the inhibition by it, as parts of the new level.
 
     Args:
@@ -65,19 +71,21 @@ def followed(sums: Sums, level: dict[str, Any] | None, rate: float, strength: fl
         level: the former level.
         rate: of the running covariance.
         strength: :math:`\kappa`.
-        step: how many steps the rule has made, with this one.
+        step: how many steps there were, with this one.
+        centred: whether the running mean was known.
     """
-    values, old = sums.values, level or {}
-    if "seen_product" not in values or is_captured([values["seen_product"]]):
-        return {name: old[name] for name in ("covariance", "whitening") if name in old}
-    covariance = values["seen_product"] / values["seen"]
-    if "input" not in old:
-        mean = values["seen_input"] / values["seen"]
+    old = level or {}
+    if "seen_product" not in sums or is_captured([sums["seen_product"]]):
+        return {name: old[name] for name in PARTS if name in old}
+    count = sums["seen"].clamp(min=1)
+    covariance = sums["seen_product"] / count
+    if not centred:
+        mean = sums["seen_input"] / count
         covariance -= mean.unsqueeze(2) * mean.unsqueeze(1)
     if "covariance" in old:
-        covariance = torch.lerp(old["covariance"].to(covariance.device), covariance, rate)
+        covariance = torch.lerp(old["covariance"].to(covariance), covariance, rate)
     if "whitening" in old and step & (step - 1):
-        inverse = old["whitening"].to(covariance.device)
+        inverse = old["whitening"].to(covariance)
     else:
         inverse = inhibition(covariance, strength)
     return {"covariance": covariance, "whitening": inverse}
@@ -92,14 +100,14 @@ def inhibition(covariance: Tensor, strength: float) -> Tensor:
     return torch.cholesky_inverse(factor)
 
 
-def whitened(product: Tensor, inverse: Tensor, synapse: Synapse) -> Tensor:
-    """A local product with whitened inputs, of the weight's shape."""
+def whitened(product: Tensor, inverse: Tensor) -> Tensor:
+    """A local product with whitened inputs, in place of one with centred inputs; of the weight's shape."""
     rows = in_full(product).reshape(len(inverse), -1, inverse.shape[-1])
-    return (rows @ inverse.to(rows)).to(product.dtype).view(synapse.weight.shape)
+    with torch.autocast(product.device.type, enabled=False):
+        return (rows @ inverse.to(rows)).to(product.dtype).view(product.shape)
 
 
 def _of_pools(mean: Tensor, synapse: Synapse) -> Tensor:
     """The mean input, in the form of a weight, as pools × 1 × inputs."""
     each = mean.expand(len(mean), *synapse.weight.shape[1:]).flatten(1)
-    step = max(1, len(each) // synapse.pools)
-    return each[::step].unsqueeze(1)
+    return each[:: max(1, len(each) // synapse.pools)].unsqueeze(1)

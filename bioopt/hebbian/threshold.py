@@ -32,8 +32,9 @@ class BCM(LocalRule):
     activity of that step. A step longer than a neuron's weights is clipped to their length.
 
     That is the published formula, ``homeostasis=False``. By default, the unit weight vectors turn by
-    :math:`\langle a_k\,(a_k - 1)\,\tilde x\rangle` with the rectified standardised activity :math:`a_k =
-    \max(z_k, 0)` and whitened presynaptic activity :math:`\tilde x`, as in `LocalRule`: homeostasis keeps the mean squared activity, and so the threshold, at 1.
+    :math:`\langle a_k\,(a_k - 1)\,\tilde x\rangle` with the rectified standardised activity :math:`a_k = \max(z_k, 0)`
+    and whitened presynaptic activity :math:`\tilde x`, as in `LocalRule`: homeostasis keeps the mean squared activity,
+    and so the threshold, at 1.
 
     Args:
         params: the model (or modules, or groups whose ``"params"`` are modules). Bare parameters are refused.

@@ -72,11 +72,28 @@ def spread(mean: Tensor, layer: Any) -> Tensor:
     return pools.reshape(len(layer.weight), -1, 1, 1).expand_as(layer.weight)
 
 
+def whitened(grad: Tensor, covariances: list[Tensor], strength: float) -> Tensor:
+    """A gradient of a convolution by weights that learn from inputs which inhibit each other."""
+    parts = []
+    for rows, covariance in zip(grad.chunk(len(covariances)), covariances, strict=True):
+        inhibition = strength * len(covariance) / covariance.trace() * covariance
+        parts += [
+            torch.linalg.solve(torch.eye(len(covariance), dtype=grad.dtype) + inhibition, row.flatten()) for row in rows
+        ]
+    return torch.stack(parts).view_as(grad)
+
+
+@pytest.mark.parametrize("strength", [0.0, 2.0])
 @pytest.mark.parametrize("descent", [SGD, Adam])
-def test_equals_a_plain_descent_along_weights_and_activity_at_the_mean_input(descent: Any) -> None:
+def test_equals_a_plain_descent_along_weights_and_activity_at_the_mean_input(
+    descent: Any, strength: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bioopt.core.whitening.LEAST_EVENTS", 1000)  # all that there are
     model, plain = network(), network()
-    optimizer = Backpropagation(model, lr=0.1, descent=descent)
+    optimizer = Backpropagation(model, lr=0.1, descent=descent, whitening=strength)
     means: list[Tensor] = []
+    covariances: list[Tensor] = []  # of the inputs of the convolution, in each of its groups
+    at_work: list[Tensor] = []  # those of steps 1, 2 and 4
     slow: Any = None
     for number in range(5):
         x, y = batch(number)
@@ -86,6 +103,12 @@ def test_equals_a_plain_descent_along_weights_and_activity_at_the_mean_input(des
         grads = torch.autograd.grad(F.cross_entropy(plain(x), y), list(plain.parameters()))
         now = [x.detach().mean([0, *range(2, x.ndim)]) for x in inputs]
         rate = max(RATE, 1 / (1 + number))
+        conv = layers(plain)[0]
+        rows = F.unfold(x, 3, padding=1).movedim(1, -1).reshape(-1, 2, 18).movedim(1, 0)
+        off = rows - (rows.mean(1, keepdim=True) if number == 0 else spread(means[0], conv)[::3].reshape(2, 1, 18))
+        fresh = [r.T @ r / len(r) for r in off]
+        covariances = [torch.lerp(a, b, rate) for a, b in zip(covariances or fresh, fresh, strict=True)]
+        at_work = covariances if number + 1 in (1, 2, 4) else at_work
         means = [new if number == 0 else torch.lerp(old, new, rate) for old, new in zip(means or now, now, strict=True)]
         # The layer as W (x - mean) + c: W and c are what descends.
         at_mean = [
@@ -104,6 +127,8 @@ def test_equals_a_plain_descent_along_weights_and_activity_at_the_mean_input(des
                 weight, bias = points[2 * i], points[2 * i + 1]
                 bias.add_(at_mean[i])
                 weight.grad = grads[2 * i] - grads[2 * i + 1].view(-1, *[1] * (weight.ndim - 1)) * spread(mean, layer)
+                if strength and layer is conv:
+                    weight.grad = whitened(weight.grad, at_work, strength)
                 bias.grad = grads[2 * i + 1]
             slow.step()
             for i, (mean, layer) in enumerate(zip(means, layers(plain), strict=True)):
