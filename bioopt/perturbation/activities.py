@@ -45,8 +45,8 @@ class NodePerturbation(NoisyActivity):
     of Adam. So the same options suit layers and inputs of any scale and offset. ``relative=False`` is the published
     rule: one width for all layers, and SGD.
 
-    With ``decorrelation`` :math:`\epsilon > 0` weights learn from decorrelated presynaptic activity
-    :math:`\hat x = R x`, so that correlated inputs do not share the credit of one of them:
+    With ``decorrelation`` :math:`\epsilon > 0`, in place of ``whitening``, weights learn from decorrelated presynaptic
+    activity :math:`\hat x = R x`, so that correlated inputs do not share the credit of one of them:
 
     .. math::
         \Delta W = \langle s\, \hat x^\top \rangle R, \qquad
@@ -121,6 +121,8 @@ class NodePerturbation(NoisyActivity):
     ) -> None:
         lr = self._rate(lr, 2e-3, relative, readout)
         defaults = {"lr": lr, "sigma": sigma, "decorrelation": decorrelation}
+        if decorrelation and options.get("whitening") is None:
+            options["whitening"] = 0.0  # which would do the same once more
         super().__init__(
             params, defaults, credit, distribution, relative=relative, seed=seed, readout=readout, **options
         )
