@@ -92,12 +92,14 @@ def followed(
 
 
 def inhibition(covariance: Tensor, strength: float) -> Tensor:
-    """``(I + κ C / c̄)⁻¹`` of each pool; the identity where inputs do not vary."""
+    """``(I + κ C / c̄)⁻¹`` of each pool; the identity where inputs do not vary, or too much for squares of them."""
     variance = covariance.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=torch.finfo(covariance.dtype).tiny)
     system = covariance * (strength / variance).view(-1, 1, 1)
     system.diagonal(dim1=-2, dim2=-1).add_(1)
     factor, _ = torch.linalg.cholesky_ex(system)  # which does not wait for the device
-    return torch.cholesky_inverse(factor)
+    inverse = torch.cholesky_inverse(factor)
+    found = inverse.isfinite().flatten(1).all(1).view(-1, 1, 1)
+    return torch.where(found, inverse, torch.eye(inverse.shape[-1], dtype=inverse.dtype, device=inverse.device))
 
 
 def whitened(product: Tensor, inverse: Tensor) -> Tensor:

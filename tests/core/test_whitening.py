@@ -83,6 +83,12 @@ def test_inputs_that_do_not_vary_stay_as_they_are() -> None:
     assert torch.equal(found, torch.eye(3).expand(2, 3, 3))
 
 
+def test_inputs_whose_squares_overflow_stay_as_they_are() -> None:
+    covariance = torch.stack([torch.eye(3), torch.full((3, 3), float("inf"))])
+    found = whitening.inhibition(covariance, 1.0)
+    torch.testing.assert_close(found, torch.stack([torch.eye(3) / 2, torch.eye(3)]))
+
+
 def build(**options: Any) -> tuple[Any, bioopt.KrotovHopfield]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(216, 5), nn.ReLU(), nn.Linear(5, 3))
