@@ -75,7 +75,7 @@ class Centring:
         sums: dict[str, Tensor] = {}
         if self._strength and synapse.weight.requires_grad:
             level = self._levels()().get(synapse.index)
-            mean = None if level is None else _in_form(level["mean"], synapse)
+            mean = None if level is None else in_weight_form(level["mean"], synapse)
             sums = whitening.moments(synapse, x, mean)
         if not sums and not can_centre(synapse):
             return
@@ -130,7 +130,7 @@ class Centring:
                 continue
             done.add(weight)
             of_bias = bias.grad if bias is not None and can_centre(synapse) else None
-            inverse, mean = level.get("whitening"), _in_form(level["mean"].to(weight), synapse)
+            inverse, mean = level.get("whitening"), in_weight_form(level["mean"].to(weight), synapse)
             if of_bias is None and inverse is None:
                 continue
             for p in (weight, alike.get(weight)):
@@ -153,11 +153,6 @@ class Centring:
                     b.addmv_(change, mean[0])
                 else:
                     b.add_(change.mul_(mean).flatten(1).sum(1))
-
-
-def _in_form(mean: Tensor, synapse: Synapse) -> Tensor:
-    """The mean of each input channel in the form of a weight."""
-    return mean.view(1, -1) if synapse.weight.ndim == 2 else in_weight_form(mean, synapse)
 
 
 def _centred(gradient: Tensor, of_bias: Tensor, mean: Tensor) -> Tensor:

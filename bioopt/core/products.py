@@ -108,12 +108,8 @@ def some_events(synapse: Synapse, x: Tensor, most: Callable[[int], int]) -> Tens
     wanted = most(len(x) * math.prod(positions))
     x = x[:: max(1, math.ceil(len(x) * min(8, math.prod(positions)) / wanted))]  # several positions of each sample
     spacing = max(1, math.ceil((len(x) * math.prod(positions) / wanted) ** (1 / len(positions))))
-    x = padded(layer, x)
-    places = zip(layer.kernel_size, layer.stride, layer.dilation, positions, strict=True)
-    for dim, (size, stride, dilation, count) in enumerate(places, start=2):
-        x = x.unfold(dim, dilation * (size - 1) + 1, stride)[..., ::dilation]
-        between = min(spacing, count)
-        x = x[tuple([slice(None)] * dim + [slice((between - 1) // 2, None, between)])]
+    chosen = [slice((min(spacing, count) - 1) // 2, None, min(spacing, count)) for count in positions]
+    x = _windows(layer, padded(layer, x), 2)[(slice(None), slice(None), *chosen)]
     spatial = len(positions)
     x = x.permute(0, *range(2, 2 + spatial), 1, *range(2 + spatial, 2 + 2 * spatial))
     return x.reshape(-1, synapse.pools, synapse.weight[0].numel()).movedim(1, 0)
@@ -251,13 +247,24 @@ def _product_of_patches(firing: Firing, u: Tensor, s: Tensor) -> Tensor:
     return total.view(outputs, *kernel, inputs).permute(0, 3, 1, 2)
 
 
+def _windows(layer: Any, x: Tensor, first: int) -> Tensor:
+    """The positions of a convolution along its spatial dimensions, and its kernel along new last ones: a view.
+
+    Args:
+        layer: the convolution.
+        x: its padded input.
+        first: the first spatial dimension of ``x``.
+    """
+    places = zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)
+    for dim, (size, stride, dilation) in enumerate(places, start=first):
+        x = x.unfold(dim, dilation * (size - 1) + 1, stride)[..., ::dilation]
+    return x
+
+
 def _patches(firing: Firing, start: int, count: int, order: list[int], dtype: torch.dtype) -> Tensor:
     """What each event of some samples sees, events × inputs; ``order``: of channels (0), rows (1) and columns (2)."""
     layer: Any = firing.synapse.layer
-    patches = _some_input(firing, start, count, dtype)
-    places = zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)
-    for dim, (size, stride, dilation) in enumerate(places, start=1):
-        patches = patches.unfold(dim, dilation * (size - 1) + 1, stride)[..., ::dilation]
+    patches = _windows(layer, _some_input(firing, start, count, dtype), 1)
     return patches.permute(0, 1, 2, *(3 + d for d in order)).reshape(-1, layer.weight[0].numel())
 
 

@@ -15,7 +15,7 @@ from ..core.constraints import require_labels
 from ..core.params import Params
 from ..core.products import along_channels
 from ..core.recorder import Firing
-from ..core.rule import CENTRED, optional
+from ..core.rule import optional
 from ..core.synapse import Synapse
 from .base import OwnedFeedback, RandomFeedback, RandomOptions
 from .weights import drawn
@@ -341,7 +341,7 @@ class DirectKolenPollack(LearnedDirectFeedback):
 
     def _less_its_mean(self, synapse: Synapse, x: Tensor) -> Tensor:
         """Presynaptic activity as the weights of a layer learn from it."""
-        level = self._own_state.get(CENTRED, {}).get(synapse.index)
+        level = self._input_levels().get(synapse.index)
         return x if level is None else x - along_channels(level["mean"].to(x), synapse)
 
     def learn_feedback(self, grads: dict[Tensor, Tensor], state: dict[str, Any]) -> None:
