@@ -104,7 +104,9 @@ class LocalRule(OnePass):
     :math:`\mathrm{soft}_\tau(c) = \mathrm{sign}(c) \max(|c| - \tau, 0)`. Neurons whose activity is correlated by more
     than the tolerance :math:`\tau` inhibit each other with strength :math:`\beta`, so that they do not all learn the
     same. No neuron turns by more than ``lr`` radians in a step, whatever the scale of its input, so that one ``lr``
-    suits every layer and network; :math:`t` counts the steps since the rule began.
+    suits every layer and network. The angle falls with :math:`t`, which counts the steps since the rule began, a step of
+    :math:`n` events :math:`\sqrt{n / 64}` times: the mean over more events is as much more certain, so that
+    convolutions, which see many events in a sample, settle in a few steps, and Linear layers in some hundred.
 
     Inputs are whitened in convolutions, and in Linear layers with several events a sample, of up to 2,048 inputs each;
     :math:`C` is a running mean over some events, and its inverse is taken in steps 1, 2, 4, 8 and so on. Elsewhere
@@ -123,8 +125,8 @@ class LocalRule(OnePass):
             ``process_group`` (average the sums over these ranks, each with its share of the batch), as in
             `LearningRule`. Of rules with homeostasis, also ``homeostasis``; ``whitening`` :math:`\kappa` >= 0
             (0: none); ``inhibition`` :math:`\beta` >= 0; ``tolerance`` :math:`\tau` in [0, 1); and ``settle``
-            :math:`t_s`, the number of steps after which the angle has halved (0: it stays). Their defaults are those
-            of `regulated`.
+            :math:`t_s`, the number of steps of 64 events after which the angle has halved (0: it stays). Their defaults
+            are those of `regulated`.
 
     Attributes:
         target: for ``readout="teacher"``: class labels, one per sample (the target is 1 for the class and
@@ -520,7 +522,7 @@ class LocalRule(OnePass):
             drive = inhibit_(drive, moment, direction, deviation / length, group["tolerance"], strength)
         turn = rotate_(drive, direction)
         largest = torch.maximum(size.amax(), turn.norm(dim=-1).masked_fill(still, 0).amax()).clamp(min=1e-30)
-        settled = 1 / (1 + (level["steps"] - WARM_UP) / group["settle"]) if group["settle"] else 1.0
+        settled = 1 / (1 + _time(level) / group["settle"]) if group["settle"] else 1.0
         angle = (length.view(size.shape) * (settled / largest)).masked_fill_(still, 0)
         return {synapse.weight: weight_shaped(turn.mul_(angle.unsqueeze(-1)).to(weight.dtype), synapse)}
 
@@ -675,6 +677,12 @@ def means(sums: Sums) -> tuple[Tensor, Tensor | None]:
     sums.form_product()
     signal = sums.values.get("signal")
     return sums.values["product"].div_(sums.events), None if signal is None else signal / sums.events
+
+
+def _time(level: Level) -> float:
+    """The steps since the rule began, those of ``n`` events ``√(n / 64)`` times."""
+    steps: int = level["steps"]
+    return float((steps - WARM_UP) * (level["events"] / (steps + 1) / 64) ** 0.5)
 
 
 def _layers(names: list[str]) -> str:

@@ -174,10 +174,11 @@ class LearningRule(ModelGroups, Optimizer):
         )
         centre = self.centres_inputs if centre_inputs is None else centre_inputs
         self._require_bool("centre_inputs", centre)
-        if centre and not self.centres_inputs:
-            raise TypeError(
-                f"{name}: centre_inputs=True is for rules whose layers descend a gradient, or an estimate of it"
-            )
+        for option, value in {"centre_inputs": centre, "whitening": whitening}.items():
+            if value and not self.centres_inputs:
+                raise TypeError(
+                    f"{name}: {option}={value!r} is for rules whose layers descend a gradient, or an estimate of it"
+                )
         strength = float(centre) if whitening is None else whitening
         self._check_value("whitening", strength, NON_NEGATIVE)
         if strength and not centre:
@@ -624,10 +625,11 @@ class LearningRule(ModelGroups, Optimizer):
             otherwise: whether another option excludes it.
             why: what ``centre_inputs=True`` needs and why, for a user who has chosen both; none: both are possible.
         """
+        for option in ("centre_inputs", "whitening"):
+            if options.get(option) and otherwise and why:
+                raise ValueError(f"{type(self).__name__}: {option}={options[option]!r} needs {why}")
         if options.get("centre_inputs") is None:
             options["centre_inputs"] = self.centres_inputs and not otherwise
-        elif options["centre_inputs"] and otherwise and why:
-            raise ValueError(f"{type(self).__name__}: centre_inputs=True needs {why}")
 
     def _refuse_readout(self, options: Mapping[str, Any], why: str) -> None:
         """Raise if options ask for a readout, in a rule whose last layer learns like the others."""

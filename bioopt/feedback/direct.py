@@ -34,9 +34,7 @@ class DirectFeedback(RandomFeedback):
         readout_layer: the layer at whose output the error is taken, by name or as a module; by default the last layer
             of the rule to fire in a forward pass.
         own: as in `FeedbackRule`.
-        options: as in `RandomFeedback`, with ``orthogonal=True`` by default: a signal of the output's size has few
-            directions, and those of a layer's updates are as few; without it, networks with convolutions often end
-            below a random trunk.
+        options: as in `RandomFeedback`.
     """
 
     def __init__(
@@ -48,7 +46,6 @@ class DirectFeedback(RandomFeedback):
         own: dict[str, Any] | None = None,
         **options: Unpack[RandomOptions],
     ) -> None:
-        options.setdefault("orthogonal", True)
         self._error: Tensor | None = None  # at the output, samples × ... × outputs, in the backward pass
         super().__init__(params, lr, own=own, **options)
         if readout_layer is not None:
@@ -188,7 +185,9 @@ class DRTP(DirectFeedback):
         lr: learning rate of ``descent``, by default `torch.optim.Adam`.
         centred: whether the mean target is subtracted.
         readout_layer: as in `DirectFeedback`.
-        options: as in `RandomFeedback`.
+        options: as in `RandomFeedback`, with ``orthogonal=True`` by default: a target never ends, as an error does, and
+            the few directions of the classes grow until neurons saturate or die; with it, all directions of a layer
+            learn alike.
 
     Source: C. Frenkel, M. Lefebvre & D. Bol (2021), *Learning without feedback: fixed random learning signals allow for
     feedforward training of deep neural networks*, Frontiers in Neuroscience 15.
@@ -205,6 +204,7 @@ class DRTP(DirectFeedback):
         readout_layer: str | nn.Module | None = None,
         **options: Unpack[RandomOptions],
     ) -> None:
+        options.setdefault("orthogonal", True)
         self._require_bool("centred", centred)
         self.centred = centred
         super().__init__(
@@ -275,9 +275,10 @@ class LearnedDirectFeedback(OwnedFeedback, DirectFeedback):
         """Let the feedback weights of the last layer change as its forward weights do, where they have one shape."""
         if (output := self._output) in self._shapes:
             weight, own = output.weight, self.own_weights(output)
-            self._same_step[weight] = own
-            if own.shape == weight.shape and weight in grads:
-                grads[own] = grads[weight]
+            if own.shape == weight.shape:
+                self._same_step[weight] = own
+                if weight in grads:
+                    grads[own] = grads[weight]
 
 
 @final

@@ -34,9 +34,8 @@ from .arithmetic import (
 COMPETITIONS = ("soft", "hard", "k", "none")
 DECAYS = ("subspace", "own", "none")
 
-#: of homeostasis: neurons that compete stay apart without inhibition, and a readout has to follow their large first
-#: turns: the sooner they end, the better
-COMPETING: dict[str, Any] = {**DEFAULTS, "inhibition": 0.0, "settle": 5.0}
+#: of homeostasis: neurons that compete stay apart without inhibition
+COMPETING: dict[str, Any] = {**DEFAULTS, "inhibition": 0.0}
 
 
 @final
@@ -121,7 +120,7 @@ class Hebbian(LocalRule):
         "loser_strength": NON_NEGATIVE,
         "decay": one_of(*DECAYS),
     }
-    regulated: ClassVar[dict[str, Any]] = COMPETING
+    regulated: ClassVar[dict[str, Any]] = {**COMPETING, "settle": 50.0}  # they stay apart however far they turn
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ from ..core.readout import GradientReadoutOptions
 from ..core.reward import reward_prediction_errors
 from ..core.rule import Estimate
 from ..core.synapse import Synapse
-from ..perturbation.base import NoisyActivity, Record, count_of, credited, norm_of
+from ..perturbation.base import Activity, NoisyActivity, Record, add_activity, count_of, credited, powers_of
 
 
 @final
@@ -40,7 +40,8 @@ class RewardHebbian(NoisyActivity):
     trials, and :math:`\bar R` is the mean reward of the same sample in the other trials. So the reward's differences
     between samples, which exploration does not explain, drop out: far fewer trials are needed in all.
 
-    By default :math:`\sigma` is ``sigma`` times the root mean square of the layer's activity, a running value with the
+    By default :math:`\sigma` is ``sigma`` times the size of the layer's activity, the root mean square of its neurons'
+    deviations over samples, positions and firings (of a single event, of the activity itself), a running value with the
     rate :math:`r` (in the first step, that of the first firing; 1 for a layer without activity), and the step is that
     of Adam. With ``relative=False`` it is ``sigma`` itself, and the step is that of SGD.
 
@@ -56,9 +57,9 @@ class RewardHebbian(NoisyActivity):
         params: the model (or modules, or groups whose ``"params"`` are modules). Bare parameters are refused. Weight
             and bias of each synapse learn; other parameters stay frozen.
         lr: learning rate of ``descent``.
-        sigma: the exploration's standard deviation, in units of the root mean square of each layer's activity, or with
+        sigma: the exploration's standard deviation, in units of the size of each layer's activity, or with
             ``relative=False`` in units of :math:`u`.
-        relative: whether ``sigma`` is relative to that root mean square.
+        relative: whether ``sigma`` is relative to that size.
         trials: the number of evaluations of the closure per step, each with its own noise; by default 4, or 1 with
             ``relative=False``. With several the closure must be repeatable, as an environment may not be.
         trace_decay: :math:`\lambda` in [0, 1], the share of a trace that remains after the next firing.
@@ -93,7 +94,7 @@ class RewardHebbian(NoisyActivity):
         params: Params,
         lr: float = 2e-3,  # η
         *,
-        sigma: float = 0.5,  # σ
+        sigma: float = 0.1,  # σ
         relative: bool = True,
         trials: int | None = None,  # S
         trace_decay: float = 1.0,  # λ
@@ -151,21 +152,20 @@ class RewardHebbian(NoisyActivity):
         self._require_same_on_ranks(list(dict.fromkeys(record.synapse.name for record in records)))
         self._average_over_ranks(list(grads.values()))
         if self.relative:
-            state["activity"] = self._running_activity(powers, records)
+            state["activity"] = self._running_activity(powers, made[0][0])
         return losses.mean(0), grads, state
 
     def _running_activity(self, before: dict[int, float], records: list[Record]) -> dict[int, float]:
-        """The running mean square of each layer's activity, after the firings of a step."""
-        now: dict[Synapse, Tensor] = {}
+        """The running variance of each layer's activity, after the firings of one trial."""
+        found: dict[Synapse, Activity] = {}
         for record in records:  # noise was added to a copy of u, so that it stands as it was
-            square = norm_of(record.u).square()
-            found = torch.stack([square, torch.full_like(square, record.u.numel())])
-            now[record.synapse] = now[record.synapse] + found if record.synapse in now else found
-        self._sum_over_ranks(list(now.values()))
+            add_activity(found, record.synapse, record.u)
+        events = [one.square.new_tensor(float(one.events)) for one in found.values()]
+        self._sum_over_ranks([t for one, n in zip(found.values(), events, strict=True) for t in (*one[:2], n)])
+        now = {s: one._replace(events=int(n)) for (s, one), n in zip(found.items(), events, strict=True)}
         after = dict(before)
-        for synapse, found in now.items():
-            power, count = found.tolist()
-            if count:
-                old = after.setdefault(synapse.index, power / count)
-                after[synapse.index] = old + self.reward_rate * (power / count - old)
+        for synapse, power in powers_of(now).items():
+            if now[synapse].events:
+                old = after.setdefault(synapse.index, power)
+                after[synapse.index] = old + self.reward_rate * (power - old)
         return after

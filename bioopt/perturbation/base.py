@@ -466,7 +466,9 @@ class NoisyActivity(Perturbation):
             if records is not None:
                 records.append(record)
             if self.relative and firing.synapse not in self._sizes:  # a rule without a clean pass, in its first step
-                self._sizes[firing.synapse] = rms(u).item() or 1.0
+                found: dict[Synapse, Activity] = {}
+                add_activity(found, firing.synapse, u)
+                self._sizes |= sizes_of(found)
             sigma = self._width(firing.synapse, width)
             self._note_width(firing.synapse, u, sigma, width)
             noisy = inject(u, record.own(drawn), sigma)
@@ -620,23 +622,30 @@ def add_activity(found: dict[Synapse, Activity], synapse: Synapse, u: Tensor) ->
 
 
 def sizes_of(found: dict[Synapse, Activity]) -> dict[Synapse, float]:
-    """The size of each layer's activity: the root mean square, over its neurons, of their deviations over events.
+    """The size of each layer's activity: the root of `powers_of`.
 
-    Of a single event it is the root mean square of the activity itself, and it is at least a thousandth of that. A
-    layer without any activity (whose weights are zero, say) has the size 1, so that it can begin to learn.
+    A layer without any activity (whose weights are zero, say) has the size 1, so that it can begin to learn.
+    """
+    return {synapse: power**0.5 or 1.0 for synapse, power in powers_of(found).items()}
+
+
+def powers_of(found: dict[Synapse, Activity]) -> dict[Synapse, float]:
+    """The variance of each layer's activity over events, as a mean over its neurons.
+
+    Of a single event it is the mean square of the activity itself, and it is at least a millionth of that.
     """
     if not found:
         return {}
     device = next(iter(found.values())).square.device
     both = [torch.stack([one.square, one.neurons.square().sum() / max(one.events, 1)]) for one in found.values()]
-    sizes = dict[Synapse, float]()
+    powers = dict[Synapse, float]()
     sums = torch.stack([values.to(device) for values in both]).tolist()
     for (synapse, one), (square, of_means) in zip(found.items(), sums, strict=True):
         neurons = max(len(one.neurons), 1)
         mean_square = square / (neurons * max(one.events, 1))
         variance = (square - of_means) / (neurons * (one.events - 1)) if one.events > 1 else mean_square
-        sizes[synapse] = max(variance, LEAST**2 * mean_square) ** 0.5 or 1.0
-    return sizes
+        powers[synapse] = max(variance, LEAST**2 * mean_square)
+    return powers
 
 
 def compared(one: Tensor, other: Tensor) -> Tensor:

@@ -240,11 +240,14 @@ def test_kolen_pollack_keeps_the_difference_of_both_weights() -> None:
 
 def test_orthogonal_updates_are_not_centred() -> None:
     model = network()
-    with pytest.raises(
-        ValueError,
-        match=r"FeedbackAlignment: centre_inputs=True needs orthogonal=False, since .* replace the gradient",
-    ):
-        bioopt.FeedbackAlignment(model, orthogonal=True, centre_inputs=True)
+    for option in ({"centre_inputs": True}, {"whitening": 0.5}):
+        (named,) = (f"{name}={value!r}" for name, value in option.items())
+        with pytest.raises(
+            ValueError, match=rf"FeedbackAlignment: {named} needs orthogonal=False, since .* replace the gradient"
+        ):
+            bioopt.FeedbackAlignment(model, orthogonal=True, **option)
+        with pytest.raises(TypeError, match=rf"WeightPerturbation: {named} is for rules whose layers descend"):
+            bioopt.WeightPerturbation(model, **option)
     optimizer = bioopt.FeedbackAlignment(model, orthogonal=True, centre_inputs=None)
     step(model, optimizer, *batch())
     assert "presynaptic" not in optimizer.state_dict()["state"]["rule"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -159,7 +160,8 @@ class Twin:
             for k in range(neurons):
                 turned[p, k] = drive[p, k] - (drive[p, k] @ unit[p, k]) * unit[p, k]
         largest = max(size.max(), turned.norm(dim=-1).max())
-        rate = self.lr / (1 + (self.steps - WARM_UP) / self.settle)
+        events = self.seen / (self.steps + 1)  # of a step
+        rate = self.lr / (1 + (self.steps - WARM_UP) * math.sqrt(events / 64) / self.settle)
         new = unit + rate * turned / largest
         weight.copy_((new.view(len(weight), -1) * length.unsqueeze(1)).view_as(weight))
 

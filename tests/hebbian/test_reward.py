@@ -13,7 +13,7 @@ from torch import Tensor
 import bioopt
 from bioopt.core.noise import NoiseSource
 
-from ..perturbation.common import X, Y, estimate, few_losses, flat, size
+from ..perturbation.common import X, Y, deviation, estimate, few_losses, flat
 from ..rules import mlp, same, weights
 
 
@@ -29,7 +29,7 @@ def test_reward_hebbian_equals_its_twin(credit: str, relative: bool, trials: int
     moments = (X, 0.5 * X + 1)
     expected, powers = None, [None, None]
     for step in range(3):
-        rewards, traces, squares = [], [], [[], []]
+        rewards, traces, activity = [], [], [[], []]
         widths = [sigma * power**0.5 if relative and power else None if relative else sigma for power in powers]
         with torch.no_grad():
             for trial in range(trials):
@@ -39,8 +39,8 @@ def test_reward_hebbian_equals_its_twin(credit: str, relative: bool, trials: int
                     for i, layer in enumerate(layers):
                         noise = torch.randn(8, len(layer.weight), generator=stream, dtype=torch.float64)
                         u = layer(x)
-                        squares[i].append(size(u) ** 2)
-                        widths[i] = sigma * size(u) if widths[i] is None else widths[i]  # the first of all firings
+                        activity[i] += [u] if trial == 0 else []
+                        widths[i] = sigma * deviation(u) if widths[i] is None else widths[i]  # the first of all firings
                         for b in range(8):
                             for k in range(noise.shape[1]):
                                 at = traces[-1][2 * i], traces[-1][2 * i + 1]
@@ -62,8 +62,8 @@ def test_reward_hebbian_equals_its_twin(credit: str, relative: bool, trials: int
                         total -= surprise * traces[trial][j][b] / widths[j // 2] / trials
             expected = expected + rate * (rewards[0].mean() - expected)
             for i in range(2):
-                mean = sum(squares[i]) / len(squares[i])
-                powers[i] = mean if powers[i] is None else powers[i] + rate * (mean - powers[i])
+                power = deviation(torch.cat(activity[i])) ** 2
+                powers[i] = power if powers[i] is None else powers[i] + rate * (power - powers[i])
 
         def episode() -> Tensor:
             model(moments[0])

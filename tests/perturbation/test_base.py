@@ -142,7 +142,7 @@ WIDTHS = [  # the width that is too small in bfloat16, and what it changes
     (bioopt.NodePerturbation, {"sigma": 2e-3}, "changes the activity of layer '2' by 0.001 of its size"),
     (bioopt.NodePerturbation, {"sigma": 2e-3, "batched": True}, "changes the activity of layer '2' by 0.001"),
     (bioopt.NodePerturbation, {"sigma": 1e-4, "relative": False, "lr": 0.1}, "changes the activity of layer '[02]'"),
-    (bioopt.RewardHebbian, {"sigma": 2e-3}, "changes the activity of layer '[02]' by 0.002 of its size"),
+    (bioopt.RewardHebbian, {"sigma": 2e-3}, "changes the activity of layer '2' by 0.001 of its size"),
     (bioopt.RankOnePerturbation, {"sigma": 5e-4}, "changes the activity of layer '[02]' by"),
 ]
 
