@@ -120,7 +120,7 @@ class Hebbian(LocalRule):
         "loser_strength": NON_NEGATIVE,
         "decay": one_of(*DECAYS),
     }
-    regulated: ClassVar[dict[str, Any]] = {**COMPETING, "settle": 50.0}  # they stay apart however far they turn
+    regulated: ClassVar[dict[str, Any]] = COMPETING
 
     def __init__(
         self,
