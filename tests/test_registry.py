@@ -327,7 +327,7 @@ def edit(file: Path, old: str, new: str) -> None:
 
 def test_a_change_makes_what_follows_from_it_stale(generate: types.ModuleType, project: Path) -> None:
     assert generate.out_of_date() == {}
-    edit(project / "conf/optimizer/hebbian.yaml", "\nlr: 0.2 ", "\nlr: 4.0 ")
+    edit(project / "conf/optimizer/hebbian.yaml", "\nlr: 0.1 ", "\nlr: 4.0 ")
     edit(project / "conf/optimizer/oja.yaml", "principal", "secondary")
     edit(project / "docs/rules/index.md", "| `oja` |", "| `oia` |")
     edit(project / "docs/experiments.md", "`oja` ", "")

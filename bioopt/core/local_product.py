@@ -104,9 +104,9 @@ class LocalRule(OnePass):
     :math:`\mathrm{soft}_\tau(c) = \mathrm{sign}(c) \max(|c| - \tau, 0)`. Neurons whose activity is correlated by more
     than the tolerance :math:`\tau` inhibit each other with strength :math:`\beta`, so that they do not all learn the
     same. No neuron turns by more than ``lr`` radians in a step, whatever the scale of its input, so that one ``lr``
-    suits every layer and network. The angle falls with :math:`t`, which counts the steps since the rule began, a step of
-    :math:`n` events :math:`\sqrt{n / 64}` times: the mean over more events is as much more certain, so that
-    convolutions, which see many events in a sample, settle in a few steps, and Linear layers in some hundred.
+    suits every layer and network. The angle falls with :math:`t`, which counts the steps since the rule began, a step
+    of :math:`n` events :math:`\sqrt[4]{n / 64}` times: the mean over more events is more certain, so that convolutions,
+    which see many events in a sample, settle in a few steps, and Linear layers in some tens.
 
     Inputs are whitened in convolutions, and in Linear layers with several events a sample, of up to 2,048 inputs each;
     :math:`C` is a running mean over some events, and its inverse is taken in steps 1, 2, 4, 8 and so on. Elsewhere
@@ -680,9 +680,9 @@ def means(sums: Sums) -> tuple[Tensor, Tensor | None]:
 
 
 def _time(level: Level) -> float:
-    """The steps since the rule began, those of ``n`` events ``√(n / 64)`` times."""
+    """The steps since the rule began, those of ``n`` events ``(n / 64)^(1/4)`` times."""
     steps: int = level["steps"]
-    return float((steps - WARM_UP) * (level["events"] / (steps + 1) / 64) ** 0.5)
+    return float((steps - WARM_UP) * (level["events"] / (steps + 1) / 64) ** 0.25)
 
 
 def _layers(names: list[str]) -> str:

@@ -125,7 +125,7 @@ class Hebbian(LocalRule):
     def __init__(
         self,
         params: Params,
-        lr: float = 0.2,  # η
+        lr: float = 0.1,  # η
         *,
         inverse_temperature: float = 1.0,  # t
         competition: str = "soft",

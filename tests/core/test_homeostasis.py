@@ -161,7 +161,7 @@ class Twin:
                 turned[p, k] = drive[p, k] - (drive[p, k] @ unit[p, k]) * unit[p, k]
         largest = max(size.max(), turned.norm(dim=-1).max())
         events = self.seen / (self.steps + 1)  # of a step
-        rate = self.lr / (1 + (self.steps - WARM_UP) * math.sqrt(events / 64) / self.settle)
+        rate = self.lr / (1 + (self.steps - WARM_UP) * math.sqrt(math.sqrt(events / 64)) / self.settle)
         new = unit + rate * turned / largest
         weight.copy_((new.view(len(weight), -1) * length.unsqueeze(1)).view_as(weight))
 
