@@ -328,7 +328,7 @@ CASES = [
     Case(bioopt.PredictiveCoding, {"steps": 1, "mode": "error"}, variant="error"),
     Case(bioopt.PredictiveCoding, {"steps": 2, "mu_pc": True}, variant="mu_pc"),
     Case(bioopt.RankOnePerturbation, perturbs_first=True),
-    Case(bioopt.RewardHebbian, {"trials": 1}, evaluates_once=True, perturbs_first=True),
+    Case(bioopt.RewardHebbian, {"trials": 1, "sigma": 0.5}, evaluates_once=True, perturbs_first=True),
     Case(bioopt.RewardSTDP, cnn=spiking_cnn, mlp=spiking_mlp, evaluates_once=True),
     Case(bioopt.Sanger, PUBLISHED),
     Case(bioopt.SerialPerturbation, {"coordinates": 20}, perturbs_first=True),
