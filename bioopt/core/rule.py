@@ -625,9 +625,9 @@ class LearningRule(ModelGroups, Optimizer):
             otherwise: whether another option excludes it.
             why: what ``centre_inputs=True`` needs and why, for a user who has chosen both; none: both are possible.
         """
-        for option in ("centre_inputs", "whitening"):
-            if options.get(option) and otherwise and why:
-                raise ValueError(f"{type(self).__name__}: {option}={options[option]!r} needs {why}")
+        asked = [name for name in ("centre_inputs", "whitening") if options.get(name)]
+        if asked and otherwise and why:
+            raise ValueError(f"{type(self).__name__}: {asked[0]}={options[asked[0]]!r} needs {why}")
         if options.get("centre_inputs") is None:
             options["centre_inputs"] = self.centres_inputs and not otherwise
 
