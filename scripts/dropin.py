@@ -177,6 +177,7 @@ RULES: dict[str, Rule] = {
     "bcm": bioopt.BCM,
     "anti_hebbian": bioopt.AntiHebbian,
     "reward_hebbian": bioopt.RewardHebbian,
+    "reward_hebbian_delta": partial(bioopt.RewardHebbian, readout="delta"),
     "local_contrastive": bioopt.LocalContrastive,
     "local_loss": bioopt.LocalLoss,
     "local_perturbation": bioopt.LocalPerturbation,

@@ -77,7 +77,8 @@ class Hebbian(LocalRule):
     :math:`P - g\,C V` with :math:`P = \langle (m y z)\,\tilde x^\top\rangle` of whitened presynaptic activity and
     :math:`C = P V^\top` (by :math:`P` for the other decays, which turn no vector), as in `LocalRule`. Of :math:`N`
     neurons with :math:`D < N` inputs, the unit vectors represent the input :math:`N / D` times, so that
-    :math:`g = \min(1, D / N)`.
+    :math:`g = \min(1, D / N)`. Few neurons that share a subspace take the directions of largest variance, which is
+    why presynaptic activity is whitened more than for other rules (``whitening=64``).
 
     The rule uses no error signal and no labels; only the readout uses a loss.
 
@@ -120,7 +121,7 @@ class Hebbian(LocalRule):
         "loser_strength": NON_NEGATIVE,
         "decay": one_of(*DECAYS),
     }
-    regulated: ClassVar[dict[str, Any]] = COMPETING
+    regulated: ClassVar[dict[str, Any]] = {**COMPETING, "whitening": 64.0}
 
     def __init__(
         self,

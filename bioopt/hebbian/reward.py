@@ -56,7 +56,8 @@ class RewardHebbian(NoisyActivity):
     Args:
         params: the model (or modules, or groups whose ``"params"`` are modules). Bare parameters are refused. Weight
             and bias of each synapse learn; other parameters stay frozen.
-        lr: learning rate of ``descent``.
+        lr: learning rate of ``descent``; by default 2e-3, and with a readout 1e-4. With ``relative=False`` it must be
+            given.
         sigma: the exploration's standard deviation, in units of the size of each layer's activity, or with
             ``relative=False`` in units of :math:`u`.
         relative: whether ``sigma`` is relative to that size.
@@ -92,7 +93,7 @@ class RewardHebbian(NoisyActivity):
     def __init__(
         self,
         params: Params,
-        lr: float = 2e-3,  # η
+        lr: float | None = None,  # η
         *,
         sigma: float = 0.1,  # σ
         relative: bool = True,
@@ -104,6 +105,7 @@ class RewardHebbian(NoisyActivity):
         readout: str | None = None,
         **options: Unpack[GradientReadoutOptions],
     ) -> None:
+        lr = self._rate(lr, 2e-3, relative, readout)
         defaults = {"lr": lr, "sigma": sigma, "trace_decay": trace_decay}
         super().__init__(params, defaults, credit, relative=relative, seed=seed, readout=readout, **options)
         trials = count_of(trials, 4, relative)

@@ -63,10 +63,12 @@ def test_the_step_is_that_of_adam_or_as_published() -> None:
         bioopt.NodePerturbation(mlp(), momentum=0.9)
     bioopt.NodePerturbation(mlp(), momentum=0.9, descent=torch.optim.SGD)
     bioopt.NodePerturbation(mlp(), 0.1, momentum=0.9, relative=False)
-    with pytest.raises(TypeError, match=r"NodePerturbation\(relative=False\) needs lr=: "):
-        bioopt.NodePerturbation(mlp(), relative=False)
-    groups = bioopt.NodePerturbation(mlp(), readout="delta").param_groups
-    assert [group["lr"] for group in groups] == [1e-4, LR]
+    for of_activity in (bioopt.NodePerturbation, bioopt.RewardHebbian):
+        with pytest.raises(TypeError, match=rf"{of_activity.__name__}\(relative=False\) needs lr=: "):
+            of_activity(mlp(), relative=False)
+        assert of_activity(mlp()).param_groups[0]["lr"] == 2e-3
+        groups = of_activity(mlp(), readout="delta").param_groups
+        assert [group["lr"] for group in groups] == [1e-4, LR]
     groups = bioopt.NodePerturbation(mlp(), 0.1, readout="delta", readout_lr=0.2).param_groups
     assert [group["lr"] for group in groups] == [0.1, 0.2]
 
