@@ -11,7 +11,8 @@ seed draws the network and the order of the batches, the same for all rules, so 
 
 The tables give the test accuracy, its difference to both controls (mean ± 95 % confidence interval over seeds), and how
 far the trunk has turned: the mean of ``1 - cos`` between a neuron's weights at the start and at the end. For local
-rules, homeostasis *is* the rule with its trunk's rate at 0; for rules of perturbation that control is ``<rule>_still``.
+rules, homeostasis *is* the rule with its trunk's rate at 0; for rules of perturbation and reward that control is
+``<rule>_still``.
 """
 
 from __future__ import annotations
@@ -176,8 +177,6 @@ RULES: dict[str, Rule] = {
     "sanger": bioopt.Sanger,
     "bcm": bioopt.BCM,
     "anti_hebbian": bioopt.AntiHebbian,
-    "reward_hebbian": bioopt.RewardHebbian,
-    "reward_hebbian_delta": partial(bioopt.RewardHebbian, readout="delta"),
     "local_contrastive": bioopt.LocalContrastive,
     "local_loss": bioopt.LocalLoss,
     "local_perturbation": bioopt.LocalPerturbation,
@@ -203,6 +202,7 @@ FEEDBACK: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 RULES |= FEEDBACK
 for _name, _rule in {
+    "reward_hebbian": bioopt.RewardHebbian,
     "node_perturbation": bioopt.NodePerturbation,
     "forward_gradient": bioopt.ForwardGradient,
     "weight_perturbation": bioopt.WeightPerturbation,
