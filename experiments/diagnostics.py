@@ -86,7 +86,7 @@ class Diagnostics:
                 for what, value in values.items():
                     if what != "forward_passes":
                         found.setdefault(what, {})[name] = value
-        for buffer, kept in buffers:  # modules such as `models.Whiten` learn from every input
+        for buffer, kept in buffers:  # modules such as `models.WhitenedPatches` learn from every input
             buffer.copy_(kept)
         found |= self._activity()
         before = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}

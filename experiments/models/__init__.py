@@ -17,10 +17,10 @@ from .rbm import Binarize, ToUnitInterval, rbm
 from .recurrent import RecurrentLayer, recurrent
 from .resnet import BasicBlock, resnet
 from .shapes import Shape
-from .softhebb import softhebb
+from .softhebb import OnOff, WideBlock, softhebb
 from .spiking import spiking
 from .vgg import vgg
-from .whitening import Whiten
+from .whitening import WhitenedPatches
 from .wide import CompetingLayer, wide
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "Binarize",
     "CompetingLayer",
     "InContext",
+    "OnOff",
     "Patches",
     "PositionalEncoding",
     "Power",
@@ -38,7 +39,8 @@ __all__ = [
     "Skip",
     "ToUnitInterval",
     "Triangle",
-    "Whiten",
+    "WhitenedPatches",
+    "WideBlock",
     "attention",
     "cnn",
     "deep",

@@ -11,33 +11,77 @@ from torch import nn
 
 from .layers import Power, QuickDropout, Triangle
 from .shapes import Shape
-from .whitening import Whiten
+from .whitening import WhitenedPatches
+
+
+class OnOff(nn.Module):
+    """Neurons in pairs, one for each sign: ``relu(u - threshold)`` and ``relu(-u - threshold)``, one after another."""
+
+    def __init__(self, threshold: float) -> None:
+        super().__init__()
+        self.threshold = threshold
+
+    def forward(self, u: torch.Tensor) -> torch.Tensor:
+        """N×C×… to N×2C×…."""
+        return torch.cat([torch.relu(u - self.threshold), torch.relu(-u - self.threshold)], 1)
+
+    def extra_repr(self) -> str:
+        """Its threshold."""
+        return f"threshold={self.threshold:g}"
 
 
 class WideBlock(nn.Sequential):
-    """A block of very many neurons, named ``whiten``, ``norm``, ``conv``, ``active``, ``pool`` and ``power``.
+    """A layer of very many neurons, named ``patches``, ``conv``, ``norm``, ``active``, ``pool`` and ``power``.
 
-    ``conv`` learns from every second patch in each direction, since neighbours are nearly equal; frozen, it sees all
-    patches, a few images at a time, so that their activity stays in the processor's cache.
+    ``conv`` learns from every third patch in each direction, since neighbours are nearly equal. Frozen, it sees all
+    patches, an image and a few neurons at a time, so that their activity stays in the processor's cache; whitening and
+    normalisation are then part of its weights.
     """
 
-    conv: nn.Conv2d
-    ACTIVE = 2**21  # activities at a time
+    CACHED, ON_GPU = 2**19, 2**28  # activities at a time
+
+    def __init__(self, channels: int, neurons: int, *, size: int = 6, threshold: float = 1.5, pool: int = 3) -> None:
+        patches = WhitenedPatches(channels, size)
+        layers = OrderedDict[str, nn.Module](
+            patches=patches,
+            conv=_scaled(nn.Conv2d(patches.pixels, neurons, 1, bias=False)),
+            norm=nn.BatchNorm2d(neurons, affine=False),
+            active=OnOff(threshold),
+            pool=nn.AdaptiveAvgPool2d(pool),
+            power=Power(0.7),
+        )
+        super().__init__(layers)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """As of `torch.nn.Sequential`."""
-        whiten, norm, _, _, pool, power = self
-        conv = self.conv
-        conv.stride = (2, 2) if self.training else (1, 1)
-        if self.training:
-            for layer in self:
-                x = layer(x)
-            return x
-        x = norm(whiten(x))
-        centred = conv.weight - conv.weight.mean(0)  # what `Triangle` subtracts, at the weights: two passes less
-        positions = math.prod(n - k + 1 for n, k in zip(x.shape[2:], conv.kernel_size, strict=True))
-        parts = x.split(max(1, self.ACTIVE // (len(centred) * positions)))
-        return torch.cat([power(pool(torch.relu_(F.conv2d(part, centred)))) for part in parts])
+        """Images N×C×H×W to features N×(2 · neurons · pool²)×1×1."""
+        self.conv.stride = (3, 3) if self.training else (1, 1)
+        if self.training or torch.is_grad_enabled():
+            y: torch.Tensor = super().forward(x)
+            return y
+        return self._frozen(x)
+
+    def _frozen(self, x: torch.Tensor) -> torch.Tensor:
+        patches, conv, norm, active, pool, power = self
+        kind = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            deviation = (norm.running_var + norm.eps).sqrt()
+            weight = (conv.weight.flatten(1) @ patches.filter) / deviation.unsqueeze(1)
+            weight = weight - weight.mean(1, keepdim=True)  # in place of each patch's mean
+            offset = norm.running_mean / deviation
+            weight = torch.cat([weight, -weight]).to(kind)
+            bias = torch.cat([-offset, offset]).to(kind) - active.threshold
+            seen = (F.unfold(x.to(kind), patches.size) * patches.gain(x).unsqueeze(1).to(kind)).transpose(1, 2)
+            positions, width = seen.shape[1], x.shape[3] - patches.size + 1
+            places = torch.eye(positions, device=x.device).view(positions, 1, -1, width)
+            pooling = pool(places).flatten(1).T.to(kind)
+            most = max(1, (self.CACHED if x.device.type == "cpu" else self.ON_GPU) // positions)
+            rows = [*zip(weight.split(most), bias.split(most), strict=True)]
+            features = [
+                torch.cat([pooling @ torch.relu_(F.linear(part, w, b)).view(-1, positions, len(w)) for w, b in rows], 2)
+                for part in (few.flatten(0, 1) for few in seen.split(max(1, most // len(weight))))
+            ]
+            y: torch.Tensor = power(torch.cat(features).transpose(1, 2)).unflatten(2, (pool.output_size, -1))
+            return y
 
 
 class Trunk(nn.Module):
@@ -98,7 +142,7 @@ def softhebb(
         shape: channels, height, width of an image: 1×28×28 or 3×32×32 in the paper.
         classes: outputs of the readout.
         width: multiplies the 96, 384 and 1536 channels of the blocks.
-        whitened: number of neurons, parallel to the blocks, that see patches of 6×6 pixels of the whitened image.
+        whitened: number of neurons, parallel to the blocks, that see whitened patches of 6×6 pixels: see `WideBlock`.
         readout_sees: the output of the ``"last"`` block, as published, or of ``"all"`` blocks.
         mirror: whether a trunk in evaluation mode averages over an image and its mirror image.
         normalise: whether each feature is normalised to zero mean and unit variance before the readout.
@@ -120,17 +164,8 @@ def softhebb(
     }
     parallel: dict[str, nn.Module] = {}
     if whitened:
-        parallel["whitened"] = WideBlock(
-            OrderedDict(
-                whiten=Whiten(channels),
-                norm=nn.BatchNorm2d(channels, affine=False),
-                conv=_scaled(nn.Conv2d(channels, whitened, 6, bias=False)),
-                active=Triangle(),
-                pool=nn.AdaptiveAvgPool2d(3),
-                power=Power(0.7),
-            )
-        )
-    features = (one + two + three if all_blocks else three) * (height // 8) * (wide // 8) + whitened * 9
+        parallel["whitened"] = WideBlock(channels, whitened)
+    features = (one + two + three if all_blocks else three) * (height // 8) * (wide // 8) + whitened * 18
     readout = nn.Linear(features, classes)
     if normalise:
         nn.init.zeros_(readout.weight)

@@ -63,32 +63,47 @@ def test_a_power_after_a_maximum_is_the_power_before_it() -> None:
     torch.testing.assert_close(along, slope)
 
 
-def test_whitened_images_have_no_correlations_left() -> None:
-    torch.manual_seed(0)
+def smooth_images(n: int) -> Tensor:
     mix = torch.tensor([[1.0, 0.5, 0.2], [0.5, 1.0, 0.5], [0.2, 0.5, 1.0]])
-    images = torch.einsum("cd,ndhw->nchw", mix, torch.randn(200, 3, 24, 24))
-    smooth = nn.functional.avg_pool2d(images, 3, 1)
-    layer = models.Whiten(3, floor=1e-3)
-    white = layer(smooth)
+    return nn.functional.avg_pool2d(torch.einsum("cd,ndhw->nchw", mix, torch.randn(n, 3, 18, 18)), 3, 1)
 
-    def most(x: Tensor) -> float:
-        shifted = torch.stack([x[..., 8:14, 8:14], x[..., 8:14, 9:15], x[..., 9:15, 8:14]]).movedim(2, 1).flatten(2)
-        return (torch.corrcoef(shifted.flatten(0, 1)) - torch.eye(9)).abs().max().item()
 
-    assert most(smooth) > 0.7
-    assert most(white) < 0.25
-    assert torch.equal(layer.eval()(smooth), white)
-    assert layer.state_dict()["seen"] == 200 * 6 * 6
-    half = models.Whiten(3, floor=1e-3)
-    with torch.autocast("cpu", torch.float16):
-        half(10 * smooth)
-    single = models.Whiten(3, floor=1e-3)
-    single(10 * smooth)
-    assert torch.equal(half.filter, single.filter)
-    small = models.Whiten(3, patches=100)
-    small(smooth)
+def test_whitened_patches_have_no_correlations_left() -> None:
+    torch.manual_seed(0)
+    images = smooth_images(300)
+    layer = models.WhitenedPatches(3, 4, floor=1e-4)
+    white = layer(images)
+    assert white.shape == (300, 48, 13, 13)
+
+    def covariance(patches: Tensor) -> Tensor:
+        rows = patches.transpose(0, 1).flatten(1)
+        return rows @ rows.T / rows.shape[1]
+
+    plain = models.WhitenedPatches(3, 4)  # its filter is still the identity
+    normalised = plain.eval()(images)
+    one = images[5, :, 2:6, 7:11]
+    expected = (one - one.mean()) / (one.var(correction=0) + 0.16**2).sqrt()
+    torch.testing.assert_close(normalised[5, :, 2, 7], expected.flatten())
+    assert covariance(normalised).fill_diagonal_(0).abs().max() > 0.5
+    spectrum = torch.linalg.eigvalsh(covariance(white))
+    assert spectrum[0] < 1e-3  # a patch has no mean any more
+    assert 0.8 < spectrum[1] < spectrum[-1] < 1.3
+    assert torch.equal(layer.eval()(images), white)
+
+
+def test_the_filter_of_whitened_patches_is_learned_from_the_first_patches() -> None:
+    torch.manual_seed(0)
+    images = smooth_images(20)
+    single, half = models.WhitenedPatches(3, 4), models.WhitenedPatches(3, 4)
+    single(images)
+    assert single.state_dict()["seen"] == 20 * 25  # every seventh of 169
+    with torch.autocast("cpu", torch.bfloat16):
+        half(images)
+    torch.testing.assert_close(half.filter, single.filter)
+    small = models.WhitenedPatches(3, 4, patches=100)
+    small(images)
     learned = small.filter.clone()
-    small(smooth**2)  # it has seen enough
+    small(images**2)  # it has seen enough
     assert torch.equal(small.filter, learned)
 
 
@@ -104,28 +119,40 @@ def test_the_readout_sees_one_block_or_all() -> None:
     plain.eval()
     last = (features(plain, x) + features(plain, x.flip(3))) / 2
     seen = features(whole, x)
-    assert seen.shape == (2, 16 * sum(neurons) + 9 * 7)
+    assert seen.shape == (2, 16 * sum(neurons) + 9 * 2 * 7)
     torch.testing.assert_close(seen[:, 16 * sum(neurons[:2]) : 16 * sum(neurons)], last)
     torch.testing.assert_close(seen, features(whole, x.flip(3)))
     conv = whole.get_submodule("trunk.whitened.conv")
     assert conv.stride == (1, 1)
     whole.train()
     assert not torch.allclose(features(whole, x), features(whole, x.flip(3)))  # one image at a time while it learns
-    assert conv.stride == (2, 2)
+    assert conv.stride == (3, 3)
     with pytest.raises(ValueError, match="readout_sees=first must be last or all"):
         models.softhebb((3, 32, 32), 10, readout_sees="first")
 
 
-def test_a_frozen_wide_block_is_its_layers_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("activities", [1, 3 * 729, 2 * 14 * 729])
+def test_a_frozen_wide_block_is_its_layers_one_after_another(
+    monkeypatch: pytest.MonkeyPatch, activities: int
+) -> None:
     torch.manual_seed(0)
-    block = models.softhebb((3, 32, 32), 10, width=0.05, whitened=7).get_submodule("trunk.whitened").double().eval()
+    block = models.WideBlock(3, 7, threshold=0.5).double()
     x = torch.randn(5, 3, 32, 32, dtype=torch.float64)
-    monkeypatch.setattr(type(block), "ACTIVE", 2 * 7 * 27 * 27)  # two images at a time
-    y = block(x)
+    x = torch.cat([x[:3], nn.functional.avg_pool2d(x[3:], 3, 1, 1)])
+    for _ in range(30):
+        block(x)
+    block.eval()
+    monkeypatch.setattr(models.WideBlock, "CACHED", activities)  # one neuron, three, two images
+    with torch.no_grad():
+        y = block(x)
+        assert y.shape == (5, 14, 3, 3)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(block.float()(x.float()).double(), y, atol=0.02, rtol=0.05)
+    block.double()
+    torch.testing.assert_close(block(x), y, atol=1e-7, rtol=1e-5)
     for layer in block.children():
         x = layer(x)
-    assert y.shape == (5, 7, 3, 3)
-    torch.testing.assert_close(y, x)
+    torch.testing.assert_close(x, y, atol=1e-7, rtol=1e-5)
 
 
 def test_the_gate_of_images_with_a_context_sees_only_the_context() -> None:
