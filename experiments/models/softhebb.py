@@ -36,9 +36,23 @@ class WideBlock(nn.Sequential):
     ``conv`` learns from every third patch in each direction, since neighbours are nearly equal. Frozen, it sees all
     patches, an image and a few neurons at a time, so that their activity stays in the processor's cache; whitening and
     normalisation are then part of its weights.
+
+    Args:
+        channels: of an image.
+        neurons: of ``conv``; each gives two features a place, one for each sign.
+        size: of a side of a patch, in pixels.
+        threshold: from which on a neuron is active, in standard deviations of its weighted input.
+        pool: places in each direction, over which activity is averaged.
     """
 
     CACHED, ON_GPU = 2**19, 2**28  # activities at a time
+
+    patches: WhitenedPatches
+    conv: nn.Conv2d
+    norm: nn.BatchNorm2d
+    active: OnOff
+    pool: nn.AdaptiveAvgPool2d
+    power: Power
 
     def __init__(self, channels: int, neurons: int, *, size: int = 6, threshold: float = 1.5, pool: int = 3) -> None:
         patches = WhitenedPatches(channels, size)
@@ -53,35 +67,39 @@ class WideBlock(nn.Sequential):
         super().__init__(layers)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Images N×C×H×W to features N×(2 · neurons · pool²)×1×1."""
+        """Images N×C×H×W to features N×2·neurons×pool×pool."""
         self.conv.stride = (3, 3) if self.training else (1, 1)
         if self.training or torch.is_grad_enabled():
-            y: torch.Tensor = super().forward(x)
-            return y
+            for layer in self:
+                x = layer(x)
+            return x
         return self._frozen(x)
 
     def _frozen(self, x: torch.Tensor) -> torch.Tensor:
-        patches, conv, norm, active, pool, power = self
         kind = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        assert self.norm.running_mean is not None
+        assert self.norm.running_var is not None
         with torch.autocast(x.device.type, enabled=False):
-            deviation = (norm.running_var + norm.eps).sqrt()
-            weight = (conv.weight.flatten(1) @ patches.filter) / deviation.unsqueeze(1)
+            deviation = (self.norm.running_var + self.norm.eps).sqrt()
+            weight = (self.conv.weight.flatten(1) @ self.patches.filter) / deviation.unsqueeze(1)
             weight = weight - weight.mean(1, keepdim=True)  # in place of each patch's mean
-            offset = norm.running_mean / deviation
+            offset = self.norm.running_mean / deviation
             weight = torch.cat([weight, -weight]).to(kind)
-            bias = torch.cat([-offset, offset]).to(kind) - active.threshold
-            seen = (F.unfold(x.to(kind), patches.size) * patches.gain(x).unsqueeze(1).to(kind)).transpose(1, 2)
-            positions, width = seen.shape[1], x.shape[3] - patches.size + 1
+            bias = torch.cat([-offset, offset]).to(kind) - self.active.threshold
+            gain = self.patches.gain(x).unsqueeze(1).to(kind)
+            seen = (F.unfold(x.to(kind), self.patches.size) * gain).transpose(1, 2)
+            positions, width = seen.shape[1], x.shape[3] - self.patches.size + 1
             places = torch.eye(positions, device=x.device).view(positions, 1, -1, width)
-            pooling = pool(places).flatten(1).T.to(kind)
+            pooling = self.pool(places).flatten(1).T.to(kind)
             most = max(1, (self.CACHED if x.device.type == "cpu" else self.ON_GPU) // positions)
             rows = [*zip(weight.split(most), bias.split(most), strict=True)]
             features = [
                 torch.cat([pooling @ torch.relu_(F.linear(part, w, b)).view(-1, positions, len(w)) for w, b in rows], 2)
                 for part in (few.flatten(0, 1) for few in seen.split(max(1, most // len(weight))))
             ]
-            y: torch.Tensor = power(torch.cat(features).transpose(1, 2)).unflatten(2, (pool.output_size, -1))
-            return y
+            pooled: torch.Tensor = self.power(torch.cat(features).transpose(1, 2).contiguous())
+            side = math.isqrt(pooled.shape[2])
+        return pooled.view(*pooled.shape[:2], side, side)
 
 
 class Trunk(nn.Module):

@@ -11,11 +11,11 @@ from torch import nn
 class WhitenedPatches(nn.Module):
     """The patches of an image, each without its mean, divided by its contrast, and whitened by ZCA.
 
-    A patch p of C·k² pixels becomes Z·(p − mean p) / √(var p + contrast²). The retina and the visual cortex do the same
-    by lateral inhibition and divisive normalisation; of the images it leaves edges and colours, all equally strong.
-    Z = (covariance + floor)^(−½) comes from the first ``patches`` patches seen in training; neither labels nor gradients
-    are used (Coates, Ng & Lee, 2011, *An analysis of single-layer networks in unsupervised feature learning*; ZCA: Bell &
-    Sejnowski, 1997).
+    A patch p of C·k² pixels becomes Z·(p − mean p) / √(var p + contrast²). The retina and the visual cortex do the
+    same by lateral inhibition and divisive normalisation; it leaves edges and colours, all equally strong.
+    Z = (covariance + floor)^(−½) comes from the first ``patches`` patches seen in training; neither labels nor
+    gradients are used (Coates, Ng & Lee, 2011, *An analysis of single-layer networks in unsupervised feature
+    learning*; ZCA: Bell & Sejnowski, 1997).
 
     Args:
         channels: C of an image.
@@ -45,7 +45,7 @@ class WhitenedPatches(nn.Module):
         if self.training and self.seen < self.patches:
             self._learn(patches.detach())
         white = torch.matmul(self.filter, patches)
-        return white.unflatten(2, (x.shape[2] - self.size + 1, x.shape[3] - self.size + 1))
+        return white.view(*white.shape[:2], x.shape[2] - self.size + 1, x.shape[3] - self.size + 1)
 
     def gain(self, x: torch.Tensor) -> torch.Tensor:
         """1 / √(var p + contrast²) of each patch of images N×C×H×W, as N×P."""

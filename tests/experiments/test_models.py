@@ -132,9 +132,7 @@ def test_the_readout_sees_one_block_or_all() -> None:
 
 
 @pytest.mark.parametrize("activities", [1, 3 * 729, 2 * 14 * 729])
-def test_a_frozen_wide_block_is_its_layers_one_after_another(
-    monkeypatch: pytest.MonkeyPatch, activities: int
-) -> None:
+def test_a_frozen_wide_block_is_its_layers_one_after_another(monkeypatch: pytest.MonkeyPatch, activities: int) -> None:
     torch.manual_seed(0)
     block = models.WideBlock(3, 7, threshold=0.5).double()
     x = torch.randn(5, 3, 32, 32, dtype=torch.float64)

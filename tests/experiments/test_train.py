@@ -502,7 +502,8 @@ def test_options_of_parts_reach_their_groups() -> None:
         "readout.bias": 1e-4,
     }
     trunk = [g for g in optimizer.param_groups if any("trunk" in name for name in g["param_names"])]
-    assert [g["homeostasis"] for g in trunk] == [False, False, False, True]  # a block has the options of the trunk but for its own
+    # A block has the options of the trunk where it has none of its own.
+    assert [g["homeostasis"] for g in trunk] == [False, False, False, True]
     control = config(*best, "optimizer=random_trunk")
     build_optimizer(control, build_model(control, images))
     control = config(*best, "optimizer=sgd")
