@@ -69,11 +69,11 @@ class WideBlock(nn.Sequential):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images N×C×H×W to features N×2·neurons×pool×pool."""
         self.conv.stride = (3, 3) if self.training else (1, 1)
-        if self.training or torch.is_grad_enabled():
-            for layer in self:
-                x = layer(x)
-            return x
-        return self._frozen(x)
+        if not self.training:
+            return self._frozen(x)
+        for layer in self:
+            x = layer(x)
+        return x
 
     def _frozen(self, x: torch.Tensor) -> torch.Tensor:
         kind = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
