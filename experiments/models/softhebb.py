@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..checks import require_counts
 from .layers import Power, QuickDropout, Triangle
 from .shapes import Shape
 from .whitening import WhitenedPatches
@@ -169,6 +170,7 @@ def softhebb(
     channels, height, wide = shape
     if min(height, wide) < 8:
         raise ValueError(f"model=softhebb pools three times, so it needs images of at least 8×8, not {height}×{wide}")
+    require_counts(0, of="model.", whitened=whitened)
     if not width > 0:
         raise ValueError(f"model.width={width} must be > 0")
     if readout_sees not in ("last", "all"):

@@ -129,6 +129,8 @@ def test_the_readout_sees_one_block_or_all() -> None:
     assert conv.stride == (3, 3)
     with pytest.raises(ValueError, match="readout_sees=first must be last or all"):
         models.softhebb((3, 32, 32), 10, readout_sees="first")
+    with pytest.raises(ValueError, match=r"model\.whitened=-3 must be an integer >= 0"):
+        models.softhebb((3, 32, 32), 10, whitened=-3)
 
 
 @pytest.mark.parametrize("activities", [1, 3 * 729, 2 * 14 * 729])
