@@ -1,13 +1,15 @@
-r"""Homeostasis: each neuron keeps its activity at mean 0 and deviation 1/2 through its own weights and bias.
+r"""Homeostasis: each neuron keeps the mean and deviation of its activity through its own weights and bias.
 
 With running mean :math:`m_k` and deviation :math:`s_k` of a neuron's activity :math:`u_k`, after each step
 
 .. math::
-    w_k \leftarrow (2 s_k)^{-r}\, w_k, \qquad b_k \leftarrow b_k - \langle u_k \rangle
+    w_k \leftarrow (2 s_k)^{-r}\, w_k, \qquad b_k \leftarrow b_k + a - \langle u_k \rangle
 
 where :math:`r` falls from 1 in the first step to ``rate``: synaptic scaling (Turrigiano & Nelson, 2004), and intrinsic
-plasticity (Triesch, 2005). In the first step, layers above already receive :math:`(u - m) / 2 s`, as they will after
-it. At a deviation of 1/2, neurons that saturate at 1 stay in their range; for ReLU, which has no scale, any would do.
+plasticity (Triesch, 2005). In the first step, layers above already receive :math:`a + (u - m) / 2 s`, as they will
+after it. At a deviation of 1/2, neurons that saturate at 1 stay in their range; for ReLU, which has no scale, any would
+do. The mean :math:`a` is 0 in convolutions, and 1/2 in Linear layers, where ReLU at a mean of 0 would lose half of what
+a layer receives: several narrow layers in a row would lose most of it.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 RATE = 0.05  # of homeostasis, per step
 DEVIATION = 0.5  # at which activity is kept
+MEAN = 0.5  # likewise, in Linear layers
 EVENTS = 16  # of a layer, before its activity is regulated: the deviation of fewer is mostly chance
 WARM_UP = 1  # regulated steps before a rule acts; later, its first turns upset a readout that has already learned
 CANCELLED = 1e-6  # the rounding of a difference of squares, as a share of them
@@ -63,7 +66,7 @@ class Fresh(NamedTuple):
 
 
 class Regulator:
-    """The running activity of the neurons of a rule, and what keeps it at mean 0 and deviation 1/2.
+    """The running activity of the neurons of a rule, and what keeps its mean and deviation.
 
     Args:
         levels: returns the present levels by the index of the synapse; they are the rule's own state.
@@ -112,7 +115,7 @@ class Regulator:
         begins = level is not None and not level["steps"] and level["events"] >= EVENTS
         if not begins and firing.synapse not in self._starts:
             return u
-        return firing.activity(u).mul(DEVIATION).to(u.dtype)
+        return firing.activity(u).mul(DEVIATION).add_(kept_mean(firing.synapse)).to(u.dtype)
 
     def moments(self, firing: Firing, z: Tensor, acts: bool, group: dict[str, Any]) -> dict[str, Tensor]:
         """The sums over events that `followed` needs, and for a rule that acts those of its input and of ``z zᵀ``."""
@@ -257,13 +260,23 @@ class Regulator:
         bias = synapse.bias
         mean = mean - of_input if former is None else mean - of_input - former.to(mean.dtype)
         mean = torch.addcmul(expected(weight, level), gain, mean)
-        if bias is not None and bias.requires_grad and not synapse.fixed_bias and rate:
-            bias.copy_(-mean)
-            mean = torch.zeros_like(mean)
+        if bias is not None and has_own_bias(synapse) and rate:
+            bias.copy_(kept_mean(synapse) - mean)
+            mean = torch.full_like(mean, kept_mean(synapse))
         elif bias is not None:
             mean = mean + bias.detach().to(mean.dtype)
         new = {**level, "mean": mean, "variance": variance * gain.square(), "steps": steps + 1}
         return kept_in_place(level, new)
+
+
+def has_own_bias(synapse: Synapse) -> bool:
+    """Whether each neuron has a bias that may change."""
+    return synapse.bias is not None and synapse.bias.requires_grad and not synapse.fixed_bias
+
+
+def kept_mean(synapse: Synapse) -> float:
+    """The mean at which neurons keep their activity."""
+    return MEAN if synapse.weight.ndim == 2 and has_own_bias(synapse) else 0.0
 
 
 def together(z: Tensor, channel: int, pools: int) -> Tensor:

@@ -78,15 +78,16 @@ class LocalRule(OnePass):
     `torch.no_grad`, and all firings if no readout learns from a loss, count at once.
 
     Rules whose class attribute `regulated` has defaults for it learn under **homeostasis**, as the neurons of a brain
-    do: each neuron keeps its activity at mean 0 and deviation 1/2 through its own weights and bias, and the rule only
-    *turns* its weight vector. With the running mean :math:`m_k` and deviation :math:`s_k` of its activity,
+    do: each neuron keeps its activity at deviation 1/2 and mean :math:`a` through its own weights and bias, and the
+    rule only *turns* its weight vector. With the running mean :math:`m_k` and deviation :math:`s_k` of its activity,
 
     .. math::
-        z_k = \frac{u_k - m_k}{s_k}, \qquad w_k \leftarrow (2 s_k)^{-r}\, w_k, \qquad b_k \leftarrow b_k - m_k
+        z_k = \frac{u_k - m_k}{s_k}, \qquad w_k \leftarrow (2 s_k)^{-r}\, w_k, \qquad b_k \leftarrow b_k + a - m_k
 
-    after each step, at a rate :math:`r` that falls from 1 in the first step to 0.05. In the first step the layers
-    above receive :math:`z / 2` in place of :math:`u`, as they will after it, and a layer learns no more than this. From
-    the second step on
+    after each step, at a rate :math:`r` that falls from 1 in the first step to 0.05. :math:`a` is 0 in convolutions
+    and 1/2 in Linear layers, where ReLU at a mean of 0 would lose half of what a layer receives. In the first step the
+    layers above receive :math:`a + z / 2` in place of :math:`u`, as they will after it, and a layer learns no more than
+    this. From the second step on
 
     .. math::
         P = \langle s\,\tilde x^\top \rangle, \qquad

@@ -16,13 +16,15 @@ from ..core.synapse import Synapse
 
 @final
 class Homeostasis(LocalRule):
-    r"""Each neuron keeps its activity at mean 0 and deviation 1/2 through its own weights and bias.
+    r"""Each neuron keeps the mean and deviation of its activity through its own weights and bias.
 
     .. math::
-        w_k \leftarrow (2 s_k)^{-r}\, w_k, \qquad b_k \leftarrow b_k - m_k
+        w_k \leftarrow (2 s_k)^{-r}\, w_k, \qquad b_k \leftarrow b_k + a - m_k
 
     with the running mean :math:`m_k` and deviation :math:`s_k` of the neuron's activity :math:`u = Wx + b` over events,
-    at the rate :math:`r`. The direction of a weight vector stays: the features are those of the initial weights.
+    at the rate :math:`r`, and the mean :math:`a` at which it is kept: 0 in convolutions, 1/2 in Linear layers, where
+    ReLU at a mean of 0 would lose half of what a layer receives. The direction of a weight vector stays: the features
+    are those of the initial weights.
 
     It is the control of every Hebbian rule with ``homeostasis=True``, which adds the rotation of weight vectors to it:
     what a rule has learned is the difference between the two. At ``lr=0`` the whole trunk stays as it is, and only
