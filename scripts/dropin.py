@@ -96,13 +96,13 @@ def cnn(norm: bool, channels: int, size: int) -> nn.Module:
     return nn.Sequential(*first, nn.MaxPool2d(2), *second, nn.MaxPool2d(2), nn.Flatten(), readout)
 
 
-def lenet5(channels: int, size: int) -> nn.Module:
-    """LeNet-5 with tanh and average pooling."""
+def lenet5(activation: type[nn.Module], pool: type[nn.Module], channels: int, size: int) -> nn.Module:
+    """LeNet-5; the original has tanh and average pooling."""
     return nn.Sequential(
-        *(nn.Conv2d(channels, 6, 5, padding=2), nn.Tanh(), nn.AvgPool2d(2)),
-        *(nn.Conv2d(6, 16, 5), nn.Tanh(), nn.AvgPool2d(2), nn.Flatten()),
-        *(nn.Linear(16 * ((size // 2 - 4) // 2) ** 2, 120), nn.Tanh()),
-        *(nn.Linear(120, 84), nn.Tanh(), nn.Linear(84, 10)),
+        *(nn.Conv2d(channels, 6, 5, padding=2), activation(), pool(2)),
+        *(nn.Conv2d(6, 16, 5), activation(), pool(2), nn.Flatten()),
+        *(nn.Linear(16 * ((size // 2 - 4) // 2) ** 2, 120), activation()),
+        *(nn.Linear(120, 84), activation(), nn.Linear(84, 10)),
     )
 
 
@@ -153,7 +153,7 @@ NETWORKS: dict[str, Network] = {
     "mlp_tanh": partial(mlp, nn.Tanh),
     "cnn": partial(cnn, False),
     "cnn_bn": partial(cnn, True),
-    "lenet5": lenet5,
+    "lenet5": partial(lenet5, nn.Tanh, nn.AvgPool2d),
     "vgg_bn": vgg,
     "residual_gn": residual,
     "resnet18": resnet18,
@@ -162,6 +162,7 @@ ORDINARY = list(NETWORKS)  # run by default; further ones where ``--networks`` n
 NETWORKS |= {
     "mlp_sigmoid": partial(mlp, nn.Sigmoid),
     "mlp_deep": deep,
+    "lenet5_relu": partial(lenet5, nn.ReLU, nn.MaxPool2d),
     "cnn_pooled": pooled,
     "cnn_separable": separable,
 }
