@@ -86,16 +86,22 @@ class WideBlock(nn.Sequential):
             weight = weight - weight.mean(1, keepdim=True)  # in place of each patch's mean
             offset = self.norm.running_mean / deviation
             weight = torch.cat([weight, -weight]).to(kind)
-            bias = torch.cat([-offset, offset]).to(kind) - self.active.threshold
+            bias = torch.cat([-offset, offset]) - self.active.threshold
             gain = self.patches.gain(x).unsqueeze(1).to(kind)
-            seen = (F.unfold(x.to(kind), self.patches.size) * gain).transpose(1, 2)
-            positions, width = seen.shape[1], x.shape[3] - self.patches.size + 1
+            patches = (F.unfold(x.to(kind), self.patches.size) * gain).transpose(1, 2)
+            positions, inputs = patches.shape[1:]
+            # Rows of a multiple of 32 numbers, one after another, are multiplied fastest; and a bias that is the weight
+            # of an input of 1 takes no pass of its own over all activities.
+            unused = -(inputs + 1) % 32
+            seen = F.pad(torch.cat([patches, torch.ones_like(patches[..., :1])], 2), (0, unused))
+            weight = F.pad(torch.cat([weight, bias.to(kind).unsqueeze(1)], 1), (0, unused))
+            width = x.shape[3] - self.patches.size + 1
             places = torch.eye(positions, device=x.device).view(positions, 1, -1, width)
             pooling = self.pool(places).flatten(1).T.to(kind)
             most = max(1, (self.CACHED if x.device.type == "cpu" else self.ON_GPU) // positions)
-            rows = [*zip(weight.split(most), bias.split(most), strict=True)]
+            rows = weight.split(max(1, most // 64 * 64))
             features = [
-                torch.cat([pooling @ torch.relu_(F.linear(part, w, b)).view(-1, positions, len(w)) for w, b in rows], 2)
+                torch.cat([pooling @ torch.relu_(F.linear(part, w)).view(-1, positions, len(w)) for w in rows], 2)
                 for part in (few.flatten(0, 1) for few in seen.split(max(1, most // len(weight))))
             ]
             pooled: torch.Tensor = self.power(torch.cat(features).transpose(1, 2).contiguous())
