@@ -325,10 +325,16 @@ def learner(result: dict[str, Any]) -> str:
     return ", ".join([result["optimizer"], *options])
 
 
+def readout_of(result: dict[str, Any]) -> set[str]:
+    """What was chosen of a readout that is trained by itself."""
+    return {part for part in shlex.split(result["command"]) if part.startswith("readout.")}
+
+
 def to_random(result: dict[str, Any], results: list[dict[str, Any]]) -> str:
-    """The paired difference to the random trunk, on the seeds and epochs that both have."""
+    """The paired difference to the random trunk with the same readout, on the seeds and epochs that both have."""
     for other in results:
         same = all(other.get(key) == result.get(key) for key in ("data", "model", "model_options", "epochs"))
+        same = same and readout_of(other) == readout_of(result)
         if other["optimizer"] == "random_trunk" and same and other is not result:
             theirs = dict(zip(other["seeds"], other["test_accuracy"], strict=True))
             pairs = zip(result["seeds"], result["test_accuracy"], strict=True)
