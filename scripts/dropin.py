@@ -36,6 +36,7 @@ from torch.nn.utils import parameters_to_vector
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import bioopt
+from experiments import models
 from experiments.data import load
 from experiments.statistics import interval
 
@@ -96,13 +97,13 @@ def cnn(norm: bool, channels: int, size: int) -> nn.Module:
     return nn.Sequential(*first, nn.MaxPool2d(2), *second, nn.MaxPool2d(2), nn.Flatten(), readout)
 
 
-def lenet5(activation: type[nn.Module], pool: type[nn.Module], channels: int, size: int) -> nn.Module:
-    """LeNet-5; the original has tanh and average pooling."""
+def lenet5(channels: int, size: int) -> nn.Module:
+    """LeNet-5 with tanh and average pooling."""
     return nn.Sequential(
-        *(nn.Conv2d(channels, 6, 5, padding=2), activation(), pool(2)),
-        *(nn.Conv2d(6, 16, 5), activation(), pool(2), nn.Flatten()),
-        *(nn.Linear(16 * ((size // 2 - 4) // 2) ** 2, 120), activation()),
-        *(nn.Linear(120, 84), activation(), nn.Linear(84, 10)),
+        *(nn.Conv2d(channels, 6, 5, padding=2), nn.Tanh(), nn.AvgPool2d(2)),
+        *(nn.Conv2d(6, 16, 5), nn.Tanh(), nn.AvgPool2d(2), nn.Flatten()),
+        *(nn.Linear(16 * ((size // 2 - 4) // 2) ** 2, 120), nn.Tanh()),
+        *(nn.Linear(120, 84), nn.Tanh(), nn.Linear(84, 10)),
     )
 
 
@@ -153,7 +154,7 @@ NETWORKS: dict[str, Network] = {
     "mlp_tanh": partial(mlp, nn.Tanh),
     "cnn": partial(cnn, False),
     "cnn_bn": partial(cnn, True),
-    "lenet5": partial(lenet5, nn.Tanh, nn.AvgPool2d),
+    "lenet5": lenet5,
     "vgg_bn": vgg,
     "residual_gn": residual,
     "resnet18": resnet18,
@@ -162,7 +163,7 @@ ORDINARY = list(NETWORKS)  # run by default; further ones where ``--networks`` n
 NETWORKS |= {
     "mlp_sigmoid": partial(mlp, nn.Sigmoid),
     "mlp_deep": deep,
-    "lenet5_relu": partial(lenet5, nn.ReLU, nn.MaxPool2d),
+    "lenet5_relu": lambda channels, size: models.lenet5((channels, size, size), 10),
     "cnn_pooled": pooled,
     "cnn_separable": separable,
 }

@@ -333,8 +333,8 @@ def readout_of(result: dict[str, Any]) -> set[str]:
 def to_random(result: dict[str, Any], results: list[dict[str, Any]]) -> str:
     """The paired difference to the random trunk with the same readout, on the seeds and epochs that both have."""
     for other in results:
-        same = all(other.get(key) == result.get(key) for key in ("data", "model", "model_options", "epochs"))
-        same = same and readout_of(other) == readout_of(result)
+        alike = all(other.get(key) == result.get(key) for key in ("data", "model", "model_options", "epochs"))
+        same = alike and readout_of(other) == readout_of(result)
         if other["optimizer"] == "random_trunk" and same and other is not result:
             theirs = dict(zip(other["seeds"], other["test_accuracy"], strict=True))
             pairs = zip(result["seeds"], result["test_accuracy"], strict=True)

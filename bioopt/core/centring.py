@@ -164,6 +164,4 @@ def _centred(gradient: Tensor, of_bias: Tensor, mean: Tensor) -> Tensor:
 
 def can_centre(synapse: Synapse) -> bool:
     """Whether a layer is torch's own, with a bias that learns."""
-    bias = synapse.bias
-    known = type(synapse.layer) in BUILT_IN
-    return known and bias is not None and bias.requires_grad and not synapse.fixed_bias and synapse.weight.requires_grad
+    return type(synapse.layer) in BUILT_IN and synapse.free_bias is not None and synapse.weight.requires_grad

@@ -260,8 +260,8 @@ class Regulator:
         bias = synapse.bias
         mean = mean - of_input if former is None else mean - of_input - former.to(mean.dtype)
         mean = torch.addcmul(expected(weight, level), gain, mean)
-        if bias is not None and has_own_bias(synapse) and rate:
-            bias.copy_(kept_mean(synapse) - mean)
+        if (free := synapse.free_bias) is not None and rate:
+            free.copy_(kept_mean(synapse) - mean)
             mean = torch.full_like(mean, kept_mean(synapse))
         elif bias is not None:
             mean = mean + bias.detach().to(mean.dtype)
@@ -269,14 +269,9 @@ class Regulator:
         return kept_in_place(level, new)
 
 
-def has_own_bias(synapse: Synapse) -> bool:
-    """Whether each neuron has a bias that may change."""
-    return synapse.bias is not None and synapse.bias.requires_grad and not synapse.fixed_bias
-
-
 def kept_mean(synapse: Synapse) -> float:
     """The mean at which neurons keep their activity."""
-    return MEAN if synapse.weight.ndim == 2 and has_own_bias(synapse) else 0.0
+    return MEAN if synapse.weight.ndim == 2 and synapse.free_bias is not None else 0.0
 
 
 def together(z: Tensor, channel: int, pools: int) -> Tensor:

@@ -112,9 +112,15 @@ class Synapse:
         """The number of separate pools of neurons (``groups`` of a convolution)."""
         return getattr(self.layer, "groups", 1)
 
+    @property
+    def free_bias(self) -> nn.Parameter | None:
+        """The bias of each neuron, unless it is missing, frozen or excluded."""
+        bias = self.bias
+        return bias if bias is not None and bias.requires_grad and not self.fixed_bias else None
+
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Weight and bias, without those that are missing, frozen or excluded."""
-        both = [(f"{self.name}.weight", self.weight), (f"{self.name}.bias", None if self.fixed_bias else self.bias)]
+        both = [(f"{self.name}.weight", self.weight), (f"{self.name}.bias", self.free_bias)]
         return [(name, p) for name, p in both if p is not None and p.requires_grad]
 
     def parameters(self) -> list[nn.Parameter]:

@@ -93,7 +93,8 @@ class WideBlock(nn.Sequential):
             # Rows of a multiple of 32 numbers, one after another, are multiplied fastest; and a bias that is the weight
             # of an input of 1 takes no pass of its own over all activities.
             unused = -(inputs + 1) % 32
-            seen = F.pad(torch.cat([patches, torch.ones_like(patches[..., :1])], 2), (0, unused))
+            seen = F.pad(patches, (0, 1 + unused))
+            seen[..., inputs] = 1
             weight = F.pad(torch.cat([weight, bias.to(kind).unsqueeze(1)], 1), (0, unused))
             width = x.shape[3] - self.patches.size + 1
             places = torch.eye(positions, device=x.device).view(positions, 1, -1, width)
