@@ -69,14 +69,17 @@ def softmax_(strength: Tensor, dim: int, loser_strength: float = 0.0) -> Tensor:
 
 
 @Kernel
-def shares(activity: Tensor, temperature: Tensor, loser_strength: Tensor) -> Tensor:
-    """`softmax_` of ``temperature * activity``, events × neurons, along the neurons and in the dtype of activity."""
+def shares(activity: Tensor, temperature: Tensor, loser_strength: Tensor, order: Tensor) -> Tensor:
+    """`softmax_` of ``temperature * activity``, events × neurons, along the neurons and in the dtype of activity.
+
+    ``order`` is ``n`` to 1 for ``n`` neurons: of those that lead together, the first wins. A compiler makes slow code of
+    it in here.
+    """
     strength = activity.float() * temperature
-    strength = (strength - strength.amax(1, keepdim=True)).clamp(min=-80)
-    power = strength.exp()
+    top = strength.amax(1, keepdim=True)
+    first = torch.where(strength == top, order, 0.0).amax(1, keepdim=True)
+    power = (strength - top).clamp(min=-80).exp()
     largest = power.sum(1, keepdim=True).reciprocal()
-    order = torch.arange(activity.shape[1], device=activity.device, dtype=torch.float32)
-    first = torch.where(strength == 0, order, float(activity.shape[1])).amin(1, keepdim=True)
     return torch.where(order == first, largest, -loser_strength * power * largest).to(activity.dtype)
 
 

@@ -353,8 +353,11 @@ class SoftHebb(LocalProductRule):
             channel = u.ndim + synapse.channel_dim
             last = u.movedim(channel, -1)
             rows = last.reshape(-1, last.shape[-1])
-            numbers = torch.tensor(float(t)), torch.tensor(1.0)
-            y = shares(rows, *numbers) if compiled else shares_in_half(rows, t, 1.0)
+            if compiled:
+                order = torch.arange(float(rows.shape[1]), 0, -1)
+                y = shares(rows, torch.tensor(float(t)), torch.tensor(1.0), order)
+            else:
+                y = shares_in_half(rows, t, 1.0)
             return y.view(last.shape).movedim(-1, channel)
         return compete(u, synapse, lambda pooled, dim: softmax_(pooled * t, dim, loser_strength=1.0))
 

@@ -65,7 +65,8 @@ def test_the_kernel_of_shares_is_the_softmax(dtype: torch.dtype) -> None:
     """Of neurons that are equal, one wins."""
     torch.manual_seed(0)
     activity = torch.randint(-9, 9, (200, 30)).to(dtype)
-    found = arithmetic.shares.function(activity, torch.tensor(0.5), torch.tensor(0.7))
+    order = torch.arange(30.0, 0, -1)
+    found = arithmetic.shares.function(activity, torch.tensor(0.5), torch.tensor(0.7), order)
     expected = arithmetic.softmax_(activity.float() * 0.5, 1, loser_strength=0.7)
     assert found.dtype == dtype
     if dtype == torch.bfloat16:
