@@ -214,7 +214,7 @@ class RankOnePerturbation(NoisyActivity):
         sizes = self._synapse_sizes[synapse]
         a = draw(weight.new_empty(size, len(weight))).mul_(sizes[0])
         b = draw(weight.new_empty(size, synapse.pools, weight[0].numel()))
-        c = draw(torch.empty_like(a)).mul_(sizes[1]) if bias is not None and bias.requires_grad else None
+        c = None if synapse.free_bias is None else draw(torch.empty_like(a)).mul_(sizes[1])
         return _Members(a, b, c, torch.zeros(size, dtype=torch.bool, device=weight.device), sizes)
 
 

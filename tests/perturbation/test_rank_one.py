@@ -106,3 +106,17 @@ def test_what_rank_one_perturbation_cannot_do_is_explained() -> None:
         bioopt.RankOnePerturbation(model, 0.1, sigma=0.1).step(lambda: model(torch.ones(6)).square().mean())
     with pytest.raises(ValueError, match="distribution='cauchy' must be one of normal, rademacher"):
         bioopt.RankOnePerturbation(model, 0.1, sigma=0.1, distribution="cauchy")
+
+
+def test_a_bias_that_does_not_learn_is_not_perturbed() -> None:
+    """However it is kept from learning, the estimates for all others are the same, bit for bit."""
+    model, other = mlp().double(), mlp().double()
+    other[0].bias.requires_grad_(False)
+    for network, options in ((model, {"exclude": ["0.bias"]}), (other, {})):
+        optimizer = bioopt.RankOnePerturbation(network, 0.1, sigma=0.1, seed=1, **options)
+        optimizer.estimate(lambda network=network: F.cross_entropy(network(X), Y, reduction="none"))
+    learned = {name: p.grad for name, p in model.named_parameters() if name != "0.bias"}
+    assert model[0].bias.grad is None
+    for name, p in other.named_parameters():
+        if p.requires_grad:
+            assert torch.equal(p.grad, learned[name])
