@@ -25,8 +25,9 @@ SMALLEST = 2**16  # entries of a tensor that repay the call of a compiled kernel
 def compile_kernels(mode: bool | str = True) -> None:
     """Compile the elementwise chains of large layers into one pass over memory each, on the CPU.
 
-    `SoftHebb` under ``torch.autocast("cpu", torch.bfloat16)`` gains most: a tenth to a fifth of a step of its network on
-    a CPU with AMX, and less where products take more of the time. The first step takes some ten seconds longer. Results are the same but for rounding.
+    `SoftHebb` under ``torch.autocast("cpu", torch.bfloat16)`` gains most: a tenth to a fifth of a step of its network
+    on a CPU with AMX, and less where products take more of the time. The first step takes some ten seconds longer.
+    Results are the same but for rounding.
 
     Args:
         mode: ``True``: compile; ``False``, the default of a process: do not; ``"auto"``: compile if there is a

@@ -72,8 +72,8 @@ def softmax_(strength: Tensor, dim: int, loser_strength: float = 0.0) -> Tensor:
 def shares(activity: Tensor, temperature: Tensor, loser_strength: Tensor, order: Tensor) -> Tensor:
     """`softmax_` of ``temperature * activity``, events × neurons, along the neurons and in the dtype of activity.
 
-    ``order`` is ``n`` to 1 for ``n`` neurons: of those that lead together, the first wins. A compiler makes slow code of
-    it in here.
+    ``order`` is ``n`` to 1 for ``n`` neurons: of those that lead together, the first wins. Computed in here, it would
+    keep the compiler from fast code.
     """
     strength = activity.float() * temperature
     top = strength.amax(1, keepdim=True)
