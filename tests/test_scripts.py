@@ -85,6 +85,7 @@ def test_the_picture_of_the_readme(call: Call, tmp_path: Path, monkeypatch: pyte
     for name in ("front.png", "front_narrow.png"):
         with Image.open(tmp_path / "docs" / name) as drawn, Image.open(ROOT / "docs" / name) as kept:
             assert drawn.size == kept.size
+            assert drawn.info["Description"] == kept.info["Description"], "run `python scripts/front_picture.py`"
 
 
 def test_generate_names_outdated_files_and_writes_them(
