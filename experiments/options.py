@@ -144,7 +144,12 @@ def _known() -> dict[str, Any]:
 
 
 def _loaded(path: Path) -> dict[str, Any]:
-    plain = OmegaConf.to_container(OmegaConf.load(path))
+    return _parsed(path.read_text("utf-8"))
+
+
+@functools.cache  # there are some fifty files, each read several times
+def _parsed(text: str) -> dict[str, Any]:
+    plain = OmegaConf.to_container(OmegaConf.create(text))
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
 

@@ -21,7 +21,7 @@ from os.path import relpath
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -192,14 +192,18 @@ def network_names() -> list[str]:
 
 def presets_of(name: str, networks: list[str]) -> dict[str, dict[str, Any]]:
     """The general options of an optimizer's file, and those of each network that has others."""
-    default = options_for(name, "")
-    found = {network: options_for(name, network) for network in networks}
+    config = OmegaConf.create({"optimizer": load(yaml_file(name)), "model": {"name": ""}, "seed": 0})
+    default = options_for(name, config)
+    found = {}
+    for network in networks:
+        config.model.name = network
+        found[network] = options_for(name, config)
     return {"default": default} | {network: options for network, options in found.items() if options != default}
 
 
-def options_for(name: str, network: str) -> dict[str, Any]:
-    """Keywords of a rule for one network, in a form that JSON can hold."""
-    config = OmegaConf.create({"optimizer": load(yaml_file(name)), "model": {"name": network}, "seed": 0})
+def options_for(name: str, config: DictConfig) -> dict[str, Any]:
+    """Keywords of a rule for the network of a configuration, in a form that JSON can hold."""
+    network = config.model.name
     resolved = plain(config.optimizer, resolve=True)
     options = {key: as_json(f"{name}.{key}", value) for key, value in resolved.items() if key not in OF_THE_RUN}
     parts = by_part((resolved.get("per_model") or {}).get(network) or {})

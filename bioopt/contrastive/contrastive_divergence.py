@@ -121,7 +121,7 @@ class ContrastiveDivergence(LocalRule):
         for synapse in synapses:
             self._rbms[synapse.layer] = machine = inside[synapse.layer]
             named: list[tuple[str, Tensor]] = [*synapse.named_parameters()]
-            if machine.visible_bias.requires_grad:
+            if machine.visible_bias.requires_grad and machine.visible_bias not in self._exclusion.params:
                 named.append((synapse.name.removesuffix("synapse") + "visible_bias", machine.visible_bias))
             chosen.append((synapse, named))
         return chosen

@@ -28,6 +28,7 @@ from torch.autograd import forward_ad
 
 from . import whitening
 from ._torch_private import in_dual_level
+from .errors import is_captured
 from .homeostasis import RATE, along_neurons, in_weight_form, kept_in_place
 from .products import over_events
 from .reach import weakly
@@ -56,11 +57,35 @@ class Centring:
         self, every: bool, apart: Collection[Any], strength: float, levels: Callable[[], dict[int, Level]]
     ) -> None:
         self._every, self._apart, self._strength, self._levels = every, apart, strength, weakly(levels)
+        self._spared: Callable[[], Callable[[Synapse], bool] | None] | None = None
         self._seen: dict[Synapse, dict[str, Tensor]] = {}  # sums over the events of this step
+        self._aside: dict[Synapse, dict[str, Tensor]] = {}  # likewise, from before `zero_grad`
+
+    def spare(self, spared: Callable[[Synapse], bool]) -> None:
+        """Leave out the whitening of layers for which a bound method, held weakly, returns ``True``."""
+        self._spared = weakly(spared)
+
+    def _whitens(self, synapse: Synapse) -> bool:
+        spared = self._spared() if self._spared is not None else None
+        return bool(self._strength) and not (spared is not None and spared(synapse))
 
     def clear(self) -> None:
         """Drop the firings since the last step."""
-        self._seen.clear()
+        self._seen, self._aside = {}, {}
+
+    def set_aside(self) -> None:
+        """Let the firings up to now, which `zero_grad` may have skipped, count only if no others follow."""
+        if self._every and self._seen:
+            self._seen, self._aside = {}, self._seen
+
+    def restoring(self) -> Callable[[], None]:
+        """A function that drops all firings but those of now."""
+        seen, aside = dict(self._seen), dict(self._aside)
+
+        def restore() -> None:
+            self._seen, self._aside = dict(seen), dict(aside)
+
+        return restore
 
     @torch.no_grad()
     def note(self, firing: Firing) -> None:
@@ -73,7 +98,7 @@ class Centring:
         if in_dual_level():
             x = forward_ad.unpack_dual(x).primal
         sums: dict[str, Tensor] = {}
-        if self._strength and synapse.weight.requires_grad:
+        if self._whitens(synapse) and synapse.weight.requires_grad:
             level = self._levels()().get(synapse.index)
             mean = None if level is None else in_weight_form(level["mean"], synapse)
             sums = whitening.moments(synapse, x, mean)
@@ -93,18 +118,20 @@ class Centring:
             levels: before it.
             add: replaces tensors by their sums over ranks that share the batch.
         """
-        seen = sorted(self._seen.items(), key=lambda item: item[0].index)
-        self._seen.clear()
+        seen = sorted((self._seen or self._aside).items(), key=lambda item: item[0].index)
+        self.clear()
         add([value for _, sums in seen for value in sums.values()])
         new = dict(levels)
-        for synapse, sums in seen:
+        for (synapse, sums), told in zip(seen, _tell([sums for _, sums in seen]), strict=True):
+            if not told:
+                continue
             mean = sums["total"] / sums["count"].clamp(min=1)
             level = levels.get(synapse.index)
             steps = 0 if level is None else level["steps"]
             rate = max(RATE, 1 / (1 + steps))
-            moved = mean if level is None else torch.lerp(level["mean"].to(mean.device), mean, rate)
+            moved = mean if level is None else torch.lerp(level["mean"].to(mean), mean, rate)
             own = {"mean": moved, "steps": steps + 1}
-            if self._strength:
+            if self._whitens(synapse):
                 own |= whitening.followed(sums, level, rate, self._strength, steps + 1, level is not None)
             new[synapse.index] = own if level is None else kept_in_place(level, own)
         return new
@@ -153,6 +180,15 @@ class Centring:
                     b.addmv_(change, mean[0])
                 else:
                     b.add_(change.mul_(mean).flatten(1).sum(1))
+
+
+def _tell(sums: list[dict[str, Tensor]]) -> list[bool]:
+    """Of each layer, whether it fired for any sample, and all that was seen is finite; in a CUDA graph, ``True``."""
+    if not sums or is_captured([sums[0]["total"]]):
+        return [True] * len(sums)
+    told = [torch.stack([s["count"] > 0, *(value.isfinite().all() for value in s.values())]).all() for s in sums]
+    found: list[bool] = torch.stack([one.to(told[0].device) for one in told]).tolist()
+    return found
 
 
 def _centred(gradient: Tensor, of_bias: Tensor, mean: Tensor) -> Tensor:

@@ -103,9 +103,7 @@ class Regulator:
     def standardised(self, firing: Firing, u: Tensor) -> Tensor:
         """``(u - m) / s`` by the levels of the last step, or in the first by those of the first firing."""
         synapse, channel = firing.synapse, u.ndim + firing.synapse.channel_dim
-        if synapse not in self._references:
-            self._references[synapse] = self._reference(synapse, u.detach(), channel)
-        mean, deviation = self._references[synapse]
+        mean, deviation = self._reference(synapse, u.detach(), channel)
         scale = along_channels(deviation.reciprocal(), synapse)
         return torch.sub(u.detach(), along_channels(mean, synapse)).mul_(scale)
 
@@ -138,21 +136,34 @@ class Regulator:
         return sums
 
     def _reference(self, synapse: Synapse, u: Tensor, channel: int) -> tuple[Tensor, Tensor]:
+        """The mean and the deviation by which the firings of this step are measured."""
+        if synapse in self._references:
+            return self._references[synapse]
         level = self.level(synapse)
         if level is not None:
-            mean = level["mean"].to(u.device)
-            return mean, moving(mean, level["variance"].to(u.device), synapse)[0]
-        if synapse in self._starts:
-            return self._starts[synapse]
-        u, size = in_full(u), u.shape[channel]
-        mean, count = over_events(u, channel), u.new_tensor(float(u.numel() // size))
+            mean = level["mean"].to(u.device, torch.promote_types(u.dtype, torch.float32))
+            found = mean, moving(mean, level["variance"].to(mean), synapse)[0]
+        elif synapse in self._starts:
+            found = self._starts[synapse]
+        else:
+            found = self._start(synapse, in_full(u), channel)
+            if not bool(torch.stack(found).isfinite().all()):  # of a batch that the loop may skip
+                return found
+        self._references[synapse] = found
+        return found
+
+    def _start(self, synapse: Synapse, u: Tensor, channel: int) -> tuple[Tensor, Tensor]:
+        """The mean and the deviation of the first firing; 0 and 1 of too few events."""
+        mean, count = over_events(u, channel), u.new_tensor(float(u.numel() // u.shape[channel]))
         self._sum()([mean, count])
         if count < EVENTS:
-            return u.new_zeros(size), u.new_ones(size)
+            return torch.zeros_like(mean), torch.ones_like(mean)
         mean /= count
         variance = over_events((u - along_channels(mean, synapse)).square(), channel)
         self._sum()([variance])
         deviation, still = moving(mean, variance.div_(count), synapse)
+        if not bool((mean + variance).isfinite().all()):
+            return mean + variance, deviation
         if bool(still.all()) and synapse not in self._still:
             self._still.add(synapse)
             warn(
@@ -174,10 +185,10 @@ class Regulator:
             mean, deviation = self._starts.get(synapse, (torch.zeros_like(shift), torch.ones_like(shift)))
             variance = torch.zeros_like(mean)  # which has no weight in the first step
         else:
-            mean = level["mean"].to(shift.device)
-            variance = level["variance"].to(shift.device)
+            mean = level["mean"].to(shift)
+            variance = level["variance"].to(shift)
             known = self._references.get(synapse)
-            deviation = moving(mean, variance, synapse)[0] if known is None else known[1].to(mean.device)
+            deviation = moving(mean, variance, synapse)[0] if known is None else known[1].to(mean)
         steps = 0 if level is None else level["steps"]
         constant = self._constant(n, mean, shift, square, deviation, synapse)
         if constant is not None and steps < 1 / RATE and bool(constant.all()):
@@ -193,7 +204,7 @@ class Regulator:
         if "input" in sums.values:
             own = in_weight_form(sums.values["input"] / sums.values["inputs"], synapse)
             before = None if level is None else level.get("input")
-            new["input"] = own if before is None else torch.lerp(before.to(own.device), own, r)
+            new["input"] = own if before is None else torch.lerp(before.to(own), own, r)
         elif level is not None and "input" in level:
             new["input"] = level["input"]
         if strength:
@@ -240,7 +251,7 @@ class Regulator:
         """``fresh``, unless another level was loaded since."""
         if fresh.level is level:
             return fresh
-        mean, variance = (level[name].to(synapse.weight.device) for name in ("mean", "variance"))
+        mean, variance = (level[name].to(fresh.level[name]) for name in ("mean", "variance"))
         return Fresh(level, fresh.rate, *moving(mean, variance, synapse))
 
     def _regulate(self, synapse: Synapse, fresh: Fresh, norm: Tensor, of_input: Tensor, former: Tensor | None) -> Level:

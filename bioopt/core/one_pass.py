@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from .probe import Probe
-from .rule import Estimate, LearningRule
+from .rule import Estimate, LearningRule, optional
 
 __all__ = ["OnePass"]
 
@@ -27,6 +27,13 @@ class OnePass(LearningRule):
     @abstractmethod
     def collect(self, losses: Tensor | None = None) -> tuple[dict[Tensor, Tensor], dict[str, Any]]:
         """As `LearningRule.collect`."""
+
+    @optional
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch; of the presynaptic activity from before, nothing counts that another pass follows."""
+        super().zero_grad(set_to_none)
+        if self._centring is not None:
+            self._centring.set_aside()
 
     def _estimate(self, probe: Probe) -> Estimate:
         self.begin()

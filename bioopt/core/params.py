@@ -175,6 +175,6 @@ def whole_of(rule: str, params: Any, excluded: Exclusion) -> tuple[list[tuple[st
 def no_plastic_layer(rule: str) -> str:
     """The message about a model without plastic layers."""
     return (
-        f"{rule}: the model has no plastic layer: no Linear, Conv1d, Conv2d or Conv3d (or a type given to "
-        "bioopt.register_synapse) whose weight has requires_grad=True"
+        f"{rule}: the model has no plastic layer, or one of its param groups has none: no Linear, Conv1d, Conv2d or "
+        "Conv3d (or a type given to bioopt.register_synapse) whose weight has requires_grad=True"
     )

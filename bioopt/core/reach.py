@@ -356,7 +356,11 @@ def leaves_behind(value: Tensor) -> set[Tensor]:
 def detached(value: Tensor) -> Tensor:
     """A tensor without its graph, but with its forward-mode tangent."""
     tangent = forward_ad.unpack_dual(value).tangent
-    return value.detach() if tangent is None else forward_ad.make_dual(value.detach(), tangent.detach())
+    if tangent is None:
+        return value.detach()
+    # Under autocast, an affine normalisation gives a tangent in single precision for an output in half precision.
+    dual: Tensor = forward_ad.make_dual(value.detach(), tangent.detach().to(value.dtype))
+    return dual
 
 
 def weakly(call: Any) -> Any:

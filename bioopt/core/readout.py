@@ -14,7 +14,14 @@ from . import curvature
 from .acts import Isolated, cut, detached, isolate
 from .constraints import NON_NEGATIVE, require_in_range, require_labels
 from .homeostasis import EVENTS, RATE, Level, along_neurons, in_weight_form, kept_in_place
-from .params import GradientOptions, RuleOptions, named_modules_of, no_plastic_layer, surveyed
+from .params import (
+    GradientOptions,
+    RuleOptions,
+    learning_parameters_of,
+    named_modules_of,
+    no_plastic_layer,
+    surveyed,
+)
 from .products import in_full, over_events, squares_over_events
 from .reach import Pending, Reach, weakly
 from .recorder import Firing
@@ -120,6 +127,7 @@ class Readout:
         excluded: Exclusion,
         choice: ReadoutChoice,
         require_trainable: Callable[[list[dict[str, Any]], list[Survey]], None],
+        whole: bool = False,
     ) -> list[dict[str, Any]]:
         """The groups of a rule with one more for each readout.
 
@@ -129,6 +137,7 @@ class Readout:
             excluded: what to leave alone.
             choice: what the user has chosen.
             require_trainable: the rule's own check of all other layers.
+            whole: whether the rule trains all parameters of a module, not those of synapses alone.
 
         Raises:
             ValueError: a readout that is not there, or is excluded; no layer besides it.
@@ -150,7 +159,7 @@ class Readout:
         if not everything:
             unwatchable = [other for _, others in surveys for other in others]
             raise ValueError(refusal(name, unwatchable) if unwatchable else no_plastic_layer(name))
-        if choice.layer is None and excluded.layers:
+        if choice.layer is None and (excluded.layers or excluded.params):
             self._require_last_included(given, everything, excluded)
         readouts = self._chosen(everything, choice.layer)
         self.layers = {s.layer: s for s in readouts}
@@ -162,7 +171,12 @@ class Readout:
                 f"{name}: the only plastic layer, {only}, so that no layer is left to {name}: give a deeper model, or "
                 "readout=None"
             )
-        kept = [g for g, s in zip(groups, synapses, strict=True) if any(x.layer not in self.layers for x in s)]
+        kept = [
+            group
+            for group, found in zip(groups, synapses, strict=True)
+            if any(s.layer not in self.layers for s in found)
+            or (whole and self.left_over(learning_parameters_of(group["params"], excluded)))
+        ]
         for one in readouts:
             home, near = next((g, f) for g, f in zip(groups, synapses, strict=True) if one in f)
             rate = choice.lr
@@ -201,7 +215,7 @@ class Readout:
     ) -> None:
         """Raise where the layer that would be the readout is excluded."""
         last = [synapse for prefix, module in given for synapse in survey(module, prefix)[0]][-1]
-        if last.layer in excluded.layers:
+        if last.layer in excluded.layers or last.weight in excluded.params:
             raise ValueError(
                 f"{self._rule}: exclude leaves out '{last.name}', the last layer, which would be the readout. Name "
                 f"another by readout_layer='{synapses[-1].name}', or write readout=None"
@@ -406,7 +420,7 @@ def _input_sums(firing: Firing, level: Level | None) -> Sums:
         along = total.new_zeros(len(total), min(COMPONENTS, len(total)))
     else:
         mean, power = _moments(level, firing.synapse.bias is not None)
-        rows = (x.movedim(channel, -1).flatten(0, -2) - mean.to(x)) / power.to(x).sqrt()
+        rows = (x.movedim(channel, -1).reshape(-1, len(total)) - mean.to(x)) / power.to(x).sqrt()
         along = (rows.mT @ (rows @ level["components"].to(x))).to(x.dtype)  # which autocast rounds
     sums = {"input": total, "square": square, "along": along, "moved": curvature.moved(firing, level)}
     return Sums(sums, {"events": x.numel() // len(total)})
@@ -447,11 +461,11 @@ def _followed(level: Level | None, sums: Sums, count: float, synapse: Synapse, g
             "varies": varies,
             **{"eigenvalues": mean.new_zeros(components.shape[1]), **bent},
         }
-    known, components, eigenvalues = (level[name].to(mean.device) for name in ("mean", "components", "eigenvalues"))
+    known, components, eigenvalues = (level[name].to(mean) for name in ("mean", "components", "eigenvalues"))
     shift = mean - known
     # One step of subspace iteration, with the running covariance within the subspace and that of this batch.
     found, triangle = torch.linalg.qr(torch.lerp(components * eigenvalues, along, first))
-    variance = level["variance"].to(mean.device)
+    variance = level["variance"].to(mean)
     varied = torch.lerp(variance, of_batch, r) + r * (1 - r) * shift.square()
     new = {
         "mean": known + r * shift,

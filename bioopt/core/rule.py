@@ -127,6 +127,8 @@ class LearningRule(ModelGroups, Optimizer):
     shares_pass: ClassVar[bool] = False
     #: whether its layers descend a gradient, on centred presynaptic activity unless an option says otherwise
     centres_inputs: ClassVar[bool] = False
+    #: whether it trains all parameters of the modules it is given, not those of synapses alone
+    trains_whole_modules: bool = False
     #: whether its updates of all layers are in proportion to the loss, as `torch.amp.GradScaler` needs it
     scales_with_loss: ClassVar[bool] = True
 
@@ -171,6 +173,7 @@ class LearningRule(ModelGroups, Optimizer):
                 momentum=given_options.get("momentum", MOMENTUM),
             ),
             lambda groups, surveys: self._require_trainable(groups, surveys, defaults),
+            self.trains_whole_modules,
         )
         centre = self.centres_inputs if centre_inputs is None else centre_inputs
         self._require_bool("centre_inputs", centre)
@@ -210,7 +213,12 @@ class LearningRule(ModelGroups, Optimizer):
             raise TypeError(f"{name}(descent={descent.__name__}): {error}") from None
         # Steps on standardised activity have the right length for SGD, whatever makes those of the other layers.
         of_sgd = SGD([torch.zeros(1)], **{key: own_defaults[key] for key in SHARED if key in own_defaults}).defaults
-        groups = [{**of_sgd, **group} if group.get("standardised") else group for group in groups]
+        for i, group in enumerate(groups):
+            if group.get("standardised"):
+                decay = group.get("weight_decay", of_sgd["weight_decay"])
+                if "weight_decay" not in (readout_options or {}):  # given for steps of the other layers' length
+                    decay *= defaults["lr"] / group["lr"] * (1 - group["momentum"])
+                groups[i] = {**of_sgd, **group, "weight_decay": decay}
         super().__init__(groups, {**own_defaults, **defaults, "readout": None, "standardised": False, PACKED: None})
         self._one_rate = bool(self._rates_alike())  # by the user's choice, or after a warning
         self._descent = descent([{"params": group["params"]} for group in self.param_groups], **options)
@@ -317,7 +325,7 @@ class LearningRule(ModelGroups, Optimizer):
     def _estimate_once(self, closure: Closure | None) -> Any:
         loss: Any = None
         self._estimated = False
-        self._undo += [self._recorder.restoring(), restoring_grad_mode()]
+        self._undo += [self._recorder.restoring(), restoring_grad_mode(), self._forget_inputs]
         self._coverage.require_same_parameters()
         if closure is None:
             grads, own_state = self.collect()
@@ -402,12 +410,14 @@ class LearningRule(ModelGroups, Optimizer):
             group["params"] = self._readout.left_over(named)
             synapses = [s for s in synapses if s.layer not in self._readout.layers]
         self._require_real(group["params"])
-        super().add_param_group(group)
+        if group["params"] or not modules:
+            super().add_param_group(group)
         for synapse in synapses:
             synapse.group = len(self.param_groups) - 1
             self._recorder.watch(synapse)
         self._known.roots.update({module: None for _, module in modules})
-        self._coverage.add(modules, self.param_groups[-1]["params"], watched=bool(synapses))
+        learning = self.param_groups[-1]["params"] if group["params"] else []
+        self._coverage.add(modules, learning, watched=bool(synapses))
         if hasattr(self, "_descent"):  # a group that is added later
             self._own_for(synapses)
 

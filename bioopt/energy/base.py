@@ -188,7 +188,7 @@ class EnergyRule(LearningRule):
                 for i in wiring.hidden
             ]
         found = evaluation.gradients(terms, wiring.outputs, of, nudge * samples, retain)
-        total = evaluation.losses.mean() * (nudge * samples) + sum(term.detach() for term in terms)
+        total = evaluation.loss * (nudge * samples) + sum(term.detach() for term in terms)
         return total / samples, found
 
     # -- relaxation ---------------------------------------------------------------------------------------------
@@ -313,6 +313,8 @@ class EnergyRule(LearningRule):
         wired, name = self._wired, type(self).__name__
         steps = min((len(descent.done.energy) for descent in self._descents if descent.done.nudge), default=0)
         if self._looked or steps > len(wired.hidden):
+            return
+        if not any(gradient.any() for gradient in grads.values()):  # as from an empty batch, which tells nothing
             return
         self._looked = True
         layers = dict.fromkeys(wired.synapses[i] for i in wired.hidden)

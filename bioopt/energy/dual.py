@@ -144,7 +144,7 @@ class DualPropagation(EnergyRule):
         found = self._slopes(evaluation, errors, [evaluation.leaves[i] for i in hidden])
         predictions = {i: evaluation.predictions[i].detach().to(errors[i]) for i in hidden}
         slopes = {i: g for i, g in zip(hidden, found, strict=True) if g is not None}
-        return _Side(evaluation.losses.mean(), predictions, slopes)
+        return _Side(evaluation.loss, predictions, slopes)
 
     def _slopes(self, evaluation: Evaluation, errors: dict[int, Tensor], of: Sequence[Tensor]) -> list[Tensor | None]:
         """The gradients of the nudged loss, and of minus what the errors of layers pull their predictions by."""

@@ -178,7 +178,7 @@ class PredictiveCoding(EnergyRule):
             gradients = [e / p if g is None else e / p + g for e, p, g in zip(errors, powers, found, strict=True)]
             norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
             energy = sum((e.square().sum() / p for e, p in zip(errors, powers, strict=True)), torch.zeros(())) / 2
-            done.energy.append(float(energy / samples + evaluation.losses.mean()))
+            done.energy.append(float(energy / samples + evaluation.loss))
             done.residual.append(float(norm) / samples**0.5)
             errors = [self._moved(i, e, g) for i, e, g in zip(hidden, errors, gradients, strict=True)]
         params = self._of_model()
@@ -233,7 +233,7 @@ class PredictiveCoding(EnergyRule):
             own = [errors[i] / self._powers[i] for i in hidden]
             gradients = {i: e if g is None else e + g for i, e, g in zip(hidden, own, found, strict=True)}
             energy = sum((e.square().sum() / self._powers[i] for i, e in errors.items()), torch.zeros(())) / 2
-            errors = self._step(descent, evaluation, energy / samples + evaluation.losses.mean(), errors, gradients)
+            errors = self._step(descent, evaluation, energy / samples + evaluation.loss, errors, gradients)
             if step < self.steps - 1:
                 evaluation = self._with_errors(run, errors)
         # States cut the network, so that each layer's weights learn from its own error alone.

@@ -151,9 +151,14 @@ class Evaluation:
         return found
 
     def samples(self, wiring: Wiring) -> int:
-        """The number of samples at the first output."""
+        """The number of samples at the first output; 1 for none, so that sums over them can be divided by it."""
         u, synapse = self.predictions[wiring.outputs[0]], self.synapses[wiring.outputs[0]]
-        return synapse.samples(u)
+        return max(synapse.samples(u), 1)
+
+    @property
+    def loss(self) -> Tensor:
+        """The mean loss; 0 of no samples."""
+        return self.losses.mean() if self.losses.numel() else self.losses.sum()
 
 
 def _leaves_behind(u: Tensor, numbers: dict[Tensor, int]) -> set[int]:

@@ -15,6 +15,7 @@ from ..core.constraints import require_labels
 from ..core.params import Params
 from ..core.products import along_channels
 from ..core.recorder import Firing
+from ..core.rows import Rows
 from ..core.rule import optional
 from ..core.synapse import Synapse
 from .base import OwnedFeedback, RandomFeedback, RandomOptions
@@ -47,6 +48,7 @@ class DirectFeedback(RandomFeedback):
         **options: Unpack[RandomOptions],
     ) -> None:
         self._error: Tensor | None = None  # at the output, samples × ... × outputs, in the backward pass
+        self._error_rows: Rows | None = None  # the samples that the output ran on; none: all
         super().__init__(params, lr, own=own, **options)
         if readout_layer is not None:
             self._readout_synapse = self._found(readout_layer, "readout_layer")
@@ -63,8 +65,10 @@ class DirectFeedback(RandomFeedback):
     @optional
     def feedback_of(self, firing: Firing) -> Callable[[Tensor], Tensor]:
         """`feedback`, in the memory format of the layer's input."""
-        synapse, x_shape, last = firing.synapse, firing.x.shape, channels_last(firing.x)
-        return lambda g: self._sent(synapse, self._error_at(synapse, g), x_shape, last)
+        synapse, x_shape, last, rows = firing.synapse, firing.x.shape, channels_last(firing.x), firing.rows
+        return lambda g: self._sent(
+            synapse, self._on_rows(synapse, self._error_at(synapse, g, rows), rows), x_shape, last
+        )
 
     @torch.no_grad()
     def feedback_weights(self) -> dict[str, Tensor]:
@@ -83,7 +87,7 @@ class DirectFeedback(RandomFeedback):
 
     def begin(self) -> None:
         """Start an evaluation that alone will count."""
-        self._error = None
+        self._error = self._error_rows = None
         super().begin()
 
     def _found(self, layer: str | nn.Module, option: str) -> Synapse:
@@ -97,17 +101,35 @@ class DirectFeedback(RandomFeedback):
             f"{', '.join(self.layers())}"
         )
 
-    def _error_at(self, synapse: Synapse, g: Tensor) -> Tensor:
-        """The error at the output, samples × ... × outputs; ``g``: that at the layer's own output."""
+    def _error_at(self, synapse: Synapse, g: Tensor, rows: Rows | None = None) -> Tensor:
+        """The error at the output, samples × ... × outputs.
+
+        Args:
+            synapse: a layer that the error has reached.
+            g: the error at the layer's own output.
+            rows: the samples that the layer ran on; ``None``: all.
+        """
         output = self._output
         if synapse is output:
-            self._error = g.movedim(output.channel_dim, -1)
+            self._error, self._error_rows = g.movedim(output.channel_dim, -1), rows
         if self._error is None:
             raise RuntimeError(
                 f"{type(self).__name__}: the error has reached layer '{synapse.name}' before the readout "
                 f"'{output.name}': name the layer that gives the network's output, readout_layer='...'"
             )
         return self._error
+
+    def _on_rows(self, synapse: Synapse, signal: Tensor, rows: Rows | None) -> Tensor:
+        """The part of ``signal``, of all samples, that belongs to those that a layer ran on."""
+        if rows is self._error_rows:
+            return signal
+        if self._error_rows is not None or rows is None or len(signal) != rows.count:
+            raise RuntimeError(
+                f"{type(self).__name__}: layer '{synapse.name}' and the readout '{self._output.name}' ran on different "
+                f"samples, and the error there has the shape {tuple(signal.shape)}: its first dimension must be the "
+                "sample, and the readout must run on all of them (behind bioopt.nn.Gate, not in a pathway)"
+            )
+        return signal[rows.index]
 
     def _matched(self, synapse: Synapse, signal: Tensor, x_shape: torch.Size) -> Tensor:
         """``signal`` for each sample, or for each element of a sequence where the layer's input has as many."""
@@ -220,11 +242,12 @@ class DRTP(DirectFeedback):
 
     def feedback_of(self, firing: Firing) -> Callable[[Tensor], Tensor]:
         """The target of this forward pass."""
-        synapse, x_shape, last, target = firing.synapse, firing.x.shape, channels_last(firing.x), self.target
+        synapse, x_shape, last, rows = firing.synapse, firing.x.shape, channels_last(firing.x), firing.rows
+        target = self.target
 
         def feedback(g: Tensor) -> Tensor:
-            error = self._error_at(synapse, g)
-            return self._sent(synapse, self._signal(target, error), x_shape, last)
+            signal = self._signal(target, self._error_at(synapse, g, rows))
+            return self._sent(synapse, self._on_rows(synapse, signal, rows), x_shape, last)
 
         return feedback
 
@@ -248,7 +271,36 @@ class DRTP(DirectFeedback):
 
 
 class LearnedDirectFeedback(OwnedFeedback, DirectFeedback):
-    """Direct feedback by weights that are parameters of the rule's own, and learn."""
+    """Direct feedback by weights that are parameters of the rule's own, and learn.
+
+    Args:
+        params: as in `DirectFeedback`.
+        lr: learning rate of ``descent``, by default `torch.optim.Adam`.
+        readout_layer: as in `DirectFeedback`.
+        own: as in `FeedbackRule`.
+        options: as in `RandomFeedback`.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float,
+        *,
+        readout_layer: str | nn.Module | None,
+        own: dict[str, Any],
+        **options: Unpack[RandomOptions],
+    ) -> None:
+        self._added: set[Tensor] = set()  # feedback weights whose .grad is of the passes since the last step
+        super().__init__(params, lr, readout_layer=readout_layer, own=own, **options)
+
+    def collect(self, losses: Tensor | None = None) -> tuple[dict[Tensor, Tensor], dict[str, Any]]:
+        """As `FeedbackRule.collect`; feedback weights learn from the passes since the last step alone."""
+        for weights in self._owned.modules.parameters():
+            if weights not in self._added:  # its .grad is of the last step: model.zero_grad() does not know it
+                weights.grad = None
+        collected = super().collect(losses)
+        self._added.clear()
+        return collected
 
     def _own(self, synapse: Synapse) -> Tensor:
         """The feedback weights of a layer whose shape is known, drawn at their first use."""
@@ -266,10 +318,15 @@ class LearnedDirectFeedback(OwnedFeedback, DirectFeedback):
         return weights
 
     def _add_product(self, synapse: Synapse, error: Tensor, x: Tensor) -> None:
-        """Add that of the error and the activity to the gradient, which `zero_grad` drops like any other."""
+        """Add that of the error and the activity to the gradient, which `zero_grad` drops like any other.
+
+        The first product after a step takes the place of that step's gradient.
+        """
         signal, weights = self._matched(synapse, error, x.shape).flatten(0, -2), self.own_weights(synapse)
-        product = (signal.T @ x.reshape(len(signal), -1).to(signal.dtype)).view_as(weights).to(weights.dtype)
-        weights.grad = product if weights.grad is None else weights.grad + product
+        inputs = x.reshape(len(signal), weights.shape[1:].numel()).to(signal.dtype)
+        product = (signal.T @ inputs).view_as(weights).to(weights.dtype)
+        weights.grad = product if weights.grad is None or weights not in self._added else weights.grad + product
+        self._added.add(weights)
 
     def _pair_at_output(self, grads: dict[Tensor, Tensor]) -> None:
         """Let the feedback weights of the last layer change as its forward weights do, where they have one shape."""
@@ -330,10 +387,10 @@ class DirectKolenPollack(LearnedDirectFeedback):
 
     def feedback_of(self, firing: Firing) -> Callable[[Tensor], Tensor]:
         """Also add to the gradient of the feedback weights."""
-        synapse, x = firing.synapse, firing.x.detach()
+        synapse, x, rows = firing.synapse, firing.x.detach(), firing.rows
 
         def feedback(g: Tensor) -> Tensor:
-            error = self._error_at(synapse, g)
+            error = self._on_rows(synapse, self._error_at(synapse, g, rows), rows)
             returned = self._sent(synapse, error, x.shape, channels_last(x))
             self._add_product(synapse, error, x if synapse is self._output else self._less_its_mean(synapse, x))
             return returned

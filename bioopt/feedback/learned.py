@@ -65,6 +65,8 @@ class KolenPollack(OwnedFeedback, LayerwiseFeedback):
 
     def learn_feedback(self, grads: dict[Tensor, Tensor], state: dict[str, Any]) -> None:
         """The gradient of the forward weights, and the decay of both."""
+        for weights in self._owned.modules.parameters():  # of the last step: model.zero_grad() does not know it
+            grads.pop(weights, None)
         for synapse in self._returned:  # where no error returns, feedback weights are of no use
             if synapse.weight in grads:
                 grads[self.own_weights(synapse)] = grads[synapse.weight]
@@ -130,7 +132,9 @@ class WeightMirror(LayerwiseFeedback):
     def weights_of(self, synapse: Synapse) -> Tensor:
         """The state, once it has learned; before that, random weights."""
         learned: dict[int, Tensor] = self._own_state["feedback"]
-        return learned[synapse.index] if synapse.index in learned else self._drawn(synapse)
+        if synapse.index in learned:
+            return learned[synapse.index].to(synapse.weight.device)  # a checkpoint may have left it elsewhere
+        return self._drawn(synapse)
 
     def learn_feedback(self, grads: dict[Tensor, Tensor], state: dict[str, Any]) -> None:
         """One step of every layer that an error returned through."""

@@ -103,6 +103,8 @@ class BlockRule(LearningRule):
         self._blocks: dict[Synapse, Block] = {}
         self._mine: set[Tensor] = set()
         self._counted: list[Share] = []  # since the last step
+        # In a further pass: layers that inputs of the network entered, these, and what the layers received in place.
+        self._inputs: list[tuple[Synapse, Tensor, Tensor]] = []
         self._checked: Tensor | None = None  # the last target whose labels were found to be in range
         self._warned_of: set[Block] = set()
         super().__init__(params, {"lr": lr, **(own or {})}, readout=readout, **options)
@@ -228,11 +230,6 @@ class BlockRule(LearningRule):
         """None for an input of the network."""
         return Gates() if x.grad_fn is None else gates_behind(x.grad_fn, self._recorder.reach)
 
-    def _follows_a_block(self, x: Tensor) -> bool:
-        """Whether an activity depends on that of a block; not so inputs of the network."""
-        behind = self._gates_behind(x)
-        return bool(behind.open or behind.shut)
-
     def _enter(self, synapse: Synapse, x: Tensor) -> Tensor:
         if in_backward():  # activation checkpointing runs the layer again
             return detached(x)
@@ -337,11 +334,12 @@ class BlockRule(LearningRule):
                 "it: call loss.backward() before step(), or give step() a closure that returns the loss"
             )
         try:
-            grads = self._local_gradients()
+            silent = self._silent()  # in evaluation mode, inside the graph of the block that reaches past them
+            grads = {p: g for p, g in self._local_gradients().items() if p not in silent}
             of_synapses = {p for s in recorder.synapses.values() for p in s.parameters()}
             of_readout = {*self._readout.parameters()}
             for p, g in from_loss.items():
-                if p in of_readout:
+                if p in of_readout or p in silent:
                     continue
                 if p not in grads:
                     grads[p] = g

@@ -87,7 +87,6 @@ class LocalContrastive(LocalGradientRule):
         self._noise = NoiseSource()
         # In a step, of the ordinary pass, in the order in which blocks end.
         self._remembered: dict[Block, list[Tensor]] | None = None
-        self._viewed: list[tuple[Tensor, Tensor]] = []  # inputs, and views of them
         super().__init__(params, lr, own={"temperature": temperature, "pool": pool}, readout=readout, **options)
         self._own_state = {"step": 0}
         self._recorder.act(self._receive, self._leave)
@@ -119,21 +118,18 @@ class LocalContrastive(LocalGradientRule):
             return self._in_passes(probe, [1])
         finally:
             self._remembered = None
-            self._viewed.clear()
 
-    def _receive(self, synapse: Synapse, x: Tensor) -> Tensor:
-        """What a layer receives: in the second pass, views of the inputs of the network."""
-        is_view = self._phase and not self._follows_a_block(x)  # before the block ends
-        x = self._enter(synapse, x)
-        return self._view(x, synapse) if is_view else x
+    def _in_place_of(self, x: Tensor, synapse: Synapse, hidden: bool) -> Tensor:
+        """Inputs are replaced by views of them."""
+        return x if hidden else self._view(x, synapse)
 
     def _view(self, x: Tensor, synapse: Synapse) -> Tensor:
         """The view of an input, the same for all layers that it enters."""
-        for seen, view in self._viewed:
-            if seen is x:
-                return view
+        known = {id(seen): view for _, seen, view in self._inputs}
+        if id(x) in known:
+            return known[id(x)]
         if self.views is None:
-            counts = self._own_state["step"], self._ranks[0], len(self._viewed)
+            counts = self._own_state["step"], self._ranks[0], len(known)
             view = view_of(x, synapse.channel_dim, self._noise.stream(x.device, self.seed, *counts))
         else:
             view = self.views(x)
@@ -143,5 +139,4 @@ class LocalContrastive(LocalGradientRule):
                     f"LocalContrastive: views= returned {what} for inputs of shape {tuple(x.shape)}; it must return "
                     "others of the same shape"
                 )
-        self._viewed.append((x, view))
         return view

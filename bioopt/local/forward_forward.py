@@ -121,12 +121,8 @@ class ForwardForward(LocalGradientRule):
         threshold, neurons = self.param_groups[block.synapses[0].group]["threshold"], h.shape[channel_dim]
         return F.softplus(self._phase * neurons * (threshold - goodness(h))).mean()
 
-    def _receive(self, synapse: Synapse, x: Tensor) -> Tensor:
-        """What a layer receives: inputs carry labels, activity is normalised."""
-        if not self._phase:
-            return self._enter(synapse, x)
-        hidden = self._follows_a_block(x)  # before the block ends
-        x = self._enter(synapse, x)
+    def _in_place_of(self, x: Tensor, synapse: Synapse, hidden: bool) -> Tensor:
+        """Inputs carry labels, or are negative ones of the user's own; activity is normalised."""
         if hidden:
             return normalised(x)
         if self._phase > 0:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from ..core._torch_private import in_backward
 from ..core.one_pass import OnePass
 from ..core.params import named_modules_of, whole_of
 from ..core.probe import Probe
 from ..core.reach import Gates
-from ..core.rule import Estimate
+from ..core.rule import Estimate, optional
 from ..core.sums import add_up
 from ..core.synapse import Synapse
 from .base import BlockRule
@@ -31,6 +32,8 @@ class LocalGradientRule(BlockRule):
 
     Arguments, attributes and errors are those of `BlockRule`.
     """
+
+    trains_whole_modules = True
 
     @abstractmethod
     def local_loss(self, block: Block, h: Tensor, channel_dim: int) -> Tensor | None:
@@ -63,6 +66,28 @@ class LocalGradientRule(BlockRule):
             grads = torch.autograd.grad(loss, learning, retain_graph=True, allow_unused=True)
         return {p: g for p, g in zip(learning, grads, strict=True) if g is not None}
 
+    @optional
+    def _in_place_of(self, x: Tensor, synapse: Synapse, hidden: bool) -> Tensor:
+        """What a layer receives in a further pass in place of an input of the network, or of hidden activity."""
+        return x
+
+    def _receive(self, synapse: Synapse, x: Tensor) -> Tensor:
+        """What a layer receives, in rules of several passes."""
+        if not self._phase:
+            return self._enter(synapse, x)
+        if in_backward():  # activation checkpointing runs the layer again, where no gates tell what is an input
+            for at, seen, given in self._inputs:
+                if at is synapse and _equal(seen, x):
+                    return given
+            return self._in_place_of(self._enter(synapse, x), synapse, hidden=True)
+        behind = self._gates_behind(x)  # before the block ends
+        hidden = bool(behind.open or behind.shut)
+        x = self._enter(synapse, x)
+        given = self._in_place_of(x, synapse, hidden)
+        if not hidden:
+            self._inputs.append((synapse, x, given))
+        return given
+
     def _in_passes(self, probe: Probe, phases: Sequence[int]) -> Estimate:
         """An ordinary pass, from which the readout learns, and further passes, from which the blocks learn.
 
@@ -78,14 +103,21 @@ class LocalGradientRule(BlockRule):
         try:
             for self._phase in phases:
                 self.begin()
+                self._inputs.clear()
                 probe.gradients(self.gradient_parameters(), anchors)
                 add_up(grads, self._local_gradients().items())
         finally:
             self._phase = 0
+            self._inputs.clear()
         for p, gradient in of_readout.items():
             p.grad = gradient
         self._counted = [*blocks, Share((), grads, at_once=False)]
         return losses, *self._gathered(losses)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors, which may be of different kinds, have the same values."""
+    return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device) and torch.equal(a, b)
 
 
 class LocalLossRule(LocalGradientRule, OnePass):

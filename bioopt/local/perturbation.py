@@ -289,7 +289,7 @@ class LocalPerturbation(BlockRule):
             s = self._signal(noisy, slopes)
             params = noisy.synapse.parameters()
             add_up(grads, zip(params, torch.autograd.grad(noisy.u, params, s), strict=True))
-        return {p: g / len(h) for p, g in grads.items() if p.requires_grad}
+        return {p: g / max(len(h), 1) for p, g in grads.items() if p.requires_grad}
 
     def _ended(self, pending: list[Pending]) -> list[Noisy]:
         """The firings of blocks that end, above and below, in the order in which they fired."""

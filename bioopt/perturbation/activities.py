@@ -78,7 +78,8 @@ class NodePerturbation(NoisyActivity):
         samples: :math:`S`, noisy passes per step; by default 8, or 1 with ``relative=False``.
         credit: ``"sample"`` or ``"global"``. A scalar loss is always global.
         distribution: of :math:`\xi`: ``"normal"``, or ``"rademacher"``, -1 and 1, drawn in a third of the time.
-        decorrelation: :math:`\epsilon`, of each group, for Linear, Conv1d, Conv2d and Conv3d. 0: none.
+        decorrelation: :math:`\epsilon`, of each group, for Linear, Conv1d, Conv2d and Conv3d. 0: none. Layers with it
+            are not whitened, unless ``whitening`` is given.
         batched: make all noisy passes of a process in one evaluation (`torch.func.vmap` over the closure), with all
             their activities in memory. Linear layers of 128 neurons ran 1.7 to 2 times as fast on a CPU, convolutions
             slower. Frozen layers below all noise run once for all passes. A closure that vmap cannot run (batch norm
@@ -121,11 +122,11 @@ class NodePerturbation(NoisyActivity):
     ) -> None:
         lr = self._rate(lr, 2e-3, relative, readout)
         defaults = {"lr": lr, "sigma": sigma, "decorrelation": decorrelation}
-        if decorrelation and options.get("whitening") is None:
-            options["whitening"] = 0.0  # which would do the same once more
         super().__init__(
             params, defaults, credit, distribution, relative=relative, seed=seed, readout=readout, **options
         )
+        if self._centring is not None and options.get("whitening") is None:
+            self._centring.spare(self._decorrelates)  # whitening would do the same once more
         samples = count_of(samples, 8, relative)
         self._check_value("samples", samples, POSITIVE_INT)
         self.samples = samples
@@ -187,6 +188,9 @@ class NodePerturbation(NoisyActivity):
         if inputs:
             state["decorrelation"] = self._decorrelate(grads, inputs)
         return clean, grads, state
+
+    def _decorrelates(self, synapse: Synapse) -> bool:
+        return bool(self.param_groups[synapse.group]["decorrelation"])
 
     def _decorrelate(self, grads: dict[Tensor, Tensor], inputs: dict[Synapse, list[Tensor]]) -> dict[int, Tensor]:
         """Turn products with presynaptic activity into those with decorrelated activity; return the new matrices."""

@@ -104,6 +104,7 @@ class ForwardGradient(NoisyActivity):
         if space not in SPACES:
             raise ValueError(f"ForwardGradient: space={space!r} must be one of {', '.join(SPACES)}")
         self.space = space
+        self.trains_whole_modules = space == "weights"
         lr = self._rate(lr, 2e-3 if space == "activities" else 5e-4, relative, readout)
         super().__init__(
             groups, {"lr": lr}, credit, distribution, relative=relative, seed=seed, readout=readout, **options

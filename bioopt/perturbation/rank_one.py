@@ -241,7 +241,7 @@ def _gradients(synapse: Synapse, members: _Members, credit: Tensor) -> list[tupl
     a, b, c = members[:3]
     credit = credit.to(a.dtype)
     of_weight, of_bias = members.sizes
-    signal = (a * (credit / of_weight**2).unsqueeze(1)).view(len(a), synapse.pools, -1)
+    signal = (a * (credit / of_weight**2).unsqueeze(1)).view(len(a), synapse.pools, a.shape[1] // synapse.pools)
     product = torch.einsum("ngo,ngi->goi", signal, b).reshape(synapse.weight.shape)
     found: list[tuple[Tensor, Tensor]] = [(synapse.weight, product)]
     if c is not None and synapse.bias is not None:

@@ -108,6 +108,7 @@ class WeightPerturbation(Perturbation):
     stochastic error-descent algorithm*.
     """
 
+    trains_whole_modules = True
     constraints: ClassVar[dict[str, Constraint]] = {"sigma": POSITIVE}
 
     def __init__(
@@ -248,6 +249,7 @@ class SerialPerturbation(Perturbation):
     feedforward networks*.
     """
 
+    trains_whole_modules = True
     constraints: ClassVar[dict[str, Constraint]] = {"sigma": POSITIVE}
 
     def __init__(
@@ -289,9 +291,9 @@ class SerialPerturbation(Perturbation):
                 )
         return named, synapses
 
-    def _visits(self, total: int) -> list[int]:
-        """The order of the current sweep, drawn once per sweep."""
-        key = (self._own_state["seed"], self._own_state["sweep"], total)
+    def _visits(self, sweep: int, total: int) -> list[int]:
+        """The order of a sweep, drawn once."""
+        key = (self._own_state["seed"], sweep, total)
         if self._order[0] != key:
             stream = self._noise.stream(torch.device("cpu"), *key[:2])
             self._order = (key, torch.randperm(total, generator=stream).tolist())
@@ -302,8 +304,10 @@ class SerialPerturbation(Perturbation):
         sizes = self._weight_sizes([p for p, _ in plastic])
         self._prepare(probe)
         ends = list(accumulate(p.numel() for p, _ in plastic))
-        order, position = self._visits(ends[-1]), self._own_state["position"]
-        visited = order[position : position + self.coordinates]
+        sweep, position = self._own_state["sweep"], self._own_state["position"]
+        if position >= ends[-1]:  # layers were frozen during the sweep
+            sweep, position = sweep + 1, 0
+        visited = self._visits(sweep, ends[-1])[position : position + self.coordinates]
         places: list[_Place] = []
         for visit in visited:
             which = bisect_right(ends, visit)
@@ -339,7 +343,7 @@ class SerialPerturbation(Perturbation):
         probe.agree(self.process_group)
         state = self._next_state()
         done = position + len(visited)
-        state["sweep"] += done == ends[-1]
+        state["sweep"] = sweep + (done == ends[-1])
         state["position"] = done % ends[-1]
         return total / (2 * len(places)) if clean is None else clean, grads, state
 
@@ -446,6 +450,8 @@ class HillClimbing(Perturbation):
     Sources: L. A. Rastrigin (1963), *The convergence of the random search method in the extremal control of a many
     parameter system*; several tries: H.-P. Schwefel (1965), *Kybernetische Evolution*.
     """
+
+    trains_whole_modules = True
 
     def __init__(
         self,

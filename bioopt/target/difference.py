@@ -145,9 +145,9 @@ class DifferenceTargetPropagation(LearningRule):
     def _inverse(self, synapse: Synapse) -> Tensor:
         """The state, once it has learned; before that, random weights that keep the length of an error on average."""
         learned: dict[int, Tensor] = self._own_state["feedback"]
-        if synapse.index in learned:
-            return learned[synapse.index]
         weight = synapse.weight
+        if synapse.index in learned:
+            return learned[synapse.index].to(weight.device)  # a checkpoint may have left it elsewhere
         deviation = 1 / math.sqrt(max(weight[0].numel(), 1))
         return self._random.fixed(synapse, weight, weight.shape, deviation, self._own_state["seed"])
 

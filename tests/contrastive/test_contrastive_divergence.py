@@ -237,3 +237,14 @@ def test_frozen_biases_stay() -> None:
     assert torch.equal(before, rbm.visible_bias)
     assert optimizer.coverage()["visible_bias"] == "frozen"
     assert optimizer.coverage()["synapse.bias"] == "ContrastiveDivergence"
+
+
+def test_excluded_biases_stay() -> None:
+    for name in ("visible_bias", "synapse.bias"):
+        rbm = machine()
+        optimizer = bioopt.ContrastiveDivergence(rbm, lr=0.1, exclude=[name])
+        before = {n: p.detach().clone() for n, p in rbm.named_parameters()}
+        rbm(data())
+        optimizer.step()
+        assert [n for n, p in rbm.named_parameters() if torch.equal(before[n], p)] == [name]
+        assert optimizer.coverage()[name] == "excluded"

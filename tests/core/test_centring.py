@@ -294,3 +294,83 @@ def test_learned_direct_feedback_is_centred_like_the_weights() -> None:
     torch.testing.assert_close(optimizer.feedback_weights()["4"], expected)
     now = optimizer.layers()["6"].weight.detach() - optimizer.feedback_weights()["6"]
     torch.testing.assert_close(now, last * (1 - 0.1 * 0.05))  # as in Kolen-Pollack
+
+
+def levels(optimizer: Any) -> list[dict[str, Any]]:
+    """The running values of presynaptic activity of all layers."""
+    return list(optimizer.state_dict()["state"]["rule"]["presynaptic"].values())
+
+
+@pytest.mark.parametrize("way", ["skipped", "skipped after backward", "refused"])
+@pytest.mark.parametrize("make", [Backpropagation, bioopt.LocalLoss])
+def test_a_batch_that_teaches_nothing_leaves_no_trace(make: Make, way: str) -> None:
+    """Skipped by the loop, or with a number that is not finite."""
+    kept, disturbed = network(), network()
+    one, other = make(kept, lr=0.1), make(disturbed, lr=0.1)
+    for seed in range(3):
+        step(kept, one, *batch(seed))
+        step(disturbed, other, *batch(seed))
+        if way == "refused":
+            x, y = batch(seed + 10)
+            with pytest.raises(bioopt.Diverged):
+                step(disturbed, other, x.masked_fill(x == x.max(), float("nan")), y)
+            continue
+        other.zero_grad()
+        x, y = batch(seed + 10)
+        other.target = y
+        loss = F.cross_entropy(disturbed(x), y)
+        if way == "skipped after backward":
+            loss.backward()
+    step(kept, one, *batch(3))
+    step(disturbed, other, *batch(3))
+    for p, q in zip(kept.parameters(), disturbed.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_gradients_may_be_cleared_after_the_forward_pass() -> None:
+    usual, late = network(), network()
+    one, other = Backpropagation(usual, lr=0.1), Backpropagation(late, lr=0.1)
+    for seed in range(3):
+        step(usual, one, *batch(seed))
+        loss = F.cross_entropy(late(batch(seed)[0]), batch(seed)[1])
+        other.zero_grad()
+        loss.backward()
+        other.step()
+    for p, q in zip(usual.parameters(), late.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_diagnosis_between_a_pass_and_its_step_changes_nothing() -> None:
+    plain, diagnosed = network(), network()
+    one, other = Backpropagation(plain, lr=0.1), Backpropagation(diagnosed, lr=0.1)
+    x, y = batch(5)
+    for seed in range(2):
+        step(plain, one, *batch(seed))
+        step(diagnosed, other, *batch(seed))
+        bioopt.diagnose(other, lambda: F.cross_entropy(diagnosed(x), y))
+    for p, q in zip(plain.parameters(), diagnosed.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_pathway_without_samples_keeps_its_running_values() -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleList([nn.Linear(4, 5), nn.Linear(4, 5), nn.Linear(5, 3)]).double()
+    optimizer = Backpropagation(model, lr=1e-3)
+    x, y = batch(samples=16)
+    x = x.flatten(1)[:, :4] + 5
+
+    def closure(first: int) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            hidden = torch.cat([model[0](x[:first]), model[1](x[first:])])
+            return F.cross_entropy(model[2](torch.tanh(hidden)), y, reduction="none")
+
+        return run
+
+    optimizer.step(closure(8))
+    before = copy.deepcopy(levels(optimizer))
+    optimizer.step(closure(0))
+    after = levels(optimizer)
+    assert torch.equal(before[0]["mean"], after[0]["mean"])
+    assert before[0]["steps"] == after[0]["steps"] == 1
+    assert after[1]["steps"] == 2
+    assert not torch.equal(before[1]["mean"], after[1]["mean"])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import bioopt
 from bioopt.core.homeostasis import EVENTS, RATE, WARM_UP, inhibit_, together
 
-from ..rules import cnn, per_sample
+from ..rules import cnn, mlp, per_sample
 
 LAYERS = {
     "linear": lambda: nn.Linear(7, 5),
@@ -682,3 +682,31 @@ def test_batches_whose_inputs_are_all_alike_do_no_harm(rule: Any, first: str, ba
     for i in range(0, 960, 16):
         optimizer.step(per_sample(optimizer, model, x[i : i + batch], y[i : i + batch]))
     assert float(F.cross_entropy(model(x), y).detach()) < 1.0
+
+
+@pytest.mark.parametrize("rule", [bioopt.Homeostasis, bioopt.Hebbian])
+def test_a_first_batch_with_nan_that_is_skipped_leaves_no_trace(rule: Any) -> None:
+    plain, disturbed = mlp(), mlp()
+    torch.manual_seed(0)
+    x, y = torch.randn(32, 6).double(), torch.arange(32) % 4
+    for model in (plain, disturbed):
+        optimizer = rule(model)
+        if model is disturbed:
+            assert not F.cross_entropy(model(x.masked_fill(x == x.max(), float("nan"))), y).isfinite()
+        for _ in range(4):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    for p, q in zip(plain.parameters(), disturbed.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_a_state_in_single_precision_serves_a_model_in_double() -> None:
+    x, y = torch.randn(32, 6), torch.arange(32) % 4
+    for make in (bioopt.Hebbian, bioopt.FeedbackAlignment, bioopt.NodePerturbation):
+        single, double = mlp(dtype=torch.float32), mlp()
+        one, other = make(single), make(double)
+        one.step(lambda single=single: F.cross_entropy(single(x), y, reduction="none"))
+        other.load_state_dict(one.state_dict())
+        other.step(lambda double=double: F.cross_entropy(double(x.double()), y, reduction="none"))
+        assert all(p.isfinite().all() for p in double.parameters())

@@ -247,7 +247,7 @@ class TestSkorch:
             )
             net.fit(torch.randn(8, 6), torch.arange(8) % 4)
         assert isinstance(net.optimizer_, bioopt.Hebbian)
-        assert [group["lr"] for group in net.optimizer_.param_groups] == [0.02, 1.0]
+        assert [group["lr"] for group in net.optimizer_.param_groups] == [0.1, 1.0]
 
     @pytest.mark.parametrize("build", [hebbian, mixed], ids=["Hebbian", "Mixed"])
     def test_rules_of_one_pass_take_a_net_as_it_is(self, build) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -191,3 +192,61 @@ def test_a_schedule_of_one_rate_for_all_is_told() -> None:
     each.close()
     chosen = bioopt.Hebbian(model, readout_options={"lr": 0.2})  # as the trunk has
     learn(chosen, torch.optim.lr_scheduler.LambdaLR(chosen, lambda step: 0.9**step))
+
+
+@pytest.mark.parametrize("rule", [bioopt.LocalLoss, bioopt.WeightPerturbation, bioopt.LocalContrastive])
+def test_groups_of_normalisation_alone_learn_as_in_the_whole_model(rule: Any) -> None:
+    def build() -> nn.Sequential:
+        torch.manual_seed(0)
+        head = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 4))
+        return nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), head)
+
+    x, y = torch.randn(16, 6), torch.arange(16) % 4
+    for whole in (True, False):
+        model = build()
+        before = weights(model)
+        groups = [{"params": layer} for layer in model if not isinstance(layer, nn.Tanh)]
+        optimizer = rule(model if whole else groups, readout="delta")
+        for _ in range(2):
+            optimizer.target = y
+            optimizer.step(lambda model=model: F.cross_entropy(model(x), y, reduction="none"))
+        assert not any(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
+        assert all("frozen" not in how for how in optimizer.coverage(model).values())
+
+
+def test_groups_in_which_nothing_learns_are_passed_over() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 4))
+    optimizer = bioopt.NodePerturbation([{"params": layer} for layer in (model[0], model[1], model[3])])
+    assert optimizer.coverage(model)["1.weight"] == "frozen"
+    assert len(optimizer.param_groups) == 2
+    options = {name: {"lr": 1e-3} for name in ("0", "1", "3")}
+    assert bioopt.create_optimizer("node_perturbation", model, groups=options).coverage()["3.weight"]
+    optimizer.close()
+
+
+def test_a_last_layer_whose_weight_is_excluded_is_no_readout() -> None:
+    with pytest.raises(ValueError, match=r"exclude leaves out '2', the last layer.*readout_layer='0'"):
+        bioopt.Hebbian(mlp(), exclude=["2.weight"])
+
+
+def test_weight_decay_shrinks_a_readout_on_standardised_activity_as_it_does_the_other_layers() -> None:
+    x, y = torch.randn(16, 6).double(), torch.arange(16) % 4
+    for descent in (torch.optim.AdamW, torch.optim.SGD):
+        model = mlp()
+        before = model[2].weight.detach().clone()
+        optimizer = bioopt.LocalLoss(model, 0.01, readout="delta", descent=descent, weight_decay=0.5)
+        for _ in range(100):
+            optimizer.target = y
+            optimizer.step(lambda model=model: 0 * F.cross_entropy(model(x), y))
+        torch.testing.assert_close(model[2].weight.detach(), before * math.exp(-0.01 * 0.5 * 91), rtol=0.03, atol=0)
+    own = bioopt.LocalLoss(mlp(), 0.01, readout="delta", weight_decay=0.5, readout_options={"weight_decay": 0.1})
+    assert [group["weight_decay"] for group in own.param_groups if group["standardised"]] == [0.1]
+
+
+def test_a_single_sample_without_a_dimension_teaches_the_readout() -> None:
+    model = mlp()
+    optimizer = bioopt.Hebbian(model, homeostasis=False)
+    before = model[2].weight.clone()
+    for _ in range(3):
+        optimizer.step(lambda: F.cross_entropy(model(torch.ones(6).double()), torch.tensor(1)))
+    assert not torch.equal(model[2].weight, before)

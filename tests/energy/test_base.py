@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from functools import partial
 from typing import Any
 
@@ -322,3 +323,18 @@ def test_a_layer_learns_from_its_own_state_and_those_next_to_it(disturbed: int) 
     one, other = (gradients(Disturbed(model, which), model, x, y) for which in (None, disturbed))
     changed = {i for i in range(4) if not torch.equal(one[f"{2 * i}.weight"], other[f"{2 * i}.weight"])}
     assert changed == {disturbed, disturbed + 1}
+
+
+@every_rule
+def test_no_samples_teach_nothing(rule: str) -> None:
+    model, x, y = twins.network((6, 5, 4, 3)), *twins.data()
+    optimizer = RULES[rule](model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.estimate(lambda: F.cross_entropy(model(x[:0]), y[:0], reduction="none"))
+    assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
+    before = weights(model)
+    optimizer.step(lambda: F.cross_entropy(model(x), y))
+    assert not same(before, weights(model))
+    with pytest.raises(bioopt.Diverged, match="the loss is nan"):
+        optimizer.step(lambda: F.cross_entropy(model(x[:0]), y[:0]))

@@ -143,3 +143,21 @@ def test_learned_feedback_follows_a_loss_that_is_dropped() -> None:
             optimizer.step()
             results.append([*weights(model), *optimizer.feedback_weights().values()])
         assert same(*results)
+
+
+@pytest.mark.filterwarnings("ignore:.*did not fire and learn nothing")
+@pytest.mark.parametrize("rule", [bioopt.KolenPollack, bioopt.DirectKolenPollack])
+def test_feedback_weights_do_not_learn_from_an_earlier_step(rule: Any) -> None:
+    """model.zero_grad() knows nothing of the rule's own weights; a layer that rests has no new gradient."""
+    results = []
+    for own in (True, False):
+        model = network((128, 12, 10, 5))
+        optimizer = rule(model, 0.1, **SGD)
+        for i in range(4):
+            (optimizer if own else model).zero_grad()
+            model[3].train(i != 2)
+            for x, y in halves(*batch(i), 2):
+                F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        results.append([*weights(model), *optimizer.feedback_weights().values()])
+    assert same(*results)

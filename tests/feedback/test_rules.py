@@ -500,3 +500,54 @@ def test_learned_direct_feedback_of_the_last_layer_meets_its_weights_with_orthog
     apart = layer.weight.detach() - optimizer.feedback_weights()[name]
     learn(optimizer, model, x, y)
     torch.testing.assert_close(layer.weight.detach() - optimizer.feedback_weights()[name], apart * (1 - LR * 0.5))
+
+
+@pytest.mark.parametrize("rule", DIRECT)
+@pytest.mark.parametrize("samples", [5, 1, 0])
+def test_a_pathway_gets_the_error_of_its_own_samples(rule: type, samples: int) -> None:
+    torch.manual_seed(0)
+    paths = [nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 7)) for _ in range(2)]
+    model = nn.Sequential(bioopt.nn.Gate(nn.Linear(6, 2), paths, active=1), nn.Linear(7, 4)).double()
+    optimizer: Any = rule(model, LR, **SGD)
+    x, y = torch.randn(samples, 6, dtype=torch.float64), torch.arange(samples) % 4
+    middle: list[Tensor] = []
+
+    def keep(layer: nn.Module, args: Any, h: Tensor) -> None:
+        h.retain_grad()
+        middle.append(h)
+
+    for path in paths:
+        path[1].register_forward_hook(keep)
+    optimizer.target = y
+    output = model(x)
+    (F.cross_entropy(output, y, reduction="sum") / max(samples, 1)).backward()
+    shown = F.one_hot(y, 4).double() - (0.25 if rule is bioopt.DRTP else output.detach().softmax(-1))
+    error = -shown / max(samples, 1)
+    for i, h in enumerate(middle):
+        rows = model[0].gates[:, i].nonzero().flatten()
+        assert len(h) == len(rows)
+        back = optimizer.feedback_weights()[f"0.pathways.{i}.2"]
+        torch.testing.assert_close(h.grad, error[rows] @ back)
+        if rule is bioopt.DirectKolenPollack:
+            own = next(s for s in optimizer.layers().values() if s.layer is paths[i][2])
+            torch.testing.assert_close(optimizer.own_weights(own).grad, error[rows].T @ h.detach())
+    optimizer.step()
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_a_readout_that_some_samples_skip_is_refused() -> None:
+    paths = [nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)) for _ in range(2)]
+    model = nn.Sequential(nn.Linear(6, 6), bioopt.nn.Gate(nn.Linear(6, 2), paths, active=1))
+    optimizer = bioopt.DirectFeedbackAlignment(model)
+    with pytest.raises(RuntimeError, match=r"'1.pathways.0.2' and the readout '1.pathways.1.2' ran on different sampl"):
+        optimizer.step(lambda: F.cross_entropy(model(torch.randn(5, 6)), torch.arange(5) % 4))
+
+
+def test_mirrored_weights_of_a_checkpoint_go_where_the_model_is() -> None:
+    model, x, y = problem("convolutions")
+    optimizer = bioopt.WeightMirror(model)
+    learn(optimizer, model, x, y)
+    moved = problem("convolutions")[0].to("meta")
+    other = bioopt.WeightMirror(moved)
+    other.load_state_dict(optimizer.state_dict())
+    assert {weights.device.type for weights in other.feedback_weights().values()} == {"meta"}

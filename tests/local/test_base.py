@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
@@ -208,9 +209,79 @@ def test_gradients_of_several_passes_add_up() -> None:
         torch.testing.assert_close(2 * (a - start), b - start, atol=1e-5, rtol=1e-3)
 
 
-def test_activation_checkpointing_changes_nothing() -> None:
-    one, two = gradients(LocalLoss, Residual()), gradients(LocalLoss, Residual(checkpointed=True))
+@pytest.mark.parametrize("rule", [LocalLoss, MonoForward, ForwardForward, LocalPerturbation, LocalContrastive])
+def test_activation_checkpointing_changes_nothing(rule: Any) -> None:
+    one, two = gradients(rule, Residual()), gradients(rule, Residual(checkpointed=True))
+    assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+class Again(nn.Module):
+    """A layer that runs on the input and on its own activity."""
+
+    def __init__(self, checkpointed: bool) -> None:
+        super().__init__()
+        self.checkpointed = checkpointed
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.layer, self.above, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 5)
+
+    def body(self, x: Tensor) -> Tensor:
+        for layer in (self.layer, self.layer, self.above):
+            x = torch.tanh(layer(x))
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(checkpoint(self.body, x, use_reentrant=False) if self.checkpointed else self.body(x))
+
+
+@pytest.mark.parametrize(
+    ("rule", "option"),
+    [(ForwardForward, ""), (ForwardForward, "negatives"), (LocalContrastive, ""), (LocalContrastive, "views")],
+)
+def test_checkpointing_gives_inputs_the_same_labels_and_views(rule: Any, option: str) -> None:
+    """Also those of a function of the user's own that returns others each time; none is kept after the step."""
+    x, y = torch.randn(10, 6, generator=torch.Generator().manual_seed(1)), batch()[1]
+    found: list[list[Tensor]] = []
+    for checkpointed in (False, True):
+        generator, kept = torch.Generator().manual_seed(0), list[Any]()
+
+        def other(inputs: Tensor, *labels: Any, generator: Any = generator, kept: list[Any] = kept) -> Tensor:
+            given = torch.randn(inputs.shape, generator=generator)
+            kept.append(weakref.ref(given))
+            return given
+
+        model = Again(checkpointed)
+        optimizer = rule(model, **({option: other} if option else {}), **SGD)
+        optimizer.target = y
+        optimizer.estimate(lambda model=model: F.cross_entropy(model(x), y))
+        found.append([p.grad for p in model.parameters()])
+        assert len(kept) == bool(option)
+        assert all(one() is None for one in kept)
+    assert same(*found)
+
+
+@pytest.mark.parametrize(
+    ("rule", "place"),
+    [
+        *product((LocalLoss, MonoForward, ForwardForward, LocalPerturbation, LocalContrastive), (0, 2)),
+        (MonoForward, 4),  # the readout
+    ],
+)
+def test_layers_in_evaluation_mode_do_not_learn(rule: Any, place: int) -> None:
+    """Though they stand in the graph of a block that learns."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 5))
+    x, y = torch.randn(10, 6), batch()[1]
+    optimizer = rule(model, readout=None)
+    model[place].eval()
+    before = weights(model)
+    optimizer.target = y
+    with pytest.warns(UserWarning, match=f"did not fire and learn nothing: '{place}'"):
+        optimizer.step(lambda: F.cross_entropy(model(x), y))
+    moved = [not torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True)]
+    assert moved == [i // 2 * 2 != place for i in range(6)]
+    assert model[place].weight.grad is None
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -12,6 +12,7 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import bioopt
 from bioopt import LocalPerturbation
 from bioopt.core.noise import NoiseSource, fill_rademacher_
 from bioopt.local import perturbation
@@ -265,6 +266,20 @@ def test_noise_of_all_layers_of_a_block_is_credited() -> None:
     for m, g in zip(mean, true, strict=True):
         assert F.cosine_similarity(m.flatten(), g.flatten(), dim=0) > 0.9
         assert 0.8 < m.norm() / g.norm() < 1.3
+
+
+def test_a_pathway_without_samples_learns_nothing() -> None:
+    torch.manual_seed(0)
+    paths = [nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh()) for _ in range(2)]
+    gate, head = bioopt.nn.Gate(nn.Identity(), paths, active=1), nn.Linear(8, 5)
+    optimizer = LocalPerturbation(model := nn.ModuleList([gate, head]), 0.1, **SGD)
+    x, y = torch.randn(10, 6), batch()[1]
+    context = torch.tensor([[1.0, 0.0]]).expand(10, 2)
+    optimizer.target = y
+    optimizer.estimate(lambda: F.cross_entropy(head(gate(x, context)), y))
+    assert all(p.grad.any() for p in paths[0].parameters())
+    assert not any(p.grad.any() for p in paths[1].parameters())
+    assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_noise_that_reaches_no_head_is_named() -> None:

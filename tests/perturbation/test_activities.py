@@ -304,3 +304,31 @@ def test_credit_that_cannot_be_given_is_explained() -> None:
     optimizer.step(lambda: closure().mean())  # a scalar loss is global by itself
     with pytest.raises(ValueError, match="credit='other' must be 'sample' or 'global'"):
         bioopt.NodePerturbation(model, 0.1, sigma=0.1, credit="other")
+
+
+def test_layers_that_decorrelate_are_not_whitened() -> None:
+    """Whether the option is that of the rule or of a group; nor those that did so before."""
+    found = []
+    for by_group in (True, False):
+        model = nn.Sequential(nn.Unflatten(1, (2, 5, 5)), nn.Conv2d(2, 4, 3), nn.Conv2d(4, 3, 2), nn.Flatten(),
+                              nn.Linear(12, 4)).double()  # fmt: skip
+        with torch.no_grad():
+            for p in model.parameters():
+                p.copy_(torch.linspace(-0.3, 0.3, p.numel()).view_as(p))
+        x, y = torch.linspace(-1, 1, 400).sin().view(8, 50).double(), torch.arange(8) % 4
+        groups = [{"params": [model[1]]}, {"params": [model[2], model[4]]}]
+        groups[0 if by_group else 1]["decorrelation"] = 0.01 if by_group else 0.0
+        optimizer = bioopt.NodePerturbation(groups, decorrelation=0.0 if by_group else 0.01)
+        for _ in range(3):
+            optimizer.step(lambda model=model, x=x, y=y: F.cross_entropy(model(x), y, reduction="none"))
+        levels = optimizer.state_dict()["state"]["rule"]["presynaptic"]
+        assert "whitening" not in levels[0]
+        assert "whitening" in levels[1]
+        found.append(weights(model))
+    assert same(*found)
+    optimizer.param_groups[1]["decorrelation"] = 0.01
+    optimizer.step(lambda: F.cross_entropy(model(x), y, reduction="none"))
+    assert "whitening" not in optimizer.state_dict()["state"]["rule"]["presynaptic"][1]
+    chosen = bioopt.NodePerturbation(model, decorrelation=0.01, whitening=1.0)
+    chosen.step(lambda: F.cross_entropy(model(x), y, reduction="none"))
+    assert "whitening" in chosen.state_dict()["state"]["rule"]["presynaptic"][0]

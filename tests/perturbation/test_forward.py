@@ -153,3 +153,20 @@ def test_the_losses_of_different_directions_agree_on_the_clean_loss() -> None:
     optimizer = bioopt.ForwardGradient(model.parameters(), 0.1, samples=2)
     with pytest.raises(RuntimeError, match="ForwardGradient compares losses, but the closure is not repeatable"):
         optimizer.step(closure)
+
+
+@pytest.mark.parametrize("rule", [bioopt.ForwardGradient, bioopt.LocalPerturbation])
+@pytest.mark.parametrize("norm", [nn.LayerNorm(8), nn.GroupNorm(2, 8), nn.BatchNorm1d(8)])
+def test_a_normalisation_below_a_layer_under_autocast(rule: type, norm: nn.Module) -> None:
+    """torch gives it a tangent in single precision, which a layer in half precision does not take."""
+    model = nn.Sequential(nn.Sequential(nn.Linear(6, 8), norm, nn.Linear(8, 8)), nn.Linear(8, 4))
+    optimizer = rule(model, **({"blocks": ["0"]} if rule is bioopt.LocalPerturbation else {}))
+    before = weights(model)
+
+    def closure() -> Tensor:
+        optimizer.target = Y
+        with torch.autocast("cpu", torch.bfloat16):
+            return F.cross_entropy(model(X.float()).float(), Y, reduction="none")
+
+    optimizer.step(closure)
+    assert not any(torch.equal(a.detach(), b) for a, b in zip(weights(model[0][::2]), before[:2], strict=False))

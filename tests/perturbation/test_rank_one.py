@@ -120,3 +120,10 @@ def test_a_bias_that_does_not_learn_is_not_perturbed() -> None:
     for name, p in other.named_parameters():
         if p.requires_grad:
             assert torch.equal(p.grad, learned[name])
+
+
+def test_no_samples_teach_nothing() -> None:
+    model = mlp()
+    optimizer = bioopt.RankOnePerturbation(model, 0.1, samples=2)
+    found = estimate(optimizer, model, lambda: F.cross_entropy(model(X[:0]), Y[:0], reduction="none"))
+    assert not flat(found).any()

@@ -358,3 +358,16 @@ def test_credit_goes_to_the_change_that_a_weight_could_hold(antithetic: bool, dt
             wanted += (losses[one] - losses[two]) / width * moved / width / 3
         coarse = torch.finfo(dtype).eps if dtype is not torch.float32 else 2e-3
         torch.testing.assert_close(p.grad.double(), wanted, rtol=4 * coarse, atol=1e-4)
+
+
+def test_layers_that_are_frozen_in_a_sweep_begin_a_new_one() -> None:
+    model = mlp()
+    optimizer = bioopt.SerialPerturbation(model, 0.0, sigma=1e-5, coordinates=50)
+    optimizer.step(lambda: losses_of(model))
+    model[0].requires_grad_(False)  # 24 weights are left
+    true = torch.autograd.grad(losses_of(model).mean(), list(model[2].parameters()))
+    optimizer.estimate(lambda: losses_of(model))
+    for p, g in zip(model[2].parameters(), true, strict=True):
+        torch.testing.assert_close(p.grad, g, rtol=1e-7, atol=1e-9)
+    assert optimizer.state_dict()["state"]["rule"]["sweep"] == 2
+    assert optimizer.state_dict()["state"]["rule"]["position"] == 0

@@ -300,3 +300,13 @@ def test_inverses_that_are_not_finite_change_nothing() -> None:
     with pytest.raises(bioopt.Diverged):
         rule.step(lambda: F.cross_entropy(model(x), y))
     assert same(before, weights(model))
+
+
+def test_inverses_of_a_checkpoint_go_where_the_model_is() -> None:
+    model, (x, y) = network(SIZES), data()
+    rule = bioopt.DifferenceTargetPropagation(model)
+    rule.step(lambda: F.cross_entropy(model(x), y))
+    moved = network(SIZES).to("meta")
+    other = bioopt.DifferenceTargetPropagation(moved)
+    other.load_state_dict(rule.state_dict())
+    assert {inverse.device.type for inverse in other.feedback_weights().values()} == {"meta"}
