@@ -38,7 +38,7 @@ def test_a_taught_readout_keeps_its_target() -> None:
     assert optimizer.target is y
 
 
-@pytest.mark.parametrize("form", [per_sample, ordinary])
+@pytest.mark.parametrize("form", [per_sample, pytest.param(ordinary, marks=pytest.mark.long)])
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.filterwarnings("ignore:.*needs no backward pass")
 def test_a_diagnosis_changes_nothing(case: Case, form) -> None:
@@ -92,6 +92,7 @@ def test_the_variance_of_directions_grows_with_the_number_of_weights(rule: type)
 
 
 @pytest.mark.parametrize("rule", [bioopt.NodePerturbation, bioopt.ForwardGradient])
+@pytest.mark.long
 def test_the_variance_of_noisy_activity_grows_with_the_number_of_neurons_alone(rule: type) -> None:
     """One sample has as many dimensions as there are neurons, whatever the number of their inputs."""
     for inputs, neurons in ((4, 8), (4, 64), (300, 8)):

@@ -50,6 +50,7 @@ PAGES_WITH_PYTHON = [
 
 
 @pytest.mark.parametrize("name", PAGES_WITH_PYTHON)
+@pytest.mark.long
 def test_the_python_of_a_page_prints_what_follows_it(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     if name == "rules/stdp":
         pytest.importorskip("snntorch")
@@ -65,6 +66,7 @@ def test_the_python_of_a_page_prints_what_follows_it(name: str, capsys: pytest.C
     assert compared
 
 
+@pytest.mark.long
 def test_commands_compose_and_quote_their_records() -> None:
     quoted = 0
     for page in PAGES:

@@ -41,6 +41,7 @@ def test_every_example_is_run_here() -> None:
     assert sorted([*tested, "digits.py"]) == sorted(path.name for path in EXAMPLES.glob("*.py"))
 
 
+@pytest.mark.long
 def test_plain_loop(run: Run) -> None:
     before, hebbian, random, perturbed, descended = run("plain_loop.py")
     assert before < 25
@@ -48,6 +49,7 @@ def test_plain_loop(run: Run) -> None:
     assert min(perturbed, descended) > 80
 
 
+@pytest.mark.long
 def test_areas(run: Run) -> None:
     before, by_gradient, perturbed = run("blocks.py")
     assert before < 25
@@ -55,6 +57,7 @@ def test_areas(run: Run) -> None:
     assert perturbed > 80
 
 
+@pytest.mark.long
 def test_accumulation_clipping_and_a_schedule(run: Run) -> None:
     assert min(run("accumulate_clip_schedule.py")) > 70
 

@@ -121,6 +121,7 @@ def test_bench_step(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert all(math.isfinite(n) and n > 0 for n in numbers(rows))
 
 
+@pytest.mark.long
 def test_bench_relay(call: Call, tmp_path: Path) -> None:
     record = tmp_path / "out.json"
     shown = table(call("bench_relay.py", "--seconds", "0", "--batch", "2", "--device", "cpu", "--json", str(record)))

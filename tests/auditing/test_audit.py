@@ -435,6 +435,7 @@ def test_each_rule_depends_on_what_its_family_is_made_for_and_on_nothing_else(ca
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.filterwarnings("ignore:.*the closure calls backward")
 @pytest.mark.filterwarnings("ignore:.*needs no backward pass")
+@pytest.mark.long
 def test_an_audit_changes_nothing(case: Case) -> None:
     """Weights, buffers, state, gradients and random numbers; later steps are those of a twin, bit for bit."""
     model, x = small(case)

@@ -439,7 +439,10 @@ def acts(model: nn.Module) -> dict[str, tuple[Any, Callable[[bioopt.Recorder], A
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler, at graph breaks
 @pytest.mark.parametrize("act", ["cut", "relay", "inject", "clamp", "gate"])
-@pytest.mark.parametrize("network", ["batch norm", "residuals and groups", "shared layers"])
+@pytest.mark.parametrize(
+    "network",
+    ["batch norm", *(pytest.param(n, marks=pytest.mark.long) for n in ("residuals and groups", "shared layers"))],
+)
 def test_every_act_does_the_same_under_torch_compile(act: str, network: str) -> None:
     results = []
     for compiled in (False, True):

@@ -293,6 +293,7 @@ def worker(rank: int, folder: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*did not fire")
+@pytest.mark.long
 def test_ranks_that_run_different_layers_are_refused(tmp_path: Path) -> None:
     """Their sums are of one size, and would be added up."""
     mp.start_processes(worker, (str(tmp_path),), nprocs=2, start_method="forkserver")

@@ -54,6 +54,7 @@ def train(optimizer: Any, model: nn.Module, x: Tensor, t: Tensor, loss: Loss, ba
         (bioopt.LocalContrastive, 16),
     ],
 )
+@pytest.mark.long
 def test_the_readout_learns_regression(rule: Any, batch: int) -> None:
     model, x, t = task(1)
     options = {"classes": 2} if rule is bioopt.LocalContrastive else {}

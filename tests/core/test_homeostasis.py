@@ -599,6 +599,7 @@ def test_a_given_rate_is_that_of_the_plain_gradient() -> None:
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "squared_error"])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 255.0])
+@pytest.mark.long
 def test_the_readout_is_stable_on_any_scale(loss: str, scale: float) -> None:
     torch.manual_seed(0)
     x, y = scale * (torch.rand(64, 40) + 3), torch.randint(4, (64,))
@@ -666,6 +667,7 @@ def test_a_network_of_lone_neurons_is_refused() -> None:
 
 @pytest.mark.parametrize("rule", [bioopt.Hebbian, bioopt.AntiHebbian, bioopt.LocalContrastive])
 @pytest.mark.parametrize(("first", "batch"), [("zeros", 32), ("ones", 28), ("one sample", 28), ("one sample", 32)])
+@pytest.mark.long
 def test_batches_whose_inputs_are_all_alike_do_no_harm(rule: Any, first: str, batch: int) -> None:
     """Rows of 28 are rounded differently."""
     torch.manual_seed(0)

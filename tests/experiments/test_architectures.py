@@ -166,6 +166,7 @@ def test_the_lead_is_paired_and_of_the_two_best(tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.long
 def test_an_interrupted_run_resumes_with_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = [*TINY, "task.repetitions=1", "~task.tasks.contexts"]
     whole = run(config(*tiny, f"run_dir={tmp_path / 'whole'}"))

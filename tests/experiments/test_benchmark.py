@@ -83,6 +83,7 @@ def test_a_rate_that_diverges_is_no_choice_and_a_rule_that_always_does_has_no_re
     }  # fmt: skip
 
 
+@pytest.mark.long
 def test_a_rule_that_cannot_train_a_network_is_a_result_and_a_mistake_is_not(tmp_path: Path) -> None:
     options = [*DIGITS, "optimizer=contrastive_divergence", "model=mlp"]
     summary = run(config(*options, f"run_dir={tmp_path / 'run'}"))

@@ -51,6 +51,7 @@ def test_the_experiment_has_a_page_and_resumes_bit_for_bit(tmp_path: Path, monke
     assert resumed(monkeypatch, tmp_path / "part")["measured"] == found
 
 
+@pytest.mark.long
 def test_a_part_is_the_same_without_the_others(tmp_path: Path) -> None:
     alone = run(config(*SMALL, "task.parts=[bcm_patterns]", f"run_dir={tmp_path / 'alone'}"))["measured"]
     after = run(config(*SMALL, "task.parts=[oja,bcm_patterns]", f"run_dir={tmp_path / 'after'}"))["measured"]

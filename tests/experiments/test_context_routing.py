@@ -142,6 +142,7 @@ def test_every_rule_of_the_experiment_trains(rule: str) -> None:
             assert line["gates"] != line["gates_at_start"]
 
 
+@pytest.mark.long
 def test_a_run_draws_its_pictures_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(config(*TINY, f"run_dir={tmp_path / 'whole'}"))
     for picture in ("accuracy.png", "routes.png"):

@@ -31,6 +31,7 @@ pytestmark = pytest.mark.usefixtures("undrawn")
         [*CNN, "amp=true", "schedule=halving"],
     ],
 )
+@pytest.mark.long
 def test_the_whole_control_is_the_run_of_the_random_trunk(options: list[str], tmp_path: Path) -> None:
     measured = run(config("optimizer=hebbian", *options, "control=true", f"run_dir={tmp_path / 'run'}"))
     own = [option.replace("readout_lr", "lr").replace("readout_options.", "") for option in options]
@@ -83,6 +84,7 @@ def test_a_run_below_its_control_says_so_in_one_line(tmp_path: Path) -> None:
         ["optimizer=reward_stdp", *SPIKING, "model.readout=groups", *SHORT, "epochs=1"],  # there is no trunk
     ],
 )
+@pytest.mark.long
 def test_other_runs_do_not(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     summary = run(config(*options, f"run_dir={tmp_path / 'run'}"))
     said = capsys.readouterr().out

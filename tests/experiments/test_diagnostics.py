@@ -18,7 +18,13 @@ from ..test_contract import equal_state
 from .test_runs import stopped
 
 
-@pytest.mark.parametrize("optimizer", ["hebbian", "softhebb", "node_perturbation", "reward_hebbian", "random_trunk"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        *("hebbian", "node_perturbation"),
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("softhebb", "reward_hebbian", "random_trunk")),
+    ],
+)
 @pytest.mark.usefixtures("undrawn")
 def test_a_run_is_the_same_bit_for_bit_with_and_without(
     optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -136,6 +142,7 @@ def test_relaxations_too_short_to_lower_the_energy_are_left_out() -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
+@pytest.mark.long
 def test_measurements_survive_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Diagnostics, "pictures", lambda *of: [])
     common = [*tiny("hebbian"), "epochs=3", "diagnostics.every=3"]

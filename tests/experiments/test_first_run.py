@@ -36,6 +36,7 @@ def test_the_rules_are_apart_from_their_control(tmp_path: Path, capsys: pytest.C
     assert 0 < (tmp_path / "run" / "first_run.png").stat().st_size < 300_000
 
 
+@pytest.mark.long
 def test_it_resumes_bit_for_bit_with_its_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pages: list[tuple[Any, ...]] = []
     monkeypatch.setattr(first_run_plots, "page", lambda *drawn: pages.append(drawn) or drawn[-1])

@@ -211,6 +211,7 @@ def test_hidden_layers_of_the_cnn() -> None:
 
 @pytest.mark.parametrize("side", [32, 96])
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "conf/model").glob("*.yaml")))
+@pytest.mark.long
 def test_every_model_takes_larger_images_and_a_hundred_classes(name: str, side: int) -> None:
     if name == "spiking":
         pytest.importorskip("snntorch")

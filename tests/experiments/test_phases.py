@@ -57,6 +57,7 @@ ALL_COSTS = ("hebbian", "node_perturbation", "sgd")  # one of each kind of optim
 @pytest.mark.parametrize("rule", [o for o in OPTIMIZERS if o not in WITHOUT])
 @pytest.mark.filterwarnings("ignore:ForwardGradient. no forward derivative")
 @pytest.mark.filterwarnings("ignore:.*did not fire")
+@pytest.mark.long
 def test_every_optimizer_learns_from_every_cost_that_fits(rule: str) -> None:
     run = config(*tiny(rule), "data.augment.crop=2")
     for cost in SOME if rule in ALL_COSTS else SOME[OPTIMIZERS.index(rule) % 3 :: 3]:
@@ -161,6 +162,7 @@ def test_the_summary_lists_the_rule_of_each_area(tmp_path: Path, capsys: pytest.
 
 
 @pytest.mark.usefixtures("undrawn")
+@pytest.mark.long
 def test_an_interrupted_run_in_areas_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = "cost.blocks={trunk: {name: mixture, weights: {denoising: 1, contrastive: 0.1}}, head: focal}"
     options = ["optimizer=sgd", *TINY, blocks, "epochs=3", "data.augment.crop=1"]

@@ -119,6 +119,7 @@ def test_a_run_draws_its_pictures_and_resumes(tmp_path: Path, monkeypatch: pytes
     assert resumed(monkeypatch, tmp_path / "part")["measured"] == whole["measured"]
 
 
+@pytest.mark.long
 def test_a_rule_that_learns_nothing_is_named_in_the_picture(tmp_path: Path) -> None:
     summary = run(config(*TINY, "task.most=2", "task.criterion=1.0", f"run_dir={tmp_path / 'run'}"))
     assert summary["measured"] == {}

@@ -34,6 +34,7 @@ def spins(count: int) -> Tensor:
     return torch.tensor(list(itertools.product([-1.0, 1.0], repeat=count)))
 
 
+@pytest.mark.long
 def test_annealed_importance_sampling_finds_the_partition_function() -> None:
     rbm = machine(3, 6, 5)
     with torch.no_grad():
@@ -96,6 +97,7 @@ def test_quenched_states_are_stable() -> None:
     assert -0.85 < glass.ground_states().mean() < -0.60  # -0.717 expected of 60 spins
 
 
+@pytest.mark.long
 def test_a_machine_at_other_temperatures_has_the_distribution_of_all_its_states() -> None:
     torch.manual_seed(0)
     rbm = machine(2).float()

@@ -72,6 +72,7 @@ def test_of_two_seeds_both_are_shown() -> None:
     assert percent([]) == ""
 
 
+@pytest.mark.long
 def test_the_report_compares_groups_and_pairs_controls_by_seed(sweep: Path, tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in sweep.rglob("*")}
     shown = report([sweep], tmp_path / "out")
@@ -118,6 +119,7 @@ def test_groups_are_labelled_by_the_options_that_differ(sweep: Path, tmp_path: P
     assert "s to 85.0 %" in shown
 
 
+@pytest.mark.long
 def test_the_report_skips_what_it_cannot_read_and_refuses_what_it_cannot_compare(sweep: Path, tmp_path: Path) -> None:
     (sweep / "empty").mkdir()
     with pytest.raises(NothingToReport, match="no finished run in"):

@@ -121,6 +121,7 @@ def test_mistakes_of_a_task_raise_clear_errors(walk: str, tmp_path: Path, monkey
         run(config(*common))
 
 
+@pytest.mark.long
 def test_a_sweep_of_a_task_ends_with_its_numbers(walk: str, tmp_path: Path) -> None:
     done = train("-m", walk, "experiment=walk", "seed=0,1", "logger.mode=disabled", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -154,6 +155,7 @@ def test_every_task_is_named_as_its_file(name: str) -> None:
     assert chosen._target_.startswith("experiments.")
 
 
+@pytest.mark.long
 def test_the_final_analysis_is_in_the_summary(tmp_path: Path) -> None:
     target = f"{{_target_: {__name__}.count, _partial_: true, factor: 2}}"
     summary = run(config(*TINY, f"final_analysis={target}", f"run_dir={tmp_path / 'run'}"))

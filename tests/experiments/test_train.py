@@ -46,7 +46,16 @@ MODELS = sorted(p.stem for p in (ROOT / "conf/model").glob("*.yaml"))
 DATA = sorted(p.stem for p in (ROOT / "conf/data").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+# one of each family, and the controls; `make long` runs the others
+FIRST = {
+    *("sgd", "random_trunk", "hebbian", "feedback_alignment", "local_loss", "node_perturbation"),
+    *("predictive_coding", "difference_target_propagation", "contrastive_divergence", "stdp", "eprop"),
+}
+
+
+@pytest.mark.parametrize(
+    "optimizer", [name if name in FIRST else pytest.param(name, marks=pytest.mark.long) for name in OPTIMIZERS]
+)
 def test_every_optimizer_runs_and_writes_all_files(
     optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,6 +200,7 @@ def test_the_trunk_is_frozen_after_its_phase_and_the_readout_learns_on(
 
 
 @pytest.mark.usefixtures("undrawn")
+@pytest.mark.long
 def test_phases_of_other_optimizers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for optimizer, message in (("random_trunk", "Adam on the frozen trunk"), ("sgd", "plastic_epochs does not apply")):
         common = [
@@ -251,6 +261,7 @@ LONG = [pytest.param(name, marks=pytest.mark.long) for name in ("serial_perturba
 
 @pytest.mark.parametrize("optimizer", ["hebbian", *LONG])
 @pytest.mark.usefixtures("undrawn")
+@pytest.mark.long
 def test_a_killed_run_resumes_with_the_same_result(optimizer: str, tmp_path: Path) -> None:
     common = [*tiny(optimizer), "epochs=8", "threads=1"]
     if optimizer == "softhebb":  # killed in the phase of the readout
@@ -378,9 +389,14 @@ def test_a_rule_without_its_network_names_what_is_missing(tmp_path: Path) -> Non
             ["model.hiden=[3]"],
             "model.hiden is not in conf/model/cnn.yaml (did you mean model.hidden?)",
         ),
-        (["optimizer=hebian"], "error: optimizer=hebian does not exist; did you mean hebbian? "),
-        (["resume=nothing"], "error: resume=nothing continues with the options of that run; leave out "),
-        (["optimizer._target_=bioopt.Hebian"], "Are you sure that 'Hebian' is importable from module 'bioopt'"),
+        *(
+            pytest.param(*one, marks=pytest.mark.long)
+            for one in [
+                (["optimizer=hebian"], "error: optimizer=hebian does not exist; did you mean hebbian? "),
+                (["resume=nothing"], "error: resume=nothing continues with the options of that run; leave out "),
+                (["optimizer._target_=bioopt.Hebian"], "Are you sure that 'Hebian' is importable from module 'bioopt'"),
+            ]
+        ),
     ],
 )
 def test_mistakes_end_the_command_without_a_traceback(overrides: list[str], message: str, tmp_path: Path) -> None:
@@ -452,6 +468,7 @@ def test_a_run_says_that_its_cpu_emulates_bf16(
 
 @pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.long
 def test_a_run_with_amp_auto_keeps_its_precision(
     bf16: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

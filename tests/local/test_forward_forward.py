@@ -102,6 +102,7 @@ def test_prediction_is_the_label_for_which_layers_are_most_active() -> None:
     assert torch.equal(ForwardForward(network()).predict(x), model(x))
 
 
+@pytest.mark.long
 def test_images_carry_their_label_as_a_wave() -> None:
     """Images of one class differ by their label alone, everywhere, and the layers learn to tell."""
     torch.manual_seed(0)

@@ -125,6 +125,7 @@ def test_decorrelated_plasticity_is_that_of_weights_behind_the_matrix() -> None:
     torch.testing.assert_close(change, (signal.T @ x) @ matrix.T @ matrix)
 
 
+@pytest.mark.long
 def test_decorrelation_decorrelates() -> None:
     torch.manual_seed(0)
     model = nn.Linear(5, 2)

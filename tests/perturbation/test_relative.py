@@ -161,6 +161,7 @@ def blobs(n: int = 200) -> tuple[Tensor, Tensor]:
      lambda model: bioopt.NodePerturbation(model, readout="delta")],
     ids=["node", "forward", "weight", "rank one", "reward", "node, delta"],
 )  # fmt: skip
+@pytest.mark.long
 def test_defaults_learn(build: Callable[[nn.Module], bioopt.LearningRule], scale: float) -> None:
     torch.manual_seed(0)
     x, y = blobs()

@@ -303,6 +303,7 @@ def sliced(kind: str) -> Tensor:
 @pytest.mark.parametrize("kind", ["slice", "every other", "transposed slice", "transposed"])
 @pytest.mark.parametrize("rule", [bioopt.WeightPerturbation, bioopt.HillClimbing, bioopt.ForwardGradient])
 @pytest.mark.parametrize("distribution", ["normal", "rademacher"])
+@pytest.mark.long
 def test_a_weight_with_gaps_in_memory_is_credited_as_it_was_perturbed(kind: str, rule: type, distribution: str) -> None:
     x, y = torch.randn(64, 20, generator=torch.Generator().manual_seed(0)), torch.arange(64) % 5
     model = nn.Linear(20, 5)

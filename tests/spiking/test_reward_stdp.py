@@ -86,6 +86,7 @@ class Chance(nn.Module):
 
 
 @pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.long
 def test_reward_alone_teaches_which_neuron_answers_which_input(swapped: bool) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 2, bias=False), Chance())

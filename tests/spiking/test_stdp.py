@@ -78,6 +78,7 @@ def test_convolutions_equal_the_twin_of_each_position(options: dict[str, Any], b
     torch.testing.assert_close(layer.weight.detach(), w + 0.3 * expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.long
 def test_the_window_measured_from_the_rule_is_the_classical_one() -> None:
     """One pair of spikes each, from 50 ms before to 50 ms after."""
     length = 51
@@ -110,6 +111,7 @@ def test_soft_bounds_are_followed_within_a_step() -> None:
     torch.testing.assert_close(*results, rtol=0, atol=1e-6)
 
 
+@pytest.mark.long
 def test_weights_keep_to_their_bounds() -> None:
     x, s = random_spikes(6, 4, 5), random_spikes(6, 4, 3, seed=1)
     for bounds, lr in (("hard", 50.0), ("soft", 50.0)):
