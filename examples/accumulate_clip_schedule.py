@@ -3,8 +3,9 @@
 Rules of one forward pass sum over all forward passes since the last step, so micro-batches accumulate as they do with
 gradients. Rules that compare losses estimate each micro-batch separately, and you add up `.grad`. (For rules that
 credit no single samples, such as `WeightPerturbation`, one closure can run all micro-batches. In rules of local
-objectives, whose losses are means over one pass, divide the sum of `.grad` by the number of micro-batches.) Either way `estimate`
-writes `.grad` and `descend` uses it: clip in between. Clipping after `loss.backward()` would reach the readout only.
+objectives, whose losses are means over one pass, divide the sum of `.grad` by the number of micro-batches.) Either way
+`estimate` writes `.grad` and `descend` uses it: clip in between. Clipping after `loss.backward()` would reach the
+readout only.
 """
 
 import torch
