@@ -46,7 +46,7 @@ def plastic_learner(
         parts = split_into_blocks(model, list(specs))
         with_costs = {name: (part, build_cost(specs[name], f"cost.blocks.{name}")) for name, part in parts.items()}
         blocks = assemble(config, model, with_costs, images, group)
-    return _learner(config, model, blocks)
+    return _learner(config, model, blocks, amp=config.amp)
 
 
 def readout_learner(
@@ -69,17 +69,18 @@ def readout_learner(
         raise ValueError(f"readout.batch_size={batch_size} is larger than the training set")
     total = (config.epochs - plastic) * source.batches(batch_size)
     schedule = build_schedule(config.readout.schedule, optimizer, total)
-    return _learner(config, head, [Block(head, cost, optimizer, schedule)])
+    # In half precision it would not see steps below the rounding of its weights.
+    return _learner(config, head, [Block(head, cost, optimizer, schedule)], amp=False)
 
 
-def _learner(config: DictConfig, network: nn.Module, blocks: list[Block]) -> Learner:
+def _learner(config: DictConfig, network: nn.Module, blocks: list[Block], amp: bool) -> Learner:
     return Learner(
         network,
         blocks,
         name=f"optimizer={config.optimizer.name}",
         rate=rate_of(config, blocks[0].optimizer),
         frames=int(config.data.augment.frames),
-        amp=config.amp,
+        amp=amp,
         check=False,
     )
 

@@ -15,7 +15,8 @@ class Features:
     """The features that a frozen trunk computes from a data set: the input of the readout, in place of the images.
 
     They are computed once and kept if images are not augmented and the features need at most `KEPT_BYTES`; otherwise
-    they are computed for each batch. Has the methods of `Images` that training and evaluation need.
+    they are computed for each batch. Has the methods of `Images` that training and evaluation need. Batches are in
+    single precision, whatever the features are kept in.
     """
 
     KEPT_BYTES = 8 * 2**30
@@ -46,10 +47,10 @@ class Features:
         """As `Images.training_batches`, with the same samples in the same order."""
         if self._train is None:
             for inputs, labels in self.images.training_batches(batch_size, seed, epoch, augment):
-                yield self.trunk(inputs), labels
+                yield self.trunk(inputs).float(), labels
         else:
             for index, _ in self.images.order(batch_size, seed, epoch):
-                yield self._train[index], self.images.train_labels[index]
+                yield self._train[index].float(), self.images.train_labels[index]
 
     def batches(self, batch_size: int) -> int:
         """Training batches per epoch."""
@@ -57,4 +58,5 @@ class Features:
 
     def test_batches(self, augment: Augment) -> Iterator[tuple[Tensor, Tensor]]:
         """The test set in order; the features of an image are the mean over its views."""
-        return zip(self._test, torch.split(self.test_labels, len(self._test[0])), strict=True)
+        for features, labels in zip(self._test, torch.split(self.test_labels, len(self._test[0])), strict=True):
+            yield features.float(), labels

@@ -15,9 +15,10 @@ import pytest
 import torch
 import yaml
 from omegaconf import OmegaConf
+from torch import Tensor
 
 from bioopt.registry import family_of, rule_classes
-from experiments import data
+from experiments import data, learner
 from experiments.classification import Classification
 from experiments.config import resolved
 from experiments.run import run
@@ -425,6 +426,26 @@ def test_runs_of_one_second_do_not_share_a_folder(tmp_path: Path) -> None:
     for _ in range(2):
         run(config(*TINY, f"run_dir={tmp_path / 'run'}"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "run-2"]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_readout_of_a_frozen_trunk_learns_in_single_precision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Features are kept in half precision, but steps below the rounding of the readout's weights count."""
+    seen = []
+
+    def noted(self: Any, inputs: Any, labels: Tensor, *more: Any) -> Tensor:
+        outputs = step(self, inputs, labels, *more)
+        seen.append((inputs.dtype, self.amp))
+        return outputs
+
+    step = learner.Learner.step
+    monkeypatch.setattr(learner.Learner, "step", noted)
+    options = [*SOFTHEBB, "plastic_epochs=1", "epochs=2", "amp=true", "control=false"]
+    run(config("optimizer=softhebb", *options, f"run_dir={tmp_path / 'run'}"))
+    assert set(seen) == {(torch.float32, True), (torch.float32, False)}
+    assert seen[-1] == (torch.float32, False)
 
 
 @pytest.mark.usefixtures("undrawn")
