@@ -216,7 +216,8 @@ class LearningRule(ModelGroups, Optimizer):
         for i, group in enumerate(groups):
             if group.get("standardised"):
                 decay = group.get("weight_decay", of_sgd["weight_decay"])
-                if "weight_decay" not in (readout_options or {}):  # given for steps of the other layers' length
+                if decay and group["lr"] and "weight_decay" not in (readout_options or {}):
+                    # It was given for steps of the other layers' length.
                     decay *= defaults["lr"] / group["lr"] * (1 - group["momentum"])
                 groups[i] = {**of_sgd, **group, "weight_decay": decay}
         super().__init__(groups, {**own_defaults, **defaults, "readout": None, "standardised": False, PACKED: None})
@@ -410,7 +411,7 @@ class LearningRule(ModelGroups, Optimizer):
             group["params"] = self._readout.left_over(named)
             synapses = [s for s in synapses if s.layer not in self._readout.layers]
         self._require_real(group["params"])
-        if group["params"] or not modules:
+        if group["params"] or not modules:  # torch wants names in all groups or in none, and an empty one has none
             super().add_param_group(group)
         for synapse in synapses:
             synapse.group = len(self.param_groups) - 1

@@ -239,6 +239,8 @@ def test_weight_decay_shrinks_a_readout_on_standardised_activity_as_it_does_the_
             optimizer.target = y
             optimizer.step(lambda model=model: 0 * F.cross_entropy(model(x), y))
         torch.testing.assert_close(model[2].weight.detach(), before * math.exp(-0.01 * 0.5 * 91), rtol=0.03, atol=0)
+    resting = bioopt.LocalLoss(mlp(), 0.01, readout="delta", weight_decay=0.5, readout_options={"lr": 0.0})
+    assert [group["lr"] for group in resting.param_groups if group["standardised"]] == [0.0]
     own = bioopt.LocalLoss(mlp(), 0.01, readout="delta", weight_decay=0.5, readout_options={"weight_decay": 0.1})
     assert [group["weight_decay"] for group in own.param_groups if group["standardised"]] == [0.1]
 
