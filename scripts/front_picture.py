@@ -111,10 +111,12 @@ def digits(axes: Axes) -> None:
 
 def numbers() -> str:
     """What the picture shows, in words; kept in its file, it tells when records have changed since."""
-    return "; ".join(
-        f"{row.label} {accuracy(row.rule):.2f}, random trunk {accuracy(row.control):.2f}".replace("\n", ", ")
-        for row in ROWS
-    )
+    shown = []
+    for row in ROWS:
+        kinds = {"": row.rule, "random trunk ": row.control, "backpropagation ": row.backpropagation}
+        found = [f"{kind}{accuracy(record):.2f}" for kind, record in kinds.items() if record]
+        shown.append(f"{row.label} {', '.join(found)}".replace("\n", ", "))
+    return "; ".join(shown)
 
 
 def accuracy(record: str) -> float:
