@@ -18,6 +18,7 @@ node perturbation Dalm et al., 2023).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -66,8 +67,8 @@ class Centring:
         self._spared = weakly(spared)
 
     def _whitens(self, synapse: Synapse) -> bool:
-        spared = self._spared() if self._spared is not None else None
-        return bool(self._strength) and not (spared is not None and spared(synapse))
+        spared = self._spared and self._spared()
+        return bool(self._strength) and not (spared and spared(synapse))
 
     def clear(self) -> None:
         """Drop the firings since the last step."""
@@ -75,7 +76,7 @@ class Centring:
 
     def set_aside(self) -> None:
         """Let the firings up to now, which `zero_grad` may have skipped, count only if no others follow."""
-        if self._every and self._seen:
+        if self._seen:
             self._seen, self._aside = {}, self._seen
 
     def restoring(self) -> Callable[[], None]:
@@ -83,7 +84,7 @@ class Centring:
         seen, aside = dict(self._seen), dict(self._aside)
 
         def restore() -> None:
-            self._seen, self._aside = dict(seen), dict(aside)
+            self._seen, self._aside = seen, aside
 
         return restore
 
@@ -186,9 +187,12 @@ def _tell(sums: list[dict[str, Tensor]]) -> list[bool]:
     """Of each layer, whether it fired for any sample, and all that was seen is finite; in a CUDA graph, ``True``."""
     if not sums or is_captured([sums[0]["total"]]):
         return [True] * len(sums)
-    told = [torch.stack([s["count"] > 0, *(value.isfinite().all() for value in s.values())]).all() for s in sums]
-    found: list[bool] = torch.stack([one.to(told[0].device) for one in told]).tolist()
-    return found
+    total = torch.nn.utils.get_total_norm([value for one in sums for value in one.values()])
+    *counts, norm = torch.stack([*(one["count"].to(total) for one in sums), total]).tolist()
+    told = [count > 0 for count in counts]
+    if math.isfinite(norm):
+        return told
+    return [t and all(bool(v.isfinite().all()) for v in one.values()) for t, one in zip(told, sums, strict=True)]
 
 
 def _centred(gradient: Tensor, of_bias: Tensor, mean: Tensor) -> Tensor:

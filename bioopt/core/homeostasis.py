@@ -140,16 +140,10 @@ class Regulator:
         if synapse in self._references:
             return self._references[synapse]
         level = self.level(synapse)
-        if level is not None:
-            mean = level["mean"].to(u.device, torch.promote_types(u.dtype, torch.float32))
-            found = mean, moving(mean, level["variance"].to(mean), synapse)[0]
-        elif synapse in self._starts:
-            found = self._starts[synapse]
-        else:
-            found = self._start(synapse, in_full(u), channel)
-            if not bool(torch.stack(found).isfinite().all()):  # of a batch that the loop may skip
-                return found
-        self._references[synapse] = found
+        if level is None:
+            return self._start(synapse, in_full(u), channel)
+        mean = level["mean"].to(u.device, torch.promote_types(u.dtype, torch.float32))
+        found = self._references[synapse] = mean, moving(mean, level["variance"].to(mean), synapse)[0]
         return found
 
     def _start(self, synapse: Synapse, u: Tensor, channel: int) -> tuple[Tensor, Tensor]:
@@ -157,20 +151,20 @@ class Regulator:
         mean, count = over_events(u, channel), u.new_tensor(float(u.numel() // u.shape[channel]))
         self._sum()([mean, count])
         if count < EVENTS:
-            return torch.zeros_like(mean), torch.ones_like(mean)
+            found = self._references[synapse] = torch.zeros_like(mean), torch.ones_like(mean)
+            return found
         mean /= count
         variance = over_events((u - along_channels(mean, synapse)).square(), channel)
         self._sum()([variance])
         deviation, still = moving(mean, variance.div_(count), synapse)
-        if not bool((mean + variance).isfinite().all()):
-            return mean + variance, deviation
         if bool(still.all()) and synapse not in self._still:
             self._still.add(synapse)
             warn(
                 f"the activity of layer '{synapse.name}' is the same for all {int(count)} events of the first batch: "
                 "is its input constant? Homeostasis leaves it as it is until it varies"
             )
-        self._starts[synapse] = mean, deviation
+        if bool(deviation.isfinite().all()):  # else a loop may skip the batch
+            self._starts[synapse] = self._references[synapse] = mean, deviation
         return mean, deviation
 
     # -- at the step --------------------------------------------------------------------------------------------

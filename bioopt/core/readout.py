@@ -127,7 +127,7 @@ class Readout:
         excluded: Exclusion,
         choice: ReadoutChoice,
         require_trainable: Callable[[list[dict[str, Any]], list[Survey]], None],
-        whole: bool = False,
+        whole: bool,
     ) -> list[dict[str, Any]]:
         """The groups of a rule with one more for each readout.
 

@@ -55,7 +55,7 @@ class Trial:
         """Restore, at the end of a ``with`` block, each ``.grad``, the target and the state of the rule."""
         rule, grads = self.rule, {p: p.grad for p in self._with_grads}
         target, own_state = (rule.target, rule._own_state) if rule else (None, {})
-        forget = rule._centring.restoring() if rule and rule._centring else None
+        restore = rule._centring.restoring() if rule and rule._centring else None
         for p in self._with_grads:  # a closure's backward pass must not add to them
             p.grad = None
         try:
@@ -65,8 +65,8 @@ class Trial:
             if rule:
                 rule._recorder.reset()
                 rule._own_state, rule.target = own_state, target
-            if forget is not None:
-                forget()
+            if restore is not None:
+                restore()
             for p, grad in grads.items():
                 p.grad = grad
 
