@@ -10,12 +10,14 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bioopt
 from bioopt.local import BlockRule
+from bioopt.registry import family_of
 
 
 def cnn(seed: int = 0, dropout: float = 0.2) -> nn.Sequential:
@@ -339,6 +341,12 @@ CASES = [
     Case(bioopt.WeightPerturbation, {"population": 4}, perturbs_first=True),
 ]
 OF_RULE = {case.rule: case for case in CASES if not case.variant}
+_first_of_family = {family_of(case.rule): case for case in reversed(CASES)}
+#: for costly tests: all cases, of which the default suite runs the first of each family, and the long tests the others
+BY_FAMILY = [
+    case if case is _first_of_family[family_of(case.rule)] else pytest.param(case, marks=pytest.mark.long)
+    for case in CASES
+]
 RULES = [
     rule
     for rule in (getattr(bioopt, name) for name in bioopt.__all__)

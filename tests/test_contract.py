@@ -26,6 +26,7 @@ from bioopt.core import homeostasis, local_product
 
 from .distributed import by_distributed_checkpoint
 from .rules import (
+    BY_FAMILY,
     CASES,
     LOCAL,
     MIXED,
@@ -56,6 +57,7 @@ def rules_act_early(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 every_rule = pytest.mark.parametrize("case", CASES, ids=str)
+every_rule_by_family = pytest.mark.parametrize("case", BY_FAMILY, ids=str)
 every_optimizer = pytest.mark.parametrize("case", [*CASES, MIXED], ids=str)
 
 
@@ -171,9 +173,13 @@ def test_a_step_is_made_of_a_forward_pass_after_an_estimate(rule: type) -> None:
 @pytest.mark.parametrize("case", [case for case in CASES if case.takes("descent") and not case.rescales], ids=str)
 @pytest.mark.parametrize(
     ("descent", "options"),
-    [(torch.optim.Adam, {"betas": (0.8, 0.9)}), (torch.optim.AdamW, {"weight_decay": 0.1}), (torch.optim.Adagrad, {}),
-     (torch.optim.RMSprop, {"momentum": 0.5})],
-)  # fmt: skip
+    [
+        (torch.optim.Adam, {"betas": (0.8, 0.9)}),
+        (torch.optim.RMSprop, {"momentum": 0.5}),
+        pytest.param(torch.optim.AdamW, {"weight_decay": 0.1}, marks=pytest.mark.long),
+        pytest.param(torch.optim.Adagrad, {}, marks=pytest.mark.long),
+    ],
+)
 def test_descent_is_the_optimizer_itself(case: Case, descent: type, options: dict) -> None:
     """The rule's `.grad`, given to the plain optimizer on a copy, makes the same step."""
     model, twin = case.cnn(), case.cnn()
@@ -283,7 +289,7 @@ def test_mixed_refuses_the_state_of_other_members() -> None:
 
 
 @every_optimizer
-@pytest.mark.parametrize("way", ["nested", "flat", "saved"])
+@pytest.mark.parametrize("way", ["nested", *(pytest.param(way, marks=pytest.mark.long) for way in ("flat", "saved"))])
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # one process
 def test_goes_on_bit_for_bit_from_a_distributed_checkpoint(case: Case, way: str, tmp_path) -> None:
     models = [case.cnn(dropout=0.0), case.cnn(seed=7, dropout=0.0)]
@@ -732,7 +738,7 @@ def test_bf16_parameters(case: Case) -> None:
 COMPILED_GRADIENTS = (bioopt.Hebbian, bioopt.NodePerturbation, bioopt.ForwardGradient, bioopt.ContrastiveDivergence)
 
 
-@every_rule
+@every_rule_by_family
 def test_compiled_models(case: Case) -> None:
     """Hooks that are there before the first compiled call fire in it."""
     plain, other = case.cnn(dropout=0.0), case.cnn(dropout=0.0)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import bioopt
 from bioopt.core.probe import settled
 
-from ..rules import CASES, ORDINARY, Case, batch, cnn, make, mlp, per_sample, same, steps, weights
+from ..rules import BY_FAMILY, CASES, ORDINARY, Case, batch, cnn, make, mlp, per_sample, same, steps, weights
 
 every_rule = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -294,7 +294,7 @@ def interrupted(at: int, work: Callable[[], object]) -> int:
     return profile.seen
 
 
-@every_rule
+@pytest.mark.parametrize("case", BY_FAMILY, ids=str)
 @pytest.mark.filterwarnings("ignore")
 def test_an_interrupt_anywhere_leaves_everything_as_it_was(case: Case) -> None:
     model = case.cnn(dropout=0.0)

@@ -49,14 +49,14 @@ from .common import X, Y, estimate, few_losses, flat
 )
 def test_the_mean_of_the_estimates_is_the_gradient(build, closure) -> None:
     """In direction and size, and with an error that falls as one over the root of their number."""
-    model = mlp(sizes=(3, 3, 3))
+    model = mlp(sizes=(3, 2, 3))
     true = flat(list(torch.autograd.grad(few_losses(model).mean(), list(model.parameters()))))
     optimizer = build(model)
-    chunks = torch.stack([  # of 60 directions each; noisier estimates have more
-        sum(flat(estimate(optimizer, model, lambda: closure(model))) for _ in range(4)) / 4 for _ in range(25)
+    chunks = torch.stack([  # of 45 directions each; noisier estimates have more
+        sum(flat(estimate(optimizer, model, lambda: closure(model))) for _ in range(3)) / 3 for _ in range(25)
     ])  # fmt: skip
     mean = chunks.mean(0)
-    assert F.cosine_similarity(mean, true, dim=0) > 0.99
+    assert F.cosine_similarity(mean, true, dim=0) > 0.975
     assert abs((mean @ true) / (true @ true) - 1) < 0.1
     error_of_chunks = (chunks - true).norm(dim=1).mean()
     ratio = error_of_chunks / (mean - true).norm()
