@@ -176,7 +176,7 @@ class _ScoreCost(Cost):
                     f"{name}: labels are between {smallest} and {largest}, but there are scores of {outputs.shape[1]} "
                     f"classes; use labels 0 to {outputs.shape[1] - 1}, or {UNLABELLED} for samples without a label"
                 )
-        return self.of_labels(outputs, targets)
+        return self.of_labels(outputs, targets.long())
 
     @abstractmethod
     def of_labels(self, outputs: Tensor, labels: Tensor) -> Tensor:
@@ -294,7 +294,8 @@ class SupervisedContrastive(Cost):
         known = targets != UNLABELLED
         others = ~torch.eye(len(z), dtype=torch.bool, device=z.device) & known & known.unsqueeze(1)
         positives = others & (targets == targets.unsqueeze(1))
-        scaled = (z @ z.T / self.temperature).masked_fill(~others, -1e9)  # not -inf: its gradient is NaN
+        with torch.autocast(z.device.type, enabled=False):
+            scaled = (z @ z.T / self.temperature).masked_fill(~others, -1e9)  # not -inf: its gradient is NaN
         log_p = scaled.log_softmax(1)
         return -(log_p * positives).sum(1) / positives.sum(1).clamp(min=1)
 
@@ -374,7 +375,8 @@ class Slowness(Cost):
         costs = (F.pad(change, (1, 0)) + F.pad(change, (0, 1))).flatten() * (steps / (2 * (steps - 1)))
         if self.decorrelation:
             # Σ_{i≠j} ⟨z_i z_j⟩² from the N × N Gram matrix: there may be far more neurons than samples.
-            all_pairs, diagonal = (z @ z.T).square().mean(1), (z.square() * z.square().mean(0)).sum(1)
+            with torch.autocast(z.device.type, enabled=False):
+                all_pairs, diagonal = (z @ z.T).square().mean(1), (z.square() * z.square().mean(0)).sum(1)
             costs = costs + self.decorrelation / (z.shape[1] * max(z.shape[1] - 1, 1)) * (all_pairs - diagonal)
         return costs
 
@@ -427,10 +429,17 @@ class Mixture(Cost):
         self.scores = any(cost.scores for cost in costs.values())
         self.sequences = any(cost.sequences for cost in costs.values())
 
+    def output_size(self, classes: int, inputs: int) -> int | None:
+        """That of the costs of these outputs themselves, without a readout; ``None``: any."""
+        sizes = [cost.output_size(classes, inputs) for cost in self._costs() if cost.readout is None]
+        return next((size for size in sizes if size is not None), None)
+
+    def _costs(self) -> list[Cost]:
+        return [cost for cost in self.costs.values() if isinstance(cost, Cost)]
+
     def corrupt(self, inputs: Tensor) -> Tensor:
         """The inputs as corrupted by all costs, one after another."""
-        for cost in self.costs.values():
-            assert isinstance(cost, Cost)
+        for cost in self._costs():
             inputs = cost.corrupt(inputs)
         return inputs
 

@@ -18,6 +18,7 @@ from .core.integrations import (
     ModelGroups,
     for_distributed_checkpoint,
     in_distributed_checkpoint,
+    needs_closure,
     needs_estimate,
     params_in,
     parts_of_checkpoint,
@@ -36,14 +37,15 @@ class Mixed(ModelGroups, Optimizer):
     A step first lets every member estimate, then all descend at once. Members that need one ordinary forward pass
     (`torch.optim` optimizers, `Hebbian`, `Oja`) share it; each of the others evaluates the closure for itself, in the
     order given, with the hooks of all others paused. All evaluations use the same dropout masks, and batch statistics
-    advance once. ``param_groups`` are those of the members, one after the other.
+    advance once. ``param_groups`` are those of the members, one after the other. Step hooks belong on `Mixed`: those of
+    its members are not called.
 
     Args:
         optimizers: bioopt rules and `torch.optim` optimizers, without common parameters. A rule for a part without the
             last layer needs ``readout=None``.
 
     Raises:
-        TypeError: a member that is no Optimizer.
+        TypeError: a member that is no Optimizer, or evaluates the closure itself, as LBFGS does.
         ValueError: no members, or a parameter in two of them.
         RuntimeError: in the first step, a part that learns by gradients is below the synapses of a rule that lets no
             gradient pass, so that it could never learn.
@@ -57,20 +59,19 @@ class Mixed(ModelGroups, Optimizer):
     """
 
     def __init__(self, *optimizers: Optimizer) -> None:
-        owners: dict[Tensor, str] = {}
         if not optimizers:
             raise ValueError("Mixed needs at least one optimizer")
         for i, optimizer in enumerate(optimizers):
             name = f"{type(optimizer).__name__} ({i})"
             if not isinstance(optimizer, Optimizer) or isinstance(optimizer, Mixed):
                 raise TypeError(f"Mixed: member {name} is not a bioopt rule or a torch.optim optimizer")
-            for p in params_in(optimizer):
-                if p in owners:
-                    raise ValueError(
-                        f"Mixed: {owners[p]} and {name} train the same parameter of shape {tuple(p.shape)}"
-                    )
-                owners[p] = name
+            if not isinstance(optimizer, LearningRule) and needs_closure(type(optimizer)):
+                raise TypeError(
+                    f"Mixed: member {name} evaluates the closure itself; choose one that steps along .grad alone, such "
+                    "as torch.optim.SGD or torch.optim.Adam"
+                )
         self.optimizers = optimizers
+        params = self._require_disjoint()
         self._known = Known()
         self._undo: list[Callable[[], None]] = []
         self._estimated = False  # as of a rule
@@ -82,8 +83,21 @@ class Mixed(ModelGroups, Optimizer):
             rule._recorder.trace = rule.shares_pass  # until the first step
         # The defaults that all members have: schedulers look for `momentum` there.
         common = set.intersection(*(set(member.defaults) for member in optimizers))
-        super().__init__([{"params": list(owners)}], {name: optimizers[0].defaults[name] for name in common})
+        super().__init__([{"params": params}], {name: optimizers[0].defaults[name] for name in common})
         self._link()
+
+    def _require_disjoint(self) -> list[Tensor]:
+        """All parameters; raises if two members have one in common."""
+        owners: dict[Tensor, str] = {}
+        for i, member in enumerate(self.optimizers):
+            name = f"{type(member).__name__} ({i})"
+            for p in params_in(member):
+                if p in owners:
+                    raise ValueError(
+                        f"Mixed: {owners[p]} and {name} train the same parameter of shape {tuple(p.shape)}"
+                    )
+                owners[p] = name
+        return list(owners)
 
     def _link(self) -> None:
         """Take over the groups and state of the members, for schedulers and hooks."""
@@ -108,6 +122,7 @@ class Mixed(ModelGroups, Optimizer):
     def _estimate_once(self, closure: Closure | None) -> Any:
         loss: Any = None
         self._estimated = False
+        self._require_disjoint()  # a group may have been added to a member
         self._link()
         self._undo += [*(rule._recorder.restoring() for rule in self._rules()), restoring_grad_mode()]
         for rule in self._rules():
@@ -160,6 +175,7 @@ class Mixed(ModelGroups, Optimizer):
             if isinstance(member, LearningRule):
                 member.descend()
             else:
+                mark_as_stepped(member)
                 unhooked_step(member)
         self._link()
 

@@ -23,6 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import bioopt
 from bioopt.core import homeostasis, local_product
+from bioopt.feedback import FeedbackRule
 
 from .distributed import by_distributed_checkpoint
 from .rules import (
@@ -736,6 +737,21 @@ def test_bf16_parameters(case: Case) -> None:
 
 
 COMPILED_GRADIENTS = (bioopt.Hebbian, bioopt.NodePerturbation, bioopt.ForwardGradient, bioopt.ContrastiveDivergence)
+
+
+@every_rule
+def test_no_samples_teach_nothing(case: Case) -> None:
+    """The losses of an empty batch have no entries; their mean would be NaN, which is no divergence."""
+    model = case.mlp()
+    by_feedback = issubclass(case.rule, FeedbackRule)  # whose weights may decay without samples
+    optimizer = case.make(model, **(case.taking(decay=0.0) if by_feedback else {}))
+    x, y = torch.rand(8, 6, dtype=torch.float64), torch.arange(8) % 4
+    optimizer.step(per_sample(optimizer, model, x, y))
+    before = weights(model)
+    optimizer.estimate(per_sample(optimizer, model, x[:0], y[:0]))
+    assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
+    optimizer.step(per_sample(optimizer, model, x, y))
+    assert not same(before, weights(model))
 
 
 @every_rule_by_family

@@ -86,6 +86,28 @@ def test_contrastive() -> None:
     assert found[0] > 0
 
 
+@pytest.mark.parametrize("cost", [costs.SupervisedContrastive(), costs.Slowness()])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_products_of_activity_are_in_full_precision_under_autocast(cost: costs.Cost, dtype: torch.dtype) -> None:
+    activity = outputs().float()
+    expected = cost(activity, LABELS, steps=STEPS)
+    with torch.autocast("cpu", dtype=dtype):
+        assert torch.equal(cost(activity, LABELS, steps=STEPS), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16])
+@pytest.mark.parametrize("cost", [costs.CrossEntropy(), costs.SquaredError(), costs.Hinge(), costs.Focal()])
+def test_labels_may_be_any_integers(cost: costs.Cost, dtype: torch.dtype) -> None:
+    assert torch.equal(cost(outputs(), LABELS.to(dtype)), cost(outputs(), LABELS))
+
+
+def test_a_mixture_requires_what_its_costs_do() -> None:
+    denoising = costs.Mixture({"a": costs.Sparsity(), "b": costs.Denoising()}, {"a": 1.0, "b": 1.0})
+    assert denoising.output_size(10, 784) == 784
+    apart = costs.Mixture({"a": costs.Denoising(readout=nn.Linear(5, 784))}, {"a": 1.0})
+    assert apart.output_size(10, 784) is None
+
+
 def test_denoising() -> None:
     x, y = outputs(shape=(6, 2, 2)), outputs(1)
     cost = costs.Denoising(corruption=0.5)

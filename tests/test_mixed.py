@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import bioopt
 
-from .rules import batch, cnn, per_sample, published, same, steps, weights
+from .rules import batch, cnn, mlp, per_sample, published, same, steps, weights
 
 
 def test_each_part_moves_as_it_would_alone() -> None:
@@ -127,6 +127,8 @@ def test_mistakes_are_explained() -> None:
         bioopt.Mixed(model)
     with pytest.raises(ValueError, match=r"Hebbian \(0\) and SGD \(1\) train the same parameter"):
         bioopt.Mixed(published.Hebbian(model, 0.1), torch.optim.SGD(model.parameters(), 0.1))
+    with pytest.raises(TypeError, match=r"LBFGS \(0\) evaluates the closure itself.*SGD or"):
+        bioopt.Mixed(torch.optim.LBFGS(model.parameters()))
     one = bioopt.Mixed(torch.optim.SGD(model.parameters(), 0.1))
     with pytest.raises(TypeError):
         bioopt.Mixed(one)
@@ -137,6 +139,11 @@ def test_mistakes_are_explained() -> None:
     with pytest.raises(ValueError, match="parameters per group"):
         two.load_state_dict(one.state_dict())
     assert two.state_dict() == before
+    two.optimizers[1].add_param_group({"params": [model[0].weight]})
+    unchanged = weights(model)
+    with pytest.raises(ValueError, match=r"SGD \(0\) and SGD \(1\) train the same parameter"):
+        steps(two, model, 1)
+    assert same(unchanged, weights(model))
 
 
 def test_coverage_without_a_model() -> None:
@@ -166,3 +173,54 @@ def test_a_head_of_another_member_beside_a_readout_is_no_mistake() -> None:
 
     optimizer.step(closure)
     assert not any(torch.equal(p, q) for p, q in zip(before[::2], weights(model)[::2], strict=True))
+
+
+RELAXING = (bioopt.PredictiveCoding, bioopt.EquilibriumPropagation, bioopt.DifferenceTargetPropagation)
+PERTURBING = (bioopt.NodePerturbation, bioopt.WeightPerturbation)
+
+
+@pytest.mark.parametrize("below", [*RELAXING, *PERTURBING])
+@pytest.mark.parametrize("above", [*RELAXING, *PERTURBING])
+def test_rules_of_several_passes_do_not_disturb_each_other(below: type, above: type) -> None:
+    """In either order, both parts move as they would beside a frozen one."""
+    results = []
+    x, y = torch.randn(8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 4
+    for members in ((0, 1), (1, 0), (0,), (1,)):
+        model = mlp(sizes=(6, 8, 5, 4))
+        parts = model[:4], model[4:]
+        for part in (0, 1):
+            parts[part].requires_grad_(part in members)
+        rules = [(below, above)[part](parts[part]) for part in members]
+        optimizer = bioopt.Mixed(*rules) if len(rules) > 1 else rules[0]
+        optimizer.step(lambda m=model: F.cross_entropy(m(x), y, reduction="none"))
+        results.append([weights(part) for part in parts])
+    one, other, lower, upper = results
+    assert same(one[0], other[0])
+    assert same(one[1], other[1])
+    assert same(one[0], lower[0])
+    assert same(one[1], upper[1])
+
+
+def test_a_scheduler_of_a_member_does_not_warn() -> None:
+    model = cnn()
+    optimizer = bioopt.Mixed(
+        published.Hebbian(model[:5], 0.1, readout=None), torch.optim.Adam(model[5:].parameters(), 0.1)
+    )
+    schedulers = [torch.optim.lr_scheduler.StepLR(member, 1, 0.1) for member in optimizer.optimizers]
+    steps(optimizer, model, 1)
+    for scheduler in schedulers:
+        scheduler.step()
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.01, 0.01])
+
+
+@pytest.mark.parametrize("rule", [published.Hebbian, bioopt.NodePerturbation])
+def test_a_head_may_be_frozen_for_a_while(rule: type) -> None:
+    model = cnn(dropout=0.0)
+    options = {"readout": None} if rule is published.Hebbian else {}
+    optimizer = bioopt.Mixed(rule(model[:5], 0.1, **options), torch.optim.Adam(model[5:].parameters(), 0.1))
+    model[5:].requires_grad_(False)
+    trunk, head = weights(model[:5]), weights(model[5:])
+    x, y = batch()
+    optimizer.step(lambda: F.cross_entropy(model(x), y, reduction="none"))
+    assert not same(trunk, weights(model[:5]))
+    assert same(head, weights(model[5:]))

@@ -5,6 +5,8 @@ None of these packages is imported here; they are recognised by their objects or
 
 from __future__ import annotations
 
+import functools
+import inspect
 import io
 import sys
 from abc import ABC, abstractmethod
@@ -92,7 +94,7 @@ def refuse_trainer_options(rule: str, closure: Callable[[], Any]) -> None:
                     "self.optimizer_.estimate(step_fn) and self.optimizer_.descend()"
                 )
     # Lightning gives partial(..., module, optimizer, closure): recognised without importing it.
-    arguments = getattr(closure, "args", ())
+    arguments = closure.args if isinstance(closure, functools.partial) else ()
     if arguments and getattr(arguments[-1], "__name__", "") == "do_nothing_closure":
         raise RuntimeError(
             f"{rule}: in manual optimization, step() of Lightning's wrapper passes a closure that does nothing. Call "
@@ -112,6 +114,12 @@ def refuse_trainer_options(rule: str, closure: Callable[[], Any]) -> None:
                 "accumulated batches; for a rule of several, rule.estimate(closure) and so on, with larger batches in "
                 "place of accumulation"
             )
+
+
+def needs_closure(optimizer: type[Optimizer]) -> bool:
+    """Whether the step of an optimizer evaluates the closure itself, as that of LBFGS."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    return closure is not None and closure.default is closure.empty
 
 
 @torch.compiler.disable(reason="it looks at the call stack")  # type: ignore[untyped-decorator]

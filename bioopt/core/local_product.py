@@ -28,6 +28,7 @@ from .homeostasis import (
     rotate_,
     tensors_of,
 )
+from .losses import loss_of
 from .one_pass import OnePass
 from .params import Params, no_plastic_layer, surveyed, synapses_of, unique
 from .products import Events, SparseSignal, in_pools, weight_shaped
@@ -462,7 +463,7 @@ class LocalRule(OnePass):
             gathered = sorted(self._sums.items(), key=lambda item: item[0].index)
             self._require_same_on_ranks([synapse.name for synapse, _ in gathered] + self._readout.learning())
             device = self._trained()[0].device
-            loss = torch.zeros((), device=device) if losses is None else losses.mean()
+            loss = torch.zeros((), device=device) if losses is None else loss_of(losses)
             # In full precision, because counts are large; on the device only for other ranks.
             where = None if self.process_group is None else device
             numbers = [count for _, sums in gathered for count in sums.counts.values()]

@@ -14,8 +14,17 @@ def mean_over_samples(losses: Tensor) -> Tensor:
 
 
 def mean_loss(losses: Tensor) -> Tensor:
-    """The mean loss of each evaluation (first dimension), summed in double precision."""
-    return losses.double().flatten(1).mean(1) if losses.ndim > 1 else losses.double()
+    """The mean loss of each evaluation (first dimension), summed in double precision; 0 of no samples."""
+    losses = losses.double()
+    if losses.ndim == 1:
+        return losses
+    flat = losses.flatten(1)
+    return flat.mean(1) if flat.shape[1] else flat.sum(1)
+
+
+def loss_of(losses: Tensor) -> Tensor:
+    """The mean loss of one evaluation; 0 of no samples."""
+    return losses.mean() if losses.numel() else losses.sum()
 
 
 def backward_where_missing(
@@ -32,5 +41,7 @@ def backward_where_missing(
     if losses.requires_grad and all(p.grad is None for p in params):
         # If the closure's own backward pass freed the graph, then a parameter has a gradient.
         inputs = [*(p for p in params if p.requires_grad), *anchors]
+        if not inputs:  # all are frozen
+            return
         with torch.enable_grad():
             torch.autograd.backward(losses.mean(), inputs=inputs, retain_graph=retain_graph)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .losses import mean_over_samples
+from .losses import loss_of, mean_over_samples
 from .rule import LearningRule
 
 
@@ -25,11 +25,13 @@ def reward_prediction_errors(
         rate: of the running mean.
     """
     trials = len(losses)
-    rewards = torch.stack([-mean_over_samples(one) if per_sample else -one.mean() for one in losses])
+    rewards = torch.stack([-mean_over_samples(one) if per_sample else -loss_of(one) for one in losses])
     if trials > 1:
         return (rewards - rewards.mean(0)) / (trials - 1), None
-    mean = losses.mean()
+    mean = loss_of(losses)
     rule._sum_over_ranks([mean])
     reward = -mean.item() / rule._ranks[1]
+    if not losses.numel():  # no reward was given
+        return rewards, rule._own_state.get("reward")
     expected = rule._own_state.get("reward", reward)
     return rewards - expected, expected + rate * (reward - expected)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 __all__ = ["Rows", "on_rows"]
@@ -23,6 +24,10 @@ class Rows:
         """The rows at the indices of their samples; zeros for the other samples."""
         everything = rows.new_zeros(self.count, *rows.shape[1:])
         return everything.index_copy(0, self.index, rows)
+
+    def equals(self, other: Rows | None) -> bool:
+        """Whether these are the samples of the other."""
+        return other is not None and self.count == other.count and torch.equal(self.index, other.index)
 
 
 _ROWS: ContextVar[Rows | None] = ContextVar("_ROWS", default=None)

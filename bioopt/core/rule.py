@@ -8,7 +8,6 @@ A learning rule decides the teaching signal of each synapse; PyTorch does the re
 
 from __future__ import annotations
 
-import inspect
 import zlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -34,6 +33,7 @@ from .integrations import (
     PACKED,
     ModelGroups,
     for_checkpoint,
+    needs_closure,
     needs_estimate,
     params_in,
     read_checkpoint,
@@ -200,7 +200,7 @@ class LearningRule(ModelGroups, Optimizer):
         self._check(defaults)
         self._readout_grads: dict[Tensor, Tensor] | None = None  # of the estimate in progress
         self._readout_state: dict[str, Any] = {}  # after it
-        if inspect.signature(descent.step).parameters["closure"].default is inspect.Parameter.empty:
+        if needs_closure(descent):
             raise TypeError(
                 f"{name}(descent={descent.__name__}): {descent.__name__} evaluates the closure itself; "
                 "choose one that steps along .grad alone, such as torch.optim.SGD or torch.optim.Adam"

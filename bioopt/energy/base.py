@@ -153,9 +153,9 @@ class EnergyRule(LearningRule):
         """A later evaluation of a step; the arguments are those of `Evaluation`.
 
         Raises:
-            RuntimeError: other layers fired than in the first.
+            RuntimeError: other layers fired than in the first, or on other samples.
         """
-        evaluation = self._run(run, given, added)
+        evaluation = self._run(run, given, added, self._wired)
         if tuple(evaluation.synapses) != self._wired.synapses:
             raise RuntimeError(f"{type(self).__name__}: the closure ran other layers than in its first evaluation")
         return evaluation
@@ -164,8 +164,14 @@ class EnergyRule(LearningRule):
         """An evaluation with these states, by the numbers of their firings."""
         return self._evaluate(run, lambda i, u: states.get(i, u))
 
-    def _run(self, run: Run, given: Callable[[int, Tensor], Tensor], added: Collection[int] | None = ()) -> Evaluation:
-        self._now = evaluation = Evaluation(type(self).__name__, given, added)
+    def _run(
+        self,
+        run: Run,
+        given: Callable[[int, Tensor], Tensor],
+        added: Collection[int] | None = (),
+        first: Wiring | None = None,
+    ) -> Evaluation:
+        self._now = evaluation = Evaluation(type(self).__name__, given, added, first)
         evaluation.losses = run(evaluation).detach()
         return evaluation
 
@@ -270,7 +276,6 @@ class EnergyRule(LearningRule):
 
     def _estimate(self, probe: Probe) -> Estimate:
         self._recorder.reset()
-        self._recorder.act(self._enter, self._leave)
         self._descents.clear()
         self._undo.append(self._forget)
         params = self._of_model()
@@ -282,7 +287,8 @@ class EnergyRule(LearningRule):
             evaluation.send_back(losses, params)
             return losses
 
-        losses, grads = self._learn(run)
+        with self._recorder.acting(self._enter, self._leave):
+            losses, grads = self._learn(run)
         silent = self._silent()  # they passed the gradient on without a state
         grads = {p: g for p, g in grads.items() if p not in silent}
         with torch.no_grad():

@@ -178,12 +178,13 @@ class EquilibriumPropagation(EnergyRule):
             model.eval()
             if not self._hopfield:
                 return model(inputs)
-            recorder.in_evaluation = True
+            recorder.in_evaluation, restore = True, recorder.restoring()
             try:
                 with recorder.acting(self._enter, self._leave):
                     return self._predicted(model, inputs)
             finally:
                 recorder.in_evaluation = False
+                restore()  # these firings are no forward pass that a step would learn from
                 self._forget()
 
     def _predicted(self, model: nn.Module, inputs: Any) -> Tensor:

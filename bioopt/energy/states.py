@@ -10,10 +10,11 @@ from torch import Tensor
 
 from ..core.acts import clamp
 from ..core.errors import loss_of_no_layer, require_graph
-from ..core.losses import backward_where_missing
+from ..core.losses import backward_where_missing, loss_of
 from ..core.products import in_full
 from ..core.reach import leaves_behind
 from ..core.recorder import Firing
+from ..core.rows import Rows
 from ..core.synapse import Synapse
 
 __all__ = ["Evaluation", "Wiring"]
@@ -33,12 +34,14 @@ class Wiring:
         outputs: those on which the loss depends, and no other firing.
         inputs: those that depend on no other firing.
         synapses: of all firings.
+        rows: the samples that each firing ran on; ``None``: all.
     """
 
     hidden: tuple[int, ...]
     outputs: tuple[int, ...]
     inputs: tuple[int, ...]
     synapses: tuple[Synapse, ...]
+    rows: tuple[Rows | None, ...]
 
     @property
     def depth(self) -> int:
@@ -57,20 +60,29 @@ class Evaluation:
             least: small steps of relaxation would be rounded away.
         added: the numbers of firings of which the network sees ``u`` plus the leaf, with its graph, in place of the
             leaf; ``None``: all. The errors of error-based predictive coding are such leaves.
+        first: the wiring of the first evaluation of a step, for a later one.
 
     Attributes:
         predictions: :math:`u` of each firing.
         leaves: what the network sees in its place; in single precision at least.
         synapses: that fired.
+        rows: the samples that each firing ran on; ``None``: all.
         losses: the value of the closure.
     """
 
-    def __init__(self, rule: str, given: Callable[[int, Tensor], Tensor], added: Collection[int] | None = ()) -> None:
-        self._rule, self._given, self._added = rule, given, added
+    def __init__(
+        self,
+        rule: str,
+        given: Callable[[int, Tensor], Tensor],
+        added: Collection[int] | None = (),
+        first: Wiring | None = None,
+    ) -> None:
+        self._rule, self._given, self._added, self._first = rule, given, added, first
         self._inputs: list[Tensor] = []  # without graphs, to recognise a firing that checkpointing runs again
         self.predictions: list[Tensor] = []
         self.leaves: list[Tensor] = []
         self.synapses: list[Synapse] = []
+        self.rows: list[Rows | None] = []
         self.losses = torch.zeros(())
 
     def leave(self, firing: Firing, u: Tensor) -> Tensor:
@@ -78,12 +90,26 @@ class Evaluation:
         if firing.replay:
             return self._seen(self._number(firing), u)
         require_graph(self._rule, firing.synapse.name, u, "its state cannot relax")
+        self._require_same_route(firing)
         leaf = self._given(len(self.leaves), in_full(u.detach())).detach().requires_grad_()
         self.predictions.append(u)
         self.leaves.append(leaf)
         self.synapses.append(firing.synapse)
+        self.rows.append(firing.rows)
         self._inputs.append(firing.x.detach())
         return self._seen(len(self.leaves) - 1, u)
+
+    def _require_same_route(self, firing: Firing) -> None:
+        """Raise if a layer runs on other samples than in the first evaluation: their states are not its own."""
+        if self._first is None or len(self.leaves) >= len(self._first.rows):
+            return
+        before = self._first.rows[len(self.leaves)]
+        if before is not None and not before.equals(firing.rows):
+            raise RuntimeError(
+                f"{self._rule}: layer '{firing.synapse.name}' ran on other samples than before its states relaxed: "
+                "the routes of a bioopt.nn.Gate must stand still meanwhile. Let its controller see the network's input "
+                "or a context, and exclude the controller (exclude=[...]); or write Gate(..., active=None)"
+            )
 
     def _seen(self, i: int, u: Tensor) -> Tensor:
         """What the network sees in place of ``u``."""
@@ -123,7 +149,12 @@ class Evaluation:
             todo += new
         hidden, outputs = tuple(sorted(reached & below)), tuple(sorted(reached - below))
         inputs = tuple(i for i in sorted(reached) if not behind[i])
-        return Wiring(hidden, outputs, inputs, tuple(self.synapses))
+        return Wiring(hidden, outputs, inputs, tuple(self.synapses), tuple(self.rows))
+
+    @property
+    def loss(self) -> Tensor:
+        """The mean loss; 0 of no samples."""
+        return loss_of(self.losses)
 
     def gradients(
         self, terms: Sequence[Tensor], outputs: Sequence[int], of: Sequence[Tensor], scale: float, retain: bool = False
@@ -152,13 +183,9 @@ class Evaluation:
 
     def samples(self, wiring: Wiring) -> int:
         """The number of samples at the first output; 1 for none, so that sums over them can be divided by it."""
-        u, synapse = self.predictions[wiring.outputs[0]], self.synapses[wiring.outputs[0]]
-        return max(synapse.samples(u), 1)
-
-    @property
-    def loss(self) -> Tensor:
-        """The mean loss; 0 of no samples."""
-        return self.losses.mean() if self.losses.numel() else self.losses.sum()
+        i = wiring.outputs[0]
+        rows = self.rows[i]
+        return max(self.synapses[i].samples(self.predictions[i]) if rows is None else rows.count, 1)
 
 
 def _leaves_behind(u: Tensor, numbers: dict[Tensor, int]) -> set[int]:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.constraints import NON_NEGATIVE, POSITIVE, POSITIVE_INT, SEED, Constraint, require_in_range
+from ..core.products import in_full
 from ..core.synapse import register_synapse
 from ..hebbian import Hebbian
 
@@ -97,7 +98,8 @@ class _Binary(nn.Module, ABC):
                 for pattern in xi:
                     self._storkey(pattern)
             else:
-                self.weight.copy_(torch.linalg.pinv(xi) @ xi).fill_diagonal_(0)
+                full = in_full(xi)
+                self.weight.copy_(torch.linalg.pinv(full) @ full).fill_diagonal_(0)
 
     def _hebbian(self, xi: Tensor) -> None:
         synapse = Hopfield(self.units, device="meta")  # shares the weights, but no other rule has hooks on it

@@ -106,7 +106,7 @@ class RBM(nn.Module):
                 f"RBM: input from {v.min().item():.3g} to {v.max().item():.3g} must lie in [0, 1], the states or "
                 "probabilities of binary units: rescale it, or put a sigmoid before the RBM"
             )
-        return v
+        return v.to(self.synapse.weight.dtype)
 
 
 def bernoulli(p: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -31,7 +31,9 @@ class Gate(nn.Module):
 
     Any rule trains it; a pathway learns from the samples routed to it. The selection of pathways has no gradient:
     backpropagation and `ForwardGradient` reach the controller through :math:`g` only, which lowers the gate of a
-    harmful pathway until another one scores higher. Perturbations of the controller also try other pathways.
+    harmful pathway until another one scores higher. Perturbations of the controller also try other pathways. Energy
+    rules need routes that stand still while states relax: all pathways, or a controller that is excluded and sees the
+    network's input or a context.
 
     Args:
         controller: a module that computes scores, N × P, from the input or the context.

@@ -166,7 +166,6 @@ class DifferenceTargetPropagation(LearningRule):
 
     def _estimate(self, probe: Probe) -> Estimate:
         self._recorder.reset()
-        self._recorder.act(self._enter, self._leave)
         self._undo.append(self._forget)
         params = self._of_model()
 
@@ -178,18 +177,19 @@ class DifferenceTargetPropagation(LearningRule):
             one.send_back(losses, params)
             return one, losses.detach()
 
-        forward, losses = run({})
-        if not forward.links:
-            raise RuntimeError(self._coverage.none_fired())
-        grads = {p: p.grad for p in params if p.grad is not None}  # above the output
-        blocks = self._blocks(forward)
-        with _without_autocast(blocks):
-            add_up(grads, self._taught(blocks, params).items())
-        silent = self._silent()  # they passed targets on without one of their own
-        grads = {p: g for p, g in grads.items() if p not in silent}
-        self._average_gradients(losses, grads)
-        state = self._next_state()
-        state["feedback"] = {**state["feedback"], **self._learned_inverses(forward, blocks, run)}
+        with self._recorder.acting(self._enter, self._leave):
+            forward, losses = run({})
+            if not forward.links:
+                raise RuntimeError(self._coverage.none_fired())
+            grads = {p: p.grad for p in params if p.grad is not None}  # above the output
+            blocks = self._blocks(forward)
+            with _without_autocast(blocks):
+                add_up(grads, self._taught(blocks, params).items())
+            silent = self._silent()  # they passed targets on without one of their own
+            grads = {p: g for p, g in grads.items() if p not in silent}
+            self._average_gradients(losses, grads)
+            state = self._next_state()
+            state["feedback"] = {**state["feedback"], **self._learned_inverses(forward, blocks, run)}
         return losses, grads, state
 
     def _forget(self) -> None:

@@ -325,6 +325,51 @@ def test_a_layer_learns_from_its_own_state_and_those_next_to_it(disturbed: int) 
     assert changed == {disturbed, disturbed + 1}
 
 
+class Routed(nn.Module):
+    """An output that is gated, or beneath one that is not."""
+
+    def __init__(self, at_output: bool, *, of_input: bool) -> None:
+        super().__init__()
+        self.first, self.of_input = nn.Linear(6, 8), of_input
+        pathways = [nn.Linear(8, 3 if at_output else 8) for _ in range(3)]
+        self.gate = bioopt.nn.Gate(nn.Linear(6 if of_input else 8, 3), pathways, active=1)
+        self.last = nn.Identity() if at_output else nn.Sequential(nn.Tanh(), nn.Linear(8, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.first(x))
+        return self.last(self.gate(hidden, x if self.of_input else hidden))
+
+
+@pytest.mark.parametrize("rule", [name for name in RULES if name != "incremental"])  # which steps within relaxation
+@pytest.mark.parametrize("at_output", [True, False])
+def test_routes_that_stand_still_average_over_samples(rule: str, at_output: bool) -> None:
+    """The estimate of a batch is the mean of those of its samples, wherever these went."""
+    x, y = torch.randn(7, 6, generator=torch.Generator().manual_seed(0)).double(), torch.arange(7) % 3
+    torch.manual_seed(0)
+    model = Routed(at_output, of_input=True).double()
+    optimizer = RULES[rule](model, relative=False, exclude=[model.gate.controller])
+    whole = gradients(optimizer, model, x, y)
+    each = [gradients(optimizer, model, x[i : i + 1], y[i : i + 1]) for i in range(7)]
+    for name, found in whole.items():
+        torch.testing.assert_close(found, sum(one.get(name, torch.zeros_like(found)) for one in each) / 7)
+
+
+@pytest.mark.parametrize("rule", ["state", "incremental", "error", "hopfield"])  # whose states move far enough here
+@pytest.mark.filterwarnings("ignore:.*too few for an error to reach")
+def test_routes_that_change_as_states_relax_are_refused(rule: str) -> None:
+    torch.manual_seed(0)
+    model = Routed(False, of_input=False).double()
+    optimizer = RULES[rule](model, inference_lr=0.5)
+
+    def learn() -> None:
+        for _ in range(30):
+            x, y = torch.randn(32, 6).double(), torch.randint(3, (32,))
+            optimizer.step(lambda x=x, y=y: F.cross_entropy(model(x), y, reduction="none"))
+
+    with pytest.raises(RuntimeError, match=r"other samples than before its states relaxed.*exclude the controller"):
+        learn()
+
+
 @every_rule
 def test_no_samples_teach_nothing(rule: str) -> None:
     model, x, y = twins.network((6, 5, 4, 3)), *twins.data()

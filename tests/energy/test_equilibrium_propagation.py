@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import bioopt
 
-from ..rules import cnn
+from ..rules import cnn, same, weights
 from . import twins
 from .common import gradients, of_backpropagation
 
@@ -131,6 +131,18 @@ def test_relaxed_changes_nothing() -> None:
     assert torch.equal(random, torch.get_rng_state())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_relaxed_may_stand_between_the_halves_of_a_step() -> None:
+    model, (x, y) = twins.network(), twins.data()
+    twin = twins.network()
+    for one, between in ((model, True), (twin, False)):
+        rule = bioopt.EquilibriumPropagation(one, energy="hopfield")
+        rule.estimate(lambda m=one: F.cross_entropy(m(x), y))
+        if between:
+            rule.relaxed(x)
+        rule.step()
+    assert same(weights(model), weights(twin))
 
 
 def test_relaxed_needs_the_whole_model() -> None:

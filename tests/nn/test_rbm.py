@@ -49,6 +49,14 @@ def test_draws_come_from_the_generator_that_is_given() -> None:
         assert set(drawn.unique().tolist()) <= {0.0, 1.0}
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float32])
+def test_states_of_any_type_are_taken(dtype: torch.dtype) -> None:
+    v, rbm = data(), machine()
+    bits = (v > 0.5).to(dtype)
+    torch.testing.assert_close(rbm(bits), rbm(bits.double()))
+    torch.testing.assert_close(rbm.free_energy(bits), rbm.free_energy(bits.double()))
+
+
 @pytest.mark.parametrize("use", ["forward", "gibbs", "free_energy"])
 def test_input_that_does_not_fit_is_refused(use: str) -> None:
     call = getattr(machine(), use)
