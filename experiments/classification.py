@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,7 @@ class Classification(Task):
         self.learner.moment = f"epoch {number}"
         self.learner.train()
         batches = source.training_batches(batch_size, self.config.seed, number, self.augment)
-        for inputs, labels in self.log.batches(batches, count, number):
+        for inputs, labels in self.log.batches(batches, count, f"epoch {number}/{self.rounds}"):
             if self.splits and whole:
                 inputs, labels = self.ranks.share(inputs), self.ranks.share(labels)
             around = functools.partial(self.diagnostics.around, self.steps) if whole else contextlib.nullcontext
@@ -148,7 +148,7 @@ class Classification(Task):
     def _begin_readout(self) -> None:
         """Freeze the trunk, compute its features, and continue with a learner of the readout."""
         trunk, head = split(self.model)
-        self.features = data.Features(self.images, frozen(trunk, self.config.amp), self.augment)
+        self.features = data.Features(self.images, frozen(trunk, self.config.amp), self.augment, self._watched)
         self.learner = readout_learner(self.config, head, self.features, self.learner.last.cost, self.plastic)
         label = f"{type(self.learner.last.optimizer).__name__} on the frozen trunk"
         own = set(head.parameters())
@@ -157,6 +157,12 @@ class Classification(Task):
             self.learner.load_state_dict(self.readout_state)
         else:
             self.forward_passes += self.features.kept * self.images.batches(self.config.batch_size)
+
+    def _watched(self, batches: Iterator[Any], total: int, label: str) -> Iterator[Any]:
+        """Batches whose progress is shown, and between which the run can be interrupted."""
+        for batch in self.log.batches(batches, total, label):
+            yield batch
+            interrupts.check()
 
     def state_dict(self) -> dict[str, Any]:
         """The model, the blocks of the phase, diagnostics and counts."""
@@ -267,7 +273,10 @@ class Classification(Task):
         """Epochs in which everything learns, and those of the readout alone."""
         if self.plastic == self.rounds:
             return [Phase(self.rounds)]
-        return [Phase(self.plastic, name="the whole network"), Phase(self.rounds - self.plastic, name="the readout")]
+        return [
+            Phase(self.plastic, name="the whole network"),
+            Phase(self.rounds - self.plastic, name="the readout", apart=1),  # which computes features first
+        ]
 
     def expected(self, summary: dict[str, Any]) -> dict[str, Sequence[Expected]]:
         """The accuracy of the run's control, if it was measured."""

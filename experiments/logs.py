@@ -69,7 +69,6 @@ class RunLog:
         self.folder = folder
         self.history = history
         self._every = config["logger"]["every"]
-        self._epochs = config["epochs"]
         self._loggers: list[Logger] = []
         classes = logger_classes(config["logger"]) if config["logger"]["mode"] != "disabled" else []
         ids = run_id.split(" ") if run_id is not None and classes else [NO_ID] * len(classes)
@@ -88,9 +87,8 @@ class RunLog:
         ids = [logger.run_id for logger in self._loggers]
         return " ".join(own_id or NO_ID for own_id in ids) if any(ids) else None
 
-    def batches(self, batches: Iterator[Any], total: int, epoch: int) -> Iterator[Any]:
+    def batches(self, batches: Iterator[Any], total: int, label: str) -> Iterator[Any]:
         """Iterate over the batches, with a progress bar where the output is a terminal, else a line a minute."""
-        label = f"epoch {epoch}/{self._epochs}"
         if not Ranks().first:
             return batches
         if sys.stderr.isatty():

@@ -18,6 +18,7 @@ class Phase(NamedTuple):
     rounds: int
     sample: int = 1  # rounds after which the others are known, such as one of each rule where rules take turns
     name: str = ""  # what the rounds are of, such as "the readout"; empty where there is one phase alone
+    apart: int = 0  # rounds at its start that do more than the others, and tell nothing about them
 
 
 class Pace:
@@ -32,6 +33,7 @@ class Pace:
     def __init__(self, phases: Sequence[Phase], unit: str, done: int = 0) -> None:
         self._phases, self._unit, self._done = phases, unit, done
         self._spent: list[float] = []  # in this phase
+        self._apart = 0  # rounds that are to come of those that stand apart
 
     def after(self, number: int, seconds: float) -> str:
         """The announcement after this round, counted from 1, which took these seconds; mostly there is none."""
@@ -39,7 +41,10 @@ class Pace:
         index = bisect_left(ends, number)
         phase, first = self._phases[index], ends[index] - self._phases[index].rounds + 1
         if number == max(first, self._done + 1):
-            self._spent = []
+            self._spent, self._apart = [], phase.apart
+        if self._apart:
+            self._apart -= 1
+            return ""
         self._spent.append(seconds)
         left = ends[index] - number
         expected = left * sum(self._spent) / len(self._spent)

@@ -6,8 +6,10 @@ import math
 import resource
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -87,7 +89,15 @@ def test_features_replace_images() -> None:
         calls.append(len(x))
         return x.flatten(1)[:, ::7] * 2
 
-    features = data.Features(digits, trunk, data.Augment())
+    shown = []
+
+    def watched(batches: Iterator[Any], total: int, label: str) -> Iterator[Any]:
+        every = [*batches]
+        shown.append((label, total, len(every)))
+        return iter(every)
+
+    features = data.Features(digits, trunk, data.Augment(), watched)
+    assert shown == [("features of the test images", 2, 2), ("features of the training images", 6, 6)]
     assert features.kept
     made = sum(calls)
     assert made == 1437 + 360

@@ -175,7 +175,7 @@ def test_a_long_epoch_prints_lines(
     """Forty seconds a batch: a line where a minute has gone by since the last."""
     times = iter(range(0, 10_000, 40))
     monkeypatch.setattr(logs, "time", types.SimpleNamespace(monotonic=lambda: float(next(times))))
-    assert [*log(tmp_path, None).batches(iter("abcdef"), 6, 1)] == [*"abcdef"]
+    assert [*log(tmp_path, None).batches(iter("abcdef"), 6, "epoch 1/2")] == [*"abcdef"]
     assert capsys.readouterr().out.splitlines() == [
         "epoch 1/2   batch 1/6, 7 min left",
         "epoch 1/2   batch 3/6, 3 min left",

@@ -102,6 +102,8 @@ def test_the_time_that_is_left_is_told_once_in_each_phase() -> None:
         "about 2 min for the next 1 epoch of the trunk, then 4 epochs of the readout", "", "",
         "about 2 min for the next 2 epochs of the readout", "", "",
     ]  # fmt: skip
+    kept = Pace([Phase(4, apart=1)], "epoch")  # whose first epoch computes what the others need
+    assert [kept.after(1, 9000.0), kept.after(2, 40.0)] == ["", "about 80 s for the next 2 epochs"]
     again = Pace([Phase(50)], "round", done=9)
     assert again.after(10, 100.0) == "about 67 min for the next 40 rounds"
     assert again.after(11, 500.0) == ""
@@ -115,10 +117,10 @@ def test_a_long_run_says_how_long_it_takes(
 ) -> None:
     monkeypatch.setattr(pace, "SHORT", 0.0)
     options = [o for o in TINY if o != "epochs=1"]
-    run(config("optimizer=hebbian", *options, "epochs=4", "plastic_epochs=2", f"run_dir={tmp_path / 'run'}"))
+    run(config("optimizer=hebbian", *options, "epochs=5", "plastic_epochs=2", f"run_dir={tmp_path / 'run'}"))
     lines = capsys.readouterr().out.splitlines()
     (first, second) = (i for i, line in enumerate(lines) if line.startswith("about "))
-    assert lines[first].endswith("for the next 1 epoch of the whole network, then 2 epochs of the readout")
+    assert lines[first].endswith("for the next 1 epoch of the whole network, then 3 epochs of the readout")
     assert lines[second].endswith("for the next 1 epoch of the readout")
-    assert lines[first - 1].startswith("epoch 1/4")
-    assert lines[second - 1].startswith("epoch 3/4")
+    assert lines[first - 1].startswith("epoch 1/5")
+    assert lines[second - 1].startswith("epoch 4/5")
