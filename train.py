@@ -54,6 +54,12 @@ def main(config: DictConfig) -> None:
         sys.exit(f"error: {why}\n(HYDRA_FULL_ERROR=1 shows where)")
 
 
+def expanded(word: str) -> str:
+    """An override whose value is a path below the home folder, which shells expand at the start of words alone."""
+    key, _, value = word.partition("=")
+    return f"{key}={Path(value).expanduser()}" if value.startswith("~/") else word
+
+
 def optimizers() -> str:
     """For ``--help``: a line for each optimizer, by family, from the first line of its file."""
     lines: dict[str, list[str]] = {}
@@ -75,7 +81,7 @@ OmegaConf.register_new_resolver("rules", lambda chosen: ",".join(rules_by_name(c
 
 if __name__ == "__main__":
     with interrupts.reported():
-        sys.argv[1:] = [renamed_word(word) if "=" in word else word for word in sys.argv[1:]]
+        sys.argv[1:] = [expanded(renamed_word(word)) if "=" in word else word for word in sys.argv[1:]]
         words = [word for word in sys.argv[1:] if "=" in word and not word.startswith("-")]
         own = any(word.startswith(("--config", "-c", "hydra.searchpath")) for word in sys.argv[1:])
         try:

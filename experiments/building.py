@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from .config import by_part
 from .learner import Block, Learner
 from .options import OF_TASKS
 
-COSTS = Path(__file__).parent.parent / "conf" / "cost"
+COSTS, OPTIMIZERS = (Path(__file__).parent.parent / "conf" / group for group in ("cost", "optimizer"))
 READOUT_LR = 0.02  # of a block that is a readout alone, unless readout_lr is given
 # Of an optimizer's options, those that are not keywords of its class.
 NOT_KEYWORDS = {"name", "per_data", "per_model", "requires", "schedule"}
@@ -121,6 +121,27 @@ def build_cost(spec: Any, option: str = "cost") -> Cost:
     return cost
 
 
+def final_analysis(config: DictConfig) -> Callable[..., Any] | None:
+    """The function of ``final_analysis``, if there is one.
+
+    Raises:
+        ValueError: there is no such function.
+    """
+    spec = config.get("final_analysis")
+    if spec is None:
+        return None
+    try:
+        analyse: Callable[..., Any] = instantiate(spec)
+    except InstantiationException as error:
+        raise ValueError(f"final_analysis: {' '.join(str(error.__cause__ or error).split())}") from error
+    if not callable(analyse):
+        raise ValueError(
+            f"final_analysis={spec}: it gives a {type(analyse).__name__}, not a function of the model; where _target_ "
+            "is that function, write _partial_: true"
+        )
+    return analyse
+
+
 def build_optimizer(
     config: DictConfig, model: nn.Module, group: dist.ProcessGroup | None = None, whole: nn.Module | None = None
 ) -> torch.optim.Optimizer:
@@ -133,6 +154,10 @@ def build_optimizer(
         whole: the network of which ``model`` is a block, where options of parts may belong to other blocks.
     """
     options = {k: v for k, v in config.optimizer.items() if k not in NOT_KEYWORDS}
+    if options.get("readout", "") is None:  # then it has no options; those of the file are for one
+        path = OPTIMIZERS / f"{config.optimizer.name}.yaml"
+        usual: Any = OmegaConf.load(path) if path.exists() else {}
+        options = {k: v for k, v in options.items() if not k.startswith("readout_") or v != usual.get(k)}
     make = instantiate(options, _partial_=True, _convert_="all")
     parts = OmegaConf.to_container(config.optimizer.get("per_model", {}).get(config.model.name, OmegaConf.create()))
     try:

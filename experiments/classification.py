@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
-from torch import nn
+from torch import Tensor, nn
 
 import bioopt
 from bioopt import find_synapses
 
 from . import data, interrupts, pictures, receptive_fields
-from .building import build_model, build_schedule, freeze
+from .building import build_model, build_schedule, final_analysis, freeze
 from .config import resolved
 from .control import control_accuracy
 from .diagnostics import Diagnostics, wins
+from .learner import Block, Learner
 from .pace import Phase
 from .phases import frozen, plastic_epochs, plastic_learner, readout_learner, split
 from .ranks import Ranks
@@ -80,13 +80,19 @@ class Classification(Task):
         self._check_combinations()
         options = resolved(config)["diagnostics"]
         self.diagnostics = Diagnostics(options, self.model, self.layers, optimizer, self.images)
+        self.analyse = final_analysis(config)
         self.covered = self.learner.coverage()
         self.features: data.Features | None = None  # in the second phase
         self.readout_state: list[dict[str, Any]] | None = None  # where a run is resumed in the second phase
         self.steps = self.trained_images = self.forward_passes = 0
 
     def _check_combinations(self) -> None:
-        every = self.config.diagnostics.every
+        every, side = self.config.diagnostics.every, min(self.images.shape[1:])
+        if self.augment.crop >= side:
+            raise ValueError(
+                f"data.augment.crop={self.augment.crop} moves images of {side} pixels out of sight; it is at most "
+                f"{side - 1}"
+            )
         if self.ranks.count > 1 and every is not None:
             raise ValueError(f"diagnostics.every={every} does not work under torchrun; leave it out there")
         if self.ranks.count > 1 and self.augment.frames > 1:
@@ -150,13 +156,27 @@ class Classification(Task):
         trunk, head = split(self.model)
         self.features = data.Features(self.images, frozen(trunk, self.config.amp), self.augment, self._watched)
         self.learner = readout_learner(self.config, head, self.features, self.learner.last.cost, self.plastic)
-        label = f"{type(self.learner.last.optimizer).__name__} on the frozen trunk"
-        own = set(head.parameters())
-        self.covered |= {name: label for name, p in self.model.named_parameters() if p in own}
         if self.readout_state is not None:
             self.learner.load_state_dict(self.readout_state)
         else:
             self.forward_passes += self.features.kept * self.images.batches(self.config.batch_size)
+
+    def _predicted(self) -> Tensor:
+        """The class of each test image, as in `round`."""
+        source, learner = self.features or self.images, self.learner
+        if self.features is None and self.readout_state is not None:  # the run was resumed after its last epoch
+            plain = Block(self.model, learner.last.cost, torch.optim.SGD(self.model.parameters()))
+            learner = Learner(self.model, [plain], amp=self.config.amp)
+        outputs, _ = learner.predict(source.test_batches(self.augment))
+        return outputs.argmax(1)
+
+    def _covered(self) -> dict[str, str]:
+        """What has trained each parameter."""
+        if self.plastic == self.rounds:
+            return self.covered
+        label = f"{self.config.readout.optimizer._target_.rpartition('.')[2]} on the frozen trunk"
+        head = set(split(self.model)[1].parameters())
+        return self.covered | {name: label for name, p in self.model.named_parameters() if p in head}
 
     def _watched(self, batches: Iterator[Any], total: int, label: str) -> Iterator[Any]:
         """Batches whose progress is shown, and between which the run can be interrupted."""
@@ -223,11 +243,10 @@ class Classification(Task):
         )
         of_neurons = pictures.neurons(history, shares, title, folder / "neurons.png")
         shown += [picture for picture in (fields, of_neurons) if picture is not None]
-        shown += self.diagnostics.pictures(self.model, title, folder)
+        shown += self.diagnostics.pictures(self._predicted, title, folder)
         found: dict[str, float] = {}
-        if self.config.final_analysis is not None:
-            analyse = instantiate(self.config.final_analysis)
-            found, drawn = analyse(model=self.model, images=self.images, title=title, folder=folder)
+        if self.analyse is not None:
+            found, drawn = self.analyse(model=self.model, images=self.images, title=title, folder=folder)
             shown += drawn
         return found, shown
 
@@ -235,7 +254,7 @@ class Classification(Task):
         self, config: DictConfig, history: list[dict[str, Any]], seconds: float, folder: Path
     ) -> tuple[dict[str, Any], list[Path], list[str]]:
         """The summary, pictures, and the terminal's last lines: the parameters by rule, and the accuracy."""
-        accuracies = [line["test_accuracy"] for line in history]
+        accuracies, covered = [line["test_accuracy"] for line in history], self._covered()
         held_out = config.data.validation
         summary = {
             "optimizer": config.optimizer.name,
@@ -250,13 +269,13 @@ class Classification(Task):
             "forward_passes": self.forward_passes,
             "images_per_second": self.trained_images / seconds if seconds else None,
             "trained_parameters": sum(
-                p.numel() for name, p in self.model.named_parameters() if self.covered[name] != "frozen"
+                p.numel() for name, p in self.model.named_parameters() if covered[name] != "frozen"
             ),
         }
         title = f"{config.optimizer.name}, {config.model.name}, {config.data.name}, seed {config.seed}"
         found, shown = self.finish(history, title, folder)
         by_rule: dict[str, list[str]] = {}
-        for parameter, rule in self.covered.items():
+        for parameter, rule in covered.items():
             by_rule.setdefault(rule, []).append(parameter)
         widest = max(28, *map(len, by_rule))
         lines = [

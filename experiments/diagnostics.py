@@ -141,22 +141,25 @@ class Diagnostics:
                 handle.remove()
         return found
 
-    def pictures(self, model: nn.Module, title: str, folder: Path) -> list[Path]:
-        """Pictures of a finished run: the measurements, its errors, and how its receptive fields developed."""
+    def pictures(self, predicted: Callable[[], Tensor], title: str, folder: Path) -> list[Path]:
+        """Pictures of a finished run: the measurements, its errors, and how its receptive fields developed.
+
+        Args:
+            predicted: computes the class of each test image, as the run was tested.
+            title: of the pictures.
+            folder: where they go.
+        """
         if self.every is None:
             return []
         course: dict[str, dict[int, float]] = {}
-        if self._closure is not None and model is self.model:
-            model.train()
+        if self._closure is not None:
+            self.model.train()
             course = relaxation_course(self.optimizer, self._closure)
-        drawn = self._drawn(model, title, folder)
+        drawn = self._drawn(predicted().cpu(), title, folder)
         of_course = pictures.relaxation_course(course, title, folder / "relaxation_cosine.png")
         return drawn if of_course is None else [*drawn, of_course]
 
-    @torch.no_grad()
-    def _drawn(self, model: nn.Module, title: str, folder: Path) -> list[Path]:
-        model.eval()
-        predicted = torch.cat([model(inputs).argmax(1) for inputs, _ in self.images.test_batches(Augment())]).cpu()
+    def _drawn(self, predicted: Tensor, title: str, folder: Path) -> list[Path]:
         labels = self.images.test_labels.cpu()
         confusion = torch.zeros(self.images.classes, self.images.classes, dtype=torch.int64)
         confusion.index_put_((labels, predicted), torch.ones_like(labels), accumulate=True)

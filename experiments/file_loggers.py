@@ -20,12 +20,16 @@ class Csv(Logger):
 
     def __init__(self, config: dict[str, Any], folder: Path, run_id: str | None) -> None:
         path = folder / "numbers.csv"
-        rows = [["axis", "at", "name", "value"]]
-        if path.exists():  # an interrupted run goes on, and computes the steps after its last round again
+        rows: list[list[str]] = []
+        if path.exists():  # an interrupted run goes on, and computes what follows its last round again
+            rounds = done_rounds(folder)
             with path.open(encoding="utf-8", newline="") as file:
-                rows = [*csv.reader(file)]
-            while rows[-1][0] == "step":
+                known = [row for row in csv.reader(file) if len(row) == 4][1:]
+            later = (i for i, row in enumerate(known) if row[0] != "step" and int(row[1]) > rounds)
+            rows = known[: next(later, len(known))]
+            while rows and rows[-1][0] == "step":
                 del rows[-1]
+        rows.insert(0, ["axis", "at", "name", "value"])
         self._file = path.open("w", encoding="utf-8", newline="")
         self._table = csv.writer(self._file)
         self._table.writerows(rows)
@@ -57,17 +61,24 @@ class TensorBoard(Logger):
         require_package("logger=tensorboard", "tensorboard")
         from torch.utils.tensorboard import SummaryWriter
 
-        self._folder = folder
-        self._writer: Any = SummaryWriter(str(folder / "tensorboard"))
+        self._folder, self._last = folder, 0
+        self._kept = folder / "tensorboard" / "last.txt"  # the last place on an axis when a round ended
+        again = None  # from where on an interrupted run computes what it had logged
+        if self._kept.exists():
+            again = int(self._kept.read_text()) + 1 if done_rounds(folder) else 0
+        self._writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=again)
         if run_id is None:
             self._writer.add_text("options", f"```yaml\n{yaml.safe_dump(config, sort_keys=False)}```")
         self.run_id = "tensorboard"  # that of a run whose options are written
 
     def log(self, numbers: dict[str, Any]) -> None:
         """Write these numbers as scalars."""
-        _, at, values = by_axis(numbers)
+        axis, at, values = by_axis(numbers)
         for name, value in values.items():
             self._writer.add_scalar(name, value, at)
+        self._last = max(self._last, at)
+        if axis != "step":
+            self._kept.write_text(f"{self._last}")
 
     def finish(self, summary: dict[str, Any], pictures: list[Path]) -> str:
         """Write the pictures, and close."""
@@ -79,6 +90,12 @@ class TensorBoard(Logger):
     def close(self) -> None:
         """Write what is left, and close."""
         self._writer.close()
+
+
+def done_rounds(folder: Path) -> int:
+    """The number of rounds that a run has finished: of lines in ``metrics.jsonl``."""
+    path = folder / "metrics.jsonl"
+    return len(path.read_text(encoding="utf-8").splitlines()) if path.exists() else 0
 
 
 def by_axis(numbers: dict[str, Any]) -> tuple[str, int, dict[str, float]]:

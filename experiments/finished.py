@@ -164,16 +164,28 @@ def find(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
     folders = dict.fromkeys(
         folder for path in paths for folder in sorted({file.parent for name in FILES for file in path.rglob(name)})
     )
-    runs, skipped = [], []
-    for folder in folders:
+    found: dict[str, Run] = {}
+    skipped = []
+    for folder in sorted(folders, key=_finished_at):
         try:
-            runs.append(Run.read(folder))
+            run = Run.read(folder)
         except ValueError as error:
             skipped.append(printable(f"{folder}: {error}"))
+            continue
+        same = json.dumps([run.options, run.summary["seed"]], sort_keys=True)
+        if same in found:
+            skipped.append(printable(f"{found.pop(same).folder}: {folder} has the same options and seed, and is newer"))
+        found[same] = run
+    runs = sorted(found.values(), key=lambda run: [*folders].index(run.folder))
     if not runs:
         why = f" ({'; '.join(skipped)})" if skipped else ""
         raise NothingToReport(f"no finished run in {', '.join(map(str, paths))}{why}")
     return runs, skipped
+
+
+def _finished_at(folder: Path) -> float:
+    summary = folder / "summary.json"
+    return summary.stat().st_mtime if summary.exists() else 0.0
 
 
 def grouped(runs: list[Run]) -> list[RunGroup]:
@@ -200,6 +212,6 @@ def grouped(runs: list[Run]) -> list[RunGroup]:
 def by_options(runs: list[Run]) -> list[RunGroup]:
     """Groups of runs with the same options, in the order of their first runs."""
     found: dict[str, dict[int, Run]] = {}
-    for run in runs:  # of two runs with the same options and seed, the last
+    for run in runs:
         found.setdefault(json.dumps(run.options, sort_keys=True), {})[run.summary["seed"]] = run
     return [RunGroup([seeds[seed] for seed in sorted(seeds)]) for seeds in found.values()]

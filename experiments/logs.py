@@ -70,6 +70,7 @@ class RunLog:
         self.history = history
         self._every = config["logger"]["every"]
         self._loggers: list[Logger] = []
+        self._write_metrics()  # without lines of a round that was not finished
         classes = logger_classes(config["logger"]) if config["logger"]["mode"] != "disabled" else []
         ids = run_id.split(" ") if run_id is not None and classes else [NO_ID] * len(classes)
         try:
@@ -78,8 +79,6 @@ class RunLog:
         except BaseException:
             self.close()
             raise
-        # Drops lines of a round that was not finished.
-        self._write_metrics()
 
     @property
     def run_id(self) -> str | None:

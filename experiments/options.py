@@ -23,6 +23,11 @@ OPEN = {"cost", "final_analysis", "hydra", "model", "optimizer", "readout.optimi
 # Those of the benchmark that hold a table of networks or rules.
 OPEN |= {"benchmark.models", "benchmark.options", "benchmark.rates"}
 OF_TASKS = ("rules", "structures")  # parts that an experiment chooses from the groups optimizer and model
+# Not used by the experiments of this repository that have a task of their own.
+OF_CLASSIFICATION = (
+    *("epochs", "batch_size", "plastic_epochs", "frozen", "readout", "cost"),
+    *("diagnostics", "control", "final_analysis"),
+)
 OF_DATA = ("epochs", "batch_size", "plastic_epochs")  # set by `optimizer.per_data`
 CHOICES = {
     "device": ("auto", "cpu", "cuda"),
@@ -41,6 +46,7 @@ def check(config: DictConfig) -> None:
     plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(plain, dict)
     known = _known()
+    _check_sections(plain, known)
     own = "_target_" in plain["logger"] or not plain["logger"]["classes"].items() <= known["logger"]["classes"].items()
     if own:  # a logger of your own, with options of its own
         known = {**known, "logger": dict.fromkeys([*known["logger"], *plain["logger"]])}
@@ -53,6 +59,11 @@ def check(config: DictConfig) -> None:
     require_counts(of="", epochs=config.epochs, batch_size=config.batch_size)
     require_counts(of="readout.", batch_size=config.readout.batch_size)
     require_counts(of="logger.", every=config.logger.every)
+    rate = plain["optimizer"].get("lr")
+    if isinstance(rate, bool) or not (rate is None or isinstance(rate, int | float)):
+        raise ValueError(f"optimizer.lr={rate} must be a number")
+    if not isinstance(run_dir := config.run_dir, str) or not Path(run_dir).name:
+        raise ValueError(f"run_dir={run_dir or 'null'} must be the path of a new folder, such as runs/mine")
     require_counts(0, of="", seed=config.seed)
     if config.seed >= 2**32:
         raise ValueError(f"seed={config.seed} must be an integer below 2^32")
@@ -70,7 +81,23 @@ def check(config: DictConfig) -> None:
     require_counts(of="", null=True, threads=config.threads, plastic_epochs=config.plastic_epochs)
     if config.sweep is not None:
         check_inside_runs("sweep", config.sweep)
+    if not isinstance(blocks := plain["cost"].get("blocks"), dict | None):
+        raise ValueError(
+            f"cost.blocks={blocks} must give a cost for each part, as in cost.blocks={{trunk: contrastive}}"
+        )
     refuse_interpolations(plain, "")
+
+
+def _check_sections(plain: Mapping[Any, Any], known: Mapping[str, Any], prefix: str = "") -> None:
+    """Refuse a value in place of a part that holds options."""
+    for name, options in known.items():
+        key, value = f"{prefix}{name}", plain.get(name)
+        if name not in plain or not isinstance(options, dict) or (prefix and not options):
+            continue
+        if not isinstance(value, dict):
+            inside = next(iter(options), "name")
+            raise ValueError(f"{key}={'null' if value is None else value} must hold options, such as {key}.{inside}")
+        _check_sections(value, options, f"{key}.")
 
 
 def check_names(overrides: Iterable[str]) -> None:
@@ -95,11 +122,37 @@ def check_names(overrides: Iterable[str]) -> None:
         group, _, option = bare.partition(".")
         if group in ("optimizer", "model") and bare == key:
             _check_default(group, option.partition(".")[0], override, _chosen(group, overrides))
+    _check_of_tasks(overrides)
+
+
+def _check_of_tasks(overrides: Sequence[str]) -> None:
+    """Refuse options that an experiment other than image classification does not have, or does not use."""
+    words = {key.lstrip("+"): (key, value) for key, _, value in (word.partition("=") for word in overrides)}
+    paths = [CONF / "experiment" / f"{name}.yaml" for name in words.get("experiment", ("", ""))[1].split(",")]
+    files = {path.stem: _loaded(path) for path in paths if path.exists()}
+    tasks = {name: file["task"] for name, file in files.items() if "task" in file}
+    if not tasks or len(tasks) < len(paths):
+        return
+    for bare, (key, value) in words.items():
+        group, _, option = bare.partition(".")
+        if group == "task" and key == bare:
+            names = dict.fromkeys(name for task in tasks.values() for name in task)
+            if option.partition(".")[0] not in names:
+                raise unknown(bare, [f"task.{name}" for name in names])
+        for name, task in tasks.items():
+            own = str(task["_target_"]).startswith("experiments.")
+            if own and (group in OF_CLASSIFICATION or (group == "optimizer" and name != "benchmark")):
+                has = [f"task.{option}" for option in task if option not in ("name", "_target_")]
+                has += ["rules.NAME"] if "rules" in files[name] else []
+                raise ValueError(f"{bare}={value} has no effect in experiment={name}, whose options are {_listed(has)}")
 
 
 def _check_choice(group: str, value: str) -> None:
     names = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
     for name in value.strip("[]").split(","):
+        if name in ("", "null") and group != "experiment":
+            none = "; logger.mode=disabled logs nowhere else than in the run's folder" if group == "logger" else ""
+            raise ValueError(f"{group}={value} names nothing; it can be {_listed(names)}{none}")
         if re.fullmatch(r"\w+", name) and name not in (*names, "null"):
             near = [f"did you mean {match}? " for match in difflib.get_close_matches(name, names, 1)]
             raise ValueError(f"{group}={name} does not exist; {''.join(near)}{group} can be {_listed(names)}")

@@ -38,6 +38,14 @@ plt.rcParams.update(
 )
 
 
+class PlainLogFormatter(LogFormatter):
+    """The ticks of a logarithmic axis as plain numbers: 0.6 beside 2, not 6e-01."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        """The label of a tick; empty where the axis has too many."""
+        return f"{x:g}" if super().__call__(x, pos) else ""
+
+
 def style(place: int | str) -> dict[str, Any]:
     """Colour and marker of a line: by its place among others, or by its colour."""
     if isinstance(place, int):
@@ -70,8 +78,8 @@ def curves(history: list[dict[str, Any]], title: str, path: Path) -> Path:
     for place, (name, loss) in enumerate(losses.items()):
         left.plot(epochs, loss, **style(place), label=name)
     left.set(xlabel="epoch", ylabel="loss", yscale="log")
-    left.yaxis.set_major_formatter(LogFormatter())
-    left.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
+    left.yaxis.set_major_formatter(PlainLogFormatter())
+    left.yaxis.set_minor_formatter(PlainLogFormatter(minor_thresholds=(1.5, 0.5)))
     left.legend(frameon=False)
     right.plot(epochs, accuracies, **style(GREEN))
     right.set(xlabel="epoch", ylabel="test accuracy (%)")

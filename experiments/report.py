@@ -66,7 +66,8 @@ def report_training(runs: list[Run], skipped: list[str], out: Path, accuracy: fl
     validation = " (held-out training images)" if groups[0].options.get("data.validation") else ""
     seeds = sorted({len(group.runs) for group in groups})
     each = f", {seeds[0]} seed{'s' * (seeds[0] > 1)} each" if len(seeds) == 1 else ""
-    title = f"{groups[0].options['data.name']}{validation}: {len(runs)} runs in {len(groups)} groups{each}"
+    counts = f"{len(runs)} run{'s' * (len(runs) > 1)} in {len(groups)} group{'s' * (len(groups) > 1)}"
+    title = f"{groups[0].options['data.name']}{validation}: {counts}{each}"
     figures = {"curves": curves(groups), "accuracy": bars(groups)}
     parts = panels(groups)
     notes = _notes(groups, target)

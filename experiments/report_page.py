@@ -119,13 +119,18 @@ def _course(axes: Axes, groups: list[RunGroup], key: str) -> None:
         seen = [[100 * line["test_accuracy"] for line in lines] for lines in epochs]
         axes.plot(along, [statistics.fmean(values) for values in seen], **drawn_as)
         least, most, colour = list(map(min, seen)), list(map(max, seen)), drawn_as["color"]
-        axes.fill_between(along, least, most, color=colour, alpha=0.2, linewidth=0)
+        if len(along) == 1:  # a band of one epoch has no width
+            axes.vlines(along, least, most, color=colour, alpha=0.5)
+        else:
+            axes.fill_between(along, least, most, color=colour, alpha=0.2, linewidth=0)
     shown = [line[key] for group in groups for run in group.runs for line in run.history]
     axes.set_xlabel(AXES[key])
     if key == "epoch":
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         if min(shown) == max(shown):  # of single epochs
             axes.set_xlim(min(shown) - 1, max(shown) + 1)
+    elif min(shown) == max(shown):
+        axes.set_xlim(0, 2 * max(shown) or 1)
     elif min(shown) > 0 and max(shown) > 10 * min(shown):
         axes.set_xscale("log")
         steps = (1, 2, 5) if max(shown) < 100 * min(shown) else (1,)

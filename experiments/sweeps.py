@@ -57,6 +57,13 @@ class Sweep(Callback):
         else:
             config.sweep = folder_of(options)
             config.hydra.overrides.task.append(f"sweep='{config.sweep}'")  # for each run to know
+        left_out = config.hydra.job.config.override_dirname.exclude_keys
+        several = {o.key_or_group for o in overrides if o.is_sweep_override()}
+        if "run_dir" in {o.key_or_group for o in overrides}:
+            sys.exit("error: run_dir has no place in a sweep, whose runs are in runs/<sweep>; name it by sweep=NAME")
+        if several & {*left_out}:  # what its runs differ in must be in their names
+            kept = ",".join(key for key in left_out if key not in several)
+            config.hydra.overrides.hydra.append(f"hydra.job.config.override_dirname.exclude_keys=[{kept}]")
         interrupts.resume_with(shlex.join(["python", "train.py", *sys.argv[1:]]))
         folder = Path(config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -130,11 +137,18 @@ def run_one(config: DictConfig) -> None:
             shutil.rmtree(folder)  # it has no checkpoint yet
         isolated(plain)
     except Exception as error:
-        print(f"failed: {str(error).splitlines()[-1]}", flush=True)
+        text = str(error) if isinstance(error, RuntimeError) else " ".join(str(error).split())  # which has a traceback
+        print(f"failed: {text.splitlines()[-1]}", flush=True)
+        if isinstance(error, _Refused):  # the run that is there stays as it is
+            folder = folder.with_name(f"{name}-refused")
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "config.yaml").exists():
             OmegaConf.save(OmegaConf.create(plain), folder / "config.yaml")  # by which the report finds it
-        (folder / "error.txt").write_text(f"{error}\n")
+        (folder / "error.txt").write_text(f"{text}\n")
+
+
+class _Refused(ValueError):
+    """A folder has a run of other options already."""
 
 
 def isolated(config: Any) -> dict[str, Any]:
@@ -178,8 +192,10 @@ def _run(config: Any, sender: Connection) -> None:
     try:
         try:
             sender.send((run(OmegaConf.create(config)), None))
-        except Exception:
-            sender.send((None, traceback.format_exc().strip()))
+        except Exception as error:
+            last = "".join(traceback.format_exception_only(error)).strip()
+            trace = traceback.format_exc().strip().removesuffix(last)
+            sender.send((None, trace + " ".join(last.split())))
     except KeyboardInterrupt:  # the sweep prints it
         sys.exit(interrupts.exit_code())
 
@@ -197,12 +213,12 @@ def _same(folder: Path, config: Any) -> None:
     try:
         before, now = run_group(OmegaConf.to_container(read(folder))), run_group(config)
     except ValueError as error:
-        raise ValueError(f"{error}; delete that folder to make the run again from its start") from None
+        raise _Refused(f"{error}; delete that folder to make the run again from its start") from None
     for key in before:
         if key == "amp" and now.get(key) == "auto":  # a run has what its machine chose, and keeps it
             continue
         if before[key] != now.get(key):
-            raise ValueError(
+            raise _Refused(
                 f"{folder} holds a run with {key}={before[key]}, which is {now.get(key)} now; name a new sweep by "
                 "sweep=NAME, or delete that folder"
             )

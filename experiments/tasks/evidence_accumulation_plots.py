@@ -19,7 +19,8 @@ def curves(task: EvidenceAccumulation, history: list[dict[str, Any]], title: str
     """Accuracy on fresh trials against steps of training."""
     figure, axes = learning(task, history, title, scale=100)
     axes.axhline(95, color="grey", linewidth=0.8, linestyle=":")
-    axes.set(xlabel=f"steps of {task.batch_size} trials", ylabel="right answers (%)", ylim=(45, 101))
+    axes.set(xlabel=f"steps of {task.batch_size} trials", ylabel="right answers (%)")
+    axes.set_ylim(min(45, axes.get_ylim()[0]), 101)
     uncluttered(axes)
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return saved(figure, path)

@@ -10,7 +10,9 @@ import torch
 
 import bioopt
 from experiments import pictures
+from experiments.classification import Classification
 from experiments.diagnostics import Diagnostics, activity, relaxation, relaxation_course
+from experiments.ranks import Ranks
 from experiments.run import run
 
 from ..commands import SOFTHEBB, config, tiny, unrender
@@ -139,6 +141,24 @@ def test_relaxations_too_short_to_lower_the_energy_are_left_out() -> None:
     assert 2 not in course["0"]
     assert {1, 8} <= course["0"].keys()
     assert optimizer.steps == 8
+
+
+@pytest.mark.parametrize("phases", [[], ["plastic_epochs=1"]])
+def test_pictures_show_the_predictions_that_were_tested(
+    phases: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[torch.Tensor] = []
+    monkeypatch.setattr(Diagnostics, "_drawn", lambda self, predicted, *_: drawn.append(predicted) or [])
+    labels = Classification(config(*tiny("forward_forward")), torch.device("cpu"), Ranks()).images.test_labels
+    own = [] if phases else ["optimizer.prediction=goodness"]
+    common = [*tiny("forward_forward"), *own, "diagnostics.every=4", "epochs=2", "data.augment.crop=1", *phases]
+    summary = run(config(*common, "data.augment.views=2", f"run_dir={tmp_path / 'run'}"))
+    assert (drawn[0] == labels).float().mean().item() == pytest.approx(summary["test_accuracy"])
+    (tmp_path / "run" / "summary.json").unlink()  # interrupted as it was drawn
+    again = run(config(f"resume={tmp_path / 'run'}"))
+    assert again["test_accuracy"] == summary["test_accuracy"]
+    assert again["trained_parameters"] == summary["trained_parameters"]
+    assert torch.equal(drawn[0], drawn[1])
 
 
 @pytest.mark.usefixtures("undrawn")

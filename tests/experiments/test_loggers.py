@@ -30,8 +30,9 @@ def tensorboard(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     calls: list[tuple[Any, ...]] = []
 
     class SummaryWriter:
-        def __init__(self, folder: str) -> None:
-            calls.append(("open", folder))
+        def __init__(self, folder: str, purge_step: int | None) -> None:
+            calls.append(("open", folder, purge_step))
+            Path(folder).mkdir(exist_ok=True)
 
         def __getattr__(self, name: str) -> Any:
             return lambda *values, **options: calls.append((name, *values))
@@ -65,7 +66,7 @@ def test_several_loggers_of_one_run(
     assert [row["at"] for row in found if row["name"] == "train/loss"] == ["0", "2", "4"]
     (accuracy,) = [float(row["value"]) for row in found if row["name"] == "test/accuracy"]
     assert accuracy == summary["test_accuracy"]
-    assert tensorboard[0] == ("open", str(folder / "tensorboard"))
+    assert tensorboard[0] == ("open", str(folder / "tensorboard"), None)
     scalars = {call[1:3]: call[3] for call in tensorboard if call[0] == "add_scalar"}
     assert scalars["test/accuracy", accuracy] == 1
     assert len(scalars) == len(found)
@@ -94,10 +95,34 @@ def test_a_table_goes_on_after_the_last_whole_round(tmp_path: Path) -> None:
     for numbers in ({"step": 0, "train/loss": 3.0}, {"epoch": 1, "test/accuracy": 0.5}, {"step": 9, "train/loss": 2.0}):
         first.log(numbers)
     first.close()
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
     again = Csv({}, tmp_path, None)
     again.log({"step": 9, "train/loss": 1.0})
     again.close()
     assert [(row["at"], row["value"]) for row in rows(tmp_path)] == [("0", "3.0"), ("1", "0.5"), ("9", "1.0")]
+
+
+@pytest.mark.parametrize("damage", ["", "axis,at,name,value\r\nstep,0"])
+def test_a_table_begins_again_with_the_run(tmp_path: Path, damage: str) -> None:
+    """Its checkpoint was deleted, or the disk was full."""
+    for kept in (False, True):
+        if kept:
+            (tmp_path / "numbers.csv").write_text(damage)
+        one = log(tmp_path, None, Csv)
+        one.round({}, {"epoch": 1, "test/accuracy": 0.5}, "", "")
+        one.close()
+        assert [(row["axis"], row["value"]) for row in rows(tmp_path)] == [("epoch", "0.5")]
+
+
+def test_tensorboard_drops_what_is_computed_again(tmp_path: Path, tensorboard: list[tuple[Any, ...]]) -> None:
+    one = log(tmp_path, None, TensorBoard)
+    one._log({"step": 4, "train/loss": 3.0})
+    one.round({}, {"epoch": 1, "test/accuracy": 0.5}, "", "")
+    one._log({"step": 5, "train/loss": 2.0})  # of a round that is interrupted
+    one.close()
+    RunLog(tmp_path, {"logger": {"mode": "auto", "every": 1, "classes": PATHS}}, one.run_id, [{}]).close()
+    log(tmp_path, None, TensorBoard).close()  # from its start
+    assert [call[2] for call in tensorboard if call[0] == "open"] == [None, 5, 0]
 
 
 def test_what_is_no_number_is_left_out() -> None:
@@ -130,6 +155,9 @@ class Other(Named):
 class Broken(Named):
     def __init__(self, config: dict[str, Any], folder: Path, run_id: str | None) -> None:
         raise OSError("no disk")
+
+
+PATHS = {"tensorboard": f"{TensorBoard.__module__}.TensorBoard"}
 
 
 def log(folder: Path, run_id: str | None, *classes: type[Logger], **options: Any) -> RunLog:

@@ -28,6 +28,7 @@ from experiments.config import name_of, resolved
 from experiments.files import alone
 from experiments.run import run
 from experiments.runs import Progress, check_seal
+from train import expanded
 
 from ..commands import ROOT, TINY, appears, begun, config, ended, spread, started, tiny, train
 
@@ -246,6 +247,13 @@ def test_an_interrupted_write_keeps_the_old_file(half: Path, monkeypatch: pytest
         ("sweep=../x", "sweep=../x must name a folder inside runs/, such as sweep=x"),
         ("data.root='\\${x}'", "data.root=${x} holds an interpolation"),
         ("optimizer.lr=-1", "optimizer=hebbian: Hebbian: lr=-1 must be"),
+        ("optimizer.lr=abc", "optimizer.lr=abc must be a number"),
+        ("readout=null", "readout=null must hold options, such as readout.optimizer"),
+        ("data.augment=null", "data.augment=null must hold options, such as data.augment."),
+        ("cost.blocks=abc", "cost.blocks=abc must give a cost for each part"),
+        ("data.augment.crop=28", "data.augment.crop=28 moves images of 28 pixels out of sight; it is at most 27"),
+        ("final_analysis={_target_:os.getcwd}", "it gives a str, not a function of the model"),
+        ("final_analysis={_target_:os.nothing}", "final_analysis: Error loading 'os.nothing'"),
     ],
 )
 def test_a_mistaken_option_leaves_no_folder(override: str, message: str, tmp_path: Path) -> None:
@@ -261,6 +269,42 @@ def test_a_mistyped_option_is_refused_by_its_nearest_name(option: str, tmp_path:
         assert done.returncode == 1
         assert done.stderr == "error: epoch is not an option; did you mean epochs?\n"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("run_dir", [".", "", "null"])
+def test_a_run_needs_a_folder_of_its_own(run_dir: str) -> None:
+    with pytest.raises(ValueError, match=f"run_dir={run_dir or 'null'} must be the path of a new folder"):
+        options.check(config(f"run_dir={run_dir}"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["logger=null"], "logger=null names nothing; it can be csv, tensorboard or wandb; logger.mode=disabled"),
+        (["logger=[]"], "logger=[] names nothing"),
+        (["optimizer="], "optimizer= names nothing; it can be adam"),
+        (
+            ["experiment=first_run", "epochs=1"],
+            "epochs=1 has no effect in experiment=first_run, whose options are task.",
+        ),
+        (["experiment=first_run", "optimizer=oja"], "has no effect in experiment=first_run"),
+        (["experiment=first_run", "task.epoch=1"], "task.epoch is not an option; did you mean task.epochs?"),
+    ],
+)
+def test_words_that_choose_nothing_are_refused(words: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        options.check_names(words)
+
+
+def test_words_that_choose_something_are_accepted() -> None:
+    options.check_names(["experiment=null", "epochs=1", "optimizer=oja"])
+    options.check_names(["experiment=benchmark", "optimizer=oja", "task.epochs=1"])
+    options.check_names(["experiment=first_run", "task.epochs=1", "data=mnist", "model=mlp"])
+
+
+def test_a_path_below_the_home_folder_is_expanded() -> None:
+    assert expanded("data.root=~/data") == f"data.root={Path.home()}/data"
+    assert expanded("data.root=a~/data") == "data.root=a~/data"
 
 
 def test_a_mistaken_value_is_refused_without_torch(tmp_path: Path) -> None:

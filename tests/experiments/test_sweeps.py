@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 from experiments.config import name_of, run_group
-from experiments.finished import NothingToReport
+from experiments.finished import NothingToReport, find
 from experiments.report import report
 from experiments.statistics import percent, plain
 from experiments.sweeps import DATED
@@ -200,6 +202,20 @@ def test_a_folder_of_a_run_with_other_options_is_refused(tmp_path: Path) -> None
     done = train(*command, cwd=tmp_path)
     assert done.returncode == 1
     assert "holds a run with optimizer.momentum=0.8, which is 0.9 now; name a new sweep by sweep=NAME" in done.stdout
+    assert not list(saved.parent.glob("error.txt"))  # it is finished, as before
+    (refused,) = tmp_path.glob("runs/one/*-refused/error.txt")
+    assert "holds a run with optimizer.momentum=0.8" in refused.read_text()
+
+
+@pytest.mark.long
+def test_what_the_runs_of_a_sweep_differ_in_is_in_their_names(tmp_path: Path) -> None:
+    done = train("-m", "optimizer=sgd", "seed=0", *[o for o in TINY if "threads" not in o], "threads=1,2", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "1 run in 1 group, 1 seed each" in (report := next(tmp_path.glob("runs/*/report.md"))).read_text()
+    assert "same options and seed" in report.read_text()
+    assert len([*tmp_path.glob("runs/*/*/summary.json")]) == 2
+    done = train("-m", "run_dir=x", "seed=0", *TINY, cwd=tmp_path)
+    assert done.stderr.startswith("error: run_dir has no place in a sweep")
 
 
 COMPARISONS = [p for kind in ("compare", "feedback") for p in (ROOT / "conf/experiment").glob(f"{kind}_*.yaml")]
@@ -216,6 +232,17 @@ def test_every_comparison_has_its_controls_and_seeds(experiment: str) -> None:
     assert swept.seed == "0,1,2"
     for optimizer in swept.optimizer.split(","):
         assert config(f"experiment={experiment}", f"optimizer={optimizer}").optimizer.name == optimizer
+
+
+def test_of_two_runs_with_the_same_options_the_newer_counts(sweep: Path, tmp_path: Path) -> None:
+    older = next(path for path in sorted(sweep.iterdir()) if (path / "summary.json").exists())
+    newer = older.with_name("a-copy")
+    shutil.copytree(older, newer)
+    os.utime(older / "summary.json", (0, 0))
+    runs, skipped = find([sweep])
+    assert newer in {run.folder for run in runs}
+    assert older not in {run.folder for run in runs}
+    assert f"{older}: {newer} has the same options and seed, and is newer" in skipped
 
 
 def test_names_of_folders_need_no_quotes() -> None:
