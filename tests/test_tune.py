@@ -26,7 +26,8 @@ def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
             return {"test_accuracy": result}
 
         monkeypatch.setattr(tune, "isolated", isolated)
-        monkeypatch.setattr(sys, "argv", ["tune.py", "optimizer=sgd", *arguments])
+        rule = [] if any("experiment=" in argument for argument in arguments) else ["optimizer=sgd"]
+        monkeypatch.setattr(sys, "argv", ["tune.py", *rule, *arguments])
         try:
             with interrupts.reported():
                 tune.main()
@@ -42,7 +43,7 @@ def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     [
         (["optimizer.lr=interval(2.0, 1.0)"], "optimizer.lr=interval(2.0, 1.0) cannot be searched (`low <= high` must"),
         (["optimizer.lr=tag(log, interval(0.0, 1.0))"], "cannot be searched (`low > 0` must hold"),
-        (["optimizer.lr=1,2", "experiment=savings"], "error: experiment=savings has no test accuracy"),
+        (["task.most=1,2", "experiment=savings"], "error: experiment=savings has no test accuracy"),
         (["optimizer.lr=1,2", "--name", "../x"], "error: --name=../x"),
         (["optimizer.lr=1,2", "--name", "bad"], "study.db cannot be used ((sqlite3.DatabaseError) file is not a"),
         (["optimizer.lr=1,2", "--trials", "0"], "error: --trials 0 must be at least 1"),
