@@ -97,6 +97,7 @@ def test_every_optimizer_runs_and_writes_all_files(
 BY_RULE = ("predictive_coding", "random_trunk")  # whose rate follows from another option
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("optimizer", "model"), [*[(o, "cnn") for o in OPTIMIZERS], *[("softhebb", m) for m in MODELS]]
 )

@@ -29,7 +29,11 @@ from .common import X, Y, estimate, few_losses, flat
             lambda m: few_losses(m).mean(),
         ),
         (lambda m: bioopt.RankOnePerturbation(m, 0.1, samples=25, sigma=1e-4), few_losses),
-        (lambda m: bioopt.RankOnePerturbation(m, 0.1, samples=25, sigma=1e-4, distribution="rademacher"), few_losses),
+        pytest.param(
+            lambda m: bioopt.RankOnePerturbation(m, 0.1, samples=25, sigma=1e-4, distribution="rademacher"),
+            few_losses,
+            marks=pytest.mark.long,
+        ),
         (lambda m: bioopt.ForwardGradient(m.parameters(), 0.1, samples=15), few_losses),
         (lambda m: bioopt.ForwardGradient(m.parameters(), 0.1, samples=15, distribution="rademacher"), few_losses),
         (lambda m: bioopt.ForwardGradient(m, 0.1, samples=15, space="activities"), few_losses),
