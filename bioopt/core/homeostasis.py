@@ -235,10 +235,7 @@ class Regulator:
             return
         new, done = dict(levels), set[Tensor]()
         for synapse, own in ready.items():
-            if synapse.weight in done:  # two layers share it: the first regulates
-                own = own._replace(rate=0.0)
-            new[synapse.index] = self._regulate(synapse, own, *before[synapse])
-            done.add(synapse.weight)
+            new[synapse.index] = self._regulate(synapse, own, *before[synapse], done)
         commit(new)
 
     def _present(self, fresh: Fresh, level: Level, synapse: Synapse) -> Fresh:
@@ -248,28 +245,41 @@ class Regulator:
         mean, variance = (level[name].to(fresh.level[name]) for name in ("mean", "variance"))
         return Fresh(level, fresh.rate, *moving(mean, variance, synapse))
 
-    def _regulate(self, synapse: Synapse, fresh: Fresh, norm: Tensor, of_input: Tensor, former: Tensor | None) -> Level:
-        """The new level after regulation; ``norm``, ``of_input`` and ``former``, the bias: from before the descent."""
+    def _regulate(
+        self,
+        synapse: Synapse,
+        fresh: Fresh,
+        norm: Tensor,
+        of_input: Tensor,
+        former: Tensor | None,
+        done: set[Tensor],
+    ) -> Level:
+        """The new level after regulation; ``norm``, ``of_input`` and ``former``, the bias: from before the descent.
+
+        Of two layers that share their weights, or their bias, the first regulates them; ``done``: those that were.
+        """
         level, rate, deviation, still = fresh
         weight, steps = synapse.weight, level["steps"]
         mean, variance = (level[name].to(weight.device) for name in ("mean", "variance"))
-        r = max(rate, 1 / (1 + steps)) if rate else 0.0
+        scales = rate > 0 and weight not in done
+        r = max(rate, 1 / (1 + steps)) if scales else 0.0
         gain = (deviation / DEVIATION).pow(-r).masked_fill(still, 1)
         if steps:
             gain.clamp_(0.1, 10)
         scale = gain
         if weight.grad is not None:
             scale = gain * norm / norms(weight).clamp(min=1e-30)
-        if rate:
+        if scales:
             weight.mul_(along_neurons(scale.to(weight.dtype), weight))
         bias = synapse.bias
         mean = mean - of_input if former is None else mean - of_input - former.to(mean.dtype)
         mean = torch.addcmul(expected(weight, level), gain, mean)
-        if (free := synapse.free_bias) is not None and rate:
+        if (free := synapse.free_bias) is not None and rate and free not in done:
             free.copy_(kept_mean(synapse) - mean)
             mean = torch.full_like(mean, kept_mean(synapse))
         elif bias is not None:
             mean = mean + bias.detach().to(mean.dtype)
+        done.update([weight, *([] if bias is None else [bias])])
         new = {**level, "mean": mean, "variance": variance * gain.square(), "steps": steps + 1}
         return kept_in_place(level, new)
 

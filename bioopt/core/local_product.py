@@ -473,7 +473,8 @@ class LocalRule(OnePass):
             if losses is not None:
                 require_finite(self, "the loss", [loss])
             state = self._next_state()
-            grads = self._readout.collect(self._sum_over_ranks, self._ranks[1], state)
+            self._samples = 1 if losses is None else losses.numel()
+            grads = self._readout.collect(self._sum_over_ranks, self._ranks[1], self._samples, state)
             totals = iter(counts.tolist())
             for synapse, sums in gathered:
                 sums.counts = {name: next(totals) for name in sums.counts}

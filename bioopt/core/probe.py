@@ -184,6 +184,12 @@ class Probe:
         value, tangent = forward_ad.unpack_dual(self._evaluate(False))
         return value.detach(), None if tangent is None else tangent.detach()
 
+    @property
+    def drew(self) -> bool:
+        """Whether the last evaluation has drawn random numbers."""
+        now = [torch.get_rng_state(), *(torch.get_device_module(d).get_rng_state(d) for d in self._devices)]
+        return not all(map(torch.equal, now, self._random))
+
     def redraw(self) -> None:
         """Let the next evaluation draw new random numbers: another trial under the same conditions."""
         self._random = []

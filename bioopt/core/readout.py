@@ -377,13 +377,14 @@ class Readout:
         ]
 
     def collect(
-        self, sum_over_ranks: Callable[[list[Tensor]], None], ranks: int, state: dict[str, Any]
+        self, sum_over_ranks: Callable[[list[Tensor]], None], ranks: int, samples: int, state: dict[str, Any]
     ) -> dict[Tensor, Tensor]:
         """The new ``.grad`` of each parameter from the last passes, averaged over ranks.
 
         Args:
             sum_over_ranks: replaces tensors by their sums.
             ranks: how many there are.
+            samples: losses of this rank, by which its gradients count.
             state: the rule's own state after the step, to which the levels of presynaptic activity are added.
         """
         found = {p: p.grad for p in self.parameters() if p.grad is not None}
@@ -392,8 +393,10 @@ class Readout:
         device = next((s.weight.device for s in self.layers.values()), None)
         counts = torch.tensor([float(s.events) for _, s in sums], device=device if ranks > 1 else None)
         tensors = [value for _, s in sums for value in s.values.values()]
-        sum_over_ranks([*found.values(), *tensors, *([counts] if sums else [])])
-        grads = {p: g / ranks if ranks > 1 else g for p, g in found.items()}
+        total = counts.new_tensor([float(samples)])
+        found = {p: g * samples if ranks > 1 else g for p, g in found.items()}
+        sum_over_ranks([*found.values(), *tensors, *([counts] if sums else []), *([total] if found else [])])
+        grads = {p: g / total.clamp(min=1).to(g) if ranks > 1 else g for p, g in found.items()}
         for (synapse, gathered), count in zip(sums, counts.tolist(), strict=True):
             if not count:
                 continue

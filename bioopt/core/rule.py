@@ -40,6 +40,7 @@ from .integrations import (
     recipe,
     refuse_scaler,
 )
+from .losses import loss_of
 from .owned import OWNED, Owned
 from .params import DescentOptions, Params, ProcessGroup, groups_of, named_modules_of
 from .probe import Closure, Known, Probe, restoring_grad_mode, settled
@@ -58,6 +59,7 @@ Visit: TypeAlias = Callable[[Firing, Tensor], Tensor | None]
 #: options that groups of earlier versions lack, with what these did
 NEW_OPTIONS = {"readout": None, "standardised": False, "homeostasis": False}
 
+SAME_LOSS = 1e-4  # relative difference of losses that ranks compute of one batch
 MOMENTS = ("momentum_buffer", "exp_avg", "exp_avg_sq", "square_avg", "sum")  # of torch's optimizers
 LEVELS = "homeostasis"  # in the rule's own state: running means and deviations of activity
 CENTRED = "presynaptic"  # in the rule's own state: running means of presynaptic activity
@@ -197,6 +199,8 @@ class LearningRule(ModelGroups, Optimizer):
         self._known = Known()
         self._undo: list[Callable[[], None]] = []
         self._estimated = False  # `estimate` has written .grad, from which `step` may continue
+        self._same_batch = False  # ranks have been compared
+        self._samples = 1  # losses of this rank in the estimate in progress, where each sample has its own
         #: State that belongs to no parameter. Replaced, never changed in place: a state_dict may share it.
         self._own_state: dict[str, Any] = {}
         self.forward_passes = 0
@@ -282,6 +286,8 @@ class LearningRule(ModelGroups, Optimizer):
     def evaluate(self, probe: Probe) -> Estimate:
         """The loss, the new ``.grad`` of each parameter, and the rule's own state after the step."""
         self._readout_grads = None
+        if not self.splits_batch:
+            self._require_same_batch(probe)
         self._forget_inputs()
         losses, grads, state = self._estimate(probe)
         if self._readout and not self.shares_pass:
@@ -549,7 +555,7 @@ class LearningRule(ModelGroups, Optimizer):
             self._readout_state = {"readout": levels} if (levels := self._own_state.get("readout")) else {}
             # Ranks with the same batch have the same events, which must not count once for each rank.
             together = (self._sum_over_ranks, self._ranks[1]) if self.splits_batch else (self._average_over_ranks, 1)
-            self._readout_grads = readout.collect(*together, self._readout_state)
+            self._readout_grads = readout.collect(*together, losses.numel(), self._readout_state)
             for p in self._trained():  # the next evaluation must not change these gradients
                 p.grad = None
         return losses
@@ -757,6 +763,28 @@ class LearningRule(ModelGroups, Optimizer):
                 "samples if need be"
             )
 
+    def _require_same_batch(self, probe: Probe) -> None:
+        """Raise where ranks have other samples, in the first step of a rule whose ranks share the batch."""
+        if self.process_group is None or self._same_batch or is_captured(self._trained()):
+            return
+        with self._recorder.paused():
+            losses = probe().double()
+        drew = torch.tensor(float(probe.drew), dtype=torch.float64, device=losses.device)
+        mean = loss_of(losses)
+        numbers = torch.stack([drew, mean.new_tensor(float(losses.numel())), mean, mean.new_zeros(())])
+        numbers[3] = -numbers[1]
+        bounds = torch.cat([numbers, -mean.view(1)])
+        dist.all_reduce(bounds, dist.ReduceOp.MAX, group=self.process_group)
+        other, most, highest, least, lowest = bounds.tolist()
+        probe.restart()
+        self._same_batch = True
+        if most != -least or (not other and highest + lowest > SAME_LOSS * abs(highest)):
+            raise RuntimeError(
+                f"{type(self).__name__}: the ranks of process_group= have different batches (from {-least:.0f} to "
+                f"{most:.0f} losses, of mean {-lowest:.6g} to {highest:.6g}), but they share the trials of one: give "
+                "every rank the same samples, without a DistributedSampler"
+            )
+
     def _sum_over_ranks(self, tensors: list[Tensor]) -> None:
         """Replace each tensor by its sum over the ranks, in one message."""
         if self.process_group is None or not tensors:
@@ -769,20 +797,25 @@ class LearningRule(ModelGroups, Optimizer):
     def _average_gradients(self, losses: Tensor | None, grads: dict[Tensor, Tensor]) -> None:
         """Replace each gradient by its mean over the ranks, which must learn from the same layers; check the loss."""
         params = [p for p in self._trained() if p in grads]
+        self._samples = 1 if losses is None else losses.numel()
         if self.process_group is not None:
             names = self._names()
             self._require_same_on_ranks([names[p] for p in params])
-        loss = torch.zeros((), device=self._trained()[0].device) if losses is None else losses.mean()
+        loss = torch.zeros((), device=self._trained()[0].device) if losses is None else loss_of(losses)
         self._average_over_ranks([loss, *(grads[p] for p in params)])
         if losses is not None:
             require_finite(self, "the loss", [losses])
 
     def _average_over_ranks(self, tensors: list[Tensor]) -> None:
-        """Replace each tensor by its mean over the ranks, in one message."""
-        self._sum_over_ranks(tensors)
-        if (ranks := self._ranks[1]) > 1:
-            for tensor in tensors:
-                tensor.div_(ranks)
+        """Replace each tensor by its mean over the ranks, each with the weight of its samples, in one message."""
+        if self._ranks[1] == 1 or not tensors:
+            return
+        count = tensors[0].new_tensor(float(self._samples))
+        for tensor in tensors:
+            tensor.mul_(self._samples)
+        self._sum_over_ranks([*tensors, count])
+        for tensor in tensors:
+            tensor.div_(count.clamp(min=1).to(tensor))
 
 
 def _as_they_are(tensors: list[Tensor]) -> None:

@@ -284,6 +284,7 @@ class EnergyRule(LearningRule):
             for p in params:
                 p.grad = None
             losses = probe(grad=True)
+            self._samples = losses.numel()
             evaluation.send_back(losses, params)
             return losses
 

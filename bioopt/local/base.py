@@ -350,7 +350,7 @@ class BlockRule(LearningRule):
             for share in self._counted:
                 share.learned = True
             state = self._next_state()
-            self._readout_grads = self._readout.collect(self._sum_over_ranks, self._ranks[1], state)
+            self._readout_grads = self._readout.collect(self._sum_over_ranks, self._ranks[1], self._samples, state)
             return grads | self._readout_grads, state
         finally:
             self._counted.clear()

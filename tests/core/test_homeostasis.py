@@ -712,3 +712,16 @@ def test_a_state_in_single_precision_serves_a_model_in_double() -> None:
         other.load_state_dict(one.state_dict())
         other.step(lambda double=double: F.cross_entropy(double(x.double()), y, reduction="none"))
         assert all(p.isfinite().all() for p in double.parameters())
+
+
+def test_of_tied_weights_each_layer_keeps_its_mean_by_its_own_bias() -> None:
+    torch.manual_seed(0)
+    sizes = [(6, 8), (8, 8), (8, 8), (8, 4)]
+    model = nn.Sequential(*(layer for a, b in sizes for layer in (nn.Linear(a, b), nn.ReLU())))[:-1]
+    model[4].weight = model[2].weight
+    optimizer = bioopt.Homeostasis(model)
+    x, y = torch.randn(64, 6), torch.arange(64) % 4
+    for _ in range(20):
+        optimizer.step(lambda: F.cross_entropy(model(x), y))
+    for end in (1, 3, 5):
+        torch.testing.assert_close(model[:end](x).mean(0), torch.full((8,), 0.5), rtol=0, atol=0.05)

@@ -66,6 +66,9 @@ CASES = {
         machine, True, lambda m, g: bioopt.ContrastiveDivergence(
             m, 0.1, persistent=True, readout="delta", readout_lr=0.5, process_group=g)),
     "Hebbian, by default": (plain, True, lambda m, g: bioopt.Hebbian(m, process_group=g)),
+    "FeedbackAlignment": (
+        plain, True, lambda m, g: bioopt.FeedbackAlignment(m, descent=torch.optim.SGD, process_group=g)),
+    "LocalLoss": (plain, True, lambda m, g: bioopt.LocalLoss(m, descent=torch.optim.SGD, process_group=g)),
     "Homeostasis": (plain, True, lambda m, g: bioopt.Homeostasis(m, process_group=g)),
     "WeightPerturbation": (
         network, False, lambda m, g: bioopt.WeightPerturbation(m, 0.1, sigma=0.1, population=3, process_group=g)),
@@ -166,11 +169,19 @@ SUMMED = {
 }  # fmt: skip
 
 
-def train(case: str, group: dist.ProcessGroup | None, rank: int = 0, ranks: int = 1) -> dict[str, Tensor]:
+UNEVEN = [case for case, (_, shares, _) in CASES.items() if shares and case != "Hebbian, modulated"]  # sized for halves
+
+
+def train(
+    case: str, group: dist.ProcessGroup | None, rank: int = 0, ranks: int = 1, first: int | None = None
+) -> dict[str, Tensor]:
+    """The weights after some steps; ``first``: how many samples the first of two ranks has."""
     build, shares, make = (CASES | SUMMED)[case]
     model = build()
     optimizer = make(model, group)
     x, y = (X[rank::ranks], Y[rank::ranks]) if shares else (X, Y)
+    if first is not None:
+        x, y = ((one[:first], one[first:])[rank] for one in (X, Y))
     losses = []
     # Ten of homeostasis alone, or until the readout knows its principal components.
     for _ in range(12 if case in ("Hebbian, by default", "NodePerturbation, standardised readout") else 3):
@@ -206,6 +217,7 @@ def worker(rank: int, folder: str) -> None:
 def of_pair(rank: int, group: dist.ProcessGroup) -> dict[str, Any]:
     """What one of two processes finds."""
     results = {case: train(case, group, rank, 2) for case in CASES | SUMMED}
+    uneven = {(case, first): train(case, group, rank, 2, first) for case in UNEVEN for first in (len(X) - 3, len(X))}
     model, other = plain(), plain()
     wrapped, watching = DistributedDataParallel(other, process_group=group), published.Hebbian(other, 0.1)
     errors = []
@@ -219,6 +231,9 @@ def of_pair(rank: int, group: dist.ProcessGroup) -> dict[str, Any]:
             lambda: F.cross_entropy(wrapped(X), Y)
         ),
         lambda: F.cross_entropy(wrapped(X), Y).backward() or watching.step(),
+        lambda: bioopt.NodePerturbation(model, process_group=group).step(
+            lambda: F.cross_entropy(model(X[rank::2]), Y[rank::2], reduction="none")
+        ),
         # A loss that is not finite on one rank alone stops both.
         lambda: published.Oja(model, 0.1, readout=None, process_group=group).step(
             lambda: model(X).sum() * (float("nan") if rank == 0 else 1.0)
@@ -232,7 +247,7 @@ def of_pair(rank: int, group: dist.ProcessGroup) -> dict[str, Any]:
             errors.append("nothing")
         except (TypeError, ValueError, RuntimeError) as error:
             errors.append(str(error))
-    return {"results": results, "errors": errors}
+    return {"results": results, "uneven": uneven, "errors": errors}
 
 
 @pytest.fixture(scope="module")
@@ -256,6 +271,15 @@ def test_two_processes_equal_one(case: str, ranks: list[dict]) -> None:
                 torch.testing.assert_close(got[name], one[name], rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("case", UNEVEN)
+def test_unequal_shares_count_by_their_samples(case: str, ranks: list[dict]) -> None:
+    """The last batch of a loader; one rank may have no sample at all."""
+    one = train(case, None)
+    for rank in range(2):
+        for first in (len(X) - 3, len(X)):
+            torch.testing.assert_close(ranks[rank]["uneven"][case, first], one, rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize("case", SUMMED)
 def test_sums_over_two_and_four_processes_equal_one(case: str, ranks: list[dict]) -> None:
     one = train(case, None)
@@ -273,7 +297,8 @@ def test_a_rank_draws_its_own_directions_alone(case: str, ranks: list[dict]) -> 
 
 def test_mistakes_with_ranks_are_explained(ranks: list[dict]) -> None:
     for rank in range(2):
-        wrapped, too_few, probed, watched, *not_finite = ranks[rank]["errors"]
+        wrapped, too_few, probed, watched, shards, *not_finite = ranks[rank]["errors"]
+        assert "the ranks of process_group= have different batches" in shards
         assert "Hebbian(model.module, ..., process_group=" in wrapped
         assert "population=1 cannot be split over 2 ranks" in too_few
         for error in (probed, watched):
