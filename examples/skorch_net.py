@@ -25,7 +25,9 @@ class RuleNet(NeuralNetClassifier):
 
     def get_params_for_optimizer(self, prefix: str, named_parameters: Any) -> tuple[tuple[nn.Module], dict[str, Any]]:
         """The module in place of its parameters."""
-        _, options = super().get_params_for_optimizer(prefix, named_parameters)
+        (groups,), options = super().get_params_for_optimizer(prefix, named_parameters)
+        if len(groups) > 1:
+            raise ValueError(f"{prefix}__param_groups gives groups of parameters, and rules need modules")
         return (self.module_,), options
 
     def get_loss(self, y_pred: Tensor, y_true: Tensor, X: Any = None, training: bool = False) -> Tensor:

@@ -185,3 +185,20 @@ class Lines(Logger):
     lines = (tmp_path / "run" / "lines.txt").read_text().splitlines()
     assert lines[0] == "step train/loss"
     assert any("test/accuracy" in line for line in lines)
+
+
+@pytest.mark.parametrize("wrong", [lambda product: product.mean(0, keepdim=True), lambda product: None])
+def test_an_update_that_does_not_fit_names_the_rule_and_the_layer(wrong: Any) -> None:
+    class Wrong(bioopt.LocalProductRule):
+        def signal(self, u: Tensor, synapse: bioopt.Synapse, group: dict[str, Any]) -> Tensor:
+            return u
+
+        def update(self, product: Tensor, signal: Tensor, synapse: bioopt.Synapse, group: dict[str, Any]) -> Any:
+            return wrong(product) if synapse.index == 1 else product
+
+    model, (x, y) = network(), data()
+    optimizer = Wrong(model, 0.1)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(TypeError, match=r"Wrong: its update for layer '2' is .*must have the shape .* \(7, 8\)"):
+        optimizer.step(lambda: F.cross_entropy(model(x), y))
+    assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))

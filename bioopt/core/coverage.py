@@ -87,6 +87,9 @@ class Coverage:
                 continue
             if layer not in self._recorder.synapses and any(q is p for q in layer.parameters()):
                 continue  # pruned or parametrized: the original parameter still learns
+            places = (place for prefix, m in self._modules for place, q in m.named_modules(prefix=prefix) if q is layer)
+            if place := next(places, ""):  # in the model, where its group was given the layer alone
+                name = f"{place}.{attribute}"
             how, remedy = "replaced", "Build the optimizer after the model has its parameters (to_empty gives new ones)"
             if f"{attribute}_orig" in own or hasattr(layer, "parametrizations"):
                 how = "pruned, parametrized or normalised"

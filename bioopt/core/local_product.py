@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from abc import abstractmethod
 from collections import deque
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, ClassVar, Unpack
@@ -455,6 +456,16 @@ class LocalRule(OnePass):
         self._drop()
         self.reset()
 
+    def _require_shapes(self, changes: Mapping[Tensor, Any], synapse: Synapse) -> None:
+        """Raise where a rule's update does not fit the parameter: it may be one of the user's own."""
+        for p, change in changes.items():
+            if not isinstance(change, Tensor) or change.shape != p.shape:
+                found = f"a tensor of shape {tuple(change.shape)}" if isinstance(change, Tensor) else repr(change)
+                raise TypeError(
+                    f"{type(self).__name__}: its update for layer '{synapse.name}' is {found}, but it must have the "
+                    f"shape of the parameter, {tuple(p.shape)}"
+                )
+
     @torch.no_grad()
     def collect(self, losses: Tensor | None = None) -> tuple[dict[Tensor, Tensor], dict[str, Any]]:
         """As `OnePass.collect`, from all firings since the last step that count."""
@@ -485,6 +496,7 @@ class LocalRule(OnePass):
                 if self._homeostatic_rate(self.param_groups[synapse.group]):
                     # Optimizers create their state at the first gradient, and checkpoints expect it of all parameters.
                     changes = {p: torch.zeros_like(p) for p in synapse.parameters() if p not in changes} | changes
+                self._require_shapes(changes, synapse)
                 add_up(grads, ((p, as_grad(change, p)) for p, change in changes.items()))
             self._gathering.end()
             require_finite(self, "the activity of a layer", tensors_of(state.get("homeostasis", {}).values()))

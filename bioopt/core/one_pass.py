@@ -37,5 +37,5 @@ class OnePass(LearningRule):
 
     def _estimate(self, probe: Probe) -> Estimate:
         self.begin()
-        losses, _ = probe.gradients(self.gradient_parameters(), [self._recorder.reach.anchor])
+        losses = self._with_gradients(probe, self.gradient_parameters())
         return losses, *self.collect(losses)

@@ -547,7 +547,7 @@ class LearningRule(ModelGroups, Optimizer):
         handles = readout.note_others(self._recorder.fired, self._recorder.synapses)
         self._undo.append(partial(remove_all, handles))
         with self._cutting(visit, readout.leave):
-            losses, _ = probe.gradients(readout.parameters(), [self._recorder.reach.anchor])
+            losses = self._with_gradients(probe, readout.parameters())
         if readout:
             require_finite(self, "the loss", [losses])
             readout.require_fired_last(self._recorder.fired)
@@ -762,6 +762,15 @@ class LearningRule(ModelGroups, Optimizer):
                 f"one from {', '.join(names)}), so that no average can be taken. Run every layer on every rank, on no "
                 "samples if need be"
             )
+
+    def _with_gradients(self, probe: Probe, params: list[Tensor]) -> Tensor:
+        """The losses of an evaluation, whose gradient by these parameters is in their ``.grad``."""
+        try:
+            return probe.gradients(params, [self._recorder.reach.anchor])[0]
+        except RuntimeError as error:
+            if "second time" in str(error):  # as where a layer above the readout is cut off: that tells more
+                self._readout.require_fired_last(self._recorder.fired)
+            raise
 
     def _require_same_batch(self, probe: Probe) -> None:
         """Raise where ranks have other samples, in the first step of a rule whose ranks share the batch."""

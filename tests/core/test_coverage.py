@@ -374,3 +374,13 @@ def test_the_state_of_a_model_of_other_sizes_is_refused() -> None:
             mine.load_state_dict(taught(rule, 24).state_dict())
         torch.testing.assert_close(mine.state_dict()["state"], before["state"])
         mine.load_state_dict(taught(rule, 30).state_dict())
+
+
+@pytest.mark.parametrize("rule", [bioopt.Hebbian, bioopt.FeedbackAlignment])
+def test_a_layer_that_was_parametrized_is_named_as_in_the_model(rule: type) -> None:
+    """Also where it is the readout, which has a param group of its own."""
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4))
+    optimizer = rule(model)
+    nn.utils.parametrizations.spectral_norm(model[2])
+    with pytest.raises(RuntimeError, match=r"parameter '2\.weight' was pruned.*exclude=\['2'\]"):
+        optimizer.step(lambda: model(torch.randn(8, 6)).square().mean())

@@ -140,6 +140,14 @@ def test_readout_mistakes_are_explained() -> None:
     optimizer = published.Hebbian(model, 0.1, readout_layer="2")
     with pytest.raises(RuntimeError, match=r"'4' fires after the readout '2'.*readout_layer='4'"):
         optimizer.step(lambda: model(x).sum())
+
+    def backward() -> Tensor:
+        loss = model(x).sum()
+        loss.backward()  # fails before the rule can look
+        return loss
+
+    with pytest.raises(RuntimeError, match=r"'4' fires after the readout '2'.*readout_layer='4'"):
+        optimizer.step(backward)
     optimizer.close()
     optimizer = published.Hebbian(model, 0.1)
     model(x)
