@@ -120,6 +120,8 @@ def run_one(config: DictConfig) -> None:
     task = config.task.name if config.task is not None else None
     name = name_of(typed if chosen else [f"optimizer={task or config.optimizer.name}", *typed])
     folder = Path(HydraConfig.get().sweep.dir) / name
+    refused = folder.with_name(f"{name}-refused")
+    shutil.rmtree(refused, ignore_errors=True)  # of an earlier command
     plain = resolved(config) | {"run_dir": str(folder)}
     print(f"\n[{job.num + 1}] {name}", flush=True)
     try:
@@ -140,7 +142,7 @@ def run_one(config: DictConfig) -> None:
         text = str(error) if isinstance(error, RuntimeError) else " ".join(str(error).split())  # which has a traceback
         print(f"failed: {text.splitlines()[-1]}", flush=True)
         if isinstance(error, _Refused):  # the run that is there stays as it is
-            folder = folder.with_name(f"{name}-refused")
+            folder = refused
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "config.yaml").exists():
             OmegaConf.save(OmegaConf.create(plain), folder / "config.yaml")  # by which the report finds it
