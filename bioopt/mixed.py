@@ -18,11 +18,11 @@ from .core.integrations import (
     ModelGroups,
     for_distributed_checkpoint,
     in_distributed_checkpoint,
-    needs_closure,
     needs_estimate,
     params_in,
     parts_of_checkpoint,
     read_checkpoint,
+    refuse_own_closure,
     refuse_scaler,
 )
 from .core.probe import Closure, Known, Probe, restoring_grad_mode, settled
@@ -65,11 +65,8 @@ class Mixed(ModelGroups, Optimizer):
             name = f"{type(optimizer).__name__} ({i})"
             if not isinstance(optimizer, Optimizer) or isinstance(optimizer, Mixed):
                 raise TypeError(f"Mixed: member {name} is not a bioopt rule or a torch.optim optimizer")
-            if not isinstance(optimizer, LearningRule) and needs_closure(type(optimizer)):
-                raise TypeError(
-                    f"Mixed: member {name} evaluates the closure itself; choose one that steps along .grad alone, such "
-                    "as torch.optim.SGD or torch.optim.Adam"
-                )
+            if not isinstance(optimizer, LearningRule):
+                refuse_own_closure(f"Mixed: member {name}", type(optimizer))
         self.optimizers = optimizers
         params = self._require_disjoint()
         self._known = Known()

@@ -34,7 +34,7 @@ NOT_KEYWORDS = {"name", "per_data", "per_model", "requires", "schedule"}
 def instantiated(option: str, spec: Any, *args: Any, **options: Any) -> Any:
     """An object of ``_target_``; an error names the option that set it."""
     try:
-        return instantiate(spec, *args, _convert_="all", **options)
+        return instantiate(spec, *args, **{"_convert_": "all", **options})
     except InstantiationException as error:
         raise ValueError(f"{option}: {error.__cause__ or error}") from error
 
@@ -130,10 +130,7 @@ def final_analysis(config: DictConfig) -> Callable[..., Any] | None:
     spec = config.get("final_analysis")
     if spec is None:
         return None
-    try:
-        analyse: Callable[..., Any] = instantiate(spec)
-    except InstantiationException as error:
-        raise ValueError(f"final_analysis: {' '.join(str(error.__cause__ or error).split())}") from error
+    analyse: Callable[..., Any] = instantiated("final_analysis", spec, _convert_="none")
     if not callable(analyse):
         raise ValueError(
             f"final_analysis={spec}: it gives a {type(analyse).__name__}, not a function of the model; where _target_ "

@@ -55,6 +55,11 @@ class Run:
         run._check()
         return run
 
+    @property
+    def group(self) -> str:
+        """The same for runs that differ only in their seed."""
+        return json.dumps(self.options, sort_keys=True)
+
     def _check(self) -> None:
         """Refuse a run in which a value that a report needs is missing, or is of another type."""
         _require("summary.json", self.summary, "an integer", lambda v: isinstance(v, int) and number(v), "seed")
@@ -164,7 +169,7 @@ def find(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
     folders = dict.fromkeys(
         folder for path in paths for folder in sorted({file.parent for name in FILES for file in path.rglob(name)})
     )
-    found: dict[str, Run] = {}
+    found: dict[tuple[str, int], Run] = {}
     skipped = []
     for folder in sorted(folders, key=_finished_at):
         try:
@@ -172,11 +177,12 @@ def find(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
         except ValueError as error:
             skipped.append(printable(f"{folder}: {error}"))
             continue
-        same = json.dumps([run.options, run.summary["seed"]], sort_keys=True)
+        same = run.group, run.summary["seed"]
         if same in found:
             skipped.append(printable(f"{found.pop(same).folder}: {folder} has the same options and seed, and is newer"))
         found[same] = run
-    runs = sorted(found.values(), key=lambda run: [*folders].index(run.folder))
+    kept = {run.folder: run for run in found.values()}
+    runs = [kept[folder] for folder in folders if folder in kept]
     if not runs:
         why = f" ({'; '.join(skipped)})" if skipped else ""
         raise NothingToReport(f"no finished run in {', '.join(map(str, paths))}{why}")
@@ -213,5 +219,5 @@ def by_options(runs: list[Run]) -> list[RunGroup]:
     """Groups of runs with the same options, in the order of their first runs."""
     found: dict[str, dict[int, Run]] = {}
     for run in runs:
-        found.setdefault(json.dumps(run.options, sort_keys=True), {})[run.summary["seed"]] = run
+        found.setdefault(run.group, {})[run.summary["seed"]] = run
     return [RunGroup([seeds[seed] for seed in sorted(seeds)]) for seeds in found.values()]

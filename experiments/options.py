@@ -127,15 +127,15 @@ def check_names(overrides: Iterable[str]) -> None:
 
 def _check_of_tasks(overrides: Sequence[str]) -> None:
     """Refuse options that an experiment other than image classification does not have, or does not use."""
-    words = {key.lstrip("+"): (key, value) for key, _, value in (word.partition("=") for word in overrides)}
-    paths = [CONF / "experiment" / f"{name}.yaml" for name in words.get("experiment", ("", ""))[1].split(",")]
+    typed = _typed(overrides)
+    paths = _experiments(typed)
     files = {path.stem: _loaded(path) for path in paths if path.exists()}
     tasks = {name: file["task"] for name, file in files.items() if "task" in file}
     if not tasks or len(tasks) < len(paths):
         return
-    for bare, (key, value) in words.items():
+    for bare, value in typed.items():
         group, _, option = bare.partition(".")
-        if group == "task" and key == bare:
+        if group == "task" and f"{bare}={value}" in overrides:  # without a +, which adds options
             names = dict.fromkeys(name for task in tasks.values() for name in task)
             if option.partition(".")[0] not in names:
                 raise unknown(bare, [f"task.{name}" for name in names])
@@ -158,12 +158,22 @@ def _check_choice(group: str, value: str) -> None:
             raise ValueError(f"{group}={name} does not exist; {''.join(near)}{group} can be {_listed(names)}")
 
 
+def _typed(overrides: Iterable[str]) -> dict[str, str]:
+    """The values by their options."""
+    return {key.lstrip("+"): value for key, _, value in (word.partition("=") for word in overrides)}
+
+
+def _experiments(typed: Mapping[str, str]) -> list[Path]:
+    """The files of the experiments that were typed, whether or not they exist."""
+    return [CONF / "experiment" / f"{name}.yaml" for name in typed.get("experiment", "").split(",") if name]
+
+
 def _chosen(group: str, overrides: Iterable[str]) -> list[str]:
     """The files of a group that are used: as typed, or by an experiment, or by default."""
-    typed = {key.lstrip("+"): value.split(",") for key, _, value in (word.partition("=") for word in overrides)}
+    typed = _typed(overrides)
     if group in typed:
-        return typed[group]
-    files = [CONF / "config.yaml", *(CONF / "experiment" / f"{name}.yaml" for name in typed.get("experiment", ()))]
+        return typed[group].split(",")
+    files = [CONF / "config.yaml", *_experiments(typed)]
     entries = [entry for path in files if path.exists() for entry in _loaded(path).get("defaults", ())]
     found = [entry for entry in entries if isinstance(entry, dict) and {group, f"override /{group}"} & set(entry)]
     return [str(value) for value in found[-1].values()]

@@ -33,17 +33,16 @@ class Pace:
     def __init__(self, phases: Sequence[Phase], unit: str, done: int = 0) -> None:
         self._phases, self._unit, self._done = phases, unit, done
         self._spent: list[float] = []  # in this phase
-        self._apart = 0  # rounds that are to come of those that stand apart
 
     def after(self, number: int, seconds: float) -> str:
         """The announcement after this round, counted from 1, which took these seconds; mostly there is none."""
         ends = list(accumulate(phase.rounds for phase in self._phases))
         index = bisect_left(ends, number)
         phase, first = self._phases[index], ends[index] - self._phases[index].rounds + 1
-        if number == max(first, self._done + 1):
-            self._spent, self._apart = [], phase.apart
-        if self._apart:
-            self._apart -= 1
+        start = max(first, self._done + 1)
+        if number == start:
+            self._spent = []
+        if number < start + phase.apart:
             return ""
         self._spent.append(seconds)
         left = ends[index] - number

@@ -116,10 +116,14 @@ def refuse_trainer_options(rule: str, closure: Callable[[], Any]) -> None:
             )
 
 
-def needs_closure(optimizer: type[Optimizer]) -> bool:
-    """Whether the step of an optimizer evaluates the closure itself, as that of LBFGS."""
+def refuse_own_closure(what: str, optimizer: type[Optimizer]) -> None:
+    """Raise if the step of an optimizer evaluates the closure itself, as that of LBFGS; ``what`` names it."""
     closure = inspect.signature(optimizer.step).parameters.get("closure")
-    return closure is not None and closure.default is closure.empty
+    if closure is not None and closure.default is closure.empty:
+        raise TypeError(
+            f"{what} evaluates the closure itself; choose one that steps along .grad alone, such as torch.optim.SGD or "
+            "torch.optim.Adam"
+        )
 
 
 @torch.compiler.disable(reason="it looks at the call stack")  # type: ignore[untyped-decorator]

@@ -187,8 +187,7 @@ class Probe:
     @property
     def drew(self) -> bool:
         """Whether the last evaluation has drawn random numbers."""
-        now = [torch.get_rng_state(), *(torch.get_device_module(d).get_rng_state(d) for d in self._devices)]
-        return not all(map(torch.equal, now, self._random))
+        return not all(map(torch.equal, self._random_now(), self._random))
 
     def redraw(self) -> None:
         """Let the next evaluation draw new random numbers: another trial under the same conditions."""
@@ -291,10 +290,12 @@ class Probe:
                     found.append(f"{type(module).__name__}.{name}")
         return list(dict.fromkeys(found))
 
+    def _random_now(self) -> list[Tensor]:
+        return [torch.get_rng_state(), *(torch.get_device_module(d).get_rng_state(d) for d in self._devices)]
+
     def _restart_random(self) -> None:
         if not self._random:
-            self._random = [torch.get_rng_state()]
-            self._random += [torch.get_device_module(d).get_rng_state(d) for d in self._devices]
+            self._random = self._random_now()
         else:
             torch.set_rng_state(self._random[0])
             for device, state in zip(self._devices, self._random[1:], strict=True):

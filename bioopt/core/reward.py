@@ -24,13 +24,13 @@ def reward_prediction_errors(
         per_sample: whether each sample has its own reward.
         rate: of the running mean.
     """
-    trials = len(losses)
+    trials, rule._samples = len(losses), losses[0].numel()
     rewards = torch.stack([-mean_over_samples(one) if per_sample else -loss_of(one) for one in losses])
     if trials > 1:
         return (rewards - rewards.mean(0)) / (trials - 1), None
     mean = loss_of(losses)
-    rule._sum_over_ranks([mean])
-    reward = -mean.item() / rule._ranks[1]
+    rule._average_over_ranks([mean])
+    reward = -mean.item()
     if not losses.numel():  # no reward was given
         return rewards, rule._own_state.get("reward")
     expected = rule._own_state.get("reward", reward)

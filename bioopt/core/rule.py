@@ -33,11 +33,11 @@ from .integrations import (
     PACKED,
     ModelGroups,
     for_checkpoint,
-    needs_closure,
     needs_estimate,
     params_in,
     read_checkpoint,
     recipe,
+    refuse_own_closure,
     refuse_scaler,
 )
 from .losses import loss_of
@@ -207,11 +207,7 @@ class LearningRule(ModelGroups, Optimizer):
         self._check(defaults)
         self._readout_grads: dict[Tensor, Tensor] | None = None  # of the estimate in progress
         self._readout_state: dict[str, Any] = {}  # after it
-        if needs_closure(descent):
-            raise TypeError(
-                f"{name}(descent={descent.__name__}): {descent.__name__} evaluates the closure itself; "
-                "choose one that steps along .grad alone, such as torch.optim.SGD or torch.optim.Adam"
-            )
+        refuse_own_closure(f"{name}(descent={descent.__name__}): {descent.__name__}", descent)
         try:
             # Checks the options and gives the defaults; with a matrix, because some optimizers take nothing else.
             options = {"lr": defaults["lr"], **given_options}
@@ -778,16 +774,13 @@ class LearningRule(ModelGroups, Optimizer):
             return
         with self._recorder.paused():
             losses = probe().double()
-        drew = torch.tensor(float(probe.drew), dtype=torch.float64, device=losses.device)
-        mean = loss_of(losses)
-        numbers = torch.stack([drew, mean.new_tensor(float(losses.numel())), mean, mean.new_zeros(())])
-        numbers[3] = -numbers[1]
-        bounds = torch.cat([numbers, -mean.view(1)])
+        count, mean = losses.numel(), loss_of(losses)
+        bounds = torch.cat([mean.new_tensor([probe.drew, count, -count]), torch.stack([mean, -mean])])
         dist.all_reduce(bounds, dist.ReduceOp.MAX, group=self.process_group)
-        other, most, highest, least, lowest = bounds.tolist()
+        drew, most, least, highest, lowest = bounds.tolist()  # the least with the other sign
         probe.restart()
         self._same_batch = True
-        if most != -least or (not other and highest + lowest > SAME_LOSS * abs(highest)):
+        if most + least or (not drew and highest + lowest > SAME_LOSS * abs(highest)):
             raise RuntimeError(
                 f"{type(self).__name__}: the ranks of process_group= have different batches (from {-least:.0f} to "
                 f"{most:.0f} losses, of mean {-lowest:.6g} to {highest:.6g}), but they share the trials of one: give "
@@ -823,8 +816,9 @@ class LearningRule(ModelGroups, Optimizer):
         for tensor in tensors:
             tensor.mul_(self._samples)
         self._sum_over_ranks([*tensors, count])
+        count.clamp_(min=1)
         for tensor in tensors:
-            tensor.div_(count.clamp(min=1).to(tensor))
+            tensor.div_(count.to(tensor))
 
 
 def _as_they_are(tensors: list[Tensor]) -> None:

@@ -155,7 +155,7 @@ class EnergyRule(LearningRule):
         Raises:
             RuntimeError: other layers fired than in the first, or on other samples.
         """
-        evaluation = self._run(run, given, added, self._wired)
+        evaluation = self._run(run, given, added)
         if tuple(evaluation.synapses) != self._wired.synapses:
             raise RuntimeError(f"{type(self).__name__}: the closure ran other layers than in its first evaluation")
         return evaluation
@@ -164,14 +164,8 @@ class EnergyRule(LearningRule):
         """An evaluation with these states, by the numbers of their firings."""
         return self._evaluate(run, lambda i, u: states.get(i, u))
 
-    def _run(
-        self,
-        run: Run,
-        given: Callable[[int, Tensor], Tensor],
-        added: Collection[int] | None = (),
-        first: Wiring | None = None,
-    ) -> Evaluation:
-        self._now = evaluation = Evaluation(type(self).__name__, given, added, first)
+    def _run(self, run: Run, given: Callable[[int, Tensor], Tensor], added: Collection[int] | None = ()) -> Evaluation:
+        self._now = evaluation = Evaluation(type(self).__name__, given, added, self._wiring)
         evaluation.losses = run(evaluation).detach()
         return evaluation
 

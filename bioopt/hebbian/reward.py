@@ -132,7 +132,6 @@ class RewardHebbian(NoisyActivity):
             with self._cutting(self._injection(rank + trial * ranks, made[-1][1], made[-1][0])):
                 results.append(probe())
         losses = torch.stack(results)
-        self._samples = losses[0].numel()
         require_finite(self, "the loss", [losses])
         records = [record for found, _ in made for record in found]
         per_sample = self._per_sample(records, losses[0], probe)

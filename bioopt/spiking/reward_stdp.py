@@ -191,7 +191,6 @@ class RewardSTDP(LearningRule):
                     raise RuntimeError(self._coverage.none_fired())
                 played.append(self._steps)
             losses = torch.stack(results)
-            self._samples = losses[0].numel()
             require_finite(self, "the loss", [losses])
             per_sample = self.credit == "sample" and losses[0].ndim > 0
             state = self._next_state()
